@@ -1,0 +1,393 @@
+// Attention backward from the saved log-sum-exp (FlashAttention-2, Dao 2023, Algorithm 2), without
+// ever holding more than kBlockM x kBlockN scores and without a float that two threads add to:
+//
+//   delta = rowsum(do * o) - dlse          phase 1, a row of queries
+//   p  = exp2(s * scale_log2 - lse)        recomputed in each of the next two
+//   dp = do v^T
+//   ds = p * (dp - delta)
+//   dv = p^T do,  dk = scale ds^T q        phase 2, a block of keys against the queries seeing it
+//   dq = scale ds k                        phase 3, a block of queries against the keys it sees
+//
+// Dropout replaces p by z * p in dv and dp by z * dp in ds, z the kept weights' scale (delta is
+// unchanged, for do * o already holds it). dbias = ds, summed where the bias is broadcast: by the
+// owner of the queries, or by the owner of the keys if it is broadcast over the queries. An owner
+// takes all heads and batches that share its part of the bias, in order.
+
+template <typename T>
+struct BackwardTile {
+  T *q, *q_t, *grad_out, *grad_out_t;  // [kBlockM][D or Dv] and transposed
+  T *lse, *delta;                      // [kBlockM]; lse in units of log2 e
+  T *p, *ds;                           // weights and score gradients [kBlockN][kBlockM]
+  T* softcap_slope;                    // [kBlockN][kBlockM]
+  T *bias, *bias_t;                    // [kBlockM][kBlockN] and transposed
+  T *k, *v;                            // converted keys and values [kBlockN][D or Dv]
+  uint64_t *visible, *keep;            // [kBlockN]
+  T *dk, *dv;                          // [kBlockN][D or Dv]
+  T *dq_t, *dq;                        // [D][kBlockM] and transposed
+  T* dbias;                            // phase 2: [heads of a group][kBlockN], 3: [kBlockM][Sk]
+
+  size_t place(const AttentionParams& p_, void* workspace) {
+    constexpr int M = kBlockM<T>;
+    const int64_t width = round_up(p_.D, kLanes<T>), width_v = round_up(p_.Dv, kLanes<T>);
+    Arena arena{(char*)workspace, 0};
+    q = arena.take<T>(M * width);
+    q_t = arena.take<T>(M * width);
+    grad_out = arena.take<T>(M * width_v);
+    grad_out_t = arena.take<T>(M * width_v);
+    lse = arena.take<T>(M);
+    delta = arena.take<T>(M);
+    p = arena.take<T>(kBlockN * M);
+    ds = arena.take<T>(kBlockN * M);
+    visible = arena.take<uint64_t>(kBlockN);
+    keep = arena.take<uint64_t>(kBlockN);
+    k = arena.take<T>(kBlockN * p_.D);
+    v = arena.take<T>(kBlockN * p_.Dv);
+    dk = arena.take<T>(kBlockN * width);
+    dv = arena.take<T>(kBlockN * width_v);
+    dq_t = arena.take<T>(M * width);
+    dq = arena.take<T>(M * width);
+    softcap_slope = arena.take<T>(p_.softcap > 0 ? kBlockN * M : 0);
+    const bool has_bias = p_.bias.data != nullptr;
+    bias = arena.take<T>(has_bias ? M * kBlockN : 0);
+    bias_t = arena.take<T>(has_bias ? M * kBlockN : 0);
+    dbias = arena.take<T>(dbias_size(p_));
+    return arena.used;
+  }
+  static int64_t dbias_size(const AttentionParams& p) {
+    if (p.dbias.data == nullptr) return 0;
+    if (p.dbias.stride_q == 0) return p.Hq / p.Hkv * kBlockN;
+    return kBlockM<T> * (p.dbias.stride_k == 0 ? 1 : round_up(p.Sk, kBlockN));
+  }
+};
+
+// q and do of a block of queries, as they are and transposed, with lse and delta. Queries past the
+// end and queries that saw nothing have p = exp2(s - inf) = 0 and are zero, whatever they held.
+template <typename T, int kVectors>
+void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows,
+                  const BackwardTile<T>& t) {
+  constexpr int W = kLanes<T>, kRow = kVectors * W;
+  const int64_t width = round_up(p.D, W), width_v = round_up(p.Dv, W);
+  load_tile(t.q, p.query, p.dtype, b, h, m_start, rows, p.D, kRow);
+  load_tile(t.grad_out, p.grad_out, p.dtype, b, h, m_start, rows, p.Dv, kRow);
+  const int64_t first = (b * p.Hq + h) * p.Sq + m_start;
+  for (int64_t i = 0; i < kRow; ++i) {
+    const T lse = i < rows ? ((const T*)p.lse)[first + i] : -kInf<T>;
+    const bool empty = lse == -kInf<T>;
+    t.lse[i] = empty ? kInf<T> : lse * kLog2e<T>;
+    t.delta[i] = empty ? (T)0 : ((const T*)p.delta)[first + i];
+    if (empty) {
+      fill(t.q + i * width, width, (T)0);
+      fill(t.grad_out + i * width_v, width_v, (T)0);
+    }
+  }
+  transpose_tile(kRow, width, t.q, width, t.q_t, kRow);
+  transpose_tile(kRow, width_v, t.grad_out, width_v, t.grad_out_t, kRow);
+}
+
+// t.p <- the weights as dv meets them, t.ds <- the gradient of the logits, both [key][query].
+template <typename T, int kVectors>
+void score_gradients(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows,
+                     int64_t n_start, int64_t columns, Visible seen, Scalars<T> k, Scalars<T> v,
+                     const BackwardTile<T>& t) {
+  constexpr int W = kLanes<T>, kRow = kVectors * W;
+  multiply<T, kVectors, false>(columns, p.D, k, t.q_t, kRow, t.p, kRow);           // s <- k q^T
+  multiply<T, kVectors, false>(columns, p.Dv, v, t.grad_out_t, kRow, t.ds, kRow);  // dp <- v do^T
+  const T factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n_start, columns, t.p,
+                                              t.bias, t.bias_t, t.softcap_slope);
+  const bool dropout = p.dropout_threshold > 0;
+  if (dropout) dropout_keep_bits(p, b, h, m_start, rows, n_start, columns, t.keep);
+
+  const Vec<T> scale = broadcast(factor), zero = broadcast((T)0);
+  const Vec<T> kept_scale = broadcast((T)p.dropout_scale);
+  for (int64_t j = 0; j < columns; ++j) {
+    const uint64_t visible = seen == Visible::kSome ? t.visible[j] : ~(uint64_t)0;
+    for (int x = 0; x < kVectors; ++x) {
+      T *at_p = t.p + j * kRow + x * W, *at_ds = t.ds + j * kRow + x * W;
+      const Vec<T> lse = load(t.lse + x * W), delta = load(t.delta + x * W);
+      // p <- exp2(s * scale_log2 - lse)
+      Vec<T> weight = exp2<T>(fma(load(at_p), scale, sub(zero, lse)));
+      weight = select_bits(visible >> (x * W), weight, zero);
+      Vec<T> dp = load(at_ds), dropped = weight;
+      if (dropout) {
+        const uint64_t keep = t.keep[j] >> (x * W);
+        dp = select_bits(keep, mul(dp, kept_scale), zero);
+        dropped = select_bits(keep, mul(weight, kept_scale), zero);
+      }
+      // ds <- p * (dp - delta); hidden again after it, for dp may be NaN there
+      const Vec<T> ds = mul(weight, sub(dp, delta));
+      store(at_ds, select_bits(visible >> (x * W), ds, zero));
+      store(at_p, dropped);
+    }
+  }
+}
+
+// ds <- ds * d logit / d (scale q.k), once dbias has taken what it needs.
+template <typename T, int kVectors>
+void apply_softcap_slope(const AttentionParams& p, int64_t columns, const BackwardTile<T>& t) {
+  if (p.softcap <= 0) return;
+  for (int64_t i = 0; i < columns * kVectors * kLanes<T>; i += kLanes<T>) {
+    store(t.ds + i, mul(load(t.ds + i), load(t.softcap_slope + i)));
+  }
+}
+
+// -- phase 1: delta. Task: kBlockM queries of one head -------------------------------------------
+
+template <typename T>
+struct AttentionBackwardDelta {
+  static int64_t num_tasks(const AttentionParams& p) {
+    return p.B * p.Hq * ceil_div(p.Sq, kBlockM<T>);
+  }
+  static size_t workspace_bytes(const AttentionParams& p) {
+    return 2 * kBlockM<T> * sizeof(T) * (size_t)round_up(p.Dv, kLanes<T>);
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    constexpr int W = kLanes<T>;
+    const int64_t width = round_up(p.Dv, W), blocks = ceil_div(p.Sq, kBlockM<T>);
+    T *out = (T*)workspace, *grad_out = out + kBlockM<T> * width;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / blocks / p.Hq, h = task / blocks % p.Hq;
+      const int64_t m_start = task % blocks * kBlockM<T>;
+      const int64_t rows = min_of(kBlockM<T>, p.Sq - m_start);
+      load_tile(out, p.out, p.dtype, b, h, m_start, rows, p.Dv, rows);
+      load_tile(grad_out, p.grad_out, p.dtype, b, h, m_start, rows, p.Dv, rows);
+      for (int64_t i = 0; i < rows; ++i) {
+        Vec<T> products = broadcast((T)0);
+        for (int64_t d = 0; d < width; d += W) {
+          products = fma(load(out + i * width + d), load(grad_out + i * width + d), products);
+        }
+        T lanes[W], delta = 0;
+        store(lanes, products);
+        for (int l = 0; l < W; ++l) delta += lanes[l];
+        if (p.grad_lse != nullptr) {
+          delta -= ((const T*)p.grad_lse)[b * p.grad_lse_stride_b + h * p.grad_lse_stride_h +
+                                          (m_start + i) * p.grad_lse_stride_s];
+        }
+        ((T*)p.delta)[(b * p.Hq + h) * p.Sq + m_start + i] = delta;
+      }
+    }
+  }
+};
+
+// dsink = sum over rows of p_sink * (0 - delta), p_sink = exp(sink - lse). Task: one head.
+template <typename T>
+struct AttentionBackwardSinks {
+  static int64_t num_tasks(const AttentionParams& p) { return p.dsinks != nullptr ? p.Hq : 0; }
+  static size_t workspace_bytes(const AttentionParams&) { return 0; }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void*) {
+    for (int64_t h = begin; h < end; ++h) {
+      double sum = 0;
+      for (int64_t b = 0; b < p.B; ++b) {
+        for (int64_t i = 0; i < p.Sq; ++i) {
+          const int64_t row = (b * p.Hq + h) * p.Sq + i;
+          const double lse = ((const T*)p.lse)[row], sink = ((const T*)p.sinks)[h];
+          if (lse == -__builtin_inf()) continue;  // and so is the sink: it has no weight
+          sum -= __builtin_exp(sink - lse) * (double)((const T*)p.delta)[row];
+        }
+      }
+      ((T*)p.dsinks)[h] = (T)sum;
+    }
+  }
+};
+
+// -- phase 2: dk, dv. Task: kBlockN keys of one key head -----------------------------------------
+
+// The part of dbias that one task owns when the bias is broadcast over the queries.
+template <typename T, int kVectors>
+void add_key_sums(int64_t rows, int64_t columns, const T* ds, T* sums) {
+  constexpr int W = kLanes<T>, kRow = kVectors * W;
+  for (int64_t j = 0; j < columns; ++j) {
+    Vec<T> sum = broadcast((T)0);
+    for (int x = 0; x < kVectors; ++x) {
+      const Vec<T> at = load(ds + j * kRow + x * W);
+      sum = add(sum, select_bits(low_bits(rows) >> (x * W), at, broadcast((T)0)));
+    }
+    T lanes[W];
+    store(lanes, sum);
+    for (int l = 0; l < W; ++l) sums[j] += lanes[l];
+  }
+}
+
+template <typename T>
+void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
+                             const BackwardTile<T>& t) {
+  constexpr int W = kLanes<T>;
+  const int64_t width = round_up(p.D, W), width_v = round_up(p.Dv, W), group = p.Hq / p.Hkv;
+  const int64_t columns = min_of(kBlockN, p.Sk - n_start);
+  const Scalars<T> k = key_rows(p.key, p.dtype, b, h_kv, n_start, columns, p.D, nullptr, t.k);
+  const Scalars<T> v = key_rows(p.value, p.dtype, b, h_kv, n_start, columns, p.Dv, nullptr, t.v);
+  fill(t.dk, columns * width, (T)0);
+  fill(t.dv, columns * width_v, (T)0);
+
+  const Range queries = visible_queries(p, n_start, n_start + columns);
+  for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
+    T* key_sums = t.dbias + (p.dbias.stride_h == 0 ? 0 : h % group) * kBlockN;
+    for (int64_t m = queries.begin / kBlockM<T> * kBlockM<T>; m < queries.end; m += kBlockM<T>) {
+      const int64_t rows = min_of(kBlockM<T>, queries.end - m);
+      const Visible seen = tile_visibility(p, b, h, m, rows, n_start, columns, t.visible);
+      if (seen == Visible::kNone) continue;
+      with_vectors<T>(rows, [&](auto vectors) {
+        constexpr int kVectors = vectors.value, kRow = kVectors * W;
+        load_queries<T, kVectors>(p, b, h, m, rows, t);
+        score_gradients<T, kVectors>(p, b, h, m, rows, n_start, columns, seen, k, v, t);
+        // dv <- dv + p^T do
+        multiply_wide<T>(columns, rows, width_v, {t.p, kRow, 1}, t.grad_out, width_v, t.dv,
+                         width_v);
+        if (p.dbias.data != nullptr && p.dbias.stride_q == 0) {
+          add_key_sums<T, kVectors>(rows, columns, t.ds, key_sums);
+        }
+        apply_softcap_slope<T, kVectors>(p, columns, t);
+        // dk <- dk + ds^T q
+        multiply_wide<T>(columns, rows, width, {t.ds, kRow, 1}, t.q, width, t.dk, width);
+      });
+    }
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    store_row(row_of(p.dk, p.dtype, b, h_kv, n_start + j), p.dtype, t.dk + j * width, p.D,
+              (T)p.scale);
+    store_row(row_of(p.dv, p.dtype, b, h_kv, n_start + j), p.dtype, t.dv + j * width_v, p.Dv,
+              (T)1);
+  }
+}
+
+template <typename T>
+struct AttentionBackwardKeys {
+  // How far the work splits: all of it, or less where tasks would share a part of dbias.
+  struct Split {
+    bool by_batch, by_head, by_block;
+  };
+  static Split split(const AttentionParams& p) {
+    if (p.dbias.data == nullptr || p.dbias.stride_q != 0) return {true, true, true};
+    return {p.dbias.stride_b != 0, p.dbias.stride_h != 0, p.dbias.stride_k != 0};
+  }
+  static int64_t num_tasks(const AttentionParams& p) {
+    const Split s = split(p);
+    return (s.by_batch ? p.B : 1) * (s.by_head ? p.Hkv : 1) *
+           (s.by_block ? ceil_div(p.Sk, kBlockN) : 1);
+  }
+  static size_t workspace_bytes(const AttentionParams& p) {
+    BackwardTile<T> tile;
+    return tile.place(p, nullptr);
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    BackwardTile<T> tile;
+    tile.place(p, workspace);
+    const Split s = split(p);
+    const int64_t blocks = s.by_block ? ceil_div(p.Sk, kBlockN) : 1;
+    const int64_t heads = s.by_head ? p.Hkv : 1, group = p.Hq / p.Hkv;
+    const bool owns_dbias = p.dbias.data != nullptr && p.dbias.stride_q == 0;
+    const int64_t owned_heads = p.dbias.stride_h == 0 ? 1 : group;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n_task = task % blocks * kBlockN;
+      const int64_t h_task = task / blocks % heads, b_task = task / blocks / heads;
+      const Range ns = s.by_block ? Range{n_task, min_of(n_task + kBlockN, p.Sk)} : Range{0, p.Sk};
+      const Range hs = s.by_head ? Range{h_task, h_task + 1} : Range{0, p.Hkv};
+      const Range bs = s.by_batch ? Range{b_task, b_task + 1} : Range{0, p.B};
+      if (owns_dbias) fill(tile.dbias, owned_heads * kBlockN, (T)0);
+      for (int64_t n = ns.begin; n < ns.end; n += kBlockN) {
+        for (int64_t b = bs.begin; b < bs.end; ++b) {
+          for (int64_t h = hs.begin; h < hs.end; ++h) attention_backward_keys(p, b, h, n, tile);
+        }
+      }
+      for (int64_t g = 0; owns_dbias && g < owned_heads; ++g) {
+        T* sums = tile.dbias + g * kBlockN;
+        int64_t count = ns.end - ns.begin;
+        if (p.dbias.stride_k == 0) {  // one value for all keys
+          for (int64_t j = 1; j < kBlockN; ++j) sums[0] += sums[j];
+          count = 1;
+        }
+        const int64_t offset = bs.begin * p.dbias.stride_b +
+                               (hs.begin * group + g) * p.dbias.stride_h +
+                               ns.begin * p.dbias.stride_k;
+        store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype, sums, count, (T)1);
+      }
+    }
+  }
+};
+
+// -- phase 3: dq. Task: kBlockM queries of one head ----------------------------------------------
+
+template <typename T, int kVectors>
+void attention_backward_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
+                                int64_t rows, const BackwardTile<T>& t) {
+  constexpr int W = kLanes<T>, kRow = kVectors * W;
+  const int64_t width = round_up(p.D, W), h_kv = h / (p.Hq / p.Hkv);
+  load_queries<T, kVectors>(p, b, h, m_start, rows, t);
+  fill(t.dq_t, width * kRow, (T)0);
+
+  const Range keys = visible_keys(p, m_start, m_start + rows);
+  for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
+    const int64_t columns = min_of(kBlockN, keys.end - n);
+    const Visible seen = tile_visibility(p, b, h, m_start, rows, n, columns, t.visible);
+    if (seen == Visible::kNone) continue;
+    const uint64_t* visible = seen == Visible::kSome ? t.visible : nullptr;
+    const Scalars<T> k = key_rows(p.key, p.dtype, b, h_kv, n, columns, p.D, visible, t.k);
+    const Scalars<T> v = key_rows(p.value, p.dtype, b, h_kv, n, columns, p.Dv, nullptr, t.v);
+    score_gradients<T, kVectors>(p, b, h, m_start, rows, n, columns, seen, k, v, t);
+
+    if (p.dbias.data != nullptr && p.dbias.stride_q != 0) {  // dbias <- dbias + ds
+      transpose_tile(columns, kRow, t.ds, kRow, t.bias, kBlockN);
+      const bool one_a_row = p.dbias.stride_k == 0;
+      const int64_t dbias_row = one_a_row ? 1 : round_up(p.Sk, kBlockN);
+      for (int64_t i = 0; i < rows; ++i) {
+        T* row = t.dbias + i * dbias_row + (one_a_row ? 0 : n);
+        for (int64_t j = 0; j < columns; ++j) row[one_a_row ? 0 : j] += t.bias[i * kBlockN + j];
+      }
+    }
+    apply_softcap_slope<T, kVectors>(p, columns, t);
+    // dq^T <- dq^T + k^T ds^T
+    multiply<T, kVectors, true>(p.D, columns, {k.data, k.column, k.row}, t.ds, kRow, t.dq_t, kRow);
+  }
+  transpose_tile(width, kRow, t.dq_t, kRow, t.dq, width);
+  for (int64_t i = 0; i < rows; ++i) {
+    store_row(row_of(p.dq, p.dtype, b, h, m_start + i), p.dtype, t.dq + i * width, p.D,
+              (T)p.scale);
+  }
+}
+
+template <typename T>
+struct AttentionBackwardQueries {
+  static bool owns_dbias(const AttentionParams& p) {
+    return p.dbias.data != nullptr && p.dbias.stride_q != 0;
+  }
+  static int64_t batches(const AttentionParams& p) {
+    return owns_dbias(p) && p.dbias.stride_b == 0 ? 1 : p.B;
+  }
+  static int64_t heads(const AttentionParams& p) {
+    return owns_dbias(p) && p.dbias.stride_h == 0 ? 1 : p.Hq;
+  }
+  static int64_t num_tasks(const AttentionParams& p) {
+    return batches(p) * heads(p) * ceil_div(p.Sq, kBlockM<T>);
+  }
+  static size_t workspace_bytes(const AttentionParams& p) {
+    BackwardTile<T> tile;
+    return tile.place(p, nullptr);
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    BackwardTile<T> tile;
+    tile.place(p, workspace);
+    const int64_t blocks = ceil_div(p.Sq, kBlockM<T>);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t m_start = (blocks - 1 - task % blocks) * kBlockM<T>;
+      const int64_t rows = min_of(kBlockM<T>, p.Sq - m_start);
+      const int64_t h_task = task / blocks % heads(p), b_task = task / blocks / heads(p);
+      const Range hs = heads(p) == p.Hq ? Range{h_task, h_task + 1} : Range{0, p.Hq};
+      const Range bs = batches(p) == p.B ? Range{b_task, b_task + 1} : Range{0, p.B};
+      const int64_t dbias_columns = p.dbias.stride_k == 0 ? 1 : p.Sk;
+      const int64_t dbias_row = p.dbias.stride_k == 0 ? 1 : round_up(p.Sk, kBlockN);
+      if (owns_dbias(p)) fill(tile.dbias, rows * dbias_row, (T)0);
+      for (int64_t b = bs.begin; b < bs.end; ++b) {
+        for (int64_t h = hs.begin; h < hs.end; ++h) {
+          with_vectors<T>(rows, [&](auto vectors) {
+            attention_backward_queries<T, vectors.value>(p, b, h, m_start, rows, tile);
+          });
+        }
+      }
+      for (int64_t i = 0; owns_dbias(p) && i < rows; ++i) {
+        const int64_t offset = bs.begin * p.dbias.stride_b + hs.begin * p.dbias.stride_h +
+                               (m_start + i) * p.dbias.stride_q;
+        store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype,
+                  tile.dbias + i * dbias_row, dbias_columns, (T)1);
+      }
+    }
+  }
+};

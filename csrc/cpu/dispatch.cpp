@@ -1,0 +1,90 @@
+#include "dispatch.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+
+namespace fused_attention {
+
+extern const KernelTable kBaselineKernels;
+#ifdef FUSED_ATTENTION_ISA_AVX2
+extern const KernelTable kAvx2Kernels;
+#endif
+#ifdef FUSED_ATTENTION_ISA_AVX512
+extern const KernelTable kAvx512Kernels;
+#endif
+
+namespace {
+
+struct Isa {
+  const KernelTable* kernels;
+  bool (*usable)();
+};
+
+// Best first. __builtin_cpu_supports also asks the operating system (XCR0) for the registers.
+const Isa kIsas[] = {
+#ifdef FUSED_ATTENTION_ISA_AVX512
+    {&kAvx512Kernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+     }},
+#endif
+#ifdef FUSED_ATTENTION_ISA_AVX2
+    {&kAvx2Kernels,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
+#endif
+    {&kBaselineKernels, [] { return true; }},
+};
+
+const KernelTable* find_usable(const char* name) {
+  for (const Isa& isa : kIsas) {
+    if ((strcmp(name, "auto") == 0 || strcmp(name, isa.kernels->isa) == 0) && isa.usable()) {
+      return isa.kernels;
+    }
+  }
+  return nullptr;
+}
+
+const char* isa_override() {
+  const char* name = getenv("FUSED_ATTENTION_CPU_ISA");
+  return name != nullptr && name[0] != '\0' ? name : "auto";
+}
+
+std::atomic<const KernelTable*>& table_in_force() {
+  static std::atomic<const KernelTable*> table{[] {
+    const KernelTable* named = find_usable(isa_override());
+    return named != nullptr ? named : find_usable("auto");
+  }()};
+  return table;
+}
+
+}  // namespace
+
+const KernelTable& kernel_table() { return *table_in_force().load(std::memory_order_relaxed); }
+
+int list_isas(const char* names[kMaxIsas], bool usable[kMaxIsas]) {
+  int count = 0;
+  for (const Isa& isa : kIsas) {
+    names[count] = isa.kernels->isa;
+    usable[count++] = isa.usable();
+  }
+  return count;
+}
+
+bool set_isa(const char* name) {
+  const KernelTable* table = find_usable(name);
+  if (table != nullptr) table_in_force().store(table, std::memory_order_relaxed);
+  return table != nullptr;
+}
+
+const char* rejected_isa_override() {
+  return find_usable(isa_override()) == nullptr ? isa_override() : nullptr;
+}
+
+}  // namespace fused_attention

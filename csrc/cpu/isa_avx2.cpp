@@ -1,0 +1,24 @@
+// The kernels for AVX2, FMA, F16C. Compiled with flags of its own (setup.py), so nothing in here may be
+// shared with other objects: no STL, no torch, everything in an anonymous namespace.
+#include <immintrin.h>
+#include "dispatch.h"
+
+namespace fused_attention {
+namespace {
+#include "simd_avx2.inl"
+//
+#include "math.inl"
+#include "tiles.inl"
+#include "masking.inl"
+#include "philox.inl"
+#include "scores.inl"
+#include "online_softmax.inl"
+#include "attention_forward.inl"
+#include "attention_backward.inl"
+#include "kernels.inl"
+}  // namespace
+
+extern const KernelTable kAvx2Kernels;
+const KernelTable kAvx2Kernels = kKernels;
+
+}  // namespace fused_attention

@@ -1,0 +1,24 @@
+// The kernels for any compiler and processor. Compiled with flags of its own (setup.py), so nothing in here may be
+// shared with other objects: no STL, no torch, everything in an anonymous namespace.
+
+#include "dispatch.h"
+
+namespace fused_attention {
+namespace {
+#include "simd_baseline.inl"
+//
+#include "math.inl"
+#include "tiles.inl"
+#include "masking.inl"
+#include "philox.inl"
+#include "scores.inl"
+#include "online_softmax.inl"
+#include "attention_forward.inl"
+#include "attention_backward.inl"
+#include "kernels.inl"
+}  // namespace
+
+extern const KernelTable kBaselineKernels;
+const KernelTable kBaselineKernels = kKernels;
+
+}  // namespace fused_attention

@@ -1,0 +1,70 @@
+// Dropout by Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a
+// pure function of (seed, offset, head, row, column), so any tile is drawn on its own, in any order.
+//
+// counter = (column // 8, row, batch * Hq + head, offset), key = seed. The 128 bits of one call are
+// the 16-bit values of eight neighbouring columns, low bits first.
+
+// x[0..3] <- philox4x32_10(counter = x, key = seed)
+FA_INLINE void philox4x32(VecU32* x, uint64_t seed) {
+  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    VecU32 high0, low0, high1, low1;
+    mul_wide_u32(x[0], broadcast_u32(0xD2511F53u), &high0, &low0);
+    mul_wide_u32(x[2], broadcast_u32(0xCD9E8D57u), &high1, &low1);
+    x[0] = xor_u32(xor_u32(high1, x[1]), broadcast_u32(key0));
+    x[2] = xor_u32(xor_u32(high0, x[3]), broadcast_u32(key1));
+    x[1] = low1;
+    x[3] = low0;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
+// keep[j], bit i: is the weight of query m_start + i and key n_start + j kept? n_start is a multiple
+// of 8; whole groups of 8 columns are written.
+void dropout_keep_bits(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
+                       int64_t rows, int64_t n_start, int64_t columns, uint64_t* keep) {
+  for (int64_t group = 0; group < columns; group += 8) {
+    fill(keep + group, 8, (uint64_t)0);
+    for (int64_t i = 0; i < rows; i += kU32Lanes) {
+      VecU32 x[4] = {broadcast_u32((uint32_t)((n_start + group) / 8)),
+                     add_u32(broadcast_u32((uint32_t)(m_start + i)), iota_u32()),
+                     broadcast_u32((uint32_t)(b * p.Hq + h)), broadcast_u32(p.philox_offset)};
+      philox4x32(x, p.philox_seed);
+      for (int word = 0; word < 4; ++word) {
+        keep[group + 2 * word] |= low16_ge(x[word], p.dropout_threshold) << i;
+        keep[group + 2 * word + 1] |= high16_ge(x[word], p.dropout_threshold) << i;
+      }
+    }
+  }
+}
+
+// s <- s * scale where kept, 0 elsewhere
+template <typename T, int kVectors>
+void drop(const AttentionParams& p, const uint64_t* keep, int64_t columns, T* s) {
+  constexpr int W = kLanes<T>, kRow = kVectors * W;
+  const Vec<T> scale = broadcast((T)p.dropout_scale), zero = broadcast((T)0);
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int x = 0; x < kVectors; ++x) {
+      T* at = s + j * kRow + x * W;
+      store(at, select_bits(keep[j] >> (x * W), mul(load(at), scale), zero));
+    }
+  }
+}
+
+// The mask itself, one byte a weight. Task: one row of one head.
+struct DropoutKeepMask {
+  static int64_t num_tasks(const AttentionParams& p) { return p.B * p.Hq * p.Sq; }
+  static size_t workspace_bytes(const AttentionParams&) { return kBlockN * sizeof(uint64_t); }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    uint64_t* keep = (uint64_t*)workspace;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / p.Sq, row = task % p.Sq;
+      for (int64_t n = 0; n < p.Sk; n += kBlockN) {
+        const int64_t columns = min_of(kBlockN, p.Sk - n);
+        dropout_keep_bits(p, head / p.Hq, head % p.Hq, row, 1, n, columns, keep);
+        for (int64_t j = 0; j < columns; ++j) p.dropout_keep[task * p.Sk + n + j] = keep[j] & 1;
+      }
+    }
+  }
+};

@@ -1,0 +1,164 @@
+// The vector vocabulary on AVX-512 (F, BW, DQ, VL): 16 floats, 8 doubles, 16 uint32 a register.
+
+constexpr const char* kIsaName = "avx512";
+constexpr int kVectorRegisters = 32;
+
+template <typename T>
+struct Simd;
+template <>
+struct Simd<float> {
+  using Vec = __m512;
+  static constexpr int kLanes = 16;
+};
+template <>
+struct Simd<double> {
+  using Vec = __m512d;
+  static constexpr int kLanes = 8;
+};
+using VecU32 = __m512i;
+constexpr int kU32Lanes = 16;
+
+FA_INLINE __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+FA_INLINE __m512d load(const double* p) { return _mm512_loadu_pd(p); }
+FA_INLINE void store(float* p, __m512 a) { _mm512_storeu_ps(p, a); }
+FA_INLINE void store(double* p, __m512d a) { _mm512_storeu_pd(p, a); }
+FA_INLINE __m512 broadcast(float x) { return _mm512_set1_ps(x); }
+FA_INLINE __m512d broadcast(double x) { return _mm512_set1_pd(x); }
+
+FA_INLINE __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+FA_INLINE __m512d add(__m512d a, __m512d b) { return _mm512_add_pd(a, b); }
+FA_INLINE __m512 sub(__m512 a, __m512 b) { return _mm512_sub_ps(a, b); }
+FA_INLINE __m512d sub(__m512d a, __m512d b) { return _mm512_sub_pd(a, b); }
+FA_INLINE __m512 mul(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+FA_INLINE __m512d mul(__m512d a, __m512d b) { return _mm512_mul_pd(a, b); }
+FA_INLINE __m512 div(__m512 a, __m512 b) { return _mm512_div_ps(a, b); }
+FA_INLINE __m512d div(__m512d a, __m512d b) { return _mm512_div_pd(a, b); }
+FA_INLINE __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+FA_INLINE __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+FA_INLINE __m512 abs(__m512 a) { return _mm512_abs_ps(a); }
+FA_INLINE __m512d abs(__m512d a) { return _mm512_abs_pd(a); }
+// max, min: the second operand where either is NaN.
+FA_INLINE __m512 max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+FA_INLINE __m512d max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
+FA_INLINE __m512 min(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
+FA_INLINE __m512d min(__m512d a, __m512d b) { return _mm512_min_pd(a, b); }
+
+// Lane i of a where bit i is set, of b elsewhere.
+FA_INLINE __m512 select_bits(uint64_t bits, __m512 a, __m512 b) {
+  return _mm512_mask_blend_ps((__mmask16)bits, b, a);
+}
+FA_INLINE __m512d select_bits(uint64_t bits, __m512d a, __m512d b) {
+  return _mm512_mask_blend_pd((__mmask8)bits, b, a);
+}
+// a where x < y (false for NaN), b elsewhere.
+FA_INLINE __m512 select_lt(__m512 x, __m512 y, __m512 a, __m512 b) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), b, a);
+}
+FA_INLINE __m512d select_lt(__m512d x, __m512d y, __m512d a, __m512d b) {
+  return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, y, _CMP_LT_OQ), b, a);
+}
+FA_INLINE bool any_gt(__m512 x, __m512 y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ) != 0; }
+FA_INLINE bool any_gt(__m512d x, __m512d y) { return _mm512_cmp_pd_mask(x, y, _CMP_GT_OQ) != 0; }
+
+FA_INLINE __m512 iota(float) {
+  return _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+}
+FA_INLINE __m512d iota(double) { return _mm512_set_pd(7, 6, 5, 4, 3, 2, 1, 0); }
+
+// x - floor(x), in [0, 1]
+FA_INLINE __m512 fraction(__m512 x) {
+  return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+FA_INLINE __m512d fraction(__m512d x) {
+  return _mm512_reduce_pd(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+// p * 2^floor(x), 0 where that underflows; x may be -inf
+FA_INLINE __m512 scale_exp2_floor(__m512 p, __m512 x) { return _mm512_scalef_ps(p, x); }
+FA_INLINE __m512d scale_exp2_floor(__m512d p, __m512d x) { return _mm512_scalef_pd(p, x); }
+
+// kLanes 16-bit elements, widened; and float rounded to nearest-even, narrowed.
+FA_INLINE __m512 load_bfloat16(const uint16_t* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+FA_INLINE __m512 load_float16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+FA_INLINE void store_bfloat16(uint16_t* p, __m512 a) {
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);  // rounding could make it inf
+  const __m512i out = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(out));
+}
+FA_INLINE void store_float16(uint16_t* p, __m512 a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// In place: r[i][j] <-> r[j][i].
+FA_INLINE void transpose(__m512* r) {
+  __m512 t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1] = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    r[4 * i + 2] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+FA_INLINE void transpose(__m512d* r) {
+  __m512d t[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm512_unpacklo_pd(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_pd(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {  // t[i], t[i+2], t[i+4], t[i+6] hold columns i, i+2, i+4, i+6
+    const __m512d a = _mm512_shuffle_f64x2(t[i], t[i + 2], 0x88);
+    const __m512d b = _mm512_shuffle_f64x2(t[i], t[i + 2], 0xdd);
+    const __m512d c = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0x88);
+    const __m512d d = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0xdd);
+    r[i] = _mm512_shuffle_f64x2(a, c, 0x88);
+    r[i + 4] = _mm512_shuffle_f64x2(a, c, 0xdd);
+    r[i + 2] = _mm512_shuffle_f64x2(b, d, 0x88);
+    r[i + 6] = _mm512_shuffle_f64x2(b, d, 0xdd);
+  }
+}
+
+FA_INLINE VecU32 broadcast_u32(uint32_t x) { return _mm512_set1_epi32((int)x); }
+FA_INLINE VecU32 iota_u32() {
+  return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+}
+FA_INLINE VecU32 add_u32(VecU32 a, VecU32 b) { return _mm512_add_epi32(a, b); }
+FA_INLINE VecU32 xor_u32(VecU32 a, VecU32 b) { return _mm512_xor_si512(a, b); }
+// The 64-bit products a * b, as high and low words.
+FA_INLINE void mul_wide_u32(VecU32 a, VecU32 b, VecU32* high, VecU32* low) {
+  const __m512i even = _mm512_mul_epu32(a, b);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
+  *low = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  *high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+}
+// Bit i: the low (high) 16 bits of lane i are >= threshold.
+FA_INLINE uint64_t low16_ge(VecU32 a, uint32_t threshold) {
+  return _mm512_cmpge_epu32_mask(_mm512_and_si512(a, _mm512_set1_epi32(0xffff)),
+                                 broadcast_u32(threshold));
+}
+FA_INLINE uint64_t high16_ge(VecU32 a, uint32_t threshold) {
+  return _mm512_cmpge_epu32_mask(_mm512_srli_epi32(a, 16), broadcast_u32(threshold));
+}

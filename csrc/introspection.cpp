@@ -1,0 +1,94 @@
+// fused_attention._native: what was built and which instruction set is in force. Importing it also
+// registers the operators of ops.cpp, which live in the same shared object.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace fused_attention;
+
+namespace {
+
+std::vector<std::string> isa_names(bool usable_only) {
+  const char* names[kMaxIsas];
+  bool usable[kMaxIsas];
+  const int count = list_isas(names, usable);
+  std::vector<std::string> out;
+  for (int i = 0; i < count; ++i) {
+    if (usable[i] || !usable_only) out.push_back(names[i]);
+  }
+  return out;
+}
+
+std::string choices() {
+  std::string text = "expected \"auto\"";
+  for (const std::string& name : isa_names(true)) text += ", \"" + name + "\"";
+  return text;
+}
+
+void set_isa_checked(const std::string& name) {
+  if (!set_isa(name.c_str())) {
+    throw py::value_error("isa: " + choices() + " on this machine, got \"" + name + "\"");
+  }
+}
+
+py::dict attention_tiles(const std::string& dtype, int64_t head_dim, int64_t head_dim_v,
+                         int64_t seqlen_k, bool bias, bool softcap) {
+  const std::map<std::string, DType> dtypes = {{"float32", DType::kFloat32},
+                                               {"bfloat16", DType::kBFloat16},
+                                               {"float16", DType::kFloat16},
+                                               {"float64", DType::kFloat64}};
+  const auto found = dtypes.find(dtype);
+  if (found == dtypes.end()) throw py::value_error("dtype: no kernel for " + dtype);
+  char present = 0;
+  AttentionParams p;
+  p.dtype = found->second;
+  p.B = p.Hq = p.Hkv = p.Sq = 1;
+  p.Sk = seqlen_k;
+  p.D = head_dim;
+  p.Dv = head_dim_v;
+  p.softcap = softcap ? 1 : 0;
+  if (bias) p.bias.data = &present;
+  const KernelTable& kernels = kernel_table();
+  const TileConfig tiles = kernels.attention_tiles(p.dtype);
+  py::dict out;
+  out["isa"] = kernels.isa;
+  out["block_m"] = tiles.block_m;
+  out["block_n"] = tiles.block_n;
+  out["forward_workspace_bytes"] = kernels.attention_forward.workspace_bytes(p);
+  out["backward_workspace_bytes"] = kernels.attention_backward_queries.workspace_bytes(p);
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CPU kernels of fused_attention: instruction sets, tiles, build.";
+  if (const char* rejected = rejected_isa_override()) {
+    throw py::value_error("FUSED_ATTENTION_CPU_ISA: " + choices() + " on this machine, got \"" +
+                          rejected + "\"");
+  }
+  m.def("isas", [] { return isa_names(true); }, "Instruction sets usable here, best first.");
+  m.def("compiled_isas", [] { return isa_names(false); }, "Instruction sets built, best first.");
+  m.def("active_isa", [] { return std::string(kernel_table().isa); });
+  m.def("set_isa", &set_isa_checked, py::arg("name"),
+        "Puts an instruction set in force for every later call; \"auto\" is the best.");
+  m.def("attention_tiles", &attention_tiles, py::arg("dtype"), py::arg("head_dim"),
+        py::arg("head_dim_v"), py::arg("seqlen_k") = 0, py::arg("bias") = false,
+        py::arg("softcap") = false,
+        "Tile sizes of the ISA in force and scratch bytes a thread needs.");
+  m.def("build_info", [] {
+    return std::map<std::string, std::string>{
+        {"version", FUSED_ATTENTION_VERSION},
+        {"compiler", __VERSION__},
+        {"torch_target_version", "2.10"},
+    };
+  });
+}

@@ -1,0 +1,450 @@
+// The operators: schemas, checks and registration on the LibTorch stable ABI. The only file that
+// knows torch tensors. Each operator describes its call in an AttentionParams and runs the phases
+// of the kernel in force, each under torch's own threads.
+
+#include <stdlib.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <new>
+#include <optional>
+#include <tuple>
+
+#include "cpu/dispatch.h"
+
+namespace fused_attention {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// -- running phases -------------------------------------------------------------------------------
+
+// Scratch memory of a thread, kept between calls while it is small.
+class Workspace {
+ public:
+  void* at_least(size_t bytes) {
+    if (bytes > size_) {
+      release();
+      data_ = aligned_alloc(64, (bytes + 63) / 64 * 64);
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return data_;
+  }
+  void trim() {
+    if (size_ > kKeptBytes) release();
+  }
+  ~Workspace() { release(); }
+
+ private:
+  static constexpr size_t kKeptBytes = 4 << 20;
+  void release() {
+    free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+void run_tasks(const Phase& phase, const AttentionParams& params, std::atomic<int64_t>& next,
+               int64_t tasks) {
+  static thread_local Workspace workspace;
+  void* memory = workspace.at_least(phase.workspace_bytes(params));
+  for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+    phase.run(params, task, task + 1, memory);
+  }
+  workspace.trim();
+}
+
+// Tasks are drawn from a counter, so that threads that got short ones take more of them.
+void run(const Phase& phase, const AttentionParams& params) {
+  const int64_t tasks = phase.num_tasks(params);
+  std::atomic<int64_t> next{0};
+  if (tasks <= 1) return run_tasks(phase, params, next, tasks);
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
+    run_tasks(phase, params, next, tasks);
+  });
+}
+
+// -- tensors --------------------------------------------------------------------------------------
+
+// A [B, H, S, D] tensor's shape and strides, read once: every accessor is a call into libtorch.
+struct Shape {
+  int64_t size[4], stride[4];
+};
+
+Shape shape_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 dimensions, got ", tensor.dim());
+  Shape shape;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (int i = 0; i < 4; ++i) {
+    shape.size[i] = sizes[i];
+    shape.stride[i] = strides[i];
+  }
+  return shape;
+}
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64");
+  }
+}
+
+Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides,
+                     ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides,
+                                                  (int32_t)dtype, aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[4], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
+  }
+  return empty_strided(sizes, strides, dtype);
+}
+
+// Dense [B, H, S, D] memory, or [B, S, H, D] where that is how the model tensor lies.
+Tensor empty_like_layout(const Shape& model, int64_t S, int64_t D, ScalarType dtype) {
+  const int64_t B = model.size[0], H = model.size[1];
+  if (model.stride[1] >= model.stride[2]) return empty({B, H, S, D}, dtype);
+  const auto at_least_1 = [](int64_t n) { return n > 1 ? n : 1; };
+  const int64_t row = at_least_1(D), token = row * at_least_1(H), batch = token * at_least_1(S);
+  const int64_t strides[4] = {batch, row, token, 1};
+  return empty_strided({B, H, S, D}, strides, dtype);
+}
+
+TensorView view_of(const Tensor& tensor, const Shape& shape) {
+  return {tensor.data_ptr(), shape.stride[0], shape.stride[1], shape.stride[2]};
+}
+TensorView view_of(const Tensor& tensor) { return view_of(tensor, shape_of(tensor, "output")); }
+
+// Kernels want a last stride of 1; any other layout is theirs to read in place.
+bool rows_are_dense(const Shape& shape) { return shape.stride[3] == 1 || shape.size[3] <= 1; }
+
+// A tensor that broadcasts against the scores: each size 1 or full, stride 0 where it is 1.
+ScoreView score_view(const Tensor& tensor, const char* name, const AttentionParams& p) {
+  const Shape shape = shape_of(tensor, name);
+  const int64_t full[4] = {p.B, p.Hq, p.Sq, p.Sk};
+  int64_t stride[4];
+  for (int i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(shape.size[i] == 1 || shape.size[i] == full[i], name, ": size ", shape.size[i],
+                    " of dimension ", i, " does not broadcast to ", full[i]);
+    stride[i] = shape.size[i] == 1 ? 0 : shape.stride[i];
+  }
+  return {tensor.data_ptr(), DType::kFloat32, stride[0], stride[1], stride[2], stride[3]};
+}
+
+// -- describing a call ----------------------------------------------------------------------------
+
+// The arguments that attention_forward and attention_backward share, as in their schemas.
+struct Options {
+  double scale;
+  int64_t causal, window_left, window_right;
+  const OptionalTensor &mask, &bias, &key_padding_mask, &alibi_slopes, &sinks, &philox;
+  double softcap, dropout_p;
+};
+
+void describe_dropout(AttentionParams& p, double dropout_p, const OptionalTensor& philox) {
+  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1, got ", dropout_p);
+  if (dropout_p == 0) return;
+  STD_TORCH_CHECK(philox.has_value() && philox->is_cpu() && philox->numel() == 2 &&
+                      philox->scalar_type() == ScalarType::Long && philox->is_contiguous(),
+                  "philox: expected an int64 CPU tensor [2] of seed and offset");
+  const int64_t* state = (const int64_t*)philox->data_ptr();
+  p.philox_seed = (uint64_t)state[0];
+  p.philox_offset = (uint32_t)state[1];
+  p.dropout_threshold = (uint32_t)std::nearbyint(dropout_p * 65536);
+  const uint32_t kept = 65536 - p.dropout_threshold;
+  p.dropout_scale = kept == 0 ? 0.0 : 65536.0 / kept;
+}
+
+void describe_inputs(AttentionParams& p, const Tensor& query, const Tensor& key,
+                     const Tensor& value, const Shape& q, const Shape& k, const Shape& v) {
+  p.dtype = dtype_of(query, "query");
+  STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() &&
+                      value.scalar_type() == query.scalar_type(),
+                  "query, key, value: expected one dtype");
+  p.B = q.size[0], p.Hq = q.size[1], p.Sq = q.size[2], p.D = q.size[3];
+  p.Hkv = k.size[1], p.Sk = k.size[2], p.Dv = v.size[3];
+  STD_TORCH_CHECK(k.size[0] == p.B && v.size[0] == p.B, "key, value: expected batch ", p.B,
+                  ", got ", k.size[0], " and ", v.size[0]);
+  STD_TORCH_CHECK(k.size[3] == p.D, "key: expected head_dim ", p.D, ", got ", k.size[3]);
+  STD_TORCH_CHECK(v.size[1] == p.Hkv && v.size[2] == p.Sk,
+                  "value: expected as many heads and tokens as key");
+  STD_TORCH_CHECK(p.Hkv == 0 ? p.Hq == 0 : p.Hq % p.Hkv == 0, "query: ", p.Hq,
+                  " heads are no multiple of key's ", p.Hkv);
+  p.query = view_of(query, q);
+  p.key = view_of(key, k);
+  p.value = view_of(value, v);
+}
+
+void describe_options(AttentionParams& p, const Options& o) {
+  STD_TORCH_CHECK(o.causal >= 0 && o.causal <= 2, "causal: expected 0, 1 or 2, got ", o.causal);
+  STD_TORCH_CHECK(o.window_left >= -1 && o.window_right >= -1,
+                  "window: expected tokens, or -1 for no limit");
+  // Beyond the sequence a window hides nothing; capped, index arithmetic cannot overflow.
+  const int64_t longest = p.Sq + p.Sk;
+  const auto window = [&](int64_t tokens) { return tokens > longest ? -1 : tokens; };
+  p.window_left = window(o.window_left);
+  p.window_right = o.causal != 0 ? 0 : window(o.window_right);
+  p.diagonal_offset = o.causal == (int64_t)Causal::kBottomRight ? p.Sk - p.Sq : 0;
+  p.scale = o.scale;
+  p.softcap = o.softcap;
+  describe_dropout(p, o.dropout_p, o.philox);
+  if (o.mask) {
+    STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool, "mask: expected bool");
+    p.mask = score_view(*o.mask, "mask", p);
+  }
+  if (o.bias) {
+    p.bias = score_view(*o.bias, "bias", p);
+    p.bias.dtype = dtype_of(*o.bias, "bias");
+  }
+  if (o.key_padding_mask) {
+    const Tensor& padding = *o.key_padding_mask;
+    STD_TORCH_CHECK(padding.is_cpu() && padding.scalar_type() == ScalarType::Bool &&
+                        padding.dim() == 2 && padding.size(0) == p.B && padding.size(1) == p.Sk,
+                    "key_padding_mask: expected a bool CPU tensor [", p.B, ", ", p.Sk, "]");
+    p.key_padding_mask = (const uint8_t*)padding.data_ptr();
+    p.key_padding_stride_b = padding.stride(0);
+    p.key_padding_stride_k = padding.stride(1);
+  }
+  if (o.alibi_slopes) {
+    const Tensor& slopes = *o.alibi_slopes;
+    const int64_t dim = slopes.dim();
+    STD_TORCH_CHECK(slopes.is_cpu() && slopes.scalar_type() == ScalarType::Float &&
+                        (dim == 1 || (dim == 2 && slopes.size(0) == p.B)) &&
+                        slopes.size(dim - 1) == p.Hq && slopes.is_contiguous(),
+                    "alibi_slopes: expected a contiguous float32 CPU tensor [", p.Hq, "] or [",
+                    p.B, ", ", p.Hq, "]");
+    p.alibi_slopes = (const float*)slopes.data_ptr();
+    p.alibi_stride_b = dim == 2 ? p.Hq : 0;
+  }
+  if (o.sinks) {
+    const Tensor& sinks = *o.sinks;
+    const bool wide = p.dtype == DType::kFloat64;
+    STD_TORCH_CHECK(sinks.is_cpu() && sinks.dim() == 1 && sinks.size(0) == p.Hq &&
+                        sinks.is_contiguous() &&
+                        sinks.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                    "sinks: expected a contiguous ", wide ? "float64" : "float32",
+                    " CPU tensor [", p.Hq, "]");
+    p.sinks = sinks.data_ptr();
+  }
+}
+
+ScalarType lse_dtype(const AttentionParams& p) {
+  return p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+void refuse_packed(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                   const OptionalTensor& seqused_k, const OptionalTensor& block_table) {
+  STD_TORCH_CHECK(!cu_seqlens_q && !cu_seqlens_k && !seqused_k && !block_table,
+                  "cu_seqlens, seqused_k and block_table: not built yet for CPU");
+}
+
+// -- operators ------------------------------------------------------------------------------------
+
+Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
+               Tensor* lse) {
+  const Shape q = shape_of(query, "query"), k = shape_of(key, "key"), v = shape_of(value, "value");
+  if (!rows_are_dense(q)) {
+    return forward(torch::stable::contiguous(query), key, value, options, lse);
+  }
+  if (!rows_are_dense(k)) {
+    return forward(query, torch::stable::contiguous(key), value, options, lse);
+  }
+  if (!rows_are_dense(v)) {
+    return forward(query, key, torch::stable::contiguous(value), options, lse);
+  }
+  AttentionParams p;
+  describe_inputs(p, query, key, value, q, k, v);
+  describe_options(p, options);
+  Tensor out = empty_like_layout(q, p.Sq, p.Dv, query.scalar_type());
+  p.out = view_of(out);
+  if (lse != nullptr) {
+    *lse = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
+    p.lse = lse->data_ptr();
+  }
+  run(kernel_table().attention_forward, p);
+  return out;
+}
+
+Tensor attention_forward_plain(const Tensor& query, const Tensor& key, const Tensor& value,
+                               double scale, int64_t causal, int64_t window_left,
+                               int64_t window_right, int64_t /*precision*/) {
+  const OptionalTensor none;
+  return forward(query, key, value,
+                 {scale, causal, window_left, window_right, none, none, none, none, none, none,
+                  0.0, 0.0},
+                 nullptr);
+}
+
+std::tuple<Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale, int64_t causal,
+    int64_t window_left, int64_t window_right, int64_t /*precision*/, const OptionalTensor& mask,
+    const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
+    double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
+    std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
+    const OptionalTensor& block_table) {
+  refuse_packed(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table);
+  Tensor lse;
+  Tensor out = forward(query, key, value,
+                       {scale, causal, window_left, window_right, mask, bias, key_padding_mask,
+                        alibi_slopes, sinks, philox, softcap, dropout_p},
+                       &lse);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out_, const OptionalTensor& grad_lse, const Tensor& query_,
+    const Tensor& key_, const Tensor& value_, const Tensor& out_, const Tensor& lse, double scale,
+    int64_t causal, int64_t window_left, int64_t window_right, int64_t /*precision*/,
+    const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
+    double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
+    std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
+    const OptionalTensor& block_table, bool bias_grad, bool sinks_grad) {
+  refuse_packed(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table);
+  const auto dense = [](const Tensor& tensor, const char* name) {
+    return rows_are_dense(shape_of(tensor, name)) ? tensor : torch::stable::contiguous(tensor);
+  };
+  const Tensor grad_out = dense(grad_out_, "grad_out"), query = dense(query_, "query");
+  const Tensor key = dense(key_, "key"), value = dense(value_, "value"), out = dense(out_, "out");
+  // Gradients lie as the inputs did before any copy.
+  const Shape q = shape_of(query_, "query"), k = shape_of(key_, "key"),
+              v = shape_of(value_, "value");
+
+  AttentionParams p;
+  describe_inputs(p, query, key, value, shape_of(query, "query"), shape_of(key, "key"),
+                  shape_of(value, "value"));
+  describe_options(p, {scale, causal, window_left, window_right, mask, bias, key_padding_mask,
+                       alibi_slopes, sinks, philox, softcap, dropout_p});
+  for (const Tensor* tensor : {&grad_out, &out}) {
+    const Shape shape = shape_of(*tensor, "out");
+    STD_TORCH_CHECK(tensor->scalar_type() == query.scalar_type() && shape.size[0] == p.B &&
+                        shape.size[1] == p.Hq && shape.size[2] == p.Sq && shape.size[3] == p.Dv,
+                    "grad_out, out: expected [", p.B, ", ", p.Hq, ", ", p.Sq, ", ", p.Dv,
+                    "] in query's dtype");
+  }
+  p.grad_out = view_of(grad_out);
+  p.out = view_of(out);
+  const auto check_lse = [&](const Tensor& tensor, const char* name) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 3 && tensor.size(0) == p.B &&
+                        tensor.size(1) == p.Hq && tensor.size(2) == p.Sq &&
+                        tensor.scalar_type() == lse_dtype(p),
+                    name, ": expected [", p.B, ", ", p.Hq, ", ", p.Sq, "] in lse's dtype");
+  };
+  check_lse(lse, "lse");
+  const Tensor dense_lse = lse.is_contiguous() ? lse : torch::stable::contiguous(lse);
+  p.lse = dense_lse.data_ptr();
+  if (grad_lse) {
+    check_lse(*grad_lse, "grad_lse");
+    p.grad_lse = grad_lse->data_ptr();
+    p.grad_lse_stride_b = grad_lse->stride(0);
+    p.grad_lse_stride_h = grad_lse->stride(1);
+    p.grad_lse_stride_s = grad_lse->stride(2);
+  }
+  Tensor delta = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
+  p.delta = delta.data_ptr();
+
+  const ScalarType dtype = query.scalar_type();
+  Tensor dq = empty_like_layout(q, p.Sq, p.D, dtype);
+  Tensor dk = empty_like_layout(k, p.Sk, p.D, dtype);
+  Tensor dv = empty_like_layout(v, p.Sk, p.Dv, dtype);
+  p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
+  STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
+  STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
+  Tensor dbias = empty({0}, dtype), dsinks = empty({0}, lse_dtype(p));
+  if (bias_grad) {
+    const Shape shape = shape_of(*bias, "bias");
+    const auto& size = shape.size;
+    dbias = empty({size[0], size[1], size[2], size[3]}, bias->scalar_type());
+    if (p.B * p.Hq * p.Sq * p.Sk == 0) torch::stable::zero_(dbias);
+    p.dbias = score_view(dbias, "dbias", p);
+    p.dbias.dtype = p.bias.dtype;
+  }
+  if (sinks_grad) {
+    dsinks = empty({p.Hq}, lse_dtype(p));
+    p.dsinks = dsinks.data_ptr();
+  }
+  const KernelTable& kernels = kernel_table();
+  run(kernels.attention_backward_delta, p);
+  run(kernels.attention_backward_sinks, p);
+  run(kernels.attention_backward_keys, p);
+  run(kernels.attention_backward_queries, p);
+  return {dq, dk, dv, dbias, dsinks};
+}
+
+Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, int64_t heads,
+                         int64_t seqlen_q, int64_t seqlen_k) {
+  STD_TORCH_CHECK(batch >= 0 && heads >= 0 && seqlen_q >= 0 && seqlen_k >= 0,
+                  "batch, heads, seqlen_q, seqlen_k: expected sizes");
+  AttentionParams p;
+  p.B = batch, p.Hq = heads, p.Sq = seqlen_q, p.Sk = seqlen_k;
+  describe_dropout(p, dropout_p, philox);
+  Tensor keep = empty({batch, heads, seqlen_q, seqlen_k}, ScalarType::Bool);
+  p.dropout_keep = (uint8_t*)keep.data_ptr();
+  run(kernel_table().dropout_keep_mask, p);
+  return keep;
+}
+
+}  // namespace
+}  // namespace fused_attention
+
+#define FORWARD_OPTIONS                                                                       \
+  "Tensor? mask=None, Tensor? bias=None, Tensor? key_padding_mask=None, "                     \
+  "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? philox=None, float softcap=0.0, "   \
+  "float dropout_p=0.0, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "               \
+  "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, Tensor? seqused_k=None, "            \
+  "Tensor? block_table=None"
+#define SCALARS \
+  "float scale, int causal, SymInt window_left, SymInt window_right, int precision"
+
+STABLE_TORCH_LIBRARY(fused_attention, m) {
+  m.def("attention_forward_plain(Tensor query, Tensor key, Tensor value, " SCALARS ") -> Tensor");
+  m.def("attention_forward(Tensor query, Tensor key, Tensor value, " SCALARS ", " FORWARD_OPTIONS
+        ") -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
+      "Tensor value, Tensor out, Tensor lse, " SCALARS ", " FORWARD_OPTIONS
+      ", bool bias_grad=False, bool sinks_grad=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "dropout_keep_mask(Tensor philox, float dropout_p, SymInt batch, SymInt heads, "
+      "SymInt seqlen_q, SymInt seqlen_k) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_attention, CPU, m) {
+  m.impl("attention_forward_plain", TORCH_BOX(&fused_attention::attention_forward_plain));
+  m.impl("attention_forward", TORCH_BOX(&fused_attention::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&fused_attention::attention_backward));
+  m.impl("dropout_keep_mask", TORCH_BOX(&fused_attention::dropout_keep_mask));
+}
