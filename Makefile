@@ -1,0 +1,69 @@
+# Every target works from a fresh clone: it makes .venv, installs the pinned versions of what it needs, and goes.
+#
+#   TORCH=torch==2.13.0            which PyTorch to install into .venv
+#   PIP_ARGS=                      more arguments for pip, for instance, for the CPU wheels elsewhere:
+#                                  make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   JOBS=2                         how many test processes
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+# Test processes share the cores: threads that spin while they wait would make it three times slower.
+QUIET_OPENMP := OMP_WAIT_POLICY=passive
+FIND_NATIVE := find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.inl' \) -print0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint format build clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: build $(VENV)/demo.stamp  ## the main job on real input: a pre-trained model, then a short benchmark with table and plot
+	$(BIN)/python benchmarks/demo.py
+
+test: build $(VENV)/test.stamp  ## the tests (a covering selection, under 15 minutes on 2 cores)
+	$(QUIET_OPENMP) $(BIN)/python -m pytest -q -n $(JOBS) -m "not serial"
+	$(BIN)/python -m pytest -q -m serial
+
+test-full: build $(VENV)/test.stamp  ## every test
+	$(QUIET_OPENMP) $(BIN)/python -m pytest -q --full -n $(JOBS) -m "not serial"
+	$(BIN)/python -m pytest -q --full -m serial
+
+lint: $(VENV)/lint.stamp  ## ruff, ruff format, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(FIND_NATIVE) | xargs -0 -r $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+format: $(VENV)/lint.stamp  ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(FIND_NATIVE) | xargs -0 -r $(BIN)/clang-format -i
+
+build: $(VENV)/package.stamp  ## compile what has changed, in place
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+clean:  ## remove .venv, what was built, and what was downloaded
+	rm -rf $(VENV) .cache build dist benchmarks/results/demo python/*.egg-info *.egg-info
+	rm -f python/fused_attention/_native*.so
+
+# The stamps: what has been installed into .venv.
+
+$(VENV)/torch.stamp: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools wheel $(TORCH)
+	@touch $@
+
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP_INSTALL) --no-build-isolation -e .
+	@touch $@
+
+# The package is installed by now, so this adds what the extra of that name asks for.
+$(VENV)/%.stamp: $(VENV)/package.stamp
+	$(PIP_INSTALL) "fused_attention[$*]"
+	@touch $@
