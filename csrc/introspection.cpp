@@ -67,6 +67,26 @@ py::dict attention_tiles(const std::string& dtype, int64_t head_dim, int64_t hea
   return out;
 }
 
+// buffers of float or double, as array.array, numpy or memoryview give them
+void apply_math(const std::string& function, const py::buffer& in, const py::buffer& out) {
+  const py::buffer_info source = in.request(), target = out.request(/*writable=*/true);
+  const bool wide = source.format == py::format_descriptor<double>::format();
+  if (!(wide || source.format == py::format_descriptor<float>::format()) ||
+      target.format != source.format || source.ndim != 1 || target.ndim != 1 ||
+      source.size != target.size || source.strides[0] != source.itemsize ||
+      target.strides[0] != target.itemsize) {
+    throw py::value_error("in, out: expected contiguous 1-D buffers of one floating type and size");
+  }
+  const std::map<std::string, MathFunction> functions = {
+      {"exp2", MathFunction::kExp2}, {"tanh", MathFunction::kTanh}};
+  const auto found = functions.find(function);
+  if (found == functions.end()) {
+    throw py::value_error("function: expected exp2 or tanh, got " + function);
+  }
+  kernel_table().apply_math(found->second, wide ? DType::kFloat64 : DType::kFloat32, source.ptr,
+                            target.ptr, source.size);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -84,6 +104,8 @@ PYBIND11_MODULE(_native, m) {
         py::arg("head_dim_v"), py::arg("seqlen_k") = 0, py::arg("bias") = false,
         py::arg("softcap") = false,
         "Tile sizes of the ISA in force and scratch bytes a thread needs.");
+  m.def("apply_math", &apply_math, py::arg("function"), py::arg("input"), py::arg("out"),
+        "out[i] = exp2 or tanh of input[i] as the kernels of the ISA in force compute it.");
   m.def("build_info", [] {
     return std::map<std::string, std::string>{
         {"version", FUSED_ATTENTION_VERSION},

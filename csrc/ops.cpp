@@ -140,13 +140,24 @@ Tensor empty_like_layout(const Shape& model, int64_t S, int64_t D, ScalarType dt
   return empty_strided({B, H, S, D}, strides, dtype);
 }
 
-TensorView view_of(const Tensor& tensor, const Shape& shape) {
-  return {tensor.data_ptr(), shape.stride[0], shape.stride[1], shape.stride[2]};
-}
-TensorView view_of(const Tensor& tensor) { return view_of(tensor, shape_of(tensor, "output")); }
+// An input as given and as kernels read it: in place if its last stride is 1, else copied.
+struct Input {
+  Input(const Tensor& tensor, const char* name)
+      : given(shape_of(tensor, name)), dense(tensor), shape(given) {
+    if (given.stride[3] != 1 && given.size[3] > 1) {
+      dense = torch::stable::contiguous(tensor);
+      shape = shape_of(dense, name);
+    }
+  }
+  TensorView view() const {
+    return {dense.data_ptr(), shape.stride[0], shape.stride[1], shape.stride[2]};
+  }
+  Shape given;
+  Tensor dense;
+  Shape shape;
+};
 
-// Kernels want a last stride of 1; any other layout is theirs to read in place.
-bool rows_are_dense(const Shape& shape) { return shape.stride[3] == 1 || shape.size[3] <= 1; }
+TensorView view_of(const Tensor& output) { return Input(output, "output").view(); }
 
 // A tensor that broadcasts against the scores: each size 1 or full, stride 0 where it is 1.
 ScoreView score_view(const Tensor& tensor, const char* name, const AttentionParams& p) {
@@ -185,24 +196,23 @@ void describe_dropout(AttentionParams& p, double dropout_p, const OptionalTensor
   p.dropout_scale = kept == 0 ? 0.0 : 65536.0 / kept;
 }
 
-void describe_inputs(AttentionParams& p, const Tensor& query, const Tensor& key,
-                     const Tensor& value, const Shape& q, const Shape& k, const Shape& v) {
-  p.dtype = dtype_of(query, "query");
-  STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() &&
-                      value.scalar_type() == query.scalar_type(),
+void describe_inputs(AttentionParams& p, const Input& query, const Input& key, const Input& value) {
+  p.dtype = dtype_of(query.dense, "query");
+  STD_TORCH_CHECK(key.dense.scalar_type() == query.dense.scalar_type() &&
+                      value.dense.scalar_type() == query.dense.scalar_type(),
                   "query, key, value: expected one dtype");
-  p.B = q.size[0], p.Hq = q.size[1], p.Sq = q.size[2], p.D = q.size[3];
-  p.Hkv = k.size[1], p.Sk = k.size[2], p.Dv = v.size[3];
-  STD_TORCH_CHECK(k.size[0] == p.B && v.size[0] == p.B, "key, value: expected batch ", p.B,
-                  ", got ", k.size[0], " and ", v.size[0]);
-  STD_TORCH_CHECK(k.size[3] == p.D, "key: expected head_dim ", p.D, ", got ", k.size[3]);
-  STD_TORCH_CHECK(v.size[1] == p.Hkv && v.size[2] == p.Sk,
-                  "value: expected as many heads and tokens as key");
+  const int64_t *q = query.shape.size, *k = key.shape.size, *v = value.shape.size;
+  p.B = q[0], p.Hq = q[1], p.Sq = q[2], p.D = q[3];
+  p.Hkv = k[1], p.Sk = k[2], p.Dv = v[3];
+  STD_TORCH_CHECK(k[0] == p.B && v[0] == p.B, "key, value: expected batch ", p.B, ", got ", k[0],
+                  " and ", v[0]);
+  STD_TORCH_CHECK(k[3] == p.D, "key: expected head_dim ", p.D, ", got ", k[3]);
+  STD_TORCH_CHECK(v[1] == p.Hkv && v[2] == p.Sk, "value: expected as many heads and tokens as key");
   STD_TORCH_CHECK(p.Hkv == 0 ? p.Hq == 0 : p.Hq % p.Hkv == 0, "query: ", p.Hq,
                   " heads are no multiple of key's ", p.Hkv);
-  p.query = view_of(query, q);
-  p.key = view_of(key, k);
-  p.value = view_of(value, v);
+  p.query = query.view();
+  p.key = key.view();
+  p.value = value.view();
 }
 
 void describe_options(AttentionParams& p, const Options& o) {
@@ -272,26 +282,17 @@ void refuse_packed(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
                Tensor* lse) {
-  const Shape q = shape_of(query, "query"), k = shape_of(key, "key"), v = shape_of(value, "value");
-  if (!rows_are_dense(q)) {
-    return forward(torch::stable::contiguous(query), key, value, options, lse);
-  }
-  if (!rows_are_dense(k)) {
-    return forward(query, torch::stable::contiguous(key), value, options, lse);
-  }
-  if (!rows_are_dense(v)) {
-    return forward(query, key, torch::stable::contiguous(value), options, lse);
-  }
+  const Input q(query, "query"), k(key, "key"), v(value, "value");
   AttentionParams p;
-  describe_inputs(p, query, key, value, q, k, v);
+  describe_inputs(p, q, k, v);
   describe_options(p, options);
-  Tensor out = empty_like_layout(q, p.Sq, p.Dv, query.scalar_type());
+  Tensor out = empty_like_layout(q.given, p.Sq, p.Dv, query.scalar_type());
   p.out = view_of(out);
   if (lse != nullptr) {
     *lse = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
     p.lse = lse->data_ptr();
   }
-  run(kernel_table().attention_forward, p);
+  if (p.B * p.Hq > 0) run(kernel_table().attention_forward, p);
   return out;
 }
 
@@ -324,9 +325,9 @@ std::tuple<Tensor, Tensor> attention_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out_, const OptionalTensor& grad_lse, const Tensor& query_,
-    const Tensor& key_, const Tensor& value_, const Tensor& out_, const Tensor& lse, double scale,
-    int64_t causal, int64_t window_left, int64_t window_right, int64_t /*precision*/,
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& out, const Tensor& lse, double scale, int64_t causal,
+    int64_t window_left, int64_t window_right, int64_t /*precision*/,
     const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
     double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
@@ -334,29 +335,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
     const OptionalTensor& block_table, bool bias_grad, bool sinks_grad) {
   refuse_packed(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table);
-  const auto dense = [](const Tensor& tensor, const char* name) {
-    return rows_are_dense(shape_of(tensor, name)) ? tensor : torch::stable::contiguous(tensor);
-  };
-  const Tensor grad_out = dense(grad_out_, "grad_out"), query = dense(query_, "query");
-  const Tensor key = dense(key_, "key"), value = dense(value_, "value"), out = dense(out_, "out");
-  // Gradients lie as the inputs did before any copy.
-  const Shape q = shape_of(query_, "query"), k = shape_of(key_, "key"),
-              v = shape_of(value_, "value");
-
+  const Input q(query, "query"), k(key, "key"), v(value, "value");
+  const Input o(out, "out"), grad_o(grad_out, "grad_out");
   AttentionParams p;
-  describe_inputs(p, query, key, value, shape_of(query, "query"), shape_of(key, "key"),
-                  shape_of(value, "value"));
+  describe_inputs(p, q, k, v);
   describe_options(p, {scale, causal, window_left, window_right, mask, bias, key_padding_mask,
                        alibi_slopes, sinks, philox, softcap, dropout_p});
-  for (const Tensor* tensor : {&grad_out, &out}) {
-    const Shape shape = shape_of(*tensor, "out");
-    STD_TORCH_CHECK(tensor->scalar_type() == query.scalar_type() && shape.size[0] == p.B &&
-                        shape.size[1] == p.Hq && shape.size[2] == p.Sq && shape.size[3] == p.Dv,
+  for (const Input* x : {&o, &grad_o}) {
+    const int64_t* size = x->shape.size;
+    STD_TORCH_CHECK(x->dense.scalar_type() == query.scalar_type() && size[0] == p.B &&
+                        size[1] == p.Hq && size[2] == p.Sq && size[3] == p.Dv,
                     "grad_out, out: expected [", p.B, ", ", p.Hq, ", ", p.Sq, ", ", p.Dv,
                     "] in query's dtype");
   }
-  p.grad_out = view_of(grad_out);
-  p.out = view_of(out);
+  p.grad_out = grad_o.view();
+  p.out = o.view();
   const auto check_lse = [&](const Tensor& tensor, const char* name) {
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 3 && tensor.size(0) == p.B &&
                         tensor.size(1) == p.Hq && tensor.size(2) == p.Sq &&
@@ -377,9 +370,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.delta = delta.data_ptr();
 
   const ScalarType dtype = query.scalar_type();
-  Tensor dq = empty_like_layout(q, p.Sq, p.D, dtype);
-  Tensor dk = empty_like_layout(k, p.Sk, p.D, dtype);
-  Tensor dv = empty_like_layout(v, p.Sk, p.Dv, dtype);
+  Tensor dq = empty_like_layout(q.given, p.Sq, p.D, dtype);
+  Tensor dk = empty_like_layout(k.given, p.Sk, p.D, dtype);
+  Tensor dv = empty_like_layout(v.given, p.Sk, p.Dv, dtype);
   p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
   STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
   STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
@@ -394,8 +387,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   }
   if (sinks_grad) {
     dsinks = empty({p.Hq}, lse_dtype(p));
+    if (p.B == 0) torch::stable::zero_(dsinks);
     p.dsinks = dsinks.data_ptr();
   }
+  if (p.B * p.Hq == 0) return {dq, dk, dv, dbias, dsinks};
   const KernelTable& kernels = kernel_table();
   run(kernels.attention_backward_delta, p);
   run(kernels.attention_backward_sinks, p);

@@ -16,7 +16,7 @@
 template <typename T>
 struct BackwardTile {
   T *q, *q_t, *grad_out, *grad_out_t;  // [kBlockM][D or Dv] and transposed
-  T *lse, *delta;                      // [kBlockM]; lse in units of log2 e
+  T *lse, *lse_low, *delta;            // [kBlockM]; lse in units of log2 e, its rounding error
   T *p, *ds;                           // weights and score gradients [kBlockN][kBlockM]
   T* softcap_slope;                    // [kBlockN][kBlockM]
   T *bias, *bias_t;                    // [kBlockM][kBlockN] and transposed
@@ -35,6 +35,7 @@ struct BackwardTile {
     grad_out = arena.take<T>(M * width_v);
     grad_out_t = arena.take<T>(M * width_v);
     lse = arena.take<T>(M);
+    lse_low = arena.take<T>(M);
     delta = arena.take<T>(M);
     p = arena.take<T>(kBlockN * M);
     ds = arena.take<T>(kBlockN * M);
@@ -73,7 +74,9 @@ void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_star
   for (int64_t i = 0; i < kRow; ++i) {
     const T lse = i < rows ? ((const T*)p.lse)[first + i] : -kInf<T>;
     const bool empty = lse == -kInf<T>;
-    t.lse[i] = empty ? kInf<T> : lse * kLog2e<T>;
+    const double lse_log2 = (double)lse * 1.4426950408889634;
+    t.lse[i] = empty ? kInf<T> : (T)lse_log2;
+    t.lse_low[i] = empty ? (T)0 : (T)(lse_log2 - (double)t.lse[i]);
     t.delta[i] = empty ? (T)0 : ((const T*)p.delta)[first + i];
     if (empty) {
       fill(t.q + i * width, width, (T)0);
@@ -92,12 +95,12 @@ void score_gradients(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   multiply<T, kVectors, false>(columns, p.D, k, t.q_t, kRow, t.p, kRow);           // s <- k q^T
   multiply<T, kVectors, false>(columns, p.Dv, v, t.grad_out_t, kRow, t.ds, kRow);  // dp <- v do^T
-  const T factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n_start, columns, t.p,
+  const double factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n_start, columns, t.p,
                                               t.bias, t.bias_t, t.softcap_slope);
   const bool dropout = p.dropout_threshold > 0;
   if (dropout) dropout_keep_bits(p, b, h, m_start, rows, n_start, columns, t.keep);
 
-  const Vec<T> scale = broadcast(factor), zero = broadcast((T)0);
+  const Vec<T> scale_log2 = broadcast(log2_factor<T>(factor)), zero = broadcast((T)0);
   const Vec<T> kept_scale = broadcast((T)p.dropout_scale);
   for (int64_t j = 0; j < columns; ++j) {
     const uint64_t visible = seen == Visible::kSome ? t.visible[j] : ~(uint64_t)0;
@@ -105,7 +108,8 @@ void score_gradients(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
       T *at_p = t.p + j * kRow + x * W, *at_ds = t.ds + j * kRow + x * W;
       const Vec<T> lse = load(t.lse + x * W), delta = load(t.delta + x * W);
       // p <- exp2(s * scale_log2 - lse)
-      Vec<T> weight = exp2<T>(fma(load(at_p), scale, sub(zero, lse)));
+      const Vec<T> distance = fma(load(at_p), scale_log2, sub(zero, lse));
+      Vec<T> weight = exp2<T>(sub(distance, load(t.lse_low + x * W)));
       weight = select_bits(visible >> (x * W), weight, zero);
       Vec<T> dp = load(at_ds), dropped = weight;
       if (dropout) {
@@ -207,6 +211,19 @@ void add_key_sums(int64_t rows, int64_t columns, const T* ds, T* sums) {
   }
 }
 
+// Queries that see no key of the tile are zero, whatever they held, since 0 * NaN would not be.
+template <typename T>
+void clear_blind_queries(int64_t rows, int64_t columns, int64_t width, int64_t width_v,
+                         const BackwardTile<T>& t) {
+  uint64_t seeing = 0;
+  for (int64_t j = 0; j < columns; ++j) seeing |= t.visible[j];
+  for (int64_t i = 0; i < rows; ++i) {
+    if (seeing >> i & 1) continue;
+    fill(t.q + i * width, width, (T)0);
+    fill(t.grad_out + i * width_v, width_v, (T)0);
+  }
+}
+
 template <typename T>
 void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
                              const BackwardTile<T>& t) {
@@ -229,6 +246,7 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
         constexpr int kVectors = vectors.value, kRow = kVectors * W;
         load_queries<T, kVectors>(p, b, h, m, rows, t);
         score_gradients<T, kVectors>(p, b, h, m, rows, n_start, columns, seen, k, v, t);
+        if (seen == Visible::kSome) clear_blind_queries(rows, columns, width, width_v, t);
         // dv <- dv + p^T do
         multiply_wide<T>(columns, rows, width_v, {t.p, kRow, 1}, t.grad_out, width_v, t.dv,
                          width_v);

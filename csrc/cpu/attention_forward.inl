@@ -59,7 +59,7 @@ void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int
     // s <- k q^T
     const Scalars<T> k = key_rows(p.key, p.dtype, b, h_kv, n, columns, p.D, nullptr, t.k);
     multiply<T, kVectors, false>(columns, p.D, k, t.q_t, kRow, t.s, kRow);
-    const T factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n, columns, t.s, t.bias,
+    const double factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n, columns, t.s, t.bias,
                                                 t.bias_t, nullptr);
     if (seen == Visible::kSome) hide<T, kVectors>(t.visible, columns, t.s);
 

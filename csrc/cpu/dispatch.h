@@ -12,6 +12,10 @@ struct TileConfig {
   int64_t block_m, block_n;
 };
 
+// An elementary function of math.inl over an array of floats (doubles for kFloat64), so that tests
+// can measure the error it states.
+enum class MathFunction { kExp2, kTanh };
+
 // The kernels of one instruction set. One constant table per isa_*.cpp.
 struct KernelTable {
   const char* isa;
@@ -22,6 +26,7 @@ struct KernelTable {
   Phase attention_backward_queries;
   Phase dropout_keep_mask;
   TileConfig (*attention_tiles)(DType);
+  void (*apply_math)(MathFunction, DType, const void* in, void* out, int64_t count);
 };
 
 // The table in force: the best usable ISA, or the one named by FUSED_ATTENTION_CPU_ISA (read once,

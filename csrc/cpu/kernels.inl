@@ -24,6 +24,24 @@ TileConfig attention_tiles(DType dtype) {
   return {dtype == DType::kFloat64 ? kBlockM<double> : kBlockM<float>, kBlockN};
 }
 
+template <typename T>
+void apply_math(MathFunction function, const T* in, T* out, int64_t count) {
+  constexpr int W = kLanes<T>;
+  T lanes[W] = {};
+  for (int64_t i = 0; i < count; i += W) {
+    const int64_t valid = min_of(W, count - i);
+    for (int64_t l = 0; l < valid; ++l) lanes[l] = in[i + l];
+    const Vec<T> x = load(lanes);
+    store(lanes, function == MathFunction::kExp2 ? exp2<T>(x) : tanh<T>(x));
+    for (int64_t l = 0; l < valid; ++l) out[i + l] = lanes[l];
+  }
+}
+void apply_math_by_type(MathFunction function, DType dtype, const void* in, void* out,
+                        int64_t count) {
+  dtype == DType::kFloat64 ? apply_math(function, (const double*)in, (double*)out, count)
+                           : apply_math(function, (const float*)in, (float*)out, count);
+}
+
 constexpr KernelTable kKernels = {
     kIsaName,
     phase<ByType<AttentionForward>>(),
@@ -33,4 +51,5 @@ constexpr KernelTable kKernels = {
     phase<ByType<AttentionBackwardQueries>>(),
     phase<DropoutKeepMask>(),
     attention_tiles,
+    apply_math_by_type,
 };

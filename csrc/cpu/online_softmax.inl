@@ -2,6 +2,13 @@
 // transposed tile s[key][query]: every quantity is one vector lane per query, so nothing is reduced
 // across lanes. row_max (m_i in the papers) is in units of log2 e, row_sum (l_i) relative to it.
 
+// What turns s into logits in units of log2 e: rounded once, the same way in the backward, so that
+// its weights add up to what they did here.
+template <typename T>
+FA_INLINE T log2_factor(double factor) {
+  return (T)(factor * 1.4426950408889634);
+}
+
 // Hidden scores become -inf.
 template <typename T, int kVectors>
 void hide(const uint64_t* visible, int64_t columns, T* s) {
@@ -14,12 +21,13 @@ void hide(const uint64_t* visible, int64_t columns, T* s) {
   }
 }
 
-// s[j] <- p[j] = exp2(s[j] * factor - row_max), with row_max and row_sum brought up to date.
+// s[j] <- p[j] = exp2(s[j] * factor * log2(e) - row_max), with row_max and row_sum brought up to
+// date.
 // Returns whether a maximum grew: then what was accumulated before must be multiplied by alpha.
 template <typename T, int kVectors>
-bool online_softmax_update(int64_t columns, T factor, T* s, T* row_max, T* row_sum, T* alpha) {
+bool online_softmax_update(int64_t columns, double factor, T* s, T* row_max, T* row_sum, T* alpha) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const Vec<T> scale = broadcast(factor);
+  const Vec<T> scale_log2 = broadcast(log2_factor<T>(factor));
   Vec<T> top[kVectors], sum[kVectors];
   for (int x = 0; x < kVectors; ++x) top[x] = broadcast(-kInf<T>);
   for (int64_t j = 0; j < columns; ++j) {
@@ -27,7 +35,7 @@ bool online_softmax_update(int64_t columns, T factor, T* s, T* row_max, T* row_s
   }
   bool grew = false;
   for (int x = 0; x < kVectors; ++x) {
-    const Vec<T> before = load(row_max + x * W), scaled = mul(top[x], scale);
+    const Vec<T> before = load(row_max + x * W), scaled = mul(top[x], scale_log2);
     grew |= any_gt(scaled, before);
     // m <- max(m, rowmax(s)); the operands' order keeps a NaN of the tile
     const Vec<T> after = max(before, scaled);
@@ -43,7 +51,7 @@ bool online_softmax_update(int64_t columns, T factor, T* s, T* row_max, T* row_s
     for (int x = 0; x < kVectors; ++x) {
       T* at = s + j * kRow + x * W;
       // p <- exp2(s * scale_log2 - row_max)
-      const Vec<T> weight = exp2<T>(fma(load(at), scale, sub(broadcast((T)0), top[x])));
+      const Vec<T> weight = exp2<T>(fma(load(at), scale_log2, sub(broadcast((T)0), top[x])));
       sum[x] = add(sum[x], weight);
       store(at, weight);
     }

@@ -14,35 +14,34 @@ void load_bias(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, 
   }
 }
 
-// s <- logits in units of log2 e where a feature asks for it. Returns the factor that still turns s
-// into those units: scale * log2(e) for plain scores, else 1. The factor is positive, so that
-// maxima may be taken before it is applied. softcap_slope, if given, gets d logit / d (scale q.k).
+// s <- logits where a feature asks for it. Returns the factor that still turns s into logits: scale
+// for plain scores, else 1. It is positive, so that maxima may be taken before it is applied.
+// softcap_slope, if given, gets d logit / d (scale q.k).
 template <typename T, int kVectors>
-T finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows,
+double finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows,
                 int64_t n_start, int64_t columns, T* s, T* bias_staged, T* bias_transposed,
                 T* softcap_slope) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const T scale_log2 = (T)(p.scale * 1.4426950408889634);
   const bool softcap = p.softcap > 0, bias = p.bias.data != nullptr;
   const bool alibi = p.alibi_slopes != nullptr;
-  if (!softcap && !bias && !alibi && p.scale > 0) return scale_log2;
+  if (!softcap && !bias && !alibi && p.scale > 0) return p.scale;
 
-  if (softcap) {  // s <- log2(e) * cap * tanh(s * scale / cap)
+  if (softcap) {  // s <- cap * tanh(s * scale / cap)
     const Vec<T> inner = broadcast((T)(p.scale / p.softcap)), one = broadcast((T)1);
-    const Vec<T> outer = broadcast((T)(p.softcap * 1.4426950408889634));
+    const Vec<T> outer = broadcast((T)p.softcap);
     for (int64_t i = 0; i < columns * kRow; i += W) {
       const Vec<T> t = tanh<T>(mul(load(s + i), inner));
       store(s + i, mul(t, outer));
       if (softcap_slope) store(softcap_slope + i, sub(one, mul(t, t)));
     }
   } else {
-    const Vec<T> factor = broadcast(scale_log2);
+    const Vec<T> factor = broadcast((T)p.scale);
     for (int64_t i = 0; i < columns * kRow; i += W) store(s + i, mul(load(s + i), factor));
   }
   if (bias && p.bias.stride_q == 0) {  // one value a key
     load_bias(p, b, h, m_start, 1, n_start, columns, bias_staged);
     for (int64_t j = 0; j < columns; ++j) {
-      const Vec<T> value = broadcast(bias_staged[j] * kLog2e<T>);
+      const Vec<T> value = broadcast(bias_staged[j]);
       for (int x = 0; x < kVectors; ++x) {
         T* at = s + j * kRow + x * W;
         store(at, add(load(at), value));
@@ -51,14 +50,13 @@ T finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
   } else if (bias) {
     load_bias(p, b, h, m_start, rows, n_start, columns, bias_staged);
     transpose_tile(rows, columns, bias_staged, kBlockN, bias_transposed, kRow);
-    const Vec<T> log2e = broadcast(kLog2e<T>);
     for (int64_t i = 0; i < columns * kRow; i += W) {
-      store(s + i, fma(load(bias_transposed + i), log2e, load(s + i)));
+      store(s + i, add(load(s + i), load(bias_transposed + i)));
     }
   }
-  if (alibi) {  // s <- s - log2(e) * slope * |i + off - j|
+  if (alibi) {  // s <- s - slope * |i + off - j|
     const T slope = (T)p.alibi_slopes[b * p.alibi_stride_b + h];
-    const Vec<T> negative_slope = broadcast(-slope * kLog2e<T>), lane = iota(T());
+    const Vec<T> negative_slope = broadcast(-slope), lane = iota(T());
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t distance = m_start + p.diagonal_offset - (n_start + j);
       for (int x = 0; x < kVectors; ++x) {

@@ -50,16 +50,15 @@ struct Scalars {
   int64_t row, column;
 };
 
-// c[r][x] (+)= sum_k a(r, k) * b[k][x] for kRows rows r and kVectors vectors x, in registers.
+// c[r][x] (+)= sum_k a(r, k) * b[k][x] for kRows rows r and kVectors vectors x, in registers. What c
+// held is added last: sums of sums stay accurate over long rows.
 template <typename T, int kRows, int kVectors, bool kAccumulate>
 FA_INLINE void multiply_block(int64_t depth, Scalars<T> a, const T* b, int64_t b_row, T* c,
                               int64_t c_row) {
   constexpr int W = kLanes<T>;
   Vec<T> acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
-    for (int x = 0; x < kVectors; ++x) {
-      acc[r][x] = kAccumulate ? load(c + r * c_row + x * W) : broadcast((T)0);
-    }
+    for (int x = 0; x < kVectors; ++x) acc[r][x] = broadcast((T)0);
   }
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> vectors[kVectors];
@@ -70,7 +69,10 @@ FA_INLINE void multiply_block(int64_t depth, Scalars<T> a, const T* b, int64_t b
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int x = 0; x < kVectors; ++x) store(c + r * c_row + x * W, acc[r][x]);
+    for (int x = 0; x < kVectors; ++x) {
+      T* at = c + r * c_row + x * W;
+      store(at, kAccumulate ? add(load(at), acc[r][x]) : acc[r][x]);
+    }
   }
 }
 
@@ -96,12 +98,19 @@ template <int kVectors>
 constexpr int kRowsInRegisters =
     kVectorRegisters * 3 / 4 / kVectors < 12 ? kVectorRegisters * 3 / 4 / kVectors : 12;
 
-// c[rows][kVectors] = (or +=) a [rows][depth] @ b [depth][kVectors]
+// c[rows][kVectors] = (or +=) a [rows][depth] @ b [depth][kVectors], kMaxDepth terms a sum.
+constexpr int64_t kMaxDepth = 128;
 template <typename T, int kVectors, bool kAccumulate>
 void multiply(int64_t rows, int64_t depth, Scalars<T> a, const T* b, int64_t b_row, T* c,
               int64_t c_row) {
-  multiply_rows<T, kRowsInRegisters<kVectors>, kVectors, kAccumulate>(rows, depth, a, b, b_row, c,
-                                                                      c_row);
+  constexpr int kRows = kRowsInRegisters<kVectors>;
+  multiply_rows<T, kRows, kVectors, kAccumulate>(rows, min_of(depth, kMaxDepth), a, b, b_row, c,
+                                                 c_row);
+  for (int64_t k = kMaxDepth; k < depth; k += kMaxDepth) {
+    multiply_rows<T, kRows, kVectors, true>(rows, min_of(depth - k, kMaxDepth),
+                                            {a.data + k * a.column, a.row, a.column},
+                                            b + k * b_row, b_row, c, c_row);
+  }
 }
 
 // c[rows][width] += a [rows][depth] @ b [depth][width], width a multiple of the lanes.
