@@ -1,0 +1,39 @@
+"""Exact attention that stays on the fused path: the same call and meaning on every backend.
+
+`attention` is the whole of it; `scaled_dot_product_attention` is PyTorch's call; `explain` says how
+a call is served, and why not faster. `python -m fused_attention doctor` says what is here.
+"""
+
+import torch as _torch  # noqa: F401  # before _native, which finds PyTorch's libraries through it
+
+try:
+    from . import _native as _native  # the operators register themselves
+except ImportError as error:
+    if "FUSED_ATTENTION_CPU_ISA" in str(error):
+        raise ValueError(str(error)) from None
+    raise ImportError(
+        "fused_attention: the compiled part (fused_attention._native) is missing or does not load: "
+        f"{error}. Build it with `pip install .`, or in a checkout with "
+        "`python setup.py build_ext --inplace`"
+    ) from error
+
+from ._version import __version__
+from .attention import (
+    attention,
+    dropout_mask,
+    merge_attention_states,
+    scaled_dot_product_attention,
+)
+from .backends import explain
+from .errors import ArgumentTypeError, ArgumentValueError
+
+__all__ = [
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "__version__",
+    "attention",
+    "dropout_mask",
+    "explain",
+    "merge_attention_states",
+    "scaled_dot_product_attention",
+]

@@ -1,0 +1,520 @@
+"""The public functions: they rename and reshape, describe the call, and hand it to a backend.
+
+A call whose kind (shapes, dtypes, options, gradient mode) was seen before skips validation and
+choice: `PLANS` remembers what serves it. Exact attention (Vaswani et al. 2017, section 3.2.1) in
+tiles with an online softmax (Dao 2023, FlashAttention-2): time O(B·Hq·Sq·Sk·(D + Dv)), memory
+O(B·Hq·Sq) beyond inputs and outputs on every backend but the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from . import ops
+from .backends import MAX_PLANS, PLANS, choose
+from .errors import ArgumentValueError
+from .problem import (
+    Plan,
+    Problem,
+    as_4d,
+    as_vector,
+    cast_for_autocast,
+    check_number,
+    check_philox_seed,
+    check_shape,
+    check_tensor,
+    shape_of,
+    wrong_type,
+    wrong_value,
+)
+
+# Bound once: looking these up costs as much as calling them.
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_get_float32_matmul_precision = torch._C._get_float32_matmul_precision
+
+# Raised where no plan is found, and by an operator that finds key or value wrong. Not the last
+# word: validation follows, and says it better.
+_VALIDATE = (KeyError, TypeError, AttributeError, ValueError, RuntimeError)
+
+
+# -- Plans -------------------------------------------------------------------------------
+
+
+def _kind(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Any, ...] | None:
+    """What a call has in common with others that the same plan serves.
+
+    None where a tuple cannot say it: under a transform, or for a tensor subclass. Not in it:
+    strides, which the operators look at and no backend refuses; dtype and device of key and value,
+    which the operators compare with query's.
+    """
+    query_type = type(query)
+    if (
+        (query_type is not Tensor and query_type is not Parameter)
+        or _are_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    try:
+        precision = _get_float32_matmul_precision()
+    except RuntimeError:  # see float32_matmul_precision
+        precision = "highest"
+    return (
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        query.device,
+        _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        precision,
+        options,
+    )
+
+
+def _kind_of_option(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return type(x), x.shape, x.dtype, x.device, _is_grad_enabled() and x.requires_grad
+    return type(x)
+
+
+def _make_plan(query: Tensor, key: Tensor, value: Tensor, backend: str, **options: Any) -> Plan:
+    """Validates and chooses."""
+    problem = Problem.from_call(query, key, value, **options)
+    make = choose(problem, backend).plan
+    assert make is not None  # a row without one supports nothing
+    return make(problem)
+
+
+def _remember(kind: tuple[Any, ...] | None, plan: Plan) -> None:
+    if kind is None or not plan.may_be_kept:
+        return
+    if len(PLANS) >= MAX_PLANS:
+        PLANS.clear()
+    with contextlib.suppress(TypeError):  # an unhashable option, say window_size=[1, 1]
+        PLANS[kind] = plan
+
+
+def _run(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    philox_seed: int | Tensor | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    packed: tuple[Any, ...] = (),
+) -> Any:
+    if plan.is_plain:
+        return plan.operator(query, key, value, *plan.numbers)
+    return plan.operator(
+        query,
+        key,
+        value,
+        *plan.numbers,
+        as_4d(mask),
+        as_4d(bias),
+        key_padding_mask,
+        as_vector(alibi_slopes, torch.float32),
+        as_vector(sinks, torch.promote_types(query.dtype, torch.float32)),
+        ops.philox_state(query, key, value, philox_seed) if dropout_p else None,
+        softcap,
+        dropout_p,
+        *packed,
+    )
+
+
+# -- attention ---------------------------------------------------------------------------
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    causal: bool | str = False,
+    window_size: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    return_lse: bool = False,
+    philox_seed: int | Tensor | None = None,
+    precision: str | None = None,
+    backend: str = "auto",
+) -> Any:
+    """softmax(scale · query keyᵀ + bias, over the visible keys) value, never holding the scores.
+
+    Shapes: query [B, Hq, Sq, D], key [B, Hkv, Sk, D], value [B, Hkv, Sk, Dv], Hq a multiple of Hkv
+    (query head h reads key head h // (Hq / Hkv)). One dtype out of float32, bfloat16, float16 and
+    float64, one device, any strides (an input whose last stride is not 1 is copied). Returns out
+    [B, Hq, Sq, Dv] in query's dtype and memory order (BHSD or BSHD); with return_lse (out, lse).
+
+    mask: bool, broadcasts to [B, Hq, Sq, Sk], never expanded. True = may attend.
+    bias: floating, broadcasts likewise, added to the scores; differentiable. Both may be given.
+    key_padding_mask: bool [B, Sk]. True = padding, no query attends to it.
+    causal: "top_left" (query i sees keys j <= i: scaled_dot_product_attention), "bottom_right"
+        (j <= i + Sk - Sq: flash_attn, key/value caches), or True where Sq = Sk, so that they agree.
+    window_size: (left, right) in tokens: i + off - left <= j <= i + off + right, where off is 0, or
+        Sk - Sq for "bottom_right". -1 = no limit.
+    scale: a number, default 1/sqrt(D).
+    softcap: in logits, 0 = none: scores become softcap · tanh(scores / softcap), before the bias.
+    alibi_slopes: [Hq] or [B, Hq]: adds -slope · |i + off - j|. Not differentiable.
+    sinks: [Hq] logits that take part in the denominator only; differentiable.
+    dropout_p: probability in [0, 1], rounded to 1/65536, applied to the weights. Random bits follow
+        torch.manual_seed, or philox_seed (an int, or an int64 tensor (seed, offset)); the same on
+        every backend, and not those of torch's own dropout. `dropout_mask` gives the mask.
+    cu_seqlens_q, cu_seqlens_k: int32 [B + 1], packed sequences: query [Tq, Hq, D], key
+        [Tk, Hkv, D], value [Tk, Hkv, Dv], lse [Hq, Tq]. max_seqlen_q, max_seqlen_k: hints.
+    seqused_k: int32 [B], only so many keys are used. block_table: int32 [B, max_pages]; key and
+        value are pages [pages, page_size, Hkv, D or Dv] then.
+    return_lse: also lse [B, Hq, Sq], float32 (float64 for float64): the natural logarithm of the
+        denominator, sinks included; differentiable.
+    precision: of float32 products, "highest", "high" or "medium"; None is
+        torch.get_float32_matmul_precision().
+    backend: "auto", or a name, which then never falls back. See `explain`.
+
+    A row that sees no key gives 0 (lse: -inf, or its sink) and zero gradients. A key that no query
+    of its batch and head sees influences nothing, whatever bits it holds. Under autocast query,
+    key, value and bias are cast. Deterministic, for any number of threads.
+
+    Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
+    RuntimeError) for wrong arguments, NotImplementedError for what the named backend cannot serve.
+    """
+    compiling = _is_compiling()
+    if compiling or _is_any_autocast_enabled():
+        query, key, value, bias = cast_for_autocast(query, key, value, bias)
+    is_dense = (
+        cu_seqlens_q is None and cu_seqlens_k is None and seqused_k is None and block_table is None
+    )
+    tensors = (mask, bias, key_padding_mask, alibi_slopes, sinks, philox_seed)
+    kind = None
+    if is_dense and not compiling:
+        options: tuple[Any, ...] = (causal, window_size, scale, precision, backend)
+        if (
+            mask is not None
+            or bias is not None
+            or key_padding_mask is not None
+            or alibi_slopes is not None
+            or sinks is not None
+            or return_lse
+            or softcap != 0.0
+            or dropout_p != 0.0
+        ):
+            options += (softcap, dropout_p, bool(return_lse), *map(_kind_of_option, tensors))
+        try:
+            kind = _kind(query, key, value, options)
+            operator, numbers, is_plain, _ = plan = PLANS[kind]
+            if is_plain:
+                return operator(query, key, value, *numbers)
+            return _run(plan, query, key, value, *tensors, softcap, dropout_p)
+        except _VALIDATE:
+            pass
+    plan = _make_plan(
+        query,
+        key,
+        value,
+        backend,
+        mask=mask,
+        bias=bias,
+        key_padding_mask=key_padding_mask,
+        causal=causal,
+        window_size=window_size,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+        block_table=block_table,
+        return_lse=return_lse,
+        philox_seed=philox_seed,
+        precision=precision,
+    )
+    _remember(kind, plan)
+    packed = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table)
+    return _run(plan, query, key, value, *tensors, softcap, dropout_p, () if is_dense else packed)
+
+
+# -- scaled_dot_product_attention --------------------------------------------------------
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`: same arguments, meaning and errors.
+
+    query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev] -> [..., Hq, L, Ev], from two
+    dimensions up; leading dimensions broadcast. Hq != H needs enable_gqa, unless H is 1.
+
+    attn_mask: broadcasts to [..., Hq, L, S], from one dimension up, never expanded. bool: True =
+        may attend. float32 or query's dtype: added to the scores, with a gradient. A `CausalBias`
+        of torch.nn.attention.bias: causal, nothing is materialised.
+    is_causal: top-left; RuntimeError together with attn_mask, as PyTorch documents.
+    dropout_p: applied whenever it is not 0; torch.manual_seed decides, but other bits than
+        PyTorch's.
+
+    More than the original keeps: memory linear in L with dropout, a bias that needs its gradient,
+    Ev != E, any rank and any mask. A row that sees no key gives 0; NaN in a query stays NaN.
+    Raises what PyTorch raises (RuntimeError, TypeError), see `attention`.
+    """
+    compiling = _is_compiling()
+    if compiling or _is_any_autocast_enabled():
+        query, key, value, attn_mask = cast_for_autocast(query, key, value, attn_mask)
+    kind = None
+    if not compiling and (is_causal is False or is_causal is True):
+        options: tuple[Any, ...] = ("sdpa", is_causal, scale, enable_gqa)
+        if attn_mask is not None or dropout_p != 0.0:
+            options += (dropout_p, _kind_of_option(attn_mask))
+        try:
+            kind = _kind(query, key, value, options)
+            operator, numbers, is_plain, _ = plan = PLANS[kind]
+            if is_plain:
+                return operator(query, key, value, *numbers)
+            mask, bias = _mask_and_bias(attn_mask)
+            return _run(plan, query, key, value, mask, bias, dropout_p=dropout_p)
+        except _VALIDATE:
+            pass
+    _check_sdpa(query, key, value, is_causal, enable_gqa)
+    if isinstance(scale, Tensor):
+        scale = scale.item()
+    causal: bool | str = "top_left" if is_causal else False
+    if isinstance(attn_mask, CausalBias):
+        kind = None  # its lengths are not in it
+        causal, attn_mask = _causal_of(attn_mask, query, key, is_causal), None
+    elif attn_mask is not None:
+        _check_attn_mask(attn_mask, query, is_causal)
+    rank = max(query.dim(), key.dim(), value.dim())
+    if attn_mask is not None and attn_mask.dim() > rank:
+        wrong_value("attn_mask", f"at most {rank} dimensions", shape_of(attn_mask))
+
+    named: dict[str, Any] = {"causal": causal, "scale": scale, "dropout_p": dropout_p}
+    q, k, v, leading = _four_dimensional(query, key, value, enable_gqa)
+    if rank > 4:
+        return _with_leading(q, k, v, leading, attn_mask, named).unflatten(0, leading)
+    mask, bias = _mask_and_bias(attn_mask)
+    plan = _make_plan(q, k, v, "auto", mask=mask, bias=bias, **named)
+    if q is query and k is key and v is value:
+        _remember(kind, plan)
+    out = _run(plan, q, k, v, mask, bias, dropout_p=dropout_p)
+    return out if rank == 4 else out[0] if rank == 3 else out[0, 0]
+
+
+def _check_sdpa(query: Any, key: Any, value: Any, is_causal: Any, enable_gqa: Any) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x)
+        if x.dim() < 2:
+            wrong_value(name, "at least 2 dimensions [..., S, E]", f"{x.dim()}: {shape_of(x)}")
+        if enable_gqa and x.dim() < 3:
+            got = f"{x.dim()}: {shape_of(x)}"
+            wrong_value(name, "at least 3 dimensions [H, S, E] with enable_gqa", got)
+    if not isinstance(is_causal, bool):
+        wrong_type("is_causal", "a bool", type(is_causal).__name__)
+
+
+def _check_attn_mask(attn_mask: Any, query: Tensor, is_causal: bool) -> None:
+    if is_causal:
+        raise ArgumentValueError(
+            "attn_mask: Explicit attn_mask should not be set when is_causal=True. "
+            "Hint: attention(mask=..., causal=...) applies both"
+        )
+    check_tensor("attn_mask", attn_mask)
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        expected = f"dtype torch.bool, torch.float32 or {query.dtype}, as query has"
+        wrong_value("attn_mask", expected, attn_mask.dtype)
+
+
+def _causal_of(bias: CausalBias, query: Tensor, key: Tensor, is_causal: bool) -> str:
+    """The alignment that a CausalBias stands for."""
+    if is_causal:
+        raise ArgumentValueError("attn_mask: CausalBias should not be used with is_causal=True")
+    sizes = (bias.seq_len_q, bias.seq_len_kv)
+    if bias.variant == CausalVariant.UPPER_LEFT or sizes[0] == sizes[1]:
+        return "top_left"
+    if sizes != (query.shape[-2], key.shape[-2]):
+        expected = f"a CausalBias for lengths {(query.shape[-2], key.shape[-2])}"
+        wrong_value("attn_mask", expected, f"one for {sizes}")
+    return "bottom_right"
+
+
+def _four_dimensional(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """query, key and value as [B, H, S, E], and the leading dimensions that B stands for.
+
+    Views, with two exceptions that copy keys and values: five or more dimensions of which some but
+    not all are broadcast, and enable_gqa with different numbers of heads in key and value.
+    """
+    if query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0]:
+        same_heads = query.shape[1] == key.shape[1] or enable_gqa or key.shape[1] == 1
+        if key.shape[:3] == value.shape[:3] and same_heads:
+            return query, key, value, (query.shape[0],)
+    tensors = [x if x.dim() > 2 else x.unsqueeze(0) for x in (query, key, value)]
+    heads_q, heads_k, heads_v = (x.shape[-3] for x in tensors)
+    if enable_gqa and heads_k != heads_v:
+        for i, heads in ((1, heads_k), (2, heads_v)):
+            if heads == 0 or heads_q % heads != 0:
+                wrong_value(("query", "key", "value")[i], f"heads that divide {heads_q}", heads)
+            tensors[i] = tensors[i].repeat_interleave(heads_q // heads, dim=-3)
+    elif not enable_gqa and (heads_k, heads_v) not in ((heads_q, heads_q), (1, 1)):
+        heads = _broadcast("heads (-3)", [(heads_q,), (heads_k,), (heads_v,)])[0]
+        tensors = [x.expand(*x.shape[:-3], heads, -1, -1) for x in tensors]
+    leading = _broadcast("leading", [tuple(x.shape[:-3]) for x in tensors])
+    tensors = [
+        x
+        if x.dim() == 4 and tuple(x.shape[:-3]) == leading
+        else x.expand(*leading, *x.shape[-3:]).reshape(math.prod(leading), *x.shape[-3:])
+        for x in tensors
+    ]
+    return tensors[0], tensors[1], tensors[2], leading
+
+
+def _broadcast(which: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """torch.broadcast_shapes with a message."""
+    rank = max(len(shape) for shape in shapes)
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    result = []
+    for sizes in zip(*padded, strict=True):
+        others = [size for size in sizes if size != 1]
+        if any(size != others[0] for size in others):
+            names = "query, key, value"
+            hint = "fewer heads in key and value need enable_gqa=True" if "heads" in which else ""
+            wrong_value(names, f"{which} dimensions that broadcast", shapes, hint)
+        result.append(others[0] if others else 1)
+    return tuple(result)
+
+
+def _mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if attn_mask is None or attn_mask.dtype == torch.bool:
+        return attn_mask, None
+    return None, attn_mask
+
+
+def _with_leading(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    leading: tuple[int, ...],
+    attn_mask: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """`attention` where the batch stands for several dimensions, and attn_mask has them too.
+
+    Where attn_mask is broadcast along some of them only, one call per element of the outermost.
+    """
+    if attn_mask is None or query.shape[0] == 0:
+        return attention(query, key, value, **options)
+    attn_mask = attn_mask.view((1,) * (len(leading) + 3 - attn_mask.dim()) + attn_mask.shape)
+    own = tuple(attn_mask.shape[:-3])
+    if any(size not in (1, full) for size, full in zip(own, leading, strict=True)):
+        wrong_value("attn_mask", f"leading dimensions that broadcast to {leading}", own)
+    if math.prod(own) == 1:
+        attn_mask = attn_mask.view(attn_mask.shape[-3:])
+    elif own == leading:
+        attn_mask = attn_mask.flatten(0, -4)
+    else:
+        n = leading[0]
+        masks = attn_mask.unbind() * (n if own[0] == 1 else 1)
+        parts = zip(query.chunk(n), key.chunk(n), value.chunk(n), masks, strict=True)
+        return torch.cat([_with_leading(q, k, v, leading[1:], m, options) for q, k, v, m in parts])
+    mask, bias = _mask_and_bias(attn_mask)
+    return attention(query, key, value, mask=mask, bias=bias, **options)
+
+
+# -- Companions --------------------------------------------------------------------------
+
+
+def dropout_mask(
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    dropout_p: float,
+    philox_seed: int | Tensor,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The mask that `attention(dropout_p=, philox_seed=)` applies: bool, True = kept.
+
+    [batch, heads, seqlen_q, seqlen_k], with `heads` query heads. Kept weights are scaled by
+    65536 / (65536 - round(65536 · dropout_p)). Philox4x32-10, see `attention`.
+    """
+    check_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        wrong_value("dropout_p", "a probability in [0, 1]", dropout_p)
+    sizes = (batch, heads, seqlen_q, seqlen_k)
+    if any(size < 0 for size in sizes):
+        wrong_value("batch, heads, seqlen_q, seqlen_k", "sizes >= 0", sizes)
+    like = torch.empty(0, device=device)
+    check_philox_seed(philox_seed, like.device)
+    philox = ops.philox_state(like, like, like, philox_seed)
+    if like.device.type == "cpu":
+        return ops.dropout_keep_mask(philox, dropout_p, *sizes)
+    from .reference import dropout_keep_mask
+
+    return dropout_keep_mask(philox, dropout_p, *sizes)
+
+
+def merge_attention_states(
+    outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of attention over all keys, from (out, lse) over disjoint parts of them.
+
+    outs: [B, Hq, Sq, Dv] each, lses: [B, Hq, Sq] each, as `attention(return_lse=True)` gives them
+    (or packed: [Tq, Hq, Dv] and [Hq, Tq]), computed without sinks; sinks [Hq] enter here, once.
+    lse is log Σ exp lse_n, out is Σ exp(lse_n - lse) out_n. A part whose lse is -inf contributes
+    nothing; if all are, out is 0 and lse -inf (or the sink). Differentiable in everything.
+
+    Raises ArgumentValueError where shapes do not fit together.
+    """
+    if not outs or len(outs) != len(lses):
+        wrong_value("lses", f"as many as outs, at least one: {len(outs)}", len(lses))
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        check_tensor(f"outs[{i}]", out)
+        check_tensor(f"lses[{i}]", lse)
+        if out.dim() not in (3, 4) or out.shape != outs[0].shape or out.dtype != outs[0].dtype:
+            expected = f"shape [B, Hq, Sq, Dv] and dtype of outs[0]: {shape_of(outs[0])}"
+            wrong_value(f"outs[{i}]", expected, f"{shape_of(out)}, {out.dtype}")
+        rows = out.shape[:-1] if out.dim() == 4 else (out.shape[1], out.shape[0])
+        check_shape(f"lses[{i}]", lse, "[B, Hq, Sq] (packed: [Hq, Tq])", tuple(rows))
+    if sinks is not None:
+        check_shape("sinks", sinks, "[Hq]", (outs[0].shape[1],))
+    from .reference import merge_attention_states as merge
+
+    return merge(outs, lses, sinks)

@@ -1,0 +1,169 @@
+"""Gradients: autograd.Functions around the operators, and which of them a call goes through.
+
+`Attention` works everywhere: eager, torch.compile, torch.func (its vmap rule follows from those of
+the operators). `AttentionPlain` is for the most frequent call, eager and with nothing optional,
+where overhead counts. The maths of backward: Dao 2023, FlashAttention-2, Alg. 2. Kept for it: the
+inputs, out and lse, so O(B·Hq·Sq) beyond inputs and outputs. Gradients of gradients and forward
+mode raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import ops
+from .problem import Plan, Problem, transform_is_active
+
+_NOT_PACKED = (None,) * 6  # cu_seqlens_q, ... block_table
+
+
+class Attention(Function):
+    """(out, lse). Inputs: those of attention_forward, without those of packed sequences."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return ops.forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[8:14])
+        ctx.numbers, ctx.softcap_and_dropout = inputs[3:8], inputs[14:16]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, *options = ctx.saved_tensors
+        grad_out, grad_lse = grads
+        needed = ctx.needs_input_grad
+        bias_grad, sinks_grad = needed[9], needed[12]
+        dq, dk, dv, dbias, dsinks = _backward(
+            *(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse),
+            *(query, key, value, out, lse),
+            *ctx.numbers,
+            *options,
+            *ctx.softcap_and_dropout,
+            *_NOT_PACKED,
+            bias_grad,
+            sinks_grad,
+        )
+        gradients = {0: dq, 1: dk, 2: dv, 9: dbias, 12: dsinks}
+        return tuple(gradients.get(i) if need else None for i, need in enumerate(needed))
+
+
+class AttentionForwardMode(Attention):
+    """`Attention` where forward mode may be on. Apart, because Dynamo refuses a jvp."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "attention: forward-mode AD (jvp) is not built yet; backend='reference' has it"
+        )
+
+
+class AttentionPlain(Function):
+    """out, from query, key, value and the five numbers; lse stays inside. Eager only."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, numbers: Any) -> Tensor:
+        out, lse = ops.forward._op(query, key, value, *numbers)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.numbers = numbers
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, dv, _, _ = _backward(grad_out, None, *ctx.saved_tensors, *ctx.numbers)
+        gradients = (dq, dk, dv, None)
+        return tuple(
+            grad if need else None
+            for grad, need in zip(gradients, ctx.needs_input_grad, strict=True)
+        )
+
+
+class AttentionGradients(Function):
+    """The gradients where they are part of a graph themselves: tells that it ends there."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return ops.backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "attention: double backward is not built yet; backend='reference' has it"
+        )
+
+
+def _backward(*inputs: Any) -> Any:
+    # With create_graph=True, and always under torch.func, somebody may differentiate again.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return AttentionGradients.apply(*inputs)
+    return ops.backward(*inputs)
+
+
+# -- Which way a call goes ---------------------------------------------------------------
+
+# `Function.apply` without its Python half, which serves torch.func and default arguments.
+_apply_eager = super(Function, Attention).apply
+_apply_plain = super(Function, AttentionPlain).apply
+
+
+def plan(problem: Problem) -> Plan:
+    """What serves `problem` on a backend whose operators are those of `ops`."""
+    compiling = torch.compiler.is_compiling()
+    if compiling and _differentiating_transform_is_active():
+        raise NotImplementedError(
+            "attention: torch.func derivatives inside torch.compile are not built yet; compile the "
+            "function that is differentiated instead, or use backend='reference'"
+        )
+    function: Callable[..., Any]
+    if not problem.differentiable:
+        if problem.is_plain:
+            op = ops.forward_plain
+            return Plan(op if compiling else op._op, problem.numbers, is_plain=True)
+        function = ops.forward if compiling else ops.forward._op
+    elif compiling:
+        function = _apply_compiling
+    elif transform_is_active():
+        function = AttentionForwardMode.apply
+    elif problem.is_plain:
+        return Plan(_apply_plain, (problem.numbers,), is_plain=True)
+    else:
+        function = _apply_eager
+    return Plan(function if problem.return_lse else _first(function), problem.numbers)
+
+
+@torch.compiler.assume_constant_result
+def _differentiating_transform_is_active() -> bool:
+    # There Dynamo would take the operator's forward alone, and give zeros for its gradients.
+    vmap = torch._C._functorch.TransformType.Vmap
+    return any(level.key() != vmap for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def _first(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    def out(*inputs: Any) -> Tensor:
+        return function(*inputs)[0]
+
+    return out
+
+
+def _apply_compiling(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Any:
+    # Dynamo refuses the same tensor twice.
+    if value is query or value is key:
+        value = value.view_as(value)
+    if key is query:
+        key = key.view_as(key)
+    return Attention.apply(query, key, value, *options)

@@ -1,0 +1,220 @@
+"""python -m fused_attention doctor | explain | features.
+
+doctor    what this machine has and what is in force; 0 if a fast backend is usable here, else 1
+explain   how a call of a given shape is served, and why not faster
+features  the capability table, in Markdown
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import __version__, _native, backends
+from .backends import BACKENDS, REFERENCE, explain, feature_table
+from .errors import ArgumentTypeError, ArgumentValueError
+from .problem import DTYPES
+
+ENVIRONMENT_VARIABLES = (
+    "FUSED_ATTENTION_BACKEND",
+    "FUSED_ATTENTION_STRICT",
+    "FUSED_ATTENTION_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "OMP_NUM_THREADS",
+)
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+# -- doctor ------------------------------------------------------------------------------
+
+
+def diagnose() -> dict[str, Any]:
+    """What `doctor` prints, as data."""
+    return {
+        "fused_attention": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": {
+            "isas_compiled": _native.compiled_isas(),
+            "isas_usable": _native.isas(),
+            "isa_active": _native.active_isa(),
+            "threads": torch.get_num_threads(),
+            "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "build": _native.build_info(),
+        "backends": {
+            row.name: {"usable": not why_unusable(row), "reason": why_unusable(row)}
+            for row in BACKENDS
+        },
+        "environment": {
+            name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ
+        },
+    }
+
+
+def why_unusable(row: backends.Backend) -> str:
+    """Empty if the backend serves calls on this machine."""
+    if row.plan is None:
+        return "not built yet"
+    if row.devices == frozenset({"cuda"}) and not torch.cuda.is_available():
+        return "no CUDA device"
+    return ""
+
+
+def print_diagnosis(report: dict[str, Any]) -> None:
+    cpu, build = report["cpu"], report["build"]
+    lines = {
+        "fused_attention": report["fused_attention"],
+        "torch": f"{report['torch']} (CPU capability {cpu['torch_capability']})",
+        "python": f"{report['python']} on {report['platform']}",
+        "CPU ISAs": f"{cpu['isa_active']} in force; usable {', '.join(cpu['isas_usable'])}; "
+        f"compiled {', '.join(cpu['isas_compiled'])}",
+        "threads": cpu["threads"],
+        "build": f"{build['compiler']}, for torch >= {build['torch_target_version']}",
+    }
+    for name, state in report["backends"].items():
+        lines[f"backend {name}"] = "usable" if state["usable"] else state["reason"]
+    for name, value in report["environment"].items():
+        lines[name] = value
+    for title, text in lines.items():
+        print(f"{title:<24}{text}")
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    report = diagnose()
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_diagnosis(report)
+    backends.requested("auto")  # complains about FUSED_ATTENTION_BACKEND
+    usable = [name for name, state in report["backends"].items() if state["usable"]]
+    return 0 if usable != [REFERENCE.name] else 1
+
+
+# -- explain -----------------------------------------------------------------------------
+
+
+def size(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a size, got {text!r}")
+    return int(text)
+
+
+def shape(text: str) -> tuple[int, ...]:
+    return tuple(size(part) for part in text.split(","))
+
+
+def query_shape(text: str) -> tuple[int, ...]:
+    if len(shape(text)) != 4:
+        raise argparse.ArgumentTypeError(f"expected four sizes B,Hq,Sq,D, got {text!r}")
+    return shape(text)
+
+
+def device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def explain_shape(arguments: argparse.Namespace) -> int:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    batch, heads_q, seqlen_q, head_dim = arguments.shape
+    heads_kv = heads_q if arguments.kv_heads is None else arguments.kv_heads
+    seqlen_k = seqlen_q if arguments.sk is None else arguments.sk
+    head_dim_v = head_dim if arguments.dv is None else arguments.dv
+    dtype = DTYPE_NAMES[arguments.dtype]
+    with FakeTensorMode():  # shapes without memory
+
+        def tensor(*shape: int, dtype: torch.dtype = dtype, grad: bool = False) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=arguments.device, requires_grad=grad)
+
+        options: dict[str, Any] = {
+            "causal": arguments.causal or False,
+            "window_size": tuple(arguments.window),
+            "softcap": arguments.softcap,
+            "dropout_p": arguments.dropout,
+            "return_lse": arguments.lse,
+            "backend": arguments.backend,
+        }
+        if arguments.mask:
+            options["mask"] = tensor(*arguments.mask, dtype=torch.bool)
+        if arguments.bias:
+            options["bias"] = tensor(*arguments.bias, grad=arguments.bias_grad)
+        if arguments.key_padding:
+            options["key_padding_mask"] = tensor(batch, seqlen_k, dtype=torch.bool)
+        if arguments.alibi:
+            options["alibi_slopes"] = tensor(heads_q, dtype=torch.float32)
+        if arguments.sinks:
+            options["sinks"] = tensor(heads_q, dtype=torch.float32)
+        explanation = explain(
+            tensor(batch, heads_q, seqlen_q, head_dim, grad=arguments.grad),
+            tensor(batch, heads_kv, seqlen_k, head_dim, grad=arguments.grad),
+            tensor(batch, heads_kv, seqlen_k, head_dim_v, grad=arguments.grad),
+            **options,
+        )
+    print(explanation)
+    return 0
+
+
+def features(arguments: argparse.Namespace) -> int:
+    print(feature_table())
+    return 0
+
+
+# -- main --------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m fused_attention", description="What this machine has, how calls are served."
+    )
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser("doctor", help="what this machine has and what is in force")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.set_defaults(run=doctor)
+
+    command = commands.add_parser("explain", help="how a call is served, and why not faster")
+    add = command.add_argument
+    add("--shape", type=query_shape, required=True, metavar="B,Hq,Sq,D", help="of query")
+    add("--kv-heads", type=size, metavar="Hkv", help="default: Hq")
+    add("--sk", type=size, metavar="Sk", help="keys; default: Sq")
+    add("--dv", type=size, metavar="Dv", help="value's head_dim; default: D")
+    add("--dtype", choices=DTYPE_NAMES, default="float32")
+    add("--device", type=device, default="cpu")
+    add("--causal", choices=("top_left", "bottom_right"), nargs="?", const="top_left")
+    add("--window", type=int, nargs=2, default=(-1, -1), metavar=("LEFT", "RIGHT"))
+    add("--softcap", type=float, default=0.0)
+    add("--dropout", type=float, default=0.0)
+    add("--mask", type=shape, metavar="SHAPE", help="bool mask, say 1,1,128,128")
+    add("--bias", type=shape, metavar="SHAPE", help="additive bias")
+    add("--bias-grad", action="store_true", help="the bias needs a gradient")
+    add("--key-padding", action="store_true")
+    add("--alibi", action="store_true")
+    add("--sinks", action="store_true")
+    add("--grad", action="store_true", help="query, key and value need gradients")
+    add("--lse", action="store_true", help="return_lse")
+    add("--backend", default="auto")
+    command.set_defaults(run=explain_shape)
+
+    command = commands.add_parser("features", help="the capability table, in Markdown")
+    command.set_defaults(run=features)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    top = parser()
+    arguments = top.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ArgumentValueError, ArgumentTypeError, NotImplementedError) as error:
+        top.exit(2, f"{top.prog}: {error}\n")

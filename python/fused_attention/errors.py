@@ -1,0 +1,22 @@
+"""What is raised for a wrong argument. Each is also what PyTorch raises there (RuntimeError).
+
+A call that is right but that the requested backend cannot serve raises NotImplementedError.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ArgumentValueError(ValueError, RuntimeError):
+    """An argument has a shape, dtype, device or value that has no meaning here."""
+
+
+class ArgumentTypeError(TypeError, RuntimeError):
+    """An argument is not the kind of object that is expected."""
+
+
+def describe_error(name: str, expected: str, got: Any, hint: str = "") -> str:
+    """One sentence: which argument, what was expected, what came, and what to do."""
+    message = f"{name}: expected {expected}, got {got}"
+    return f"{message}. Hint: {hint}" if hint else message

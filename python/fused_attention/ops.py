@@ -1,0 +1,242 @@
+"""The operators torch.ops.fused_attention.*: handles, fake kernels, vmap rules, state of dropout.
+
+Importing `fused_attention._native` defines the operators and registers their kernels; here is what
+is written in Python: shapes and strides for tracing (`register_fake`), rules for `torch.vmap` (the
+mapped dimension is folded into the batch, without copying or expanding; where that would change the
+meaning, one call per sample), and `philox_state`, which draws the seed of dropout.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native as _native  # defines the operators
+
+# For torch.compile these objects; in eager mode `x._op`, which saves a Python call.
+forward_plain = torch.ops.fused_attention.attention_forward_plain.default
+forward = torch.ops.fused_attention.attention_forward.default
+backward = torch.ops.fused_attention.attention_backward.default
+dropout_keep_mask = torch.ops.fused_attention.dropout_keep_mask.default
+
+# -- The state of dropout ----------------------------------------------------------------
+
+# `like` only tells the device. `call_site` tells the calls of one graph apart: without it, common
+# subexpression elimination would give two layers the same mask. Opaque, because a traced
+# torch.randint gives other numbers than eager; tagged, so that activation checkpointing replays it.
+_library = torch.library.Library("fused_attention", "FRAGMENT")
+_library.define(
+    "philox_state(Tensor like, int call_site) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
+)
+
+
+def _draw_philox_state(like: Tensor, call_site: int) -> Tensor:
+    return torch.empty(2, dtype=torch.int64, device=like.device).random_()
+
+
+_library.impl("philox_state", _draw_philox_state, "CompositeExplicitAutograd")
+draw_philox_state = torch.ops.fused_attention.philox_state.default
+_call_sites = itertools.count()
+
+
+@torch.compiler.assume_constant_result
+def _next_call_site() -> int:
+    return next(_call_sites)
+
+
+def philox_state(
+    query: Tensor, key: Tensor, value: Tensor, philox_seed: int | Tensor | None = None
+) -> Tensor:
+    """(seed, offset), int64 [2]: of `philox_seed`, else drawn from torch's generator of the device.
+
+    In a compiled graph independent branches may draw in another order than in eager mode; branches
+    that depend on each other, as layers do, draw in the same.
+    """
+    if isinstance(philox_seed, Tensor):
+        return philox_seed.contiguous()
+    if philox_seed is not None:
+        wraps = 2**63 <= philox_seed < 2**64
+        signed = philox_seed - 2**64 if wraps else philox_seed
+        return torch.tensor([signed, 0], dtype=torch.int64, device=query.device)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # vmap asks its rule only about an argument that is mapped
+        mapped = (x for x in (query, key, value) if torch._C._functorch.is_batchedtensor(x))
+        query = next(mapped, query)
+    return draw_philox_state(query, _next_call_site())
+
+
+# -- Fake kernels ------------------------------------------------------------------------
+
+
+def arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `op` by name, defaults included."""
+    named = {argument.name: argument.default_value for argument in op._schema.arguments}
+    named.update(zip(named, args, strict=False))
+    named.update(kwargs)
+    return named
+
+
+def check_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """The dispatcher does not: it comes here with a key on "meta" and a query on a CPU."""
+    if not query.device == key.device == value.device:
+        devices = f"{query.device}, {key.device}, {value.device}"
+        raise RuntimeError(f"query, key, value: expected one device, got {devices}")
+
+
+def empty_like_layout(like: Tensor, last: Any) -> Tensor:
+    """[B, H, S, last] in like's dtype: dense BSHD memory if that is how `like` lies, else BHSD."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    batch, heads, seqlen, _ = like.shape
+    if guard_or_false(like.stride(1) < like.stride(2)):
+        return like.new_empty((batch, seqlen, heads, last)).transpose(1, 2)
+    return like.new_empty((batch, heads, seqlen, last))
+
+
+@torch.library.register_fake("fused_attention::attention_forward_plain")
+def _fake_forward_plain(query: Tensor, key: Tensor, value: Tensor, *numbers: Any) -> Tensor:
+    check_devices(query, key, value)
+    return empty_like_layout(query, value.shape[-1])
+
+
+@torch.library.register_fake("fused_attention::attention_forward")
+def _fake_forward(
+    query: Tensor, key: Tensor, value: Tensor, *options: Any, **named_options: Any
+) -> tuple[Tensor, Tensor]:
+    check_devices(query, key, value)
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    return empty_like_layout(query, value.shape[-1]), query.new_empty(
+        query.shape[:-1], dtype=lse_dtype
+    )
+
+
+@torch.library.register_fake("fused_attention::attention_backward")
+def _fake_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = arguments(backward, args, kwargs)
+    query, bias, sinks = call["query"], call["bias"], call["sinks"]
+    dq, dk, dv = (empty_like_layout(x, x.shape[-1]) for x in (query, call["key"], call["value"]))
+    dbias = bias.new_empty(bias.shape) if call["bias_grad"] else query.new_empty(0)
+    dsinks = sinks.new_empty(sinks.shape) if call["sinks_grad"] else query.new_empty(0)
+    return dq, dk, dv, dbias, dsinks
+
+
+@torch.library.register_fake("fused_attention::dropout_keep_mask")
+def _fake_dropout_keep_mask(philox: Tensor, dropout_p: float, *sizes: Any) -> Tensor:
+    return philox.new_empty(sizes, dtype=torch.bool)
+
+
+@torch.library.register_fake("fused_attention::philox_state")
+def _fake_philox_state(like: Tensor, call_site: int) -> Tensor:
+    return like.new_empty(2, dtype=torch.int64)
+
+
+# -- vmap --------------------------------------------------------------------------------
+
+
+class _OneCallPerSample(Exception):
+    """Folding the mapped dimension into the batch would copy, or would change the meaning."""
+
+
+def _fold(name: str, x: Any, dim: int | None, samples: int, batch: int) -> Any:
+    """Argument `x`, mapped along `dim`, for a call whose batch is samples * batch."""
+    if not isinstance(x, Tensor):
+        return x
+    if name in ("mask", "bias") and dim is None and x.shape[0] == 1:
+        return x  # stays broadcast
+    if name in ("sinks", "alibi_slopes") and dim is None and x.dim() == 1:
+        return x
+    if name == "alibi_slopes":  # [Hq] or [B, Hq] of each sample, or [B, Hq] of all
+        slopes = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
+        slopes = slopes.unsqueeze(1) if slopes.dim() == 2 else slopes
+        return slopes.expand(samples, batch, -1).flatten(0, 1).contiguous()
+    if name in ("sinks", "philox"):
+        raise _OneCallPerSample
+    if dim is None:
+        if batch != 1 and name != "key_padding_mask":
+            raise _OneCallPerSample
+        return x.expand(samples, *x.shape).flatten(0, 1)
+    x = x.movedim(dim, 0)
+    if x.shape[1] != batch:  # a mask or bias that is broadcast within each sample
+        raise _OneCallPerSample
+    return x.flatten(0, 1)
+
+
+def _vmap_rule(op: Any, batched_outputs: int) -> Callable[..., Any]:
+    """The rule for an attention operator, of whose outputs so many have the batch in front."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+        call = arguments(op, args, kwargs)
+        dims = dict(zip(call, in_dims, strict=False))
+        samples = info.batch_size
+        query, query_dim = call["query"], dims["query"]
+        batch = query.shape[0] if query_dim is None else query.movedim(query_dim, 0).shape[1]
+        try:
+            if call.get("bias_grad") or call.get("sinks_grad"):
+                raise _OneCallPerSample  # their gradients are sums over the batch of one sample
+            folded = {
+                name: _fold(name, x, dims.get(name), samples, batch) for name, x in call.items()
+            }
+        except _OneCallPerSample:
+            results = [op(**_sample(call, dims, i)) for i in range(samples)]
+            if isinstance(results[0], Tensor):
+                return torch.stack(results), 0
+            return tuple(torch.stack(x) for x in zip(*results, strict=True)), (0,) * len(results[0])
+        result = op(**folded)
+        if isinstance(result, Tensor):
+            return result.unflatten(0, (samples, batch)), 0
+        outputs = [
+            x.unflatten(0, (samples, batch)) if i < batched_outputs else x
+            for i, x in enumerate(result)
+        ]
+        return tuple(outputs), tuple(0 if i < batched_outputs else None for i in range(len(result)))
+
+    return rule
+
+
+def _sample(call: dict[str, Any], dims: dict[str, Any], i: int) -> dict[str, Any]:
+    """The arguments of sample i."""
+    sample = {
+        name: x if dims.get(name) is None else x.select(dims[name], i) for name, x in call.items()
+    }
+    for name in ("alibi_slopes", "sinks", "philox"):
+        if isinstance(sample.get(name), Tensor):
+            sample[name] = sample[name].contiguous()
+    return sample
+
+
+torch.library.register_vmap(
+    "fused_attention::attention_forward_plain", _vmap_rule(forward_plain, batched_outputs=1)
+)
+torch.library.register_vmap(
+    "fused_attention::attention_forward", _vmap_rule(forward, batched_outputs=2)
+)
+torch.library.register_vmap(
+    "fused_attention::attention_backward", _vmap_rule(backward, batched_outputs=3)
+)
+
+
+@torch.library.register_vmap("fused_attention::dropout_keep_mask")
+def _vmap_dropout_keep_mask(
+    info: Any, in_dims: tuple[Any, ...], philox: Tensor, *rest: Any
+) -> tuple[Tensor, int]:
+    samples = philox.movedim(in_dims[0], 0).unbind()
+    return torch.stack([dropout_keep_mask(sample, *rest) for sample in samples]), 0
+
+
+@torch.library.register_vmap("fused_attention::philox_state")
+def _vmap_philox_state(
+    info: Any, in_dims: tuple[Any, ...], like: Tensor, call_site: int
+) -> tuple[Tensor, int | None]:
+    if info.randomness == "error":
+        raise RuntimeError(
+            "vmap: dropout in attention is random; pass randomness='same' or 'different' to vmap"
+        )
+    if info.randomness == "same":
+        return draw_philox_state(like, call_site), None
+    draws = [draw_philox_state(like, call_site) for _ in range(info.batch_size)]
+    return torch.stack(draws), 0

@@ -1,0 +1,484 @@
+"""What a call of attention is: all validation, once, and one frozen record that describes it.
+
+`Problem.from_call` checks every argument of `attention()` and keeps shapes, dtypes, options and the
+set of features in use: what a backend needs to know to accept or refuse the call, and no tensor.
+The functions below it bring tensors into the form of the operators, without copying or expanding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .errors import ArgumentTypeError, ArgumentValueError, describe_error
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# The numbers that the operators take for these arguments.
+CAUSAL: dict[Any, int] = {False: 0, "top_left": 1, "bottom_right": 2}
+PRECISION = {"highest": 0, "high": 1, "medium": 2}
+
+# Everything that a call may use beyond softmax(scale * q k^T) v, in the order of the printed table.
+FEATURES = {
+    "gradients": "gradients of query, key and value",
+    "mask": "boolean mask, broadcast without being expanded",
+    "bias": "additive bias, broadcast without being expanded",
+    "bias_gradient": "gradient of the bias",
+    "key_padding_mask": "padded keys, [B, Sk]",
+    "causal": "causal, top-left and bottom-right",
+    "window_size": "sliding window",
+    "softcap": "capped scores",
+    "alibi_slopes": "ALiBi",
+    "sinks": "attention sinks",
+    "sinks_gradient": "gradient of the sinks",
+    "dropout": "dropout inside the kernel",
+    "gqa": "fewer key/value heads than query heads",
+    "value_head_dim": "values wider or narrower than keys",
+    "return_lse": "log-sum-exp",
+    "lse_gradient": "gradient through the log-sum-exp",
+    "varlen": "packed sequences (cu_seqlens)",
+    "seqused_k": "used length per sequence",
+    "block_table": "paged keys and values",
+}
+
+
+# -- Tensors as the operators take them --------------------------------------------------
+
+
+def cast_for_autocast(query: Any, *others: Any) -> tuple[Any, ...]:
+    """As PyTorch: where autocast is on, floating tensors except float64 get its dtype."""
+    tensors = (query, *others)
+    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(query.device.type)
+
+    def cast(x: Any) -> Any:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if eligible else x
+
+    return tuple(cast(x) for x in tensors)
+
+
+def as_4d(x: Tensor | None) -> Tensor | None:
+    """A mask or bias with leading dimensions of size 1 up to four: a view."""
+    if x is None or x.dim() == 4:
+        return x
+    return x.view((1,) * (4 - x.dim()) + x.shape)
+
+
+def as_vector(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """ALiBi slopes or sinks, dense."""
+    return None if x is None else x.to(dtype).contiguous()
+
+
+@torch.compiler.assume_constant_result
+def float32_matmul_precision() -> str:
+    """The process-wide setting; "highest" once PyTorch refuses to tell it as one word.
+
+    It refuses after `torch.backends.*.fp32_precision` was set. While compiling it is a constant.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "highest"
+
+
+# -- Checks ------------------------------------------------------------------------------
+
+
+def wrong_value(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
+    raise ArgumentValueError(describe_error(name, expected, got, hint))
+
+
+def wrong_type(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
+    raise ArgumentTypeError(describe_error(name, expected, got, hint))
+
+
+def shape_of(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        wrong_type(name, "a torch.Tensor", type(x).__name__)
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else str(x.layout)
+        wrong_value(name, "a dense strided tensor", kind, "pad it, or convert it with to_dense()")
+
+
+def check_same_device(name: str, x: Tensor, query: Tensor) -> None:
+    if x.device != query.device:
+        wrong_value(name, f"device {query.device}, as query has", x.device)
+
+
+def check_dtype(name: str, x: Tensor, dtype: torch.dtype, hint: str = "") -> None:
+    if x.dtype != dtype:
+        wrong_value(name, f"dtype {dtype}", x.dtype, hint)
+
+
+def check_shape(name: str, x: Tensor, meaning: str, *shapes: tuple[int, ...]) -> None:
+    """One of `shapes`, which `meaning` says in letters."""
+    if not any(x.dim() == len(shape) and tuple(x.shape) == shape for shape in shapes):
+        numbers = " or ".join(str(shape) for shape in shapes)
+        wrong_value(name, f"shape {meaning} = {numbers}", shape_of(x))
+
+
+def check_broadcastable(name: str, x: Tensor, target: tuple[int, int, int, int]) -> None:
+    fits = x.dim() <= 4
+    for size, full in zip(reversed(x.shape), reversed(target), strict=False):
+        fits = fits and (size == 1 or size == full)
+    if not fits:
+        expected = f"a shape that broadcasts to [B, Hq, Sq, Sk] = {target}"
+        wrong_value(name, expected, shape_of(x))
+
+
+def check_number(name: str, x: Any, hint: str = "") -> None:
+    if isinstance(x, Tensor) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        wrong_type(name, "a number", type(x).__name__, hint)
+
+
+def check_query_key_value(query: Any, key: Any, value: Any) -> None:
+    """Kind, dtype and device; the shapes differ between dense, packed and paged calls."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x)
+        if x.dtype not in DTYPES:
+            allowed = ", ".join(str(dtype) for dtype in DTYPES)
+            wrong_value(name, f"a dtype out of {allowed}", x.dtype, "cast it first")
+        if x.dtype != query.dtype:
+            wrong_value(name, f"dtype {query.dtype}, as query has", x.dtype, "cast to one dtype")
+        check_same_device(name, x, query)
+
+
+def check_dense_shapes(query: Tensor, key: Tensor, value: Tensor, paged: bool) -> None:
+    """All [B, H, S, D]; paged keys and values [pages, page_size, Hkv, D or Dv]."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            layout = "[pages, page_size, Hkv, D]" if paged and name != "query" else "[B, H, S, D]"
+            hint = "packed sequences [T, H, D] need cu_seqlens_q" if x.dim() == 3 else ""
+            wrong_value(name, f"4 dimensions {layout}", f"{x.dim()}: {shape_of(x)}", hint)
+    if paged:
+        return
+    if key.shape[0] != query.shape[0]:
+        wrong_value(
+            "key", f"batch size {query.shape[0]}, as query has", key.shape[0], "expand() is free"
+        )
+
+
+def check_key_value_shapes(query: Tensor, key: Tensor, value: Tensor, heads_dim: int) -> None:
+    if key.shape[-1] != query.shape[-1]:
+        expected = f"head_dim {query.shape[-1]}, as query {shape_of(query)} has"
+        wrong_value("key", expected, f"{key.shape[-1]}: {shape_of(key)}")
+    if value.shape[:-1] != key.shape[:-1]:
+        expected = f"all but the last size as in key {shape_of(key)}"
+        wrong_value("value", expected, shape_of(value))
+    heads_q, heads_kv = query.shape[1], key.shape[heads_dim]
+    if heads_q != heads_kv and (heads_kv == 0 or heads_q % heads_kv != 0):
+        wrong_value("key", f"a number of heads that divides query's {heads_q}", heads_kv)
+
+
+def causal_number(causal: Any, same_lengths: bool) -> int:
+    if isinstance(causal, (bool, int, str)) and causal in CAUSAL:
+        return CAUSAL[causal]
+    if isinstance(causal, int) and causal == 1:
+        if same_lengths:
+            return CAUSAL["top_left"]
+        wrong_value(
+            "causal",
+            '"top_left" or "bottom_right" where query and key lengths differ or may differ',
+            True,
+            '"top_left" is what scaled_dot_product_attention does, '
+            '"bottom_right" what flash_attn does and what a key/value cache needs',
+        )
+    wrong_value("causal", 'False, True, "top_left" or "bottom_right"', repr(causal))
+
+
+def window_numbers(window_size: Any) -> tuple[int, int]:
+    if isinstance(window_size, Sequence) and len(window_size) == 2:
+        left, right = window_size
+        if all(isinstance(x, (int, torch.SymInt)) and x >= -1 for x in (left, right)):
+            return left, right
+    wrong_value("window_size", "(left, right) in tokens, each an int >= -1", repr(window_size))
+
+
+def precision_number(precision: Any, dtype: torch.dtype) -> int:
+    if precision is not None and precision not in PRECISION:
+        wrong_value("precision", f"None or one of {', '.join(PRECISION)}", repr(precision))
+    if dtype != torch.float32:
+        return PRECISION["highest"]
+    return PRECISION[precision or float32_matmul_precision()]
+
+
+def check_lengths(name: str, x: Any, query: Tensor, dim: int) -> None:
+    """An int32 tensor of sequence lengths, offsets or page numbers."""
+    check_tensor(name, x)
+    check_dtype(name, x, torch.int32, "to(torch.int32)")
+    check_same_device(name, x, query)
+    if x.dim() != dim:
+        wrong_value(name, f"{dim} dimension{'s' * (dim > 1)}", f"{x.dim()}: {shape_of(x)}")
+
+
+def check_philox_seed(philox_seed: Any, device: torch.device) -> Any:
+    """None, 64 bits as an int, or (seed, offset) as an int64 tensor; returned as it came."""
+    if isinstance(philox_seed, Tensor):
+        check_dtype("philox_seed", philox_seed, torch.int64)
+        check_shape("philox_seed", philox_seed, "[2] (seed, offset)", (2,))
+        if philox_seed.device != device:
+            wrong_value("philox_seed", f"device {device}", philox_seed.device)
+    elif philox_seed is not None:
+        if not isinstance(philox_seed, (int, torch.SymInt)):
+            wrong_type("philox_seed", "an int or an int64 tensor", type(philox_seed).__name__)
+        if not -(2**63) <= philox_seed < 2**64:
+            wrong_value("philox_seed", "64 bits", philox_seed)
+    return philox_seed
+
+
+# -- The record --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A valid call. Sizes as in the formulas; packed: seqlen_* are max_seqlen_* or all tokens."""
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    device: torch.device
+    scale: float
+    causal: int
+    window_size: tuple[int, int]
+    softcap: float
+    dropout_p: float
+    precision: int
+    return_lse: bool
+    features: frozenset[str]
+    differentiable: bool  # goes through the autograd.Function: gradients or a transform are on
+    copied: dict[str, int]  # inputs whose last stride is not 1, and their bytes
+
+    @property
+    def numbers(self) -> tuple[float, int, int, int, int]:
+        """What every operator takes after query, key and value."""
+        return (self.scale, self.causal, *self.window_size, self.precision)
+
+    @property
+    def is_plain(self) -> bool:
+        """No optional tensor, no softcap, no dropout, no lse: served by the small operator."""
+        return self.features <= {"gradients", "causal", "window_size", "gqa", "value_head_dim"}
+
+    @property
+    def copied_bytes(self) -> int:
+        return sum(self.copied.values())
+
+    @staticmethod
+    def from_call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        causal: bool | str = False,
+        window_size: tuple[int, int] = (-1, -1),
+        scale: float | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        dropout_p: float = 0.0,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        seqused_k: Tensor | None = None,
+        block_table: Tensor | None = None,
+        return_lse: bool = False,
+        philox_seed: int | Tensor | None = None,
+        precision: str | None = None,
+    ) -> Problem:
+        """Checks the arguments of `attention()`, which says what they mean.
+
+        Raises ArgumentTypeError for an argument of the wrong kind and ArgumentValueError for a
+        shape, dtype, device or value; the message names the argument.
+        """
+        check_query_key_value(query, key, value)
+        packed, paged = cu_seqlens_q is not None, block_table is not None
+        heads_dim = 2 if paged else 1
+
+        # Sizes
+        if packed:
+            for name, x in (("query", query), ("key", key), ("value", value)):
+                rank = 4 if paged and name != "query" else 3
+                if x.dim() != rank:
+                    got = f"{x.dim()}: {shape_of(x)}"
+                    wrong_value(name, f"{rank} dimensions where cu_seqlens_q is given", got)
+            check_lengths("cu_seqlens_q", cu_seqlens_q, query, 1)
+            batch = cu_seqlens_q.shape[0] - 1  # type: ignore[union-attr]
+            if batch < 0:
+                wrong_value("cu_seqlens_q", "[B + 1] offsets, the first is 0", "an empty tensor")
+        else:
+            check_dense_shapes(query, key, value, paged)
+            batch = query.shape[0]
+        check_key_value_shapes(query, key, value, heads_dim)
+        if cu_seqlens_k is not None:
+            check_lengths("cu_seqlens_k", cu_seqlens_k, query, 1)
+            if not packed:
+                wrong_value("cu_seqlens_k", "None without cu_seqlens_q", "a tensor")
+            check_shape("cu_seqlens_k", cu_seqlens_k, "[B + 1], as cu_seqlens_q", (batch + 1,))
+        elif packed and not paged:
+            wrong_value("cu_seqlens_k", "a tensor, since cu_seqlens_q is one", None)
+        for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+            if length is not None and not (isinstance(length, (int, torch.SymInt)) and length >= 0):
+                wrong_value(name, "None or an int >= 0", repr(length))
+        if seqused_k is not None:
+            check_lengths("seqused_k", seqused_k, query, 1)
+            check_shape("seqused_k", seqused_k, "[B]", (batch,))
+        if block_table is not None:
+            check_lengths("block_table", block_table, query, 2)
+            check_shape("block_table", block_table, "[B, max_pages]", (batch, block_table.shape[1]))
+        heads_q, head_dim = query.shape[1], query.shape[-1]
+        heads_kv, head_dim_v = key.shape[heads_dim], value.shape[-1]
+        seqlen_q = query.shape[2] if not packed else max_seqlen_q or query.shape[0]
+        if block_table is not None:
+            seqlen_k = block_table.shape[1] * key.shape[1]
+        else:
+            seqlen_k = key.shape[2] if not packed else max_seqlen_k or key.shape[0]
+
+        # Options that are tensors
+        scores = (batch, heads_q, seqlen_q, seqlen_k)
+        for name, option in (
+            ("mask", mask),
+            ("bias", bias),
+            ("key_padding_mask", key_padding_mask),
+            ("alibi_slopes", alibi_slopes),
+            ("sinks", sinks),
+        ):
+            if option is not None:
+                check_tensor(name, option)
+                check_same_device(name, option, query)
+                if packed and name in ("mask", "bias", "key_padding_mask"):
+                    wrong_value(name, "None for packed sequences (cu_seqlens_q)", "a tensor")
+        if mask is not None:
+            hint = "pass additive masks as bias" if mask.is_floating_point() else "use mask.bool()"
+            check_dtype("mask", mask, torch.bool, f"True = may attend; {hint}")
+            check_broadcastable("mask", mask, scores)
+        if bias is not None:
+            if bias.dtype not in DTYPES:
+                hint = "pass boolean masks as mask" if bias.dtype == torch.bool else "cast it"
+                wrong_value("bias", "a floating dtype", bias.dtype, hint)
+            check_broadcastable("bias", bias, scores)
+        if key_padding_mask is not None:
+            check_dtype("key_padding_mask", key_padding_mask, torch.bool, "True = padding")
+            check_shape("key_padding_mask", key_padding_mask, "[B, Sk]", (batch, seqlen_k))
+        if alibi_slopes is not None:
+            if not alibi_slopes.is_floating_point():
+                wrong_value("alibi_slopes", "a floating dtype", alibi_slopes.dtype)
+            check_shape(
+                "alibi_slopes", alibi_slopes, "[Hq] or [B, Hq]", (heads_q,), (batch, heads_q)
+            )
+            if torch.is_grad_enabled() and alibi_slopes.requires_grad:
+                hint = "detach() it, or pass the biases of learned slopes as bias"
+                wrong_value("alibi_slopes", "no requires_grad", "a tensor that requires it", hint)
+        if sinks is not None:
+            if not sinks.is_floating_point():
+                wrong_value("sinks", "a floating dtype", sinks.dtype)
+            check_shape("sinks", sinks, "[Hq]", (heads_q,))
+
+        # Options that are numbers
+        same_lengths = (
+            not paged
+            and seqused_k is None
+            and (cu_seqlens_q is cu_seqlens_k if packed else seqlen_q == seqlen_k)
+        )
+        causal_value = causal_number(causal, same_lengths)
+        window = window_numbers(window_size)
+        if scale is None:
+            scale = head_dim**-0.5 if head_dim else 1.0
+        check_number("scale", scale, "a learned scale can be multiplied into query")
+        if not float("-inf") < scale < float("inf"):
+            wrong_value("scale", "a finite number", scale)
+        check_number("softcap", softcap)
+        if not 0.0 <= softcap < float("inf"):
+            wrong_value("softcap", "a number of logits >= 0, 0 for none", softcap)
+        check_number("dropout_p", dropout_p)
+        if not 0.0 <= dropout_p <= 1.0:
+            wrong_value("dropout_p", "a probability in [0, 1]", dropout_p)
+        check_philox_seed(philox_seed, query.device)
+
+        # What is in use
+        grad = torch.is_grad_enabled()
+        bias_gradient = grad and bias is not None and bias.requires_grad
+        sinks_gradient = grad and sinks is not None and sinks.requires_grad
+        qkv_gradient = grad and (query.requires_grad or key.requires_grad or value.requires_grad)
+        gradients = qkv_gradient or bias_gradient or sinks_gradient
+        used = {
+            "gradients": gradients,
+            "mask": mask is not None,
+            "bias": bias is not None,
+            "bias_gradient": bias_gradient,
+            "key_padding_mask": key_padding_mask is not None,
+            "causal": causal_value != CAUSAL[False],
+            "window_size": window != (-1, -1),
+            "softcap": softcap != 0.0,
+            "alibi_slopes": alibi_slopes is not None,
+            "sinks": sinks is not None,
+            "sinks_gradient": sinks_gradient,
+            "dropout": dropout_p != 0.0,
+            "gqa": heads_q != heads_kv,
+            "value_head_dim": head_dim_v != head_dim,
+            "return_lse": bool(return_lse),
+            "lse_gradient": gradients and bool(return_lse),
+            "varlen": packed,
+            "seqused_k": seqused_k is not None,
+            "block_table": paged,
+        }
+        return Problem(
+            batch=batch,
+            heads_q=heads_q,
+            heads_kv=heads_kv,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            dtype=query.dtype,
+            device=query.device,
+            scale=float(scale) if isinstance(scale, int) else scale,
+            causal=causal_value,
+            window_size=window,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            precision=precision_number(precision, query.dtype),
+            return_lse=bool(return_lse),
+            features=frozenset(name for name in FEATURES if used[name]),
+            differentiable=gradients or transform_is_active(),
+            copied={
+                name: x.numel() * x.element_size()
+                for name, x in (("query", query), ("key", key), ("value", value))
+                if x.stride(-1) != 1 and x.shape[-1] > 1
+            },
+        )
+
+
+class Plan(NamedTuple):
+    """What serves calls of one kind: `operator(query, key, value, *numbers)`, which gives out or
+    (out, lse). Unless `is_plain`, the other arguments of the operator attention_forward follow."""
+
+    operator: Callable[..., Any]
+    numbers: tuple[Any, ...]
+    is_plain: bool = False
+    may_be_kept: bool = True  # because the operator itself refuses what does not fit together
+
+
+def transform_is_active() -> bool:
+    """torch.func or a forward-mode level, in which a bare operator would have no derivative."""
+    if torch.compiler.is_compiling():  # Dynamo does not see what else a derivative may be taken of
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -1,0 +1,312 @@
+"""Inputs, exact answers and tolerances: shared by the tests, `verify` and the benchmarks.
+
+A `Case` describes a call; `make_inputs` draws its tensors; `exact` gives the answer in float64 from
+`reference.py`; `naive` gives the answer of the same maths done plainly in the inputs' dtype; and
+`mismatches` applies the correctness rule: an error, in max and in rms, of at most twice the naive
+one plus four units in the last place of the largest (or rms) exact value. Gradients of logits sum to
+zero over a row, so dbias, where it is a sum of them, is granted one unit of their magnitudes' sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native, reference
+from .attention import attention
+from .problem import DTYPES as DTYPES
+
+Results = dict[str, Tensor]  # out, lse and the gradients, by name
+
+
+@contextlib.contextmanager
+def cpu_isa(name: str) -> Iterator[None]:
+    """The CPU kernels of one instruction set for a while: "avx512", "avx2", "baseline", "auto"."""
+    before = _native.active_isa()
+    _native.set_isa(name)
+    try:
+        yield
+    finally:
+        _native.set_isa(before)
+
+
+@contextlib.contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """So many threads of torch for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of `attention()`, without its tensors. Names as there; shapes are broadcast shapes."""
+
+    dtype: torch.dtype = torch.float32
+    B: int = 2
+    Hq: int = 2
+    Hkv: int = 2
+    Sq: int = 17
+    Sk: int = 23
+    D: int = 16
+    Dv: int = 16
+    causal: bool | str = False
+    window_size: tuple[int, int] = (-1, -1)
+    mask: str | None = None  # a broadcast shape such as "1H1K", see `broadcast_shape`
+    bias: str | None = None
+    bias_dtype: torch.dtype | None = None  # None: as dtype
+    key_padding: bool = False
+    scale: float | None = None
+    softcap: float = 0.0
+    alibi: str | None = None  # "H" or "BH"
+    sinks: bool = False
+    dropout_p: float = 0.0
+    layout: str = "BHSD"  # memory order; "BSHD", or "strided": last stride 2
+    seed: int = 0
+
+    def broadcast_shape(self, letters: str) -> tuple[int, ...]:
+        """ "1HQ1" is (1, Hq, Sq, 1)."""
+        sizes = {"B": self.B, "H": self.Hq, "Q": self.Sq, "K": self.Sk, "1": 1}
+        return tuple(sizes[letter] for letter in letters)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of a call: what is differentiated, the other options, and the incoming gradients."""
+
+    tensors: Results  # query, key, value and, where used, bias and sinks
+    options: dict[str, Any]
+    grad_out: Tensor
+    grad_lse: Tensor
+
+    def differentiable(self, dtype: torch.dtype | None = None) -> Results:
+        """Fresh leaves, cast to `dtype` if given (sinks are never below float32)."""
+        return {
+            name: x.detach().to(dtype or x.dtype).requires_grad_()
+            for name, x in self.tensors.items()
+        }
+
+
+def _laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory order."""
+    if layout == "BSHD":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "strided":
+        wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    return x
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Normal random tensors, about 40 % of a mask and 30 % of the padding hidden."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def randn(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def hidden(p: float, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator) < p
+
+    B, Hq, Hkv, Sq, Sk, D, Dv = (
+        case.B, case.Hq, case.Hkv, case.Sq, case.Sk, case.D, case.Dv
+    )  # fmt: skip
+    accumulated = torch.promote_types(case.dtype, torch.float32)
+    tensors = {
+        "query": _laid_out(randn(B, Hq, Sq, D), case.layout),
+        "key": _laid_out(randn(B, Hkv, Sk, D), case.layout),
+        "value": _laid_out(randn(B, Hkv, Sk, Dv), case.layout),
+    }
+    if case.bias:
+        shape = case.broadcast_shape(case.bias)
+        tensors["bias"] = randn(*shape, dtype=case.bias_dtype or case.dtype)
+    if case.sinks:
+        tensors["sinks"] = randn(Hq, dtype=accumulated)
+    options: dict[str, Any] = {
+        "causal": case.causal,
+        "window_size": case.window_size,
+        "scale": case.scale,
+        "softcap": case.softcap,
+        "dropout_p": case.dropout_p,
+    }
+    if case.mask:
+        options["mask"] = ~hidden(0.4, *case.broadcast_shape(case.mask))
+    if case.key_padding:
+        options["key_padding_mask"] = hidden(0.3, B, Sk)
+    if case.alibi:
+        options["alibi_slopes"] = torch.rand(
+            case.broadcast_shape(case.alibi), generator=generator, dtype=torch.float32
+        )
+    if case.dropout_p:
+        options["philox"] = torch.tensor([0x123456789ABCDEF + case.seed, 5])
+    return Inputs(tensors, options, randn(B, Hq, Sq, Dv), randn(B, Hq, Sq, dtype=accumulated))
+
+
+def _differentiate(out: Tensor, lse: Tensor, leaves: Results, inputs: Inputs) -> Results:
+    """Results of a call, with the gradients of sum(out * grad_out) + sum(lse * grad_lse)."""
+    # A row that sees nothing has lse = -inf, whose gradient has no meaning.
+    grad_lse = inputs.grad_lse.to(lse.dtype).masked_fill(lse.detach().isinf(), 0.0)
+    gradients = torch.autograd.grad(
+        (out, lse), list(leaves.values()), (inputs.grad_out.to(out.dtype), grad_lse)
+    )
+    named = {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+    return {"out": out.detach(), "lse": lse.detach(), **named}
+
+
+def run(inputs: Inputs, **options: Any) -> Results:
+    """`attention()` forward and backward on these inputs."""
+    leaves = inputs.differentiable()
+    call = dict(inputs.options)
+    if "philox" in call:
+        call["philox_seed"] = call.pop("philox")
+    out, lse = attention(**leaves, **call, return_lse=True, **options)
+    return _differentiate(out, lse, leaves, inputs)
+
+
+def exact(inputs: Inputs) -> Results:
+    """The definition, in float64."""
+    leaves = inputs.differentiable(torch.float64)
+    out, lse = reference.attention_reference(**leaves, **inputs.options, return_lse=True)
+    return _differentiate(out, lse, leaves, inputs)
+
+
+def naive(inputs: Inputs) -> tuple[Results, Results]:
+    """The maths done plainly, in two orders of summation, so that a lucky one does not set the bar."""
+    turned = {name: inputs.tensors[name].flip(-1) for name in ("query", "key", "value")}
+    other = _naive(
+        replace(inputs, tensors=inputs.tensors | turned, grad_out=inputs.grad_out.flip(-1))
+    )
+    for name in ("out", "dquery", "dkey", "dvalue"):
+        other[name] = other[name].flip(-1)
+    return _naive(inputs), other
+
+
+def _naive(inputs: Inputs) -> Results:
+    """Whole matrices in the inputs' dtype, FlashAttention-2's formulas (Dao 2023, Algorithm 2).
+
+    16-bit inputs: products accumulate and the softmax runs in float32; weights, their gradient and
+    the results are rounded once.
+    """
+    tensors, options = inputs.tensors, inputs.options
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    dtype = query.dtype
+    accumulated = torch.promote_types(dtype, torch.float32)
+    B, Hq, Sq, D = query.shape
+    Hkv, Sk = key.shape[1], key.shape[2]
+    group = Hq // Hkv
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype).to(accumulated)
+
+    def per_key_head(x: Tensor) -> Tensor:
+        return x.unflatten(1, (Hkv, group)).sum(2)
+
+    q = query.to(accumulated)
+    k, v = (x.to(accumulated).repeat_interleave(group, 1) for x in (key, value))
+    do = inputs.grad_out.to(accumulated)
+    scale = options["scale"] if options["scale"] is not None else 1.0 / math.sqrt(D)
+    used = torch.full((B,), Sk)
+    off = reference.diagonal_offset(options["causal"], Sq, used)
+    seen = reference.visible(
+        (B, Hq, Sq, Sk),
+        off,
+        used,
+        options["causal"],
+        options["window_size"],
+        options.get("mask"),
+        options.get("key_padding_mask"),
+    )
+    softcap = options["softcap"]
+    rest = (tensors.get("bias"), options.get("alibi_slopes"))
+    s = reference.scores(q, k, scale, off, softcap, *rest)
+    sinks = tensors.get("sinks")
+    p, lse = reference.softmax(torch.where(seen, s, -math.inf), sinks)
+    kept = torch.ones_like(p)
+    if options["dropout_p"]:
+        kept = reference.dropout(kept, options["dropout_p"], options["philox"])
+    dropped = rounded(p * kept)
+    out = rounded(dropped @ v)
+
+    # As the backward meets them: from lse, and from the rounded output
+    p = torch.exp(torch.where(seen, s, -math.inf) - lse.unsqueeze(-1)).nan_to_num(0.0)
+    grad_lse = inputs.grad_lse.masked_fill(lse.isinf(), 0.0).unsqueeze(-1)
+    delta = (do * out).sum(-1, keepdim=True) - grad_lse
+    ds = p * ((do @ v.mT) * kept - delta)
+    dlogits = ds
+    if softcap:
+        ds = ds * (1 - torch.tanh(scale * (q @ k.mT) / softcap) ** 2)
+    results = {
+        "out": out.to(dtype),
+        "lse": lse,
+        "dquery": (scale * (rounded(ds) @ k)).to(dtype),
+        "dkey": per_key_head(scale * (rounded(ds).mT @ q)).to(dtype),
+        "dvalue": per_key_head(dropped.mT @ do).to(dtype),
+    }
+    if "bias" in tensors:
+        bias = tensors["bias"]
+        results["dbias"] = dlogits.sum_to_size(bias.shape).to(bias.dtype)
+        results["magnitude of dbias"] = dlogits.abs().sum_to_size(bias.shape)
+    if sinks is not None:
+        weight = torch.exp(sinks.view(-1, 1, 1) - lse.unsqueeze(-1))
+        results["dsinks"] = -(weight.nan_to_num(0.0) * delta).sum((0, 2, 3))
+    return results
+
+
+# Of the last place, for the floor below; float64 is compared with itself in another order of sums.
+FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES} | {torch.float64: 1e-13}
+
+
+def mismatches(
+    got: Results, exact: Results, naive: tuple[Results, ...], factor: float = 2.0
+) -> list[str]:
+    """Every way in which `got` breaks the correctness rule; empty if it keeps it.
+
+    factor: of the naive error. Among thousands of random cases a few exceed twice it by chance.
+    """
+    wrong = []
+    for name, want in exact.items():
+        mine = got[name]
+        if mine.shape != want.shape:
+            wrong.append(f"{name}: shape {tuple(mine.shape)}, expected {tuple(want.shape)}")
+            continue
+        floor = FLOOR[(mine if name == "lse" else got["out"]).dtype]
+        mine = mine.double()
+        special = ~want.isfinite()
+        if not torch.equal(mine[special].nan_to_num(), want[special].nan_to_num()) or not bool(
+            mine[~special].isfinite().all()
+        ):
+            wrong.append(f"{name}: NaN or infinity at other places than expected")
+            continue
+        plain = [answer[name].double()[~special] for answer in naive]
+        mine, want = mine[~special], want[~special]
+        if want.numel() == 0:
+            continue
+        measures: dict[str, Callable[[Tensor], float]] = {
+            "max": lambda x: x.abs().max().item(),
+            "rms": lambda x: x.square().mean().sqrt().item(),
+        }
+        for measure, of in measures.items():
+            error, naive_error = of(mine - want), max(of(x - want) for x in plain)
+            # A relative error of the denominator is an absolute one of lse, its logarithm.
+            size = max(of(want), 1.0) if name == "lse" else of(want)
+            allowed = factor * naive_error + floor * size
+            if name == "dbias":
+                allowed += floor / 4 * of(naive[0]["magnitude of dbias"])
+            if not error <= allowed:
+                wrong.append(f"{name}: {measure} error {error:.3g}, allowed {allowed:.3g}")
+    return wrong
+
+
+def check(case: Case, **options: Any) -> list[str]:
+    """`mismatches` of `attention()` for one case."""
+    inputs = make_inputs(case)
+    return mismatches(run(inputs, **options), exact(inputs), naive(inputs))
