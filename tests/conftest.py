@@ -1,0 +1,30 @@
+"""Options and parameters that every test file shares."""
+
+import pytest
+import torch
+
+from fused_attention import _native, testing
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        skip = pytest.mark.skip(reason="slow: runs with --full (make test-full)")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=_native.isas())
+def isa(request):
+    """Each instruction set of this machine in turn."""
+    with testing.cpu_isa(request.param):
+        yield request.param

@@ -1,0 +1,154 @@
+"""python -m fused_attention: doctor, explain, features; exit codes and errors."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_attention import _native, backends, cli
+from fused_attention.problem import FEATURES
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout, stderr."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def in_a_process(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "fused_attention", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+def test_doctor(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    for word in (
+        torch.__version__,
+        _native.active_isa(),
+        "backend cuda",
+        "not built yet",
+        "usable",
+    ):
+        assert word in out
+
+
+def test_doctor_json(capsys, isa):
+    code, out, _ = run(capsys, "doctor", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["cpu"]["isa_active"] == isa and isa in report["cpu"]["isas_usable"]
+    assert set(report["cpu"]["isas_usable"]) <= set(report["cpu"]["isas_compiled"])
+    assert report["cpu"]["threads"] == torch.get_num_threads()
+    assert list(report["backends"]) == list(backends.NAMES)
+    assert report["backends"]["cpu"] == {"usable": True, "reason": ""}
+    assert report["backends"]["triton"] == {"usable": False, "reason": "not built yet"}
+
+
+def test_as_a_module_with_its_environment():
+    result = in_a_process(
+        "doctor", FUSED_ATTENTION_CPU_ISA="baseline", FUSED_ATTENTION_BACKEND="reference"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "baseline in force" in result.stdout
+    assert "FUSED_ATTENTION_BACKEND reference" in " ".join(result.stdout.split())
+    result = in_a_process("doctor", FUSED_ATTENTION_BACKEND="gpu")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "FUSED_ATTENTION_BACKEND: expected auto or one of" in result.stderr
+    result = in_a_process("doctor", FUSED_ATTENTION_CPU_ISA="z80")
+    assert result.returncode != 0
+    assert "ValueError: FUSED_ATTENTION_CPU_ISA" in result.stderr and "baseline" in result.stderr
+
+
+def test_explain(capsys):
+    code, out, _ = run(capsys, "explain", "--shape", "1,8,128,64")
+    assert code == 0
+    assert "cpu" in out and "attention_forward_plain" in out and _native.active_isa() in out
+
+
+EVERYTHING = """--kv-heads 2 --sk 96 --dv 32 --dtype bfloat16 --causal bottom_right --window 16 -1
+    --softcap 5 --dropout 0.1 --mask 1,1,128,96 --bias 8,128,96 --bias-grad --key-padding --alibi
+    --sinks --grad --lse""".split()
+
+
+def test_explain_takes_every_option(capsys, monkeypatch):
+    problems = []
+    original = backends.Problem.from_call
+
+    def from_call(*args, **kwargs):
+        problems.append(original(*args, **kwargs))
+        return problems[-1]
+
+    monkeypatch.setattr(backends.Problem, "from_call", staticmethod(from_call))
+    code, out, _ = run(capsys, "explain", "--shape", "1,8,128,64", *EVERYTHING)
+    assert code == 0 and "attention_forward + attention_backward" in out
+    (problem,) = problems
+    assert problem.features == set(FEATURES) - {
+        "varlen",
+        "seqused_k",
+        "block_table",
+        "sinks_gradient",
+    }
+    assert (problem.heads_kv, problem.seqlen_k, problem.head_dim_v) == (2, 96, 32)
+    assert problem.dtype == torch.bfloat16 and problem.window_size == (16, -1)
+
+
+def test_explain_needs_no_memory_for_its_tensors(capsys):
+    code, out, _ = run(
+        capsys, "explain", "--shape", "64,64,1000000,512", "--mask", "1000000,1000000"
+    )
+    assert code == 0 and "cpu" in out
+
+
+def test_explain_of_what_only_the_reference_serves(capsys):
+    code, out, _ = run(capsys, "explain", "--shape", "1,8,16,600")
+    assert code == 0 and "reference" in out and "head_dim 600" in out
+    code, out, _ = run(capsys, "explain", "--shape", "1,8,16,64", "--device", "cuda")
+    assert code == 0 and "device cuda" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "command"),
+        (["explain"], "--shape"),
+        (["explain", "--shape", "1,8,16"], "expected four sizes B,Hq,Sq,D, got '1,8,16'"),
+        (["explain", "--shape", "1,8,x,4"], "expected a size, got 'x'"),
+        (["explain", "--shape", "1,8,-1,4"], "expected a size, got '-1'"),
+        (["explain", "--shape", "1,8,16,64", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["explain", "--shape", "1,8,16,64", "--device", "abacus"], "abacus"),
+        (["explain", "--shape", "1,8,16,64", "--kv-heads", "3"], "divides query's 8, got 3"),
+        (["explain", "--shape", "1,8,16,64", "--mask", "4,4"], "mask: expected a shape"),
+        (["explain", "--shape", "1,8,16,64", "--backend", "cuda"], "'cuda'.*not built yet"),
+        (["explain", "--shape", "1,8,16,64", "--backend", "x"], "backend: expected auto or one of"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == ""
+    assert re.search(message, err.splitlines()[-1])
+
+
+def test_features_is_the_table_of_the_rows(capsys):
+    code, out, _ = run(capsys, "features")
+    assert code == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+    assert rows[0][1:] == list(backends.NAMES) and set(rows[1]) == {"---"}
+    table = {row[0]: row[1:] for row in rows[2:]}
+    for name, meaning in FEATURES.items():
+        for row, cell in zip(backends.BACKENDS, table[meaning], strict=True):
+            assert (cell == "yes") == (name in row.features), (name, row.name)
+    assert table["head_dim"] == ["not built yet", "not built yet", "1 to 512", "any"]
+    assert "float16" in table["dtype"][2] and table["device"][2:] == ["cpu", "any"]

@@ -1,0 +1,247 @@
+"""Corners of the meaning (NaN, infinities, rows and keys nobody sees, empty and huge tensors)."""
+
+import math
+
+import pytest
+import torch
+from fused_attention import attention, testing
+from fused_attention.testing import Case
+
+INF, NAN = math.inf, math.nan
+
+
+def make(dtype=torch.float32, B=2, Hq=2, Hkv=2, Sq=53, Sk=107, D=20, Dv=12):
+    return (
+        torch.randn(B, Hq, Sq, D).to(dtype),
+        torch.randn(B, Hkv, Sk, D).to(dtype),
+        torch.randn(B, Hkv, Sk, Dv).to(dtype),
+    )
+
+
+def gradients(out, *inputs):
+    return torch.autograd.grad(out, inputs, torch.randn_like(out))
+
+
+# -- What nobody sees --------------------------------------------------------------------
+
+NOT_SEEN = {
+    "key_padding_mask": lambda B, Sq, Sk: {
+        "key_padding_mask": torch.arange(Sk).expand(B, Sk) % 3 == 1
+    },
+    "mask column": lambda B, Sq, Sk: {
+        "mask": (torch.arange(Sk) % 3 != 1).expand(1, 1, Sq, Sk).contiguous()
+    },
+    "broadcast mask column": lambda B, Sq, Sk: {"mask": (torch.arange(Sk) % 3 != 1)},
+    "right of a causal mask": lambda B, Sq, Sk: {"causal": "top_left"},
+    "left of a window": lambda B, Sq, Sk: {"causal": "bottom_right", "window_size": (4, 0)},
+    "mask and causal together": lambda B, Sq, Sk: {
+        "mask": torch.arange(Sq).view(Sq, 1) + 20 > torch.arange(Sk),
+        "causal": "bottom_right",
+        "window_size": (40, 0),
+    },
+}
+
+
+@pytest.mark.parametrize("how", NOT_SEEN)
+@pytest.mark.parametrize("junk", [NAN, INF])
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_keys_that_nobody_sees_influence_nothing(isa, how, junk, dtype):
+    query, key, value = make(dtype)
+    B, _, Sq, _ = query.shape
+    Sk = key.shape[2]
+    options = NOT_SEEN[how](B, Sq, Sk)
+    from fused_attention import reference
+
+    seen = reference.visible(
+        (B, 2, Sq, Sk),
+        reference.diagonal_offset(options.get("causal", False), Sq, torch.full((B,), Sk)),
+        torch.full((B,), Sk),
+        options.get("causal", False),
+        options.get("window_size", (-1, -1)),
+        options.get("mask"),
+        options.get("key_padding_mask"),
+    )
+    hidden = ~seen.any(2)
+    assert hidden.any() and seen.any()
+    results = []
+    for fill in (0.0, junk):
+        k = torch.where(hidden.unsqueeze(-1), fill, key).to(dtype).requires_grad_()
+        v = torch.where(hidden.unsqueeze(-1), fill, value).to(dtype).requires_grad_()
+        q = query.clone().requires_grad_()
+        torch.manual_seed(1)
+        out, lse = attention(q, k, v, **options, return_lse=True, backend="cpu")
+        results.append((out, lse, *gradients(out, q, k, v)))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+    _, _, _, dk, dv = results[1]
+    assert (dk[hidden] == 0).all() and (dv[hidden] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_that_see_nothing(isa, dtype, sinks):
+    query, key, value = (x.requires_grad_() for x in make(dtype))
+    mask = torch.rand(1, 1, 53, 107) < 0.8
+    blind = torch.arange(53) % 5 == 2
+    mask[:, :, blind] = False
+    sink = torch.randn(2, dtype=torch.promote_types(dtype, torch.float32)) if sinks else None
+    with torch.no_grad():
+        query[:, :, blind] = NAN  # nor may they reach what others compute
+    out, lse = attention(
+        query, key, value, mask=mask, sinks=sink, return_lse=True, backend="cpu"
+    )
+    assert (out[:, :, blind] == 0).all()
+    expected = torch.full_like(lse[:, :, blind], -INF) if sink is None else sink.view(1, 2, 1)
+    torch.testing.assert_close(lse[:, :, blind], expected.expand_as(lse[:, :, blind]))
+    if not sinks:
+        dq, dk, dv = gradients(out, query, key, value)
+        assert (dq[:, :, blind] == 0).all()
+        assert all(x.isfinite().all() for x in (out, dq, dk, dv))
+
+
+def test_a_fully_padded_sample_is_zero(isa):
+    query, key, value = (x.requires_grad_() for x in make())
+    padding = torch.tensor([[False], [True]]).expand(2, 107)
+    out = attention(query, key, value, key_padding_mask=padding, backend="cpu")
+    assert (out[1] == 0).all() and (out[0] != 0).any()
+    for gradient in gradients(out, query, key, value):
+        assert (gradient[1] == 0).all() and gradient[0].isfinite().all()
+
+
+# -- What somebody sees ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("Sk", [5, 107, 600])
+def test_nan_in_a_query_stays(isa, dtype, Sk):
+    query, key, value = make(dtype, Sk=Sk)
+    query[0, 1, 7, 3] = NAN
+    out, lse = attention(query, key, value, return_lse=True, backend="cpu")
+    expected = torch.zeros_like(lse, dtype=torch.bool)
+    expected[0, 1, 7] = True
+    assert torch.equal(lse.isnan(), expected)
+    assert torch.equal(out.isnan(), expected.unsqueeze(-1).expand_as(out))
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("special", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["query", "key", "value", "bias"])
+def test_nan_and_infinity_propagate_as_in_the_definition(isa, dtype, special, where):
+    inputs = testing.make_inputs(Case(dtype=dtype, Sq=50, Sk=99, bias="1HQK"))
+    position = (0, 1, 11, 2)
+    inputs.tensors[where][position] = special
+    call = {"bias": inputs.tensors["bias"]}
+    tensors = [inputs.tensors[name] for name in ("query", "key", "value")]
+    got = attention(*tensors, **call, backend="cpu")
+    exact = attention(*(x.double() for x in tensors), bias=call["bias"].double(), backend="reference")
+    assert torch.equal(got.isnan(), exact.isnan())
+    assert torch.equal(got[got.isinf()].double(), exact[exact.isinf()])
+    fine = exact.isfinite()
+    tolerance = 50 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got[fine].double(), exact[fine], atol=tolerance, rtol=tolerance)
+
+
+def test_large_scores_do_not_overflow(isa):
+    query, key, value = make()
+    out = attention(query * 1e4, key * 1e4, value, backend="cpu")
+    exact = attention(
+        query.double() * 1e4, key.double() * 1e4, value.double(), backend="reference"
+    )
+    torch.testing.assert_close(out, exact.float(), atol=1e-4, rtol=1e-4)
+
+
+# -- Sizes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"B": 0},
+        {"Hq": 0, "Hkv": 0},
+        {"Sq": 0},
+        {"Sk": 0},
+        {"Sq": 0, "Sk": 0},
+        {"Dv": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [None, "BHQK", "1H1K", "1111"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_empty(isa, shape, bias, sinks):
+    sizes = {"B": 2, "Hq": 3, "Hkv": 3, "Sq": 5, "Sk": 7, "D": 8, "Dv": 8} | shape
+    inputs = testing.make_inputs(Case(**sizes, bias=bias, sinks=sinks))
+    got = testing.run(inputs)
+    exact = testing.exact(inputs)
+    for name, want in exact.items():
+        torch.testing.assert_close(got[name], want.to(got[name].dtype), msg=name)
+
+
+def test_more_than_2_to_the_31_elements():
+    """64-bit offsets: the last head of an expanded tensor lies past 2^31 elements of its view."""
+    storage = torch.randn(64, 64)
+    huge = storage.as_strided((1, 1, 2**26, 64), (0, 0, 0, 1))  # 2^32 elements, one row
+    query = torch.randn(1, 1, 3, 64)
+    out = attention(query, huge[:, :, -5:], huge[:, :, -5:], backend="cpu")
+    torch.testing.assert_close(out, storage[:1].expand(1, 1, 3, 64))
+    stride = 2**31 // 4
+    pool = torch.empty(5 * stride + 8, dtype=torch.uint8)  # untouched pages cost nothing
+    value = pool.view(torch.uint8)[: 5 * stride].view(torch.float32)
+    rows = value.as_strided((1, 1, 3, 4), (0, 0, stride // 2, 1))
+    rows.copy_(torch.randn(1, 1, 3, 4))
+    query = torch.randn(1, 1, 2, 4)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, rows.contiguous(), rows.contiguous()
+    )
+    torch.testing.assert_close(attention(query, rows, rows, backend="cpu"), expected)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (3, 2, 1, 0)])
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_memory_orders(isa, order, dtype):
+    """Any strides are read in place or copied; outputs are dense, BSHD where the input is."""
+
+    def laid_out(x):
+        inverse = torch.tensor(order).argsort().tolist()
+        return x.permute(order).contiguous().permute(inverse)
+
+    plain = make(dtype)
+    query, key, value = (laid_out(x).requires_grad_() for x in plain)
+    out = attention(query, key, value, backend="cpu")
+    expected = attention(*plain, backend="cpu")
+    assert torch.equal(out, expected)
+    for x, like in zip((out, *gradients(out, query, key, value)), (query, query, key, value)):
+        bshd = like.stride(1) < like.stride(2)
+        assert (x.transpose(1, 2) if bshd else x).is_contiguous()
+
+
+def test_expanded_inputs_are_not_copied(isa):
+    query, key, value = make()
+    wide_key, wide_value = (x[:1, :1].expand(2, 2, -1, -1) for x in (key, value))
+    out = attention(query, wide_key, wide_value, backend="cpu")
+    assert torch.equal(
+        out, attention(query, wide_key.contiguous(), wide_value.contiguous(), backend="cpu")
+    )
+
+
+@pytest.mark.parametrize("layout", [(1, 0), (0, 1), (0, 0)])
+def test_masks_and_biases_of_any_stride(isa, layout):
+    """A mask, bias or padding with a last stride other than 1, or 0, is read as it lies."""
+    query, key, value = make()
+    transposed, expanded = layout
+    mask = torch.rand(2, 1, 107, 53) > 0.3 if transposed else torch.rand(2, 1, 53, 214) > 0.3
+    mask = mask.mT if transposed else mask[..., ::2]
+    bias = torch.randn(1, 2, 107, 53).mT if transposed else torch.randn(1, 2, 53, 214)[..., 1::2]
+    if expanded:
+        mask, bias = mask[..., :1].expand(2, 1, 53, 107), bias[..., :1, :].expand(1, 2, 53, 107)
+    padding = (torch.rand(107, 2) > 0.5).T
+    out = attention(query, key, value, mask=mask, bias=bias, key_padding_mask=padding, backend="cpu")
+    dense = attention(
+        query,
+        key,
+        value,
+        mask=mask.contiguous(),
+        bias=bias.contiguous(),
+        key_padding_mask=padding.contiguous(),
+        backend="cpu",
+    )
+    assert torch.equal(out, dense)

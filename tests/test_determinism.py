@@ -1,0 +1,46 @@
+"""Same inputs, same bits: for any number of threads, forward and backward, and from run to run."""
+
+import pytest
+import torch
+from fused_attention import testing
+from fused_attention.testing import Case
+
+CASES = {
+    "plain": Case(B=2, Hq=3, Hkv=3, Sq=150, Sk=201, D=40, Dv=40),
+    "causal gqa": Case(B=1, Hq=4, Hkv=2, Sq=170, Sk=170, D=32, Dv=24, causal=True),
+    "everything": Case(
+        B=2, Hq=4, Hkv=2, Sq=99, Sk=130, D=16, Dv=16, causal="bottom_right", window_size=(60, 0),
+        mask="B1QK", bias="1HQK", key_padding=True, softcap=5.0, alibi="H", sinks=True,
+        dropout_p=0.2,
+    ),
+    "bias of all heads": Case(B=2, Hq=3, Hkv=1, Sq=120, Sk=100, bias="11QK", dropout_p=0.1),
+    "bias of keys": Case(B=2, Hq=3, Hkv=1, Sq=120, Sk=200, bias="1H1K"),
+    "one bias": Case(B=2, Hq=3, Hkv=3, Sq=70, Sk=200, bias="1111"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_bits_do_not_depend_on_threads(isa, name, dtype):
+    case = CASES[name]
+    inputs = testing.make_inputs(type(case)(**{**vars(case), "dtype": dtype}))
+    results = []
+    for threads in (1, 2, 3, 1):
+        with testing.num_threads(threads):
+            results.append(testing.run(inputs, backend="cpu"))
+    for other in results[1:]:
+        for key, value in results[0].items():
+            assert torch.equal(value, other[key]), key
+    assert not testing.mismatches(results[0], testing.exact(inputs), testing.naive(inputs))
+
+
+def test_every_isa_draws_the_same_dropout():
+    from fused_attention import _native, dropout_mask, reference
+
+    philox = torch.tensor([-(2**62) - 12345, 3])
+    expected = reference.dropout_keep_mask(philox, 0.3, 2, 3, 50, 203)
+    for name in _native.isas():
+        with testing.cpu_isa(name):
+            keep = torch.ops.fused_attention.dropout_keep_mask(philox, 0.3, 2, 3, 50, 203)
+            assert torch.equal(keep, expected), name
+    assert torch.equal(dropout_mask(2, 3, 50, 203, 0.3, philox_seed=philox), expected)

@@ -1,0 +1,649 @@
+"""How a call finds its backend: validation, choice, environment, remembered plans, explain."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fused_attention
+from fused_attention import ArgumentTypeError, ArgumentValueError, attention, backends, explain, ops
+from fused_attention.backends import BACKENDS, CPU, NAMES, PLANS, REFERENCE
+from fused_attention.problem import FEATURES, Problem
+from fused_attention.reference import attention_reference
+
+
+def randn(*shape, dtype=torch.float32, **options):
+    return torch.randn(shape, dtype=dtype, **options)
+
+
+def qkv(B=2, Hq=4, Hkv=2, Sq=5, Sk=7, D=8, Dv=8, **options):
+    shapes = [(B, Hq, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv)]
+    return {
+        name: randn(*shape, **options)
+        for name, shape in zip(("query", "key", "value"), shapes, strict=True)
+    }
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Nothing remembered, nothing set; `environment(NAME=value)` sets and reads."""
+
+    def read(**variables):
+        for name in ("BACKEND", "STRICT"):
+            monkeypatch.delenv(f"FUSED_ATTENTION_{name}", raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(f"FUSED_ATTENTION_{name}", value)
+        backends.read_environment()
+
+    read()
+    yield read
+    read()
+
+
+# -- Validation --------------------------------------------------------------------------
+
+int32 = torch.int32
+PACKED = {
+    "query": torch.randn(6, 4, 8),
+    "key": torch.randn(9, 2, 8),
+    "value": torch.randn(9, 2, 8),
+    "cu_seqlens_q": torch.tensor([0, 2, 6], dtype=int32),
+    "cu_seqlens_k": torch.tensor([0, 4, 9], dtype=int32),
+}
+PAGED = {
+    "query": torch.randn(2, 4, 3, 8),
+    "key": torch.randn(5, 4, 2, 8),
+    "value": torch.randn(5, 4, 2, 8),
+    "block_table": torch.tensor([[0, 1], [2, 3]], dtype=int32),
+    "seqused_k": torch.tensor([5, 8], dtype=int32),
+}
+VALUE, TYPE = ArgumentValueError, ArgumentTypeError
+
+# arguments that replace those of a valid call, the error, and what its message says
+WRONG = [
+    ({"query": 1}, TYPE, "query: expected a torch.Tensor, got int"),
+    ({"key": None}, TYPE, "key: expected a torch.Tensor, got NoneType"),
+    ({"value": randn(2, 2, 7, 8).to_sparse()}, VALUE, "value: .*dense.*sparse"),
+    ({"query": randn(2, 4, 5, 8).to(torch.float8_e4m3fn)}, VALUE, "query: .*float8_e4m3fn"),
+    ({"query": torch.ones(2, 4, 5, 8, dtype=int32)}, VALUE, "query: .*int32.*cast"),
+    ({"key": randn(2, 2, 7, 8).half()}, VALUE, "key: .*float32, as query has, got torch.float16"),
+    ({"value": randn(2, 2, 7, 8).double()}, VALUE, "value: .*float32.*float64"),
+    ({"key": randn(2, 2, 7, 8, device="meta")}, VALUE, "key: .*device cpu.*meta"),
+    ({"query": randn(4, 5, 8)}, VALUE, "query: .*4 dimensions.*3: .*cu_seqlens_q"),
+    ({"key": randn(2, 7, 8)}, VALUE, "key: .*4 dimensions"),
+    ({"key": randn(3, 2, 7, 8)}, VALUE, "key: .*batch size 2"),
+    ({"key": randn(2, 2, 7, 9)}, VALUE, "key: .*head_dim 8.*9"),
+    ({"value": randn(2, 2, 6, 8)}, VALUE, r"value: .*\(2, 2, 7, 8\).*\(2, 2, 6, 8\)"),
+    ({"value": randn(2, 1, 7, 8)}, VALUE, "value: "),
+    ({"key": randn(2, 3, 7, 8), "value": randn(2, 3, 7, 8)}, VALUE, "key: .*divides query's 4"),
+    ({"key": randn(2, 0, 7, 8), "value": randn(2, 0, 7, 8)}, VALUE, "key: .*divides query's 4"),
+    ({"mask": [[True]]}, TYPE, "mask: .*Tensor, got list"),
+    ({"mask": randn(5, 7)}, VALUE, "mask: .*torch.bool.*pass additive masks as bias"),
+    ({"mask": torch.ones(5, 7, dtype=torch.uint8)}, VALUE, r"mask: .*uint8.*mask.bool\(\)"),
+    ({"mask": torch.ones(5, 6, dtype=torch.bool)}, VALUE, r"mask: .*\(2, 4, 5, 7\).*\(5, 6\)"),
+    ({"mask": torch.ones(1, 1, 1, 5, 7, dtype=torch.bool)}, VALUE, "mask: .*broadcasts"),
+    ({"mask": torch.ones(5, 7, dtype=torch.bool, device="meta")}, VALUE, "mask: .*device cpu"),
+    ({"bias": torch.ones(5, 7, dtype=torch.bool)}, VALUE, "bias: .*pass boolean masks as mask"),
+    ({"bias": torch.ones(5, 7, dtype=int32)}, VALUE, "bias: .*int32"),
+    ({"bias": randn(2, 5, 7)}, VALUE, "bias: .*broadcasts"),
+    ({"key_padding_mask": torch.ones(2, 7)}, VALUE, "key_padding_mask: .*bool.*True = padding"),
+    (
+        {"key_padding_mask": torch.ones(7, dtype=torch.bool)},
+        VALUE,
+        r"key_padding_mask: .*\[B, Sk\] = \(2, 7\), got \(7,\)",
+    ),
+    ({"causal": True}, VALUE, 'causal: .*"top_left" or "bottom_right"'),
+    ({"causal": "left"}, VALUE, "causal: .*top_left.*bottom_right.*'left'"),
+    ({"causal": None}, VALUE, "causal: .*None"),
+    ({"window_size": 3}, VALUE, "window_size: .*tokens.*3"),
+    ({"window_size": (1, 2, 3)}, VALUE, "window_size: "),
+    ({"window_size": (-2, 0)}, VALUE, r"window_size: .*>= -1.*\(-2, 0\)"),
+    ({"window_size": (1.5, 0)}, VALUE, "window_size: "),
+    ({"window_size": [None, None]}, VALUE, "window_size: "),
+    ({"scale": float("nan")}, VALUE, "scale: .*finite.*nan"),
+    ({"scale": float("inf")}, VALUE, "scale: .*finite.*inf"),
+    ({"scale": "1"}, TYPE, "scale: .*number.*str"),
+    ({"scale": torch.tensor(1.0)}, TYPE, "scale: .*multiplied into query"),
+    ({"softcap": -1.0}, VALUE, "softcap: .*>= 0.*-1.0"),
+    ({"softcap": float("nan")}, VALUE, "softcap: "),
+    ({"softcap": None}, TYPE, "softcap: "),
+    ({"dropout_p": -0.1}, VALUE, r"dropout_p: .*\[0, 1\].*-0.1"),
+    ({"dropout_p": 1.1}, VALUE, "dropout_p: "),
+    ({"dropout_p": float("nan")}, VALUE, "dropout_p: "),
+    ({"sinks": randn(2)}, VALUE, r"sinks: .*\[Hq\] = \(4,\), got \(2,\)"),
+    ({"sinks": torch.ones(4, dtype=int32)}, VALUE, "sinks: .*floating"),
+    ({"alibi_slopes": randn(2, 2)}, VALUE, r"alibi_slopes: .*\(4,\) or \(2, 4\), got \(2, 2\)"),
+    ({"alibi_slopes": torch.ones(4, dtype=int32)}, VALUE, "alibi_slopes: .*floating"),
+    ({"alibi_slopes": randn(4, requires_grad=True)}, VALUE, "alibi_slopes: .*requires_grad.*bias"),
+    ({"dropout_p": 0.5, "philox_seed": 2**64}, VALUE, "philox_seed: .*64 bits"),
+    ({"dropout_p": 0.5, "philox_seed": "a"}, TYPE, "philox_seed: .*str"),
+    ({"dropout_p": 0.5, "philox_seed": torch.tensor([1, 2, 3])}, VALUE, "philox_seed: .*seed, off"),
+    ({"dropout_p": 0.5, "philox_seed": torch.tensor([1.0, 2.0])}, VALUE, "philox_seed: .*int64"),
+    ({"precision": "low"}, VALUE, "precision: .*highest, high, medium.*'low'"),
+    ({"backend": "gpu"}, VALUE, "backend: .*cuda, triton, cpu, reference.*'gpu'"),
+    ({"seqused_k": torch.tensor([1, 2])}, VALUE, "seqused_k: .*int32.*int64"),
+    ({"seqused_k": torch.tensor([1, 2, 3], dtype=int32)}, VALUE, r"seqused_k: .*\[B\] = \(2,\)"),
+    ({"seqused_k": torch.tensor([7, 7], dtype=int32), "causal": True}, VALUE, "causal: "),
+    ({"cu_seqlens_k": torch.tensor([0, 7], dtype=int32)}, VALUE, "cu_seqlens_k: .*cu_seqlens_q"),
+]
+WRONG_PACKED = [
+    ({"cu_seqlens_k": None}, VALUE, "cu_seqlens_k: .*a tensor"),
+    ({"cu_seqlens_q": torch.tensor([0, 2, 6])}, VALUE, "cu_seqlens_q: .*int32.*int64"),
+    ({"cu_seqlens_q": torch.ones(1, 3, dtype=int32)}, VALUE, "cu_seqlens_q: .*1 dimension,"),
+    ({"cu_seqlens_q": torch.ones(0, dtype=int32)}, VALUE, "cu_seqlens_q: .*empty"),
+    ({"cu_seqlens_k": torch.tensor([0, 9], dtype=int32)}, VALUE, r"cu_seqlens_k: .*\(3,\).*\(2,\)"),
+    ({"query": randn(1, 4, 6, 8)}, VALUE, "query: .*3 dimensions"),
+    ({"max_seqlen_q": -1}, VALUE, "max_seqlen_q: .*-1"),
+    ({"max_seqlen_k": 2.5}, VALUE, "max_seqlen_k: .*2.5"),
+    ({"causal": True}, VALUE, 'causal: .*"top_left"'),
+    ({"mask": torch.ones(1, dtype=torch.bool)}, VALUE, "mask: .*None for packed"),
+    ({"bias": torch.ones(1)}, VALUE, "bias: .*None for packed"),
+    (
+        {"key_padding_mask": torch.ones(2, 9, dtype=torch.bool)},
+        VALUE,
+        "key_padding_mask: .*None for packed",
+    ),
+]
+WRONG_PAGED = [
+    ({"block_table": torch.tensor([[0, 1], [2, 3]])}, VALUE, "block_table: .*int32"),
+    ({"block_table": torch.tensor([0, 1], dtype=int32)}, VALUE, "block_table: .*2 dimensions"),
+    ({"block_table": torch.tensor([[0]], dtype=int32)}, VALUE, r"block_table: .*\[B, max_pages\]"),
+    ({"key": randn(5, 2, 8)}, VALUE, r"key: .*\[pages, page_size, Hkv, D\]"),
+    ({"key": randn(5, 4, 3, 8), "value": randn(5, 4, 3, 8)}, VALUE, "key: .*divides query's 4"),
+]
+WRONG_ALL = [
+    (valid | changes, error, message)
+    for valid, cases in ((qkv(), WRONG), (PACKED, WRONG_PACKED), (PAGED, WRONG_PAGED))
+    for changes, error, message in cases
+]
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message", WRONG_ALL, ids=[message for _, _, message in WRONG_ALL]
+)
+@pytest.mark.parametrize("warm", [False, True])
+def test_wrong_arguments_are_named(arguments, error, message, warm):
+    if warm:  # valid calls of the same kind were seen before, and are remembered
+        attention(**qkv())
+        attention(**qkv(), dropout_p=0.5, philox_seed=1)
+    with pytest.raises(error, match=message):
+        attention(**arguments)
+    with pytest.raises(error, match=message):
+        explain(**arguments)
+
+
+def test_errors_are_also_pytorchs():
+    assert issubclass(ArgumentValueError, (ValueError, RuntimeError))
+    assert issubclass(ArgumentValueError, ValueError) and issubclass(ArgumentTypeError, TypeError)
+    assert issubclass(ArgumentTypeError, RuntimeError)
+
+
+@pytest.mark.parametrize("valid", [PACKED, PAGED], ids=["packed", "paged"])
+def test_packed_and_paged_calls_reach_the_reference(valid):
+    out, lse = attention(**valid, return_lse=True)
+    expected = attention_reference(**valid, return_lse=True)
+    torch.testing.assert_close((out, lse), expected, atol=0, rtol=0)
+
+
+def test_causal_true_where_lengths_agree():
+    arguments = qkv(Sk=5)
+    expected = attention(**arguments, causal="top_left")
+    assert torch.equal(attention(**arguments, causal=True), expected)
+    same = PACKED | {"cu_seqlens_k": PACKED["cu_seqlens_q"]}
+    expected = attention(**same, causal="top_left")
+    assert torch.equal(attention(**same, causal=True), expected)
+
+
+def test_features_of_a_problem():
+    def features(arguments, **options):
+        return set(Problem.from_call(**arguments, **options).features)
+
+    plain = qkv(Hkv=4)
+    bias, sinks = randn(5, 7, requires_grad=True), randn(4, requires_grad=True)
+    uses = {
+        "mask": {"mask": torch.ones(7, dtype=torch.bool)},
+        "key_padding_mask": {"key_padding_mask": torch.ones(2, 7, dtype=torch.bool)},
+        "bias": {"bias": bias.detach()},
+        "bias bias_gradient gradients": {"bias": bias},
+        "causal": {"causal": "top_left"},
+        "window_size": {"window_size": (3, -1)},
+        "softcap": {"softcap": 2.0},
+        "alibi_slopes": {"alibi_slopes": randn(4)},
+        "sinks": {"sinks": sinks.detach()},
+        "sinks sinks_gradient gradients": {"sinks": sinks},
+        "sinks sinks_gradient gradients return_lse lse_gradient": {
+            "sinks": sinks,
+            "return_lse": True,
+        },
+        "dropout": {"dropout_p": 0.5},
+        "return_lse": {"return_lse": True},
+        "seqused_k": {"seqused_k": torch.ones(2, dtype=int32)},
+    }
+    assert features(plain) == set()
+    seen = set()
+    for names, options in uses.items():
+        assert features(plain, **options) == set(names.split())
+        seen |= set(names.split())
+    assert features(qkv(Hkv=2)) == {"gqa"}
+    assert features(qkv(Hkv=4, Dv=3)) == {"value_head_dim"}
+    assert features(PACKED) == {"varlen", "gqa"}
+    assert features(PAGED) == {"block_table", "seqused_k", "gqa"}
+    with torch.no_grad():
+        assert features(plain, bias=bias, sinks=sinks) == {"bias", "sinks"}
+    assert seen | {"gqa", "value_head_dim", "varlen", "block_table"} == set(FEATURES)
+
+
+# -- Choice ------------------------------------------------------------------------------
+
+
+def test_table_is_in_order_and_consistent():
+    assert NAMES == ("cuda", "triton", "cpu", "reference")
+    for row in BACKENDS:
+        assert row.features <= set(FEATURES)
+        if row.plan is None:
+            assert not row.features and not row.dtypes
+
+
+def test_auto_takes_the_first_row_without_a_reason():
+    problem = Problem.from_call(**qkv())
+    assert CPU.supports(problem) == []
+    assert backends.choose(problem) is CPU
+    assert backends.choose(Problem.from_call(**PACKED)) is REFERENCE
+
+
+def test_every_reason_is_given():
+    arguments = qkv(D=600, Dv=513) | {"seqused_k": torch.ones(2, dtype=int32)}
+    on_meta = {name: x.to("meta") for name, x in arguments.items()}
+    reasons = CPU.supports(Problem.from_call(**on_meta))
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "device meta",
+        "query's head_dim 600",
+        "value's head_dim 513",
+        "seqused_k",
+    ]
+
+
+def test_an_explicit_backend_never_falls_back():
+    for name in ("cuda", "triton"):
+        with pytest.raises(NotImplementedError, match=f"{name}.*not built yet"):
+            attention(**qkv(), backend=name)
+    with pytest.raises(NotImplementedError, match="cpu.*varlen: not built yet"):
+        attention(**PACKED, backend="cpu")
+    with pytest.raises(NotImplementedError, match="head_dim 600.*; .*seqused_k: not built yet"):
+        attention(**qkv(D=600), seqused_k=torch.ones(2, dtype=int32), backend="cpu")
+    arguments = qkv()
+    expected = attention_reference(**arguments)
+    assert torch.equal(attention(**arguments, backend="reference"), expected)
+    torch.testing.assert_close(attention(**arguments, backend="cpu"), expected)
+
+
+def test_the_reference_is_logged_once_per_reason(caplog):
+    with caplog.at_level(logging.WARNING, "fused_attention"):
+        for _ in range(3):
+            attention(**PACKED)
+        assert len(caplog.records) == 1
+        message = caplog.text
+        assert "cpu: varlen: not built yet" in message and "triton: not built yet" in message
+        for _ in range(2):
+            attention(**qkv(D=513))
+        assert len(caplog.records) == 2 and "head_dim 513" in caplog.text
+        attention(**qkv(), backend="reference")  # asked for
+        attention(**qkv())
+        explain(**qkv(D=514))
+        assert len(caplog.records) == 2
+
+
+def test_strict_refuses_the_reference(environment):
+    environment(STRICT="1")
+    with pytest.raises(
+        NotImplementedError, match="STRICT(.|\n)*cuda: (.|\n)*cpu: varlen: not built"
+    ):
+        attention(**PACKED)
+    attention(**qkv())
+    attention(**PACKED, backend="reference")
+    environment(STRICT="0")
+    attention(**PACKED)
+
+
+def test_environment_chooses_the_backend(environment):
+    arguments = qkv()
+    attention(**arguments)  # remembered, and then forgotten
+    environment(BACKEND="reference")
+    assert torch.equal(attention(**arguments), attention_reference(**arguments))
+    assert explain(**arguments).backend == "reference"
+    assert explain(**arguments, backend="cpu").backend == "cpu"
+    environment(BACKEND="triton")
+    with pytest.raises(NotImplementedError, match="triton.*not built yet"):
+        attention(**arguments)
+    attention(**arguments, backend="cpu")
+    environment(BACKEND="nonsense")
+    with pytest.raises(ArgumentValueError, match="FUSED_ATTENTION_BACKEND: .*'nonsense'"):
+        attention(**arguments)
+
+
+# -- Plans -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def validations(monkeypatch):
+    """Grows by one for each call that is validated."""
+    calls = []
+    original = Problem.from_call
+
+    def from_call(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(Problem, "from_call", staticmethod(from_call))
+    return calls
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": "top_left"},
+    "window_size": {"window_size": (2, 1)},
+    "scale": {"scale": 0.3},
+    "softcap": {"softcap": 2.0},
+    "mask": {"mask": torch.rand(5, 7) > 0.3},
+    "bias": {"bias": torch.randn(4, 5, 7)},
+    "key_padding_mask": {"key_padding_mask": torch.rand(2, 7) > 0.8},
+    "alibi_slopes": {"alibi_slopes": torch.rand(4)},
+    "sinks": {"sinks": torch.rand(4)},
+    "dropout": {"dropout_p": 0.5, "philox_seed": 3},
+    "dropout, other seed": {"dropout_p": 0.5, "philox_seed": 4},
+    "dropout, tensor": {"dropout_p": 0.5, "philox_seed": torch.tensor([3, 1])},
+    "return_lse": {"return_lse": True},
+}
+
+
+def test_a_second_call_is_not_validated_again(validations):
+    arguments = qkv()
+    for _ in range(3):
+        attention(**arguments)
+        fused_attention.scaled_dot_product_attention(*qkv(Hkv=4).values(), is_causal=True)
+    assert len(validations) == 2 and len(PLANS) == 2
+    for name, options in OPTIONS.items():
+        first = attention(**arguments, **options)
+        count = len(validations)
+        second = attention(**qkv(), **options)
+        assert len(validations) == count, name
+        torch.testing.assert_close(first, attention(**arguments, **options), atol=0, rtol=0)
+        assert not torch.equal(*(x[0] if type(x) is tuple else x for x in (first, second)))
+
+
+def test_every_option_matters_to_what_is_remembered():
+    """Each kind of call in turn, then again in another order: always its own result."""
+    arguments = qkv()
+    kinds = list(itertools.product(OPTIONS, (False, True), (False, True)))
+
+    def call(name, grad, wide):
+        kwargs = {
+            k: x.to(torch.float64 if wide else x.dtype, copy=True).requires_grad_(grad)
+            for k, x in arguments.items()
+        }
+        options = dict(OPTIONS[name])
+        result = attention(**kwargs, **options)
+        out = result[0] if type(result) is tuple else result
+        assert out.requires_grad == grad and out.dtype == kwargs["query"].dtype
+        expected = attention_reference(
+            **{k: x.detach() for k, x in kwargs.items()}, **_for_reference(options)
+        )
+        tolerance = {"atol": 1e-5, "rtol": 1e-5}
+        torch.testing.assert_close(_detached(result), expected, **tolerance)
+        with torch.no_grad():
+            again = attention(**kwargs, **options)
+        torch.testing.assert_close(again, expected, **tolerance)
+        assert not (again[0] if type(again) is tuple else again).requires_grad
+
+    for kind in kinds + kinds[::-1]:
+        call(*kind)
+
+
+def _for_reference(options):
+    options = dict(options)
+    if isinstance(options.get("philox_seed"), Tensor):
+        options["philox"] = options.pop("philox_seed")
+    return options
+
+
+def _detached(result):
+    return tuple(x.detach() for x in result) if type(result) is tuple else result.detach()
+
+
+@pytest.mark.parametrize("name", ["bias", "sinks"])
+def test_requires_grad_of_an_option_matters(name):
+    arguments = qkv()
+    option = OPTIONS[name][name].clone()
+    for grad in (False, True, False, True):
+        out = attention(**arguments, **{name: option.requires_grad_(grad)})
+        assert out.requires_grad == grad
+        if grad:
+            assert torch.autograd.grad(out.sum(), option)[0].shape == option.shape
+
+
+def test_strides_need_no_plan_of_their_own(validations):
+    arguments = qkv(Hkv=4)
+    expected = attention(**arguments)
+    strided = {k: x.transpose(1, 2).contiguous().transpose(1, 2) for k, x in arguments.items()}
+    spread = {k: torch.stack([x, x], -1)[..., 0] for k, x in arguments.items()}
+    for kwargs, stride in ((strided, (160, 8, 32, 1)), (spread, (160, 40, 8, 1))):
+        out = attention(**kwargs)
+        torch.testing.assert_close(out, expected)
+        assert out.stride() == stride
+    assert len(validations) == 1
+
+
+def test_parameters_and_subclasses(validations):
+    class Marked(Tensor):
+        pass
+
+    arguments = qkv()
+    attention(**arguments)
+    parameter = torch.nn.Parameter(arguments["query"])
+    assert attention(**arguments | {"query": parameter}).requires_grad
+    count = len(validations)
+    assert attention(**arguments | {"query": parameter}).requires_grad
+    assert len(validations) == count
+    marked = arguments["query"].as_subclass(Marked)
+    for _ in range(2):
+        assert type(attention(**arguments | {"query": marked})) is Marked
+    assert len(validations) == count + 2
+
+
+def test_autocast_inference_mode_and_transforms_matter():
+    arguments = qkv()
+    expected = attention(**arguments)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert attention(**arguments).dtype == torch.bfloat16
+            assert attention(**arguments, bias=randn(5, 7)).dtype == torch.bfloat16
+        with torch.inference_mode():
+            assert torch.equal(attention(**arguments), expected)
+        batch = {name: torch.stack([x, x]) for name, x in arguments.items()}
+        mapped = torch.vmap(lambda q, k, v: attention(q, k, v))(*batch.values())
+        torch.testing.assert_close(mapped, torch.stack([expected, expected]))
+        grad = torch.func.grad(lambda q: attention(q, arguments["key"], arguments["value"]).sum())
+        assert grad(arguments["query"]).abs().sum() > 0
+        assert torch.equal(attention(**arguments), expected)
+
+
+def test_float32_precision_reaches_the_operator(monkeypatch):
+    numbers = []
+    original = backends.CPU.plan
+    row = backends.CPU
+
+    def plan(problem):
+        numbers.append(problem.precision)
+        return original(problem)
+
+    object.__setattr__(row, "plan", plan)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting in ("highest", "high", "medium", "high"):
+            torch.set_float32_matmul_precision(setting)
+            attention(**qkv())
+        attention(**qkv(), precision="highest")
+        attention(**qkv(dtype=torch.float64), precision="medium")
+    finally:
+        object.__setattr__(row, "plan", original)
+        torch.set_float32_matmul_precision(before)
+    assert numbers == [0, 1, 2, 0, 0]  # the second "high" is remembered
+
+
+def test_plans_are_bounded(monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules["fused_attention.attention"], "MAX_PLANS", 3)
+    for n in range(1, 9):
+        attention(**qkv(Sq=n))
+        assert 0 < len(PLANS) <= 3
+
+
+def test_unhashable_and_wrongly_typed_options_do_not_break_the_lookup():
+    arguments = qkv()
+    expected = attention(**arguments, window_size=(2, 1))
+    for _ in range(2):
+        assert torch.equal(attention(**arguments, window_size=[2, 1]), expected)
+
+
+def test_threads_share_plans():
+    from concurrent.futures import ThreadPoolExecutor
+
+    cases = [qkv(Sq=n) for n in range(1, 9)] * 8
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda kwargs: attention(**kwargs), cases))
+    for kwargs, out in zip(cases, results, strict=True):
+        assert torch.equal(out, attention(**kwargs))
+
+
+# -- Explain -----------------------------------------------------------------------------
+
+
+def test_explain_tells_backend_isa_kernel_tiles_and_memory(isa):
+    explanation = explain(**qkv())
+    assert explanation.backend == "cpu" and explanation.details.isa == isa
+    assert explanation.details.kernel == "attention_forward_plain"
+    assert explanation.details.block_m > 0 and explanation.details.block_n > 0
+    assert explanation.refused == {"cuda": ["not built yet"], "triton": ["not built yet"]}
+    text = str(explanation)
+    for word in ("cpu", isa, "attention_forward_plain", "MiB", "queries", "not cuda"):
+        assert word in text
+
+
+def test_explain_of_gradients_copies_and_the_reference():
+    arguments = qkv()
+    with_gradient = explain(**arguments | {"key": arguments["key"].requires_grad_()})
+    assert with_gradient.details.kernel == "attention_forward + attention_backward"
+    assert with_gradient.details.extra_bytes > explain(**qkv()).details.extra_bytes
+    spread = torch.stack([qkv()["value"]] * 2, -1)[..., 0]
+    copied = explain(**qkv() | {"value": spread})
+    assert copied.copied == ("value",) and "value: last stride is not 1" in str(copied)
+    difference = copied.details.extra_bytes - explain(**qkv()).details.extra_bytes
+    assert difference == spread.numel() * 4
+    slow = explain(**qkv(Sq=100, Sk=100, D=600))
+    assert slow.backend == "reference" and slow.details.extra_bytes >= 3 * 2 * 4 * 100 * 100 * 4
+    assert any("head_dim 600" in reason for reason in slow.refused["cpu"])
+
+
+def test_explain_takes_every_argument_of_attention():
+    with torch.autocast("cpu", torch.bfloat16):
+        explanation = explain(**qkv(), bias=randn(5, 7), causal="top_left", return_lse=True)
+    assert explanation.details.kernel == "attention_forward"
+    assert explain(**PACKED).backend == explain(**PAGED).backend == "reference"
+    with pytest.raises(NotImplementedError, match="not built yet"):
+        explain(**qkv(), backend="cuda")
+    with pytest.raises(TypeError, match="nonsense"):
+        explain(**qkv(), nonsense=1)
+
+
+# -- Companions --------------------------------------------------------------------------
+
+
+def test_dropout_mask_is_the_mask():
+    arguments = qkv(Hkv=4, Sq=9, Sk=21, Dv=21) | {"value": torch.eye(21).expand(2, 4, 21, 21)}
+    for seed in (5, 2**63 + 1, -1, torch.tensor([7, 2])):
+        keep = fused_attention.dropout_mask(2, 4, 9, 21, 0.4, seed)
+        out = attention(**arguments, dropout_p=0.4, philox_seed=seed)
+        weights = F.scaled_dot_product_attention(*arguments.values())
+        kept = 65536 / (65536 - round(0.4 * 65536))
+        torch.testing.assert_close(out, weights * keep * kept)
+    assert not fused_attention.dropout_mask(1, 1, 4, 9, 1.0, 0).any()
+    assert fused_attention.dropout_mask(1, 1, 4, 9, 0.0, 0).all()
+    for arguments, message in (
+        ((1, 1, 2, 2, 1.5, 0), "dropout_p"),
+        ((1, -1, 2, 2, 0.5, 0), "sizes >= 0"),
+        ((1, 1, 2, 2, 0.5, 2**64), "philox_seed"),
+    ):
+        with pytest.raises(ArgumentValueError, match=message):
+            fused_attention.dropout_mask(*arguments)
+
+
+def test_states_of_parts_merge_to_the_whole():
+    arguments = qkv(Sk=12, dtype=torch.float64, requires_grad=True)
+    sinks = randn(4, dtype=torch.float64, requires_grad=True)
+    leaves = [*arguments.values(), sinks]
+    whole = attention(**arguments, sinks=sinks, return_lse=True)
+    query, key, value = arguments.values()
+    parts = [
+        attention(query, k, v, return_lse=True)
+        for k, v in zip(key.split([5, 0, 7], 2), value.split([5, 0, 7], 2), strict=True)
+    ]
+    merged = fused_attention.merge_attention_states(*zip(*parts, strict=True), sinks=sinks)
+    for got, expected in zip(merged, whole, strict=True):
+        torch.testing.assert_close(got, expected)
+        grads = (
+            torch.autograd.grad(x.sin().sum(), leaves, retain_graph=True) for x in (got, expected)
+        )
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "outs, lses, sinks, message",
+    [
+        ([], [], None, "lses.*at least one"),
+        ([randn(1, 2, 3, 4)], [], None, "lses.*1.*got 0"),
+        ([randn(1, 2, 3, 4), randn(1, 2, 4, 4)], [randn(1, 2, 3)] * 2, None, r"outs\[1\]"),
+        ([randn(1, 2, 3, 4)], [randn(1, 3, 2)], None, r"lses\[0\].*\(1, 2, 3\)"),
+        ([randn(3, 2, 4)], [randn(3, 2)], None, r"lses\[0\].*\(2, 3\)"),
+        ([randn(1, 2, 3, 4)], [randn(1, 2, 3)], randn(3), "sinks"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused(outs, lses, sinks, message):
+    with pytest.raises(ArgumentValueError, match=message):
+        fused_attention.merge_attention_states(outs, lses, sinks)
+
+
+# -- What is not built yet raises --------------------------------------------------------
+
+
+def test_double_backward_and_forward_mode_raise():
+    x = randn(1, 2, 3, 4, requires_grad=True)
+
+    def attend(x, **options):
+        return attention(x, x, x, **options).sin().sum()
+
+    for options in ({}, {"softcap": 2.0}):
+        (grad,) = torch.autograd.grad(attend(x, **options), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="double backward.*reference"):
+            grad.sum().backward()
+        with pytest.raises(NotImplementedError, match="double backward"):
+            inner = torch.func.grad(lambda x, options=options: attend(x, **options))
+            torch.func.grad(lambda x, inner=inner: inner(x).sum())(x.detach())
+        with pytest.raises(NotImplementedError, match="forward-mode.*reference"):
+            torch.func.jvp(attend, (x.detach(),), (x.detach(),))
+    (grad,) = torch.autograd.grad(attend(x, backend="reference"), x, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), x)[0].abs().sum() > 0
+    assert torch.func.jvp(lambda x: attend(x, backend="reference"), (x.detach(),), (x.detach(),))
+
+
+def test_state_of_dropout_follows_the_generator():
+    query = randn(1)
+    torch.manual_seed(1)
+    first, second = (ops.philox_state(query, query, query) for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(ops.philox_state(query, query, query), first)
+    assert first.dtype == torch.int64 and first.shape == (2,) and not torch.equal(first, second)

@@ -1,0 +1,357 @@
+"""scaled_dot_product_attention against torch's own, held to its MATH kernel: results and errors."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+import fused_attention
+from fused_attention import scaled_dot_product_attention as ours
+
+
+def theirs(*args, **kwargs):
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+
+def randn(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype)
+
+
+def assert_same(query, key, value, attn_mask=None, atol=1e-12, **options):
+    """Output and all gradients."""
+    tensors = [query, key, value]
+    if attn_mask is not None and type(attn_mask) is torch.Tensor and attn_mask.dtype != torch.bool:
+        tensors.append(attn_mask)
+    results = []
+    for function in (ours, theirs):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        mask = leaves[3] if len(leaves) == 4 else attn_mask
+        out = function(*leaves[:3], mask, **options)
+        weights = torch.linspace(-1, 1, max(out.numel(), 1), dtype=torch.float64)[: out.numel()]
+        grads = torch.autograd.grad((out.double() * weights.view(out.shape)).sum(), leaves)
+        results.append([out.detach(), *grads])
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == expected.dtype and got.shape == expected.shape
+        torch.testing.assert_close(got, expected, atol=atol, rtol=atol)
+    with torch.no_grad():  # the operator without a Function, with and without a plan
+        for _ in range(2):
+            out = ours(query, key, value, attn_mask, **options)
+            torch.testing.assert_close(out, results[1][0], atol=atol, rtol=atol)
+
+
+# -- Signature ---------------------------------------------------------------------------
+
+
+def test_signature_is_the_documented_one():
+    names = "query key value attn_mask dropout_p is_causal scale enable_gqa".split()
+    parameters = inspect.signature(ours).parameters
+    assert list(parameters) == names
+    assert [parameters[n].default for n in names[3:]] == [None, 0.0, False, None, False]
+    assert [parameters[n].kind is inspect.Parameter.KEYWORD_ONLY for n in names] == (
+        [False] * 6 + [True] * 2
+    )
+
+
+# -- Shapes ------------------------------------------------------------------------------
+
+SHAPES = {
+    "4-D": ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)),
+    "value_head_dim": ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 6)),
+    "3-D": ((3, 5, 8), (3, 7, 8), (3, 7, 8)),
+    "2-D": ((5, 8), (7, 8), (7, 4)),
+    "5-D": ((2, 3, 2, 5, 8), (2, 3, 2, 7, 8), (2, 3, 2, 7, 8)),
+    "6-D": ((2, 1, 3, 2, 5, 8), (2, 1, 3, 2, 7, 8), (2, 1, 3, 2, 7, 8)),
+    "ranks differ": ((5, 8), (2, 3, 7, 8), (3, 7, 8)),
+    "query 4-D, key 3-D": ((2, 3, 5, 8), (3, 7, 8), (3, 7, 8)),
+    "batch of key broadcast": ((2, 3, 5, 8), (1, 3, 7, 8), (1, 3, 7, 8)),
+    "batch of query broadcast": ((1, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)),
+    "batch of value only": ((1, 3, 5, 8), (1, 3, 7, 8), (2, 3, 7, 8)),
+    "heads of key and value broadcast": ((2, 3, 5, 8), (2, 1, 7, 8), (2, 1, 7, 8)),
+    "heads of key broadcast": ((2, 3, 5, 8), (2, 1, 7, 8), (2, 3, 7, 8)),
+    "heads of value broadcast": ((2, 3, 5, 8), (2, 3, 7, 8), (2, 1, 7, 8)),
+    "heads of query broadcast": ((2, 1, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)),
+    "5-D broadcast": ((2, 3, 2, 5, 8), (1, 3, 1, 7, 8), (3, 1, 7, 8)),
+}
+EMPTY = {
+    "no keys": ((2, 3, 5, 8), (2, 3, 0, 8), (2, 3, 0, 8)),
+    "no queries": ((2, 3, 0, 8), (2, 3, 7, 8), (2, 3, 7, 8)),
+    "no batch": ((0, 3, 5, 8), (0, 3, 7, 8), (0, 3, 7, 8)),
+    "no heads": ((2, 0, 5, 8), (2, 0, 7, 8), (2, 0, 7, 8)),
+    "no columns": ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 0)),
+    "no head_dim": ((2, 3, 5, 0), (2, 3, 7, 0), (2, 3, 7, 4)),
+    "no batch, 5-D": ((2, 0, 3, 5, 8), (2, 0, 3, 7, 8), (2, 0, 3, 7, 8)),
+}
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("case", SHAPES | EMPTY)
+def test_shapes(case, is_causal):
+    assert_same(*(randn(*shape) for shape in (SHAPES | EMPTY)[case]), is_causal=is_causal)
+
+
+@pytest.mark.parametrize(
+    "heads", [(8, 2, 2), (8, 8, 8), (6, 1, 1), (8, 2, 4), (8, 4, 2), (8, 1, 8)]
+)
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+def test_gqa(heads, leading):
+    tensors = [randn(*leading, h, s, 4) for h, s in zip(heads, (5, 6, 6), strict=True)]
+    assert_same(*tensors, enable_gqa=True)
+
+
+def test_gqa_with_batch_broadcast():
+    assert_same(randn(3, 4, 5, 8), randn(1, 2, 6, 8), randn(3, 2, 6, 8), enable_gqa=True)
+
+
+def test_memory_order_follows_query():
+    q, k, v = (randn(2, s, 3, 8).transpose(1, 2) for s in (5, 7, 7))
+    for _ in range(2):
+        assert ours(q, k, v).stride() == (5 * 3 * 8, 8, 3 * 8, 1)
+    assert ours(q.contiguous(), k, v).is_contiguous()
+    assert_same(q, k, v)
+    strided = [randn(2, 3, s, 16)[..., ::2] for s in (5, 7, 7)]
+    assert_same(*strided)
+
+
+# -- Masks -------------------------------------------------------------------------------
+
+MASKS_4D = [
+    (7,),
+    (1,),
+    (5, 7),
+    (5, 1),
+    (1, 7),
+    (3, 5, 7),
+    (1, 5, 7),
+    (3, 1, 1),
+    (2, 3, 5, 7),
+    (2, 1, 5, 7),
+    (1, 3, 5, 7),
+    (1, 1, 5, 7),
+    (2, 1, 1, 7),
+    (2, 3, 5, 1),
+]
+
+
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+@pytest.mark.parametrize("shape", MASKS_4D, ids=str)
+def test_masks(shape, kind):
+    mask = torch.rand(shape) > 0.4 if kind == "bool" else randn(*shape)
+    assert_same(randn(2, 3, 5, 8), randn(2, 3, 7, 8), randn(2, 3, 7, 8), mask)
+
+
+@pytest.mark.parametrize(
+    "leading, shape",
+    [
+        ((), (7,)),
+        ((), (5, 7)),
+        ((3,), (7,)),
+        ((3,), (5, 7)),
+        ((3,), (1, 5, 7)),
+        ((3,), (3, 5, 7)),
+        *(((2, 4, 3), s) for s in [(7,), (5, 7), (3, 5, 7), (1, 1, 5, 7), (4, 1, 5, 7)]),
+        *(((2, 4, 3), (a, b, h, 5, 7)) for a, b, h in itertools.product((1, 2), (1, 4), (1, 3))),
+        ((2, 2, 2, 2), (2, 1, 2, 2, 5, 7)),
+        ((2, 2, 2, 2), (1, 2, 1, 1, 5, 7)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_masks_of_other_ranks(leading, shape, kind):
+    mask = torch.rand(shape) > 0.4 if kind == "bool" else randn(*shape)
+    assert_same(randn(*leading, 5, 8), randn(*leading, 7, 8), randn(*leading, 7, 8), mask)
+
+
+def test_mask_with_empty_batch_of_rank_5():
+    mask = torch.ones(2, 1, 1, 5, 7, dtype=torch.bool)
+    q, k, v = randn(2, 0, 3, 5, 8), randn(2, 0, 3, 7, 8), randn(2, 0, 3, 7, 8)
+    assert ours(q, k, v, mask).shape == theirs(q, k, v, mask).shape
+
+
+@pytest.mark.parametrize(
+    "dtype, bias_dtype",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float32),
+    ],
+)
+def test_bias_dtypes(dtype, bias_dtype):
+    tensors = [randn(2, 3, s, 8, dtype=dtype) for s in (5, 7, 7)]
+    bias = randn(3, 5, 7, dtype=bias_dtype)
+    atol = {torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float32: 1e-5}.get(dtype, 1e-6)
+    assert_same(*tensors, bias, atol=atol)
+
+
+def test_fully_masked_rows_are_zero():
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[2] = False
+    tensors = [randn(1, 2, s, 8) for s in (5, 7, 7)]
+    assert_same(*tensors, mask)
+    assert not ours(*tensors, mask)[:, :, 2].any()
+
+
+def test_nan_in_a_query_stays_nan():
+    q, k, v = (randn(1, 1, s, 8, dtype=torch.float32) for s in (3, 5, 5))
+    q[0, 0, 1] = float("nan")
+    assert ours(q, k, v).isnan().all(-1).tolist() == [[[False, True, False]]]
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 7), (7, 5)])
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+def test_causal_bias(bias, lengths):
+    Sq, Sk = lengths
+    tensors = [randn(2, 3, s, 8) for s in (Sq, Sk, Sk)]
+    assert_same(*tensors, bias(Sq, Sk))
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 7), (7, 5)])
+def test_is_causal_is_top_left(lengths):
+    Sq, Sk = lengths
+    assert_same(*(randn(2, 3, s, 8) for s in (Sq, Sk, Sk)), is_causal=True)
+
+
+# -- Numbers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, -0.5, 2, torch.tensor(0.3)], ids=str)
+def test_scale(scale):
+    assert_same(*(randn(2, 3, s, 8) for s in (5, 7, 7)), scale=scale)
+
+
+def test_dropout():
+    q, k, v = randn(2, 3, 64, 8), randn(2, 3, 65, 8), randn(2, 3, 65, 65)
+    v[:] = torch.eye(65)  # out is the weights
+    torch.manual_seed(3)
+    first, second = ours(q, k, v, None, 0.25), ours(q, k, v, None, 0.25)
+    torch.manual_seed(3)
+    torch.testing.assert_close(ours(q, k, v, None, 0.25), first, atol=0, rtol=0)
+    assert not torch.equal(first, second)
+    weights = theirs(q, k, v)
+    kept = first != 0
+    assert abs(kept.double().mean() - 0.75) < 0.02
+    torch.testing.assert_close(first[kept], weights[kept] / 0.75)
+    assert not ours(q, k, v, None, 1.0).any()
+    mask = torch.rand(64, 65) > 0.5
+    masked = ours(q, k, v, mask, 0.25)
+    assert not masked[..., ~mask].any() and masked.any()
+
+
+def test_autocast():
+    q, k, v = (randn(2, 3, s, 8, dtype=torch.float32) for s in (5, 7, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        for mask in (None, torch.rand(5, 7) > 0.3, randn(5, 7, dtype=torch.float32)):
+            for _ in range(2):
+                out = ours(q, k.bfloat16(), v, mask)
+                assert out.dtype == torch.bfloat16
+                torch.testing.assert_close(out, theirs(q, k, v, mask), atol=3e-2, rtol=3e-2)
+        assert ours(q.double(), k.double(), v.double()).dtype == torch.float64
+    assert ours(q, k, v).dtype == torch.float32
+
+
+# -- Errors ------------------------------------------------------------------------------
+
+
+def qkv(*changes):
+    tensors = [randn(1, 2, 3, 4), randn(1, 2, 5, 4), randn(1, 2, 5, 4)]
+    return [change if change is not None else x for x, change in zip(tensors, changes, strict=True)]
+
+
+WRONG = {
+    "mask and is_causal": (
+        [*qkv(None, None, None), randn(3, 5)],
+        {"is_causal": True},
+        "Explicit attn_mask should not be set when is_causal=True",
+    ),
+    "CausalBias and is_causal": (
+        [*qkv(None, None, None), causal_upper_left(3, 5)],
+        {"is_causal": True},
+        "is_causal",
+    ),
+    "CausalBias of other lengths": (
+        [*qkv(None, None, None), causal_lower_right(4, 5)],
+        {},
+        r"\(3, 5\).*\(4, 5\)",
+    ),
+    "dtypes differ": (qkv(None, randn(1, 2, 5, 4).float(), None), {}, "key.*float64.*float32"),
+    "integers": ([x.int() for x in qkv(None, None, None)], {}, "query.*int32"),
+    "one dimension": (qkv(randn(4), None, None), {}, "query.*at least 2 dimensions"),
+    "devices differ": (qkv(None, randn(1, 2, 5, 4).to("meta"), None), {}, "key.*device"),
+    "head_dim differs": (qkv(None, randn(1, 2, 5, 6), None), {}, "key.*head_dim 4"),
+    "lengths differ": (qkv(None, None, randn(1, 2, 6, 4)), {}, "value"),
+    "batches do not broadcast": (
+        [randn(3, 2, 3, 4), randn(2, 2, 5, 4), randn(2, 2, 5, 4)],
+        {},
+        "broadcast",
+    ),
+    "heads without enable_gqa": (qkv(randn(1, 8, 3, 4), None, None), {}, "enable_gqa=True"),
+    "heads do not divide": (qkv(randn(1, 3, 3, 4), None, None), {"enable_gqa": True}, "divides"),
+    "heads of value do not divide": (
+        qkv(randn(1, 4, 3, 4), None, randn(1, 3, 5, 4)),
+        {"enable_gqa": True},
+        "value.*divide",
+    ),
+    "integer mask": ([*qkv(None, None, None), torch.ones(3, 5).int()], {}, "attn_mask.*int32"),
+    "mask of a narrower dtype": (
+        [*qkv(None, None, None), randn(3, 5, dtype=torch.bfloat16)],
+        {},
+        "attn_mask.*bfloat16",
+    ),
+    "mask does not broadcast": ([*qkv(None, None, None), randn(3, 4)], {}, r"\(3, 4\)"),
+    "mask enlarges": ([*qkv(None, None, None), randn(3, 2, 3, 5)], {}, r"\(3, 2, 3, 5\)"),
+    "mask of too many dimensions": (
+        [*qkv(None, None, None), randn(1, 1, 2, 3, 5)],
+        {},
+        "at most 4 dimensions",
+    ),
+    "mask does not broadcast to 5-D": (
+        [randn(2, 3, 1, 4, 8)] * 3 + [randn(3, 3, 1, 4, 4)],
+        {},
+        "leading dimensions",
+    ),
+    "dropout above 1": (qkv(None, None, None), {"dropout_p": 1.5}, "dropout_p.*1.5"),
+    "scale is no number": (qkv(None, None, None), {"scale": "a"}, "scale.*str"),
+    "is_causal is no bool": (qkv(None, None, None), {"is_causal": 1}, "is_causal.*int"),
+    "key is no tensor": (qkv(None, 3, None), {}, "key.*int"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("warm", [False, True])
+def test_errors_are_of_the_original_kind(case, warm):
+    arguments, options, message = WRONG[case]
+    if warm:  # a valid call of the same shapes was seen before
+        ours(*qkv(None, None, None))
+        ours(*qkv(None, None, None), is_causal=True)
+    with pytest.raises(Exception) as original:
+        theirs(*arguments, **options)
+    with pytest.raises(original.type, match=message):
+        ours(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        (qkv(None, None, None), {"dropout_p": -0.1}, "dropout_p"),  # torch: unless it takes MATH
+        (qkv(None, None, None), {"scale": float("nan")}, "scale"),  # torch: NaN, or zeros
+        ([randn(3, 4), randn(5, 4), randn(5, 4)], {"enable_gqa": True}, "at least 3 dimensions"),
+    ],
+)
+def test_more_errors(arguments, options, message):
+    with pytest.raises(fused_attention.ArgumentValueError, match=message):
+        ours(*arguments, **options)
+
+
+def test_nested_and_sparse_tensors_are_refused_by_name():
+    dense = randn(2, 3, 4, 8)
+    ours(dense, dense, dense)
+    for other in (torch.nested.nested_tensor([randn(3, 4, 8)] * 2), dense.to_sparse()):
+        with pytest.raises(RuntimeError, match="query.*dense"):
+            ours(other, other, other)
