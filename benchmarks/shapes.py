@@ -1,0 +1,85 @@
+"""The shapes that are measured: one table, and the inputs made from a row of it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call to measure. Sizes are named as in the documentation of `attention`."""
+
+    name: str
+    B: int
+    Hq: int
+    Hkv: int
+    Sq: int
+    Sk: int
+    D: int
+    Dv: int
+    dtype: torch.dtype = torch.float32
+    causal: bool = False  # only with Sq = Sk, where every library means the same by it
+    mask: Literal["", "padding"] = ""
+    bias: Literal["", "per head"] = ""  # [1, Hq, Sq, Sk]; its gradient is wanted if backward is
+    dropout_p: float = 0.0
+    backward: bool = False
+
+    def flops(self) -> int:
+        """Multiplications and additions of the two (with backward, seven) matrix products."""
+        forward = 2 * self.B * self.Hq * self.Sq * self.Sk * (self.D + self.Dv)
+        half = 2 if self.causal else 1
+        return int(forward * (3.5 if self.backward else 1.0)) // half
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of one call; those in `differentiated` are what a backward pass is asked for."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    grad_out: Tensor | None
+    differentiated: tuple[Tensor, ...]
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Standard normal inputs; a padding mask leaves each sequence between half and all its keys."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        tensor = torch.randn(*shape, generator=generator).to(case.dtype)
+        return tensor.requires_grad_(case.backward)
+
+    query = normal(case.B, case.Hq, case.Sq, case.D)
+    key = normal(case.B, case.Hkv, case.Sk, case.D)
+    value = normal(case.B, case.Hkv, case.Sk, case.Dv)
+    mask = bias = grad_out = None
+    if case.mask:
+        lengths = torch.randint(case.Sk // 2, case.Sk + 1, (case.B, 1, 1, 1), generator=generator)
+        mask = torch.arange(case.Sk) < lengths  # [B, 1, 1, Sk], True = may attend
+    if case.bias:
+        bias = normal(1, case.Hq, case.Sq, case.Sk)
+    if case.backward:
+        grad_out = normal(case.B, case.Hq, case.Sq, case.Dv).detach()
+    wanted = (query, key, value) if bias is None else (query, key, value, bias)
+    return Inputs(query, key, value, mask, bias, grad_out, wanted if case.backward else ())
+
+
+def square(name: str, B: int, H: int, S: int, D: int, **options) -> Case:
+    return Case(name, B, H, H, S, S, D, D, **options)
+
+
+DEMO = [
+    square("float32", 1, 8, 1024, 64),
+    square("float32, causal", 1, 8, 1024, 64, causal=True),
+    square("padding mask", 8, 12, 256, 64, mask="padding"),
+    square("bfloat16", 1, 8, 1024, 64, dtype=torch.bfloat16),
+    square("float16", 1, 8, 1024, 64, dtype=torch.float16),
+    square("causal, fwd+bwd", 1, 8, 1024, 64, causal=True, backward=True),
+    square("dropout, fwd+bwd", 1, 8, 1024, 64, dropout_p=0.1, backward=True),
+    square("bias grad, fwd+bwd", 1, 8, 1024, 64, bias="per head", backward=True),
+]
