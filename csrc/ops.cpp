@@ -2,6 +2,8 @@
 // knows torch tensors. Each operator describes its call in an AttentionParams and runs the phases
 // of the kernel in force, each under torch's own threads.
 
+#include <dirent.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -67,11 +69,28 @@ void run_tasks(const Phase& phase, const AttentionParams& params, std::atomic<in
   workspace.trim();
 }
 
+// OpenMP's threads do not survive a fork, and a child that waits for them hangs. A child forked from
+// a process that had more than one thread therefore computes on its own one.
+bool had_several_threads = false, forked_from_threads = false;
+
+bool has_several_threads() {
+  int entries = 0;  // of which two are "." and ".."
+  if (DIR* tasks = opendir("/proc/self/task")) {
+    while (entries < 4 && readdir(tasks) != nullptr) ++entries;
+    closedir(tasks);
+  }
+  return entries > 3;
+}
+
+const int fork_handler = pthread_atfork([] { had_several_threads = has_several_threads(); },
+                                        nullptr,
+                                        [] { forked_from_threads |= had_several_threads; });
+
 // Tasks are drawn from a counter, so that threads that got short ones take more of them.
 void run(const Phase& phase, const AttentionParams& params) {
   const int64_t tasks = phase.num_tasks(params);
   std::atomic<int64_t> next{0};
-  if (tasks <= 1) return run_tasks(phase, params, next, tasks);
+  if (tasks <= 1 || forked_from_threads) return run_tasks(phase, params, next, tasks);
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
     run_tasks(phase, params, next, tasks);

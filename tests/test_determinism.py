@@ -1,5 +1,11 @@
 """Same inputs, same bits: for any number of threads, forward and backward, and from run to run."""
 
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from fused_attention import testing
@@ -44,3 +50,36 @@ def test_every_isa_draws_the_same_dropout():
             keep = torch.ops.fused_attention.dropout_keep_mask(philox, 0.3, 2, 3, 50, 203)
             assert torch.equal(keep, expected), name
     assert torch.equal(dropout_mask(2, 3, 50, 203, 0.3, philox_seed=philox), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("parent_uses_it_first", [False, True])
+def test_a_forked_child_computes_the_same(parent_uses_it_first):
+    """In a process of its own, since a test run may have threads already. Torch's own ops hang."""
+    script = """
+import os, signal, sys, torch
+from fused_attention import attention
+torch.set_num_threads(2)
+q = torch.randn(2, 4, 200, 64)
+first = attention(q, q, q, causal=True) if sys.argv[1] == "True" else None
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    torch.save(attention(q, q, q, causal=True), sys.argv[2])
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+assert torch.equal(torch.load(sys.argv[2]), attention(q, q, q, causal=True))
+"""
+    with tempfile.NamedTemporaryFile() as file:
+        arguments = [sys.executable, "-c", script, str(parent_uses_it_first), file.name]
+        run = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def test_two_python_threads_at_once():
+    inputs = testing.make_inputs(CASES["everything"])
+    alone = testing.run(inputs, backend="cpu")
+    with ThreadPoolExecutor(4) as pool:
+        for together in pool.map(lambda _: testing.run(inputs, backend="cpu"), range(16)):
+            for key, value in alone.items():
+                assert torch.equal(value, together[key]), key
