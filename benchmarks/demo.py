@@ -20,7 +20,8 @@ from rich.table import Table
 
 import fused_attention
 from fused_attention.cli import main as command_line
-from harness import Timing, as_json, interleave, machine, real_time_priority, threads
+from fused_attention.testing import num_threads
+from harness import Timing, as_json, interleave, machine, real_time_priority
 from minilm import SENTENCES, Encoder, fetch, sdpa_replaced_by
 from peers import PEERS, bind
 from plot import save_plot
@@ -119,7 +120,7 @@ def show_benchmark(budget: float, thread_count: int) -> dict[str, object]:
         auto_refresh=False,  # no refreshing thread while something is timed
         transient=True,
     )
-    with threads(thread_count), real_time_priority() as real_time, progress:
+    with num_threads(thread_count), real_time_priority() as real_time, progress:
         task = progress.add_task("", total=len(DEMO))
         for number, case in enumerate(DEMO):
 

@@ -72,17 +72,6 @@ def interleave(
 
 
 @contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Inside, PyTorch (and so fused_attention) uses this many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
 def real_time_priority(priority: int = 10) -> Iterator[bool]:
     """Inside, other processes do not interrupt ours; yields whether the system allowed that.
 

@@ -83,3 +83,9 @@ DEMO = [
     square("dropout, fwd+bwd", 1, 8, 1024, 64, dropout_p=0.1, backward=True),
     square("bias grad, fwd+bwd", 1, 8, 1024, 64, bias="per head", backward=True),
 ]
+
+FORWARD_FLOAT32 = [
+    square(f"{B}x{H}x{S}x{D}" + (", causal" if causal else ""), B, H, S, D, causal=causal)
+    for B, H, S, D in [(1, 8, 1024, 64), (1, 8, 4096, 64), (8, 12, 512, 64), (32, 12, 128, 64)]
+    for causal in (False, True)
+]

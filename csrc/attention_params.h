@@ -36,7 +36,7 @@ struct AttentionParams {
   void* lse = nullptr;  // [B, Hq, Sq] contiguous, float (double for float64)
 
   double scale = 1.0;
-  double softcap = 0.0;     // 0 = none
+  double softcap = 0.0;  // 0 = none
   int64_t diagonal_offset = 0;
   int64_t window_left = -1;   // tokens; -1 = unlimited
   int64_t window_right = -1;  // causal is window_right = 0

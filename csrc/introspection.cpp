@@ -77,8 +77,8 @@ void apply_math(const std::string& function, const py::buffer& in, const py::buf
       target.strides[0] != target.itemsize) {
     throw py::value_error("in, out: expected contiguous 1-D buffers of one floating type and size");
   }
-  const std::map<std::string, MathFunction> functions = {
-      {"exp2", MathFunction::kExp2}, {"tanh", MathFunction::kTanh}};
+  const std::map<std::string, MathFunction> functions = {{"exp2", MathFunction::kExp2},
+                                                         {"tanh", MathFunction::kTanh}};
   const auto found = functions.find(function);
   if (found == functions.end()) {
     throw py::value_error("function: expected exp2 or tanh, got " + function);

@@ -69,8 +69,8 @@ void run_tasks(const Phase& phase, const AttentionParams& params, std::atomic<in
   workspace.trim();
 }
 
-// OpenMP's threads do not survive a fork, and a child that waits for them hangs. A child forked from
-// a process that had more than one thread therefore computes on its own one.
+// OpenMP's threads do not survive a fork, and a child that waits for them hangs. A child forked
+// from a process that had more than one thread therefore computes on its own one.
 bool had_several_threads = false, forked_from_threads = false;
 
 bool has_several_threads() {
@@ -82,9 +82,9 @@ bool has_several_threads() {
   return entries > 3;
 }
 
-const int fork_handler = pthread_atfork([] { had_several_threads = has_several_threads(); },
-                                        nullptr,
-                                        [] { forked_from_threads |= had_several_threads; });
+const int fork_handler =
+    pthread_atfork([] { had_several_threads = has_several_threads(); }, nullptr,
+                   [] { forked_from_threads |= had_several_threads; });
 
 // Tasks are drawn from a counter, so that threads that got short ones take more of them.
 void run(const Phase& phase, const AttentionParams& params) {
@@ -92,9 +92,8 @@ void run(const Phase& phase, const AttentionParams& params) {
   std::atomic<int64_t> next{0};
   if (tasks <= 1 || forked_from_threads) return run_tasks(phase, params, next, tasks);
   const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
-    run_tasks(phase, params, next, tasks);
-  });
+  torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1,
+                              [&](int64_t, int64_t) { run_tasks(phase, params, next, tasks); });
 }
 
 // -- tensors --------------------------------------------------------------------------------------
@@ -270,19 +269,18 @@ void describe_options(AttentionParams& p, const Options& o) {
     STD_TORCH_CHECK(slopes.is_cpu() && slopes.scalar_type() == ScalarType::Float &&
                         (dim == 1 || (dim == 2 && slopes.size(0) == p.B)) &&
                         slopes.size(dim - 1) == p.Hq && slopes.is_contiguous(),
-                    "alibi_slopes: expected a contiguous float32 CPU tensor [", p.Hq, "] or [",
-                    p.B, ", ", p.Hq, "]");
+                    "alibi_slopes: expected a contiguous float32 CPU tensor [", p.Hq, "] or [", p.B,
+                    ", ", p.Hq, "]");
     p.alibi_slopes = (const float*)slopes.data_ptr();
     p.alibi_stride_b = dim == 2 ? p.Hq : 0;
   }
   if (o.sinks) {
     const Tensor& sinks = *o.sinks;
     const bool wide = p.dtype == DType::kFloat64;
-    STD_TORCH_CHECK(sinks.is_cpu() && sinks.dim() == 1 && sinks.size(0) == p.Hq &&
-                        sinks.is_contiguous() &&
-                        sinks.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-                    "sinks: expected a contiguous ", wide ? "float64" : "float32",
-                    " CPU tensor [", p.Hq, "]");
+    STD_TORCH_CHECK(
+        sinks.is_cpu() && sinks.dim() == 1 && sinks.size(0) == p.Hq && sinks.is_contiguous() &&
+            sinks.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+        "sinks: expected a contiguous ", wide ? "float64" : "float32", " CPU tensor [", p.Hq, "]");
     p.sinks = sinks.data_ptr();
   }
 }
@@ -315,14 +313,29 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   return out;
 }
 
+// Twenty-two arguments cost 2 us in the dispatcher alone: the plain calls have operators of their
+// own.
+Options plain_options(double scale, int64_t causal, int64_t window_left, int64_t window_right) {
+  static const OptionalTensor none;
+  return {scale, causal, window_left, window_right, none, none, none, none, none, none, 0.0, 0.0};
+}
+
 Tensor attention_forward_plain(const Tensor& query, const Tensor& key, const Tensor& value,
                                double scale, int64_t causal, int64_t window_left,
                                int64_t window_right, int64_t /*precision*/) {
-  const OptionalTensor none;
-  return forward(query, key, value,
-                 {scale, causal, window_left, window_right, none, none, none, none, none, none,
-                  0.0, 0.0},
+  return forward(query, key, value, plain_options(scale, causal, window_left, window_right),
                  nullptr);
+}
+
+std::tuple<Tensor, Tensor> attention_forward_plain_lse(const Tensor& query, const Tensor& key,
+                                                       const Tensor& value, double scale,
+                                                       int64_t causal, int64_t window_left,
+                                                       int64_t window_right,
+                                                       int64_t /*precision*/) {
+  Tensor lse;
+  Tensor out =
+      forward(query, key, value, plain_options(scale, causal, window_left, window_right), &lse);
+  return {out, lse};
 }
 
 std::tuple<Tensor, Tensor> attention_forward(
@@ -346,8 +359,8 @@ std::tuple<Tensor, Tensor> attention_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const Tensor& out, const Tensor& lse, double scale, int64_t causal,
-    int64_t window_left, int64_t window_right, int64_t /*precision*/,
-    const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
+    int64_t window_left, int64_t window_right, int64_t /*precision*/, const OptionalTensor& mask,
+    const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
     double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
     const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
@@ -434,17 +447,18 @@ Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, 
 }  // namespace
 }  // namespace fused_attention
 
-#define FORWARD_OPTIONS                                                                       \
-  "Tensor? mask=None, Tensor? bias=None, Tensor? key_padding_mask=None, "                     \
-  "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? philox=None, float softcap=0.0, "   \
-  "float dropout_p=0.0, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "               \
-  "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, Tensor? seqused_k=None, "            \
+#define FORWARD_OPTIONS                                                                     \
+  "Tensor? mask=None, Tensor? bias=None, Tensor? key_padding_mask=None, "                   \
+  "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? philox=None, float softcap=0.0, " \
+  "float dropout_p=0.0, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "             \
+  "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, Tensor? seqused_k=None, "          \
   "Tensor? block_table=None"
-#define SCALARS \
-  "float scale, int causal, SymInt window_left, SymInt window_right, int precision"
+#define SCALARS "float scale, int causal, SymInt window_left, SymInt window_right, int precision"
 
 STABLE_TORCH_LIBRARY(fused_attention, m) {
   m.def("attention_forward_plain(Tensor query, Tensor key, Tensor value, " SCALARS ") -> Tensor");
+  m.def("attention_forward_plain_lse(Tensor query, Tensor key, Tensor value, " SCALARS
+        ") -> (Tensor, Tensor)");
   m.def("attention_forward(Tensor query, Tensor key, Tensor value, " SCALARS ", " FORWARD_OPTIONS
         ") -> (Tensor, Tensor)");
   m.def(
@@ -458,6 +472,7 @@ STABLE_TORCH_LIBRARY(fused_attention, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_attention, CPU, m) {
   m.impl("attention_forward_plain", TORCH_BOX(&fused_attention::attention_forward_plain));
+  m.impl("attention_forward_plain_lse", TORCH_BOX(&fused_attention::attention_forward_plain_lse));
   m.impl("attention_forward", TORCH_BOX(&fused_attention::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fused_attention::attention_backward));
   m.impl("dropout_keep_mask", TORCH_BOX(&fused_attention::dropout_keep_mask));

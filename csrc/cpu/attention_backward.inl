@@ -96,7 +96,7 @@ void score_gradients(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
   multiply<T, kVectors, false>(columns, p.D, k, t.q_t, kRow, t.p, kRow);           // s <- k q^T
   multiply<T, kVectors, false>(columns, p.Dv, v, t.grad_out_t, kRow, t.ds, kRow);  // dp <- v do^T
   const double factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n_start, columns, t.p,
-                                              t.bias, t.bias_t, t.softcap_slope);
+                                                   t.bias, t.bias_t, t.softcap_slope);
   const bool dropout = p.dropout_threshold > 0;
   if (dropout) dropout_keep_bits(p, b, h, m_start, rows, n_start, columns, t.keep);
 
@@ -262,8 +262,7 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
   for (int64_t j = 0; j < columns; ++j) {
     store_row(row_of(p.dk, p.dtype, b, h_kv, n_start + j), p.dtype, t.dk + j * width, p.D,
               (T)p.scale);
-    store_row(row_of(p.dv, p.dtype, b, h_kv, n_start + j), p.dtype, t.dv + j * width_v, p.Dv,
-              (T)1);
+    store_row(row_of(p.dv, p.dtype, b, h_kv, n_start + j), p.dtype, t.dv + j * width_v, p.Dv, (T)1);
   }
 }
 
@@ -357,8 +356,7 @@ void attention_backward_queries(const AttentionParams& p, int64_t b, int64_t h, 
   }
   transpose_tile(width, kRow, t.dq_t, kRow, t.dq, width);
   for (int64_t i = 0; i < rows; ++i) {
-    store_row(row_of(p.dq, p.dtype, b, h, m_start + i), p.dtype, t.dq + i * width, p.D,
-              (T)p.scale);
+    store_row(row_of(p.dq, p.dtype, b, h, m_start + i), p.dtype, t.dq + i * width, p.D, (T)p.scale);
   }
 }
 

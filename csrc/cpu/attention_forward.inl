@@ -6,12 +6,12 @@
 
 template <typename T>
 struct ForwardTile {
-  T *q, *q_t;       // queries [kBlockM][D], transposed [D][kBlockM]
-  T* acc_t;         // unnormalised output, transposed [Dv][kBlockM]
-  T* out;           // its transpose [kBlockM][Dv]
-  T* s;             // scores, then weights [kBlockN][kBlockM]
-  T *k, *v;         // converted keys and values [kBlockN][D or Dv]
-  T *bias, *bias_t; // [kBlockM][kBlockN] and transposed
+  T *q, *q_t;                    // queries [kBlockM][D], transposed [D][kBlockM]
+  T* acc_t;                      // unnormalised output, transposed [Dv][kBlockM]
+  T* out;                        // its transpose [kBlockM][Dv]
+  T* s;                          // scores, then weights [kBlockN][kBlockM]
+  T *k, *v;                      // converted keys and values [kBlockN][D or Dv]
+  T *bias, *bias_t;              // [kBlockM][kBlockN] and transposed
   T *row_max, *row_sum, *alpha;  // [kBlockM]
   uint64_t *visible, *keep;      // [kBlockN]
 
@@ -59,8 +59,8 @@ void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int
     // s <- k q^T
     const Scalars<T> k = key_rows(p.key, p.dtype, b, h_kv, n, columns, p.D, nullptr, t.k);
     multiply<T, kVectors, false>(columns, p.D, k, t.q_t, kRow, t.s, kRow);
-    const double factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n, columns, t.s, t.bias,
-                                                t.bias_t, nullptr);
+    const double factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n, columns, t.s,
+                                                     t.bias, t.bias_t, nullptr);
     if (seen == Visible::kSome) hide<T, kVectors>(t.visible, columns, t.s);
 
     // p <- exp2(s - m), l <- alpha l + rowsum(p), o <- alpha o

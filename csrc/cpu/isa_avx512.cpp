@@ -1,20 +1,13 @@
-// The kernels for AVX-512 F, BW, DQ, VL. Compiled with flags of its own (setup.py), so nothing in here may be
-// shared with other objects: no STL, no torch, everything in an anonymous namespace.
+// The kernels for AVX-512 F, BW, DQ, VL. Compiled with flags of its own (setup.py), so nothing in
+// here may be shared with other objects: no STL, no torch, everything in an anonymous namespace.
 #include <immintrin.h>
+
 #include "dispatch.h"
 
 namespace fused_attention {
 namespace {
 #include "simd_avx512.inl"
-//
-#include "math.inl"
-#include "tiles.inl"
-#include "masking.inl"
-#include "philox.inl"
-#include "scores.inl"
-#include "online_softmax.inl"
-#include "attention_forward.inl"
-#include "attention_backward.inl"
+// The algorithms, on that vocabulary:
 #include "kernels.inl"
 }  // namespace
 

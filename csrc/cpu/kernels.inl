@@ -1,6 +1,17 @@
 // The kernel table of one instruction set: each phase for the two types that kernels compute in.
 // 16-bit tensors compute in float.
 
+// clang-format off: each builds on those before it
+#include "math.inl"
+#include "tiles.inl"
+#include "masking.inl"
+#include "philox.inl"
+#include "scores.inl"
+#include "online_softmax.inl"
+#include "attention_forward.inl"
+#include "attention_backward.inl"
+// clang-format on
+
 template <template <typename> class Kernel>
 struct ByType {
   static bool wide(const AttentionParams& p) { return p.dtype == DType::kFloat64; }

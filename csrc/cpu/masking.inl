@@ -36,10 +36,10 @@ Visible tile_visibility(const AttentionParams& p, int64_t b, int64_t h, int64_t 
   const uint64_t everybody = low_bits(rows);
   // The diagonal band cuts the tile unless its first query reaches the last key to the right and
   // its last query the first key to the left.
-  const bool cut_right = p.window_right >= 0 &&
-                         n_start + columns - 1 > m_start + p.diagonal_offset + p.window_right;
-  const bool cut_left = p.window_left >= 0 &&
-                        n_start < m_start + rows - 1 + p.diagonal_offset - p.window_left;
+  const bool cut_right =
+      p.window_right >= 0 && n_start + columns - 1 > m_start + p.diagonal_offset + p.window_right;
+  const bool cut_left =
+      p.window_left >= 0 && n_start < m_start + rows - 1 + p.diagonal_offset - p.window_left;
   if (!cut_right && !cut_left && p.key_padding_mask == nullptr && p.mask.data == nullptr) {
     return Visible::kAll;
   }

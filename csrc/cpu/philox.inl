@@ -1,5 +1,6 @@
 // Dropout by Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a
-// pure function of (seed, offset, head, row, column), so any tile is drawn on its own, in any order.
+// pure function of (seed, offset, head, row, column), so any tile is drawn on its own, in any
+// order.
 //
 // counter = (column // 8, row, batch * Hq + head, offset), key = seed. The 128 bits of one call are
 // the 16-bit values of eight neighbouring columns, low bits first.
@@ -20,8 +21,8 @@ FA_INLINE void philox4x32(VecU32* x, uint64_t seed) {
   }
 }
 
-// keep[j], bit i: is the weight of query m_start + i and key n_start + j kept? n_start is a multiple
-// of 8; whole groups of 8 columns are written.
+// keep[j], bit i: is the weight of query m_start + i and key n_start + j kept? n_start is a
+// multiple of 8; whole groups of 8 columns are written.
 void dropout_keep_bits(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
                        int64_t rows, int64_t n_start, int64_t columns, uint64_t* keep) {
   for (int64_t group = 0; group < columns; group += 8) {

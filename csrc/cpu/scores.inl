@@ -19,8 +19,8 @@ void load_bias(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, 
 // softcap_slope, if given, gets d logit / d (scale q.k).
 template <typename T, int kVectors>
 double finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows,
-                int64_t n_start, int64_t columns, T* s, T* bias_staged, T* bias_transposed,
-                T* softcap_slope) {
+                     int64_t n_start, int64_t columns, T* s, T* bias_staged, T* bias_transposed,
+                     T* softcap_slope) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const bool softcap = p.softcap > 0, bias = p.bias.data != nullptr;
   const bool alibi = p.alibi_slopes != nullptr;

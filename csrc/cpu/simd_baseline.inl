@@ -60,8 +60,8 @@ FA_INLINE typename Simd<T>::Vec broadcast(T x) {
   for (T& lane : out.lane) lane = x;
   return out;
 }
-#define FA_LANEWISE(name, ...)                            \
-  template <typename T, int N>                            \
+#define FA_LANEWISE(name, ...)                               \
+  template <typename T, int N>                               \
   FA_INLINE Lanes<T, N> name(Lanes<T, N> a, Lanes<T, N> b) { \
     return map([](T x, T y) { return __VA_ARGS__; }, a, b);  \
   }
@@ -144,8 +144,8 @@ FA_INLINE Simd<float>::Vec load_float16(const uint16_t* p) {
   for (int i = 0; i < 4; ++i) {
     const uint32_t sign = (uint32_t)(p[i] & 0x8000) << 16, rest = (uint32_t)(p[i] & 0x7fff) << 13;
     // The exponent is rebiased by a multiplication, which also normalises subnormals.
-    const float magnitude = rest >= 0x0f800000u ? bits_to_float(rest | 0x7f800000u)
-                                                : bits_to_float(rest) * 0x1p112f;
+    const float magnitude =
+        rest >= 0x0f800000u ? bits_to_float(rest | 0x7f800000u) : bits_to_float(rest) * 0x1p112f;
     out.lane[i] = bits_to_float(float_to_bits(magnitude) | sign);
   }
   return out;

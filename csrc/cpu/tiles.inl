@@ -3,8 +3,8 @@
 // number at a time is here, so that the kernels read like the paper.
 //
 // The layout that serves every product: the vector lanes run over queries. A tile of scores is held
-// transposed, s[key][query], so that softmax runs down the rows with no horizontal operation, and in
-// each product one operand is read a scalar at a time (broadcast), the other by whole vectors.
+// transposed, s[key][query], so that softmax runs down the rows with no horizontal operation, and
+// in each product one operand is read a scalar at a time (broadcast), the other by whole vectors.
 
 // Queries a tile: three vectors, which with 8 rows of accumulators fill the register file.
 constexpr int kMaxVectors = 3;
@@ -50,8 +50,8 @@ struct Scalars {
   int64_t row, column;
 };
 
-// c[r][x] (+)= sum_k a(r, k) * b[k][x] for kRows rows r and kVectors vectors x, in registers. What c
-// held is added last: sums of sums stay accurate over long rows.
+// c[r][x] (+)= sum_k a(r, k) * b[k][x] for kRows rows r and kVectors vectors x, in registers. What
+// c held is added last: sums of sums stay accurate over long rows.
 template <typename T, int kRows, int kVectors, bool kAccumulate>
 FA_INLINE void multiply_block(int64_t depth, Scalars<T> a, const T* b, int64_t b_row, T* c,
                               int64_t c_row) {
@@ -82,8 +82,8 @@ FA_INLINE void multiply_rows(int64_t rows, int64_t depth, Scalars<T> a, const T*
                              T* c, int64_t c_row) {
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) {
-    multiply_block<T, kRows, kVectors, kAccumulate>(
-        depth, {a.data + r * a.row, a.row, a.column}, b, b_row, c + r * c_row, c_row);
+    multiply_block<T, kRows, kVectors, kAccumulate>(depth, {a.data + r * a.row, a.row, a.column}, b,
+                                                    b_row, c + r * c_row, c_row);
   }
   if constexpr (kRows > 1) {
     if (r < rows) {
@@ -108,8 +108,8 @@ void multiply(int64_t rows, int64_t depth, Scalars<T> a, const T* b, int64_t b_r
                                                  c_row);
   for (int64_t k = kMaxDepth; k < depth; k += kMaxDepth) {
     multiply_rows<T, kRows, kVectors, true>(rows, min_of(depth - k, kMaxDepth),
-                                            {a.data + k * a.column, a.row, a.column},
-                                            b + k * b_row, b_row, c, c_row);
+                                            {a.data + k * a.column, a.row, a.column}, b + k * b_row,
+                                            b_row, c, c_row);
   }
 }
 
