@@ -453,6 +453,23 @@ def test_parameters_and_subclasses(validations):
     assert len(validations) == count + 2
 
 
+def test_modes_of_torch_function_see_the_operator():
+    from torch.overrides import TorchFunctionMode
+
+    class Record(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    arguments = qkv()
+    for _ in range(2):
+        attention(**arguments)
+        seen: list[str] = []
+        with Record():
+            attention(**arguments)
+        assert "fused_attention.attention_forward_plain.default" in seen
+
+
 def test_autocast_inference_mode_and_transforms_matter():
     arguments = qkv()
     expected = attention(**arguments)

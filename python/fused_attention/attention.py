@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import ops
@@ -41,6 +40,8 @@ from .problem import (
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_len_torch_function_stack = torch._C._len_torch_function_stack
+_ORDINARY = frozenset({Tensor, torch.nn.Parameter})
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _get_float32_matmul_precision = torch._C._get_float32_matmul_precision
 
@@ -55,15 +56,17 @@ _VALIDATE = (KeyError, TypeError, AttributeError, ValueError, RuntimeError)
 def _kind(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Any, ...] | None:
     """What a call has in common with others that the same plan serves.
 
-    None where a tuple cannot say it: under a transform, or for a tensor subclass. Not in it:
-    strides, which the operators look at and no backend refuses; dtype and device of key and value,
-    which the operators compare with query's.
+    None where a tuple cannot say it: unless `is_direct`, which this repeats. Not in it: strides,
+    which the operators look at and no backend refuses; dtype and device of key and value, which
+    the operators compare with query's.
     """
-    query_type = type(query)
     if (
-        (query_type is not Tensor and query_type is not Parameter)
+        type(query) not in _ORDINARY
+        or type(key) not in _ORDINARY
+        or type(value) not in _ORDINARY
         or _are_transforms_active()
         or forward_ad._current_level >= 0
+        or _len_torch_function_stack() != 0
     ):
         return None
     try:

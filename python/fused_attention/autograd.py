@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import ops
-from .problem import Plan, Problem, transform_is_active
+from .problem import Plan, Problem
 
 _NOT_PACKED = (None,) * 6  # cu_seqlens_q, ... block_table
 
@@ -68,11 +68,11 @@ class AttentionForwardMode(Attention):
 
 
 class AttentionPlain(Function):
-    """out, from query, key, value and the five numbers; lse stays inside. Eager only."""
+    """out, from query, key, value and the five numbers; lse stays inside. Direct calls only."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, numbers: Any) -> Tensor:
-        out, lse = ops.forward._op(query, key, value, *numbers)
+        out, lse = ops.direct_forward_plain_lse(query, key, value, *numbers)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.numbers = numbers
         return out
@@ -117,7 +117,7 @@ def _backward(*inputs: Any) -> Any:
 # -- Which way a call goes ---------------------------------------------------------------
 
 # `Function.apply` without its Python half, which serves torch.func and default arguments.
-_apply_eager = super(Function, Attention).apply
+_apply_direct = super(Function, Attention).apply
 _apply_plain = super(Function, AttentionPlain).apply
 
 
@@ -132,17 +132,17 @@ def plan(problem: Problem) -> Plan:
     function: Callable[..., Any]
     if not problem.differentiable:
         if problem.is_plain:
-            op = ops.forward_plain
-            return Plan(op if compiling else op._op, problem.numbers, is_plain=True)
-        function = ops.forward if compiling else ops.forward._op
+            function = ops.direct_forward_plain if problem.is_direct else ops.forward_plain
+            return Plan(function, problem.numbers, is_plain=True)
+        function = ops.direct_forward if problem.is_direct else ops.forward
     elif compiling:
         function = _apply_compiling
-    elif transform_is_active():
+    elif not problem.is_direct:
         function = AttentionForwardMode.apply
     elif problem.is_plain:
         return Plan(_apply_plain, (problem.numbers,), is_plain=True)
     else:
-        function = _apply_eager
+        function = _apply_direct
     return Plan(function if problem.return_lse else _first(function), problem.numbers)
 
 
@@ -160,10 +160,9 @@ def _first(function: Callable[..., Any]) -> Callable[..., Tensor]:
     return out
 
 
-def _apply_compiling(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Any:
-    # Dynamo refuses the same tensor twice.
-    if value is query or value is key:
-        value = value.view_as(value)
-    if key is query:
-        key = key.view_as(key)
-    return Attention.apply(query, key, value, *options)
+def _apply_compiling(*inputs: Any) -> Any:
+    distinct: list[Any] = []
+    for x in inputs:  # Dynamo refuses the same tensor twice
+        seen = isinstance(x, Tensor) and any(x is other for other in distinct)
+        distinct.append(x.view_as(x) if seen else x)
+    return Attention.apply(*distinct)

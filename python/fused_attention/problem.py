@@ -262,6 +262,7 @@ class Problem:
     return_lse: bool
     features: frozenset[str]
     differentiable: bool  # goes through the autograd.Function: gradients or a transform are on
+    is_direct: bool  # see `is_direct`
     copied: dict[str, int]  # inputs whose last stride is not 1, and their bytes
 
     @property
@@ -459,6 +460,9 @@ class Problem:
             return_lse=bool(return_lse),
             features=frozenset(name for name in FEATURES if used[name]),
             differentiable=gradients or transform_is_active(),
+            is_direct=is_direct(
+                query, key, value, mask, bias, key_padding_mask, alibi_slopes, sinks
+            ),
             copied={
                 name: x.numel() * x.element_size()
                 for name, x in (("query", query), ("key", key), ("value", value))
@@ -482,3 +486,13 @@ def transform_is_active() -> bool:
     if torch.compiler.is_compiling():  # Dynamo does not see what else a derivative may be taken of
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Eager, and nothing but the dispatcher wants to see what happens to these tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and not transform_is_active()
+        and torch._C._len_torch_function_stack() == 0
+        and all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    )

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +88,12 @@ class Inputs:
     options: dict[str, Any]
     grad_out: Tensor
     grad_lse: Tensor
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The options as `attention()` names them."""
+        names = {"philox": "philox_seed"}
+        return {names.get(name, name): option for name, option in self.options.items()}
 
     def differentiable(self, dtype: torch.dtype | None = None) -> Results:
         """Fresh leaves, cast to `dtype` if given (sinks are never below float32)."""
@@ -165,10 +172,7 @@ def _differentiate(out: Tensor, lse: Tensor, leaves: Results, inputs: Inputs) ->
 def run(inputs: Inputs, **options: Any) -> Results:
     """`attention()` forward and backward on these inputs."""
     leaves = inputs.differentiable()
-    call = dict(inputs.options)
-    if "philox" in call:
-        call["philox_seed"] = call.pop("philox")
-    out, lse = attention(**leaves, **call, return_lse=True, **options)
+    out, lse = attention(**leaves, **inputs.keywords, return_lse=True, **options)
     return _differentiate(out, lse, leaves, inputs)
 
 
@@ -265,18 +269,49 @@ def _naive(inputs: Inputs) -> Results:
 FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES} | {torch.float64: 1e-13}
 
 
-def mismatches(
+@dataclass(frozen=True)
+class Error:
+    """How far one result is off, in one measure, and what it was allowed."""
+
+    result: str
+    measure: str  # "max", "rms"; "shape", "dtype" or "NaN and infinity", which are right or wrong
+    error: float
+    allowed: float
+    message: str
+
+    @property
+    def is_wrong(self) -> bool:
+        return not self.error <= self.allowed
+
+    @property
+    def ratio(self) -> float:
+        """Wrong above 1."""
+        if self.error == 0:
+            return 0.0
+        return self.error / self.allowed if self.allowed and self.error == self.error else math.inf
+
+
+def _wrong(result: str, measure: str, message: str) -> Error:
+    return Error(result, measure, math.inf, 0.0, f"{result}: {message}")
+
+
+def errors(
     got: Results, exact: Results, naive: tuple[Results, ...], factor: float = 2.0
-) -> list[str]:
-    """Every way in which `got` breaks the correctness rule; empty if it keeps it.
+) -> Iterator[Error]:
+    """The correctness rule's measures of `got`, which may lack some of the results.
 
     factor: of the naive error. Among thousands of random cases a few exceed twice it by chance.
     """
-    wrong = []
     for name, want in exact.items():
+        if name not in got:
+            continue
         mine = got[name]
         if mine.shape != want.shape:
-            wrong.append(f"{name}: shape {tuple(mine.shape)}, expected {tuple(want.shape)}")
+            shapes = f"shape {tuple(mine.shape)}, expected {tuple(want.shape)}"
+            yield _wrong(name, "shape", shapes)
+            continue
+        if mine.dtype != naive[0][name].dtype:
+            yield _wrong(name, "dtype", f"{mine.dtype}, expected {naive[0][name].dtype}")
             continue
         floor = FLOOR[(mine if name == "lse" else got["out"]).dtype]
         mine = mine.double()
@@ -284,7 +319,8 @@ def mismatches(
         if not torch.equal(mine[special].nan_to_num(), want[special].nan_to_num()) or not bool(
             mine[~special].isfinite().all()
         ):
-            wrong.append(f"{name}: NaN or infinity at other places than expected")
+            message = "NaN or infinity at other places than expected"
+            yield _wrong(name, "NaN and infinity", message)
             continue
         plain = [answer[name].double()[~special] for answer in naive]
         mine, want = mine[~special], want[~special]
@@ -301,12 +337,116 @@ def mismatches(
             allowed = factor * naive_error + floor * size
             if name == "dbias":
                 allowed += floor / 4 * of(naive[0]["magnitude of dbias"])
-            if not error <= allowed:
-                wrong.append(f"{name}: {measure} error {error:.3g}, allowed {allowed:.3g}")
-    return wrong
+            message = f"{name}: {measure} error {error:.3g}, allowed {allowed:.3g}"
+            yield Error(name, measure, error, allowed, message)
+
+
+def mismatches(
+    got: Results, exact: Results, naive: tuple[Results, ...], factor: float = 2.0
+) -> list[str]:
+    """Every way in which `got` breaks the correctness rule; empty if it keeps it."""
+    missing = [f"{name}: missing" for name in exact if name not in got]
+    return missing + [e.message for e in errors(got, exact, naive, factor) if e.is_wrong]
 
 
 def check(case: Case, **options: Any) -> list[str]:
     """`mismatches` of `attention()` for one case."""
     inputs = make_inputs(case)
     return mismatches(run(inputs, **options), exact(inputs), naive(inputs))
+
+
+# -- The matrix --------------------------------------------------------------------------
+
+# No multiples of anything: tiles are 48, 24, 12 or 6 queries and 96 keys. (B, Hq, Hkv, Sq, Sk, D, Dv)
+SHAPES = {
+    "tiny": (1, 1, 1, 1, 1, 1, 1),
+    "decode": (2, 4, 2, 1, 197, 32, 32),
+    "one key": (2, 2, 1, 51, 1, 8, 8),
+    "ragged": (2, 3, 3, 53, 101, 33, 33),
+    "long query": (1, 2, 2, 131, 19, 16, 16),
+    "gqa": (2, 6, 2, 50, 98, 64, 64),
+    "mqa narrow value": (1, 5, 1, 49, 200, 80, 17),
+    "wide value": (1, 2, 2, 20, 33, 3, 70),
+}
+AXES: dict[str, list[Any]] = {
+    "shape": list(SHAPES),
+    "dtype": list(DTYPES),
+    "causal": [False, "top_left", "bottom_right"],
+    "window_size": [(-1, -1), (7, -1), (-1, 3), (40, 0), (5, 60)],
+    "mask": [None, "BHQK", "11QK", "B11K", "1HQ1", "1111"],
+    "bias": [None, "BHQK", "1HQK", "11QK", "B1QK", "BH1K", "1H1K", "111K", "BHQ1", "11Q1", "1H11"],
+    "bias_dtype": [None, torch.float32],
+    "key_padding": [False, True],
+    "scale": [None, -0.4],
+    "softcap": [0.0, 3.0],
+    "alibi": [None, "H", "BH"],
+    "sinks": [False, True],
+    "dropout_p": [0.0, 0.25, 1.0],
+    "layout": ["BHSD", "BSHD", "strided"],
+}
+
+
+def case_of(values: Sequence[Any], seed: int) -> Case:
+    """The case with one value for each of AXES."""
+    options = dict(zip(AXES, values, strict=True))
+    sizes = zip(("B", "Hq", "Hkv", "Sq", "Sk", "D", "Dv"), SHAPES[options["shape"]], strict=True)
+    del options["shape"]
+    return Case(**dict(sizes), **options, seed=seed)
+
+
+def single_features() -> list[Case]:
+    """Each value of each axis alone, in float32: what a fault is easiest told from."""
+    plain = [values[0] for values in AXES.values()]
+    plain[0] = "ragged"
+    cases = {}
+    for axis, values in enumerate(AXES.values()):
+        for value in values:
+            cases[tuple(plain[:axis] + [value] + plain[axis + 1 :])] = None
+    return [case_of(values, seed) for seed, values in enumerate(cases, 1)]
+
+
+def pairs_of_features() -> list[Case]:
+    """A covering set: every two values of two different axes meet in some case. Deterministic.
+
+    Greedy (Cohen et al. 1997, "The AETG System"): a row starts with a pair that is missing, and
+    takes on each other axis, in random order, the value that covers most of what is missing.
+    """
+    shuffled = random.Random(0)
+    sizes = [len(values) for values in AXES.values()]
+    count = len(sizes)
+
+    def pair(a: tuple[int, int], b: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (a, b) if a < b else (b, a)
+
+    missing = {  # of (axis, number of its value); a dict, for its order
+        ((a, i), (b, j)): None
+        for b in range(count)
+        for a in range(b)
+        for i in range(sizes[a])
+        for j in range(sizes[b])
+    }
+    rows = []
+    while missing:
+        row = dict(next(iter(missing)))
+        axes = [axis for axis in range(count) if axis not in row]
+        shuffled.shuffle(axes)
+        for axis in axes:
+
+            def gain(value: int, axis: int = axis, row: dict[int, int] = row) -> int:
+                return sum(pair((axis, value), chosen) in missing for chosen in row.items())
+
+            values = list(range(sizes[axis]))
+            shuffled.shuffle(values)
+            row[axis] = max(values, key=gain)
+        for a in row.items():
+            for b in row.items():
+                missing.pop((a, b), None)
+        rows.append([values[row[axis]] for axis, values in enumerate(AXES.values())])
+    return [case_of(values, seed) for seed, values in enumerate(rows, 1)]
+
+
+def random_features(count: int, seed: int) -> Iterator[Case]:
+    """Cases drawn from all combinations."""
+    choose = random.Random(seed).choice
+    for number in range(count):
+        yield case_of([choose(values) for values in AXES.values()], 1000 * seed + number)
