@@ -87,9 +87,7 @@ def test_rows_that_see_nothing(isa, dtype, sinks):
     sink = torch.randn(2, dtype=torch.promote_types(dtype, torch.float32)) if sinks else None
     with torch.no_grad():
         query[:, :, blind] = NAN  # nor may they reach what others compute
-    out, lse = attention(
-        query, key, value, mask=mask, sinks=sink, return_lse=True, backend="cpu"
-    )
+    out, lse = attention(query, key, value, mask=mask, sinks=sink, return_lse=True, backend="cpu")
     assert (out[:, :, blind] == 0).all()
     expected = torch.full_like(lse[:, :, blind], -INF) if sink is None else sink.view(1, 2, 1)
     torch.testing.assert_close(lse[:, :, blind], expected.expand_as(lse[:, :, blind]))
@@ -133,7 +131,9 @@ def test_nan_and_infinity_propagate_as_in_the_definition(isa, dtype, special, wh
     call = {"bias": inputs.tensors["bias"]}
     tensors = [inputs.tensors[name] for name in ("query", "key", "value")]
     got = attention(*tensors, **call, backend="cpu")
-    exact = attention(*(x.double() for x in tensors), bias=call["bias"].double(), backend="reference")
+    exact = attention(
+        *(x.double() for x in tensors), bias=call["bias"].double(), backend="reference"
+    )
     assert torch.equal(got.isnan(), exact.isnan())
     assert torch.equal(got[got.isinf()].double(), exact[exact.isinf()])
     fine = exact.isfinite()
@@ -144,9 +144,7 @@ def test_nan_and_infinity_propagate_as_in_the_definition(isa, dtype, special, wh
 def test_large_scores_do_not_overflow(isa):
     query, key, value = make()
     out = attention(query * 1e4, key * 1e4, value, backend="cpu")
-    exact = attention(
-        query.double() * 1e4, key.double() * 1e4, value.double(), backend="reference"
-    )
+    exact = attention(query.double() * 1e4, key.double() * 1e4, value.double(), backend="reference")
     torch.testing.assert_close(out, exact.float(), atol=1e-4, rtol=1e-4)
 
 
@@ -234,7 +232,9 @@ def test_masks_and_biases_of_any_stride(isa, layout):
     if expanded:
         mask, bias = mask[..., :1].expand(2, 1, 53, 107), bias[..., :1, :].expand(1, 2, 53, 107)
     padding = (torch.rand(107, 2) > 0.5).T
-    out = attention(query, key, value, mask=mask, bias=bias, key_padding_mask=padding, backend="cpu")
+    out = attention(
+        query, key, value, mask=mask, bias=bias, key_padding_mask=padding, backend="cpu"
+    )
     dense = attention(
         query,
         key,

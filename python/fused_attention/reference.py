@@ -374,7 +374,9 @@ def attention_reference(
     if seqused_k is not None and bool(((used < 0) | (used > Sk)).any()):
         raise ValueError(f"seqused_k: expected lengths in [0, {Sk}], got {used.tolist()}")
 
-    with torch.autocast(query.device.type, enabled=False):
+    # A device without autocast, such as meta, has none to disable: naming the CPU does no harm.
+    available = torch.amp.is_autocast_available(query.device.type)
+    with torch.autocast(query.device.type if available else "cpu", enabled=False):
         off = diagonal_offset(causal, Sq, used)
         seen = visible((B, Hq, Sq, Sk), off, used, causal, window_size, mask, key_padding_mask)
         query_sees = seen.any(dim=-1).unsqueeze(-1)  # [B, Hq, Sq, 1]
