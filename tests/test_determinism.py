@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
 from fused_attention import testing
 from fused_attention.testing import Case
 

@@ -1,57 +1,20 @@
 """Every backend against the definition, for combinations of features, generated from the table.
 
 Each row of `BACKENDS` that serves anything is called with a covering set of cases: every pair of
-values of the axes below occurs together; --full adds some thousand random combinations. What a row
-does not declare it must refuse, naming the feature. Adding a feature needs one axis value here, and
-adding a backend nothing.
+values of `testing.AXES` occurs together; --full adds some thousand random combinations. What a row
+does not declare it must refuse, naming the feature. Adding a feature needs one axis value there,
+and adding a backend nothing.
 """
 
 import contextlib
 import dataclasses
-import random
 
 import pytest
-import torch
-from allpairspy import AllPairs
+
 from fused_attention import _native, testing
 from fused_attention.backends import BACKENDS
 from fused_attention.problem import FEATURES, Problem
 from fused_attention.testing import Case
-
-# No multiples of anything: tiles are 48, 24, 12 or 6 queries and 96 keys. (B, Hq, Hkv, Sq, Sk, D, Dv)
-SHAPES = {
-    "tiny": (1, 1, 1, 1, 1, 1, 1),
-    "decode": (2, 4, 2, 1, 197, 32, 32),
-    "one key": (2, 2, 1, 51, 1, 8, 8),
-    "ragged": (2, 3, 3, 53, 101, 33, 33),
-    "long query": (1, 2, 2, 131, 19, 16, 16),
-    "gqa": (2, 6, 2, 50, 98, 64, 64),
-    "mqa narrow value": (1, 5, 1, 49, 200, 80, 17),
-    "wide value": (1, 2, 2, 20, 33, 3, 70),
-}
-AXES = {
-    "shape": list(SHAPES),
-    "dtype": list(testing.DTYPES),
-    "causal": [False, "top_left", "bottom_right"],
-    "window_size": [(-1, -1), (7, -1), (-1, 3), (40, 0), (5, 60)],
-    "mask": [None, "BHQK", "11QK", "B11K", "1HQ1", "1111"],
-    "bias": [None, "BHQK", "1HQK", "11QK", "B1QK", "BH1K", "1H1K", "111K", "BHQ1", "11Q1", "1H11"],
-    "bias_dtype": [None, torch.float32],
-    "key_padding": [False, True],
-    "scale": [None, -0.4],
-    "softcap": [0.0, 3.0],
-    "alibi": [None, "H", "BH"],
-    "sinks": [False, True],
-    "dropout_p": [0.0, 0.25, 1.0],
-    "layout": ["BHSD", "BSHD", "strided"],
-}
-
-
-def make_case(seed: int, values) -> Case:
-    options = dict(zip(AXES, values, strict=True))
-    names = ("B", "Hq", "Hkv", "Sq", "Sk", "D", "Dv")
-    sizes = dict(zip(names, SHAPES[options.pop("shape")], strict=True))
-    return Case(**sizes, **options, seed=seed)
 
 
 def case_id(case: Case) -> str:
@@ -77,7 +40,7 @@ TARGETS = [
     if row.plan
     for isa in (_native.isas() if row.name == "cpu" else [None])
 ]
-PAIRS = [make_case(seed, values) for seed, values in enumerate(AllPairs(AXES.values()), 1)]
+PAIRS = testing.pairs_of_features()
 
 
 def check_or_refuse(row, case: Case, factor: float) -> None:
@@ -111,9 +74,7 @@ def test_pairs_of_features(target, case):
 @pytest.mark.parametrize("target", TARGETS, ids=target_id)
 @pytest.mark.parametrize("part", range(20))
 def test_random_combinations_of_features(target, part):
-    choose = random.Random(part).choice
-    for i in range(100):
-        case = make_case(1000 * part + i, [choose(values) for values in AXES.values()])
+    for case in testing.random_features(100, seed=part):
         run_on(target, case, factor=4.0)
 
 

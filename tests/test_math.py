@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from fused_attention import _native
 
 MAX_ULP = 1.7

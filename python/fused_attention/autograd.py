@@ -124,10 +124,11 @@ _apply_plain = super(Function, AttentionPlain).apply
 def plan(problem: Problem) -> Plan:
     """What serves `problem` on a backend whose operators are those of `ops`."""
     compiling = torch.compiler.is_compiling()
-    if compiling and _differentiating_transform_is_active():
+    if compiling and _loses_gradients(torch.is_grad_enabled()):
         raise NotImplementedError(
-            "attention: torch.func derivatives inside torch.compile are not built yet; compile the "
-            "function that is differentiated instead, or use backend='reference'"
+            "attention: gradients of or inside torch.func transforms inside torch.compile are not "
+            "built yet; call the transform outside torch.compile, or torch.vmap under "
+            "torch.no_grad(), or use backend='reference'"
         )
     function: Callable[..., Any]
     if not problem.differentiable:
@@ -147,10 +148,12 @@ def plan(problem: Problem) -> Plan:
 
 
 @torch.compiler.assume_constant_result
-def _differentiating_transform_is_active() -> bool:
-    # There Dynamo would take the operator's forward alone, and give zeros for its gradients.
+def _loses_gradients(grad_enabled: bool) -> bool:
+    # Under a transform Dynamo takes no Function, and an operator alone has zeros for its gradients.
+    # Whether what vmap maps requires any, it does not see.
     vmap = torch._C._functorch.TransformType.Vmap
-    return any(level.key() != vmap for level in torch._C._functorch.get_interpreter_stack() or ())
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(grad_enabled or level.key() != vmap for level in levels)
 
 
 def _first(function: Callable[..., Any]) -> Callable[..., Tensor]:
