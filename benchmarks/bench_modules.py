@@ -1,0 +1,148 @@
+"""MultiheadAttention against torch.nn's, same arguments on both sides: results/modules.json.
+
+Time of a call in evaluation, B1 L1024, 8 heads of 64, bfloat16, causal; beside it the time of the
+two linear layers, which both modules spend alike, so that what is left is attention. Time and peak
+extra memory of a training step, B8 L1024, 8 heads of 16, float32, causal with padding; memory in a
+process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_attention import MultiheadAttention
+from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.testing import num_threads
+
+RESULTS = Path(__file__).resolve().parent / "results" / "modules.json"
+OURS, PYTORCH, LINEAR = "fused_attention", "torch.nn", "linear layers"
+HEADS = 8
+
+
+def evaluation_calls(mask_dtype: torch.dtype, need_weights: bool) -> dict[str, Callable]:
+    """A boolean mask lets torch.nn take its native fast path, a floating one does not."""
+    theirs = nn.MultiheadAttention(512, HEADS, batch_first=True, dtype=torch.bfloat16).eval()
+    x = torch.randn(1, 1024, 512, dtype=torch.bfloat16)
+    mask = torch.ones(1024, 1024, dtype=torch.bool).triu(1)
+    if mask_dtype != torch.bool:
+        mask = torch.zeros(1024, 1024, dtype=mask_dtype).masked_fill(mask, float("-inf"))
+
+    def call(module: nn.Module) -> Callable:
+        return lambda: module(x, x, x, attn_mask=mask, is_causal=True, need_weights=need_weights)
+
+    def linear() -> None:
+        F.linear(x, theirs.in_proj_weight, theirs.in_proj_bias)
+        F.linear(x, theirs.out_proj.weight, theirs.out_proj.bias)
+
+    ours = MultiheadAttention.from_torch(theirs)
+    return {PYTORCH: call(theirs), OURS: call(ours), LINEAR: linear}
+
+
+def training_step(name: str, need_weights: bool, length: int = 1024) -> Callable:
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(128, HEADS, batch_first=True)
+    if name == OURS:
+        module = MultiheadAttention.from_torch(module)
+    x = torch.randn(8, length, 128, requires_grad=True)
+    mask = nn.Transformer.generate_square_subsequent_mask(length)
+    padding = torch.arange(length) >= torch.tensor([[length], [length * 3 // 4]] * 4)
+    padding = torch.zeros(padding.shape).masked_fill(padding, float("-inf"))
+    masks = {"attn_mask": mask, "key_padding_mask": padding, "is_causal": True}
+
+    def step() -> None:
+        out, weights = module(x, x, x, need_weights=need_weights, **masks)
+        loss = out.sum() if weights is None else out.sum() + weights.square().sum()
+        loss.backward()
+
+    return step
+
+
+def resident(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
+
+
+def peak_extra_mib(name: str, need_weights: bool) -> float:
+    """Of one step, in this process."""
+    training_step(name, need_weights, 64)()  # code, thread pools
+    step = training_step(name, need_weights)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds a case")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.memory_of:
+        name, need_weights = options.memory_of
+        with num_threads(options.threads):
+            print(peak_extra_mib(name, need_weights == "True"))
+        return
+    evaluation, training = [], []
+    with num_threads(options.threads), real_time_priority() as real_time:
+        for need_weights in (True, False):
+            for mask_dtype in (torch.bool, torch.bfloat16):
+                with torch.no_grad():
+                    calls = evaluation_calls(mask_dtype, need_weights)
+                    timings = interleave(calls, budget=options.budget)
+                theirs, ours, linear = (timings[name].median for name in (PYTORCH, OURS, LINEAR))
+                evaluation.append(
+                    {
+                        "need_weights": need_weights,
+                        "mask": str(mask_dtype).removeprefix("torch."),
+                        "timings_ms": as_json(timings),
+                        "ratio": theirs / ours,
+                        "ratio_without_linear_layers": (theirs - linear) / (ours - linear),
+                    }
+                )
+                print(
+                    f"evaluation, need_weights={need_weights}, {mask_dtype} mask:"
+                    f" torch.nn {theirs:.1f} ms, ours {ours:.1f} ms, {theirs / ours:.2f}x;"
+                    f" of both {linear:.1f} ms are linear layers, without them"
+                    f" {(theirs - linear) / (ours - linear):.1f}x"
+                )
+        for need_weights in (True, False):
+            steps = {name: training_step(name, need_weights) for name in (PYTORCH, OURS)}
+            timings = interleave(steps, budget=options.budget)
+            training.append({"need_weights": need_weights, "timings_ms": as_json(timings)})
+    for case in training:
+        case["peak_extra_mib"] = {
+            name: float(
+                subprocess.run(
+                    [sys.executable, __file__, "--threads", str(options.threads)]
+                    + ["--memory-of", name, str(case["need_weights"])],
+                    stdout=subprocess.PIPE,
+                    check=True,
+                ).stdout
+            )
+            for name in (PYTORCH, OURS)
+        }
+        times = {name: timing["median"] for name, timing in case["timings_ms"].items()}
+        memory = case["peak_extra_mib"]
+        print(
+            f"training, need_weights={case['need_weights']}, padding and causal:"
+            f" torch.nn {times[PYTORCH]:.0f} ms, ours {times[OURS]:.0f} ms,"
+            f" {times[PYTORCH] / times[OURS]:.2f}x; extra memory {memory[PYTORCH]:.0f} MiB,"
+            f" ours {memory[OURS]:.0f} MiB, {memory[PYTORCH] / memory[OURS]:.1f} times less"
+        )
+    document = {"real_time": real_time, "threads": options.threads, "machine": machine()}
+    document |= {"evaluation": evaluation, "training": training}
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    print("saved", RESULTS.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,405 @@
+"""MultiheadAttention: torch.nn's layer with its attention done by `attention`.
+
+    heads = attention(q W_q, k W_k, v W_v) per head;  output = concat(heads) W_o
+
+Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2. Same parameters, arguments, masks
+and errors as torch.nn.MultiheadAttention; what differs is that padding and causality reach the
+kernel as what they are, so that no [N·H, L, S] mask is made and memory is linear in L, that dropout
+runs inside the kernel, that returned weights are computed block by block (`weights.py`), and that a
+sample without a visible key gives 0 in every mode, never NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from . import ops
+from .attention import attention
+from .backends import Explanation, explain
+from .errors import ArgumentTypeError, ArgumentValueError, describe_error
+from .problem import cast_for_autocast, shape_of, transform_is_active
+from .weights import attention_weights, weights_extra_bytes
+
+
+class ModuleArgumentError(ArgumentValueError, AssertionError):
+    """A wrong argument of a module: the original answers with AssertionError or RuntimeError."""
+
+
+def _wrong(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
+    raise ModuleArgumentError(describe_error(name, expected, got, hint))
+
+
+def _keep_fast_path_away(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook that does nothing but be there.
+
+    In evaluation nn.TransformerEncoderLayer hands the parameters of its attention to one native
+    operator and never calls the module, unless something would notice: batch_first,
+    _qkv_same_embed_dim, in_proj_bias and num_heads must have certain values, and no submodule may
+    have a hook. All but the last are facts that others rely on; a hook says what is meant: this
+    module wants to be called.
+    """
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention`: same constructor, parameters, state dict, call and errors.
+
+    Differences, all on purpose: memory linear in the lengths with every mask, with dropout, in
+    training and in evaluation; a sample whose keys are all padding gives weights 0 and output
+    out_proj.bias in every mode; key_padding_mask and attn_mask may be of different dtypes; and
+    the bits of dropout are those of `attention` (torch.manual_seed decides). torch.jit.script is
+    not supported.
+
+    In nn.TransformerEncoderLayer it is called in evaluation too (see `_keep_fast_path_away`), with
+    the nested tensors that nn.TransformerEncoder makes of padded batches.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+        )
+        self.register_forward_pre_hook(_keep_fast_path_away)
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention) -> MultiheadAttention:
+        """The same layer, with the very parameters, mode and hooks of `module`.
+
+        ArgumentTypeError for anything else, subclasses included: they may compute something else.
+        """
+        if type(module) is not nn.MultiheadAttention:
+            name = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise ArgumentTypeError(describe_error("module", "a torch.nn.MultiheadAttention", name))
+        new = cls.__new__(cls)
+        new.__dict__ = {
+            name: x.copy() if isinstance(x, (dict, set)) else x
+            for name, x in module.__dict__.items()
+        }
+        new.register_forward_pre_hook(_keep_fast_path_away)
+        return new
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As torch.nn.MultiheadAttention: (output, weights), weights None unless need_weights.
+
+        query [L, N, E], key [S, N, kdim], value [S, N, vdim], with batch_first [N, L, E] and so on,
+        unbatched [L, E] and so on. output is shaped as query.
+
+        key_padding_mask: [N, S] (unbatched [S]). bool: True = padding. Floating: added to the
+            scores of a key.
+        attn_mask: [L, S] or [N·num_heads, L, S]. bool: True = hidden. Floating: added to the
+            scores; differentiable.
+        need_weights: also return them, after dropout: [N, L, S] (unbatched [L, S]), averaged over
+            the heads; with average_attn_weights=False [N, num_heads, L, S]. Differentiable once.
+        is_causal: promises that attn_mask, which must be there, is the causal mask (top-left). It
+            is not read then, unless it requires a gradient or extra keys follow (add_bias_kv,
+            add_zero_attn).
+
+        Two floating masks are added to one of [N, L, S], unless the padding is only 0 and -inf and
+        can be looked at (on a CPU, not compiled, without gradient). A boolean attn_mask is inverted
+        into a copy of its own size, and the dropout of returned weights takes a byte for each
+        weight of each head; nothing else grows with L·S. Nested tensors [N, *, E]: with
+        batch_first and without masks; weights are padded with 0 then.
+
+        Raises ModuleArgumentError, which is an AssertionError and a RuntimeError, as the original
+        does for one or the other.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            masked = key_padding_mask is not None or attn_mask is not None or is_causal
+            return self._attend_nested(
+                query, key, value, masked, need_weights, average_attn_weights
+            )
+        call = self._prepare(query, key, value, key_padding_mask, attn_mask, is_causal)
+        out, weights = self._attend(*call, need_weights, average_attn_weights)
+        if weights is not None and query.dim() == 2:
+            weights = weights.squeeze(0)
+        return self._project_output(out, query), weights
+
+    def explain(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Explanation:
+        """How a call with these arguments is served: `explain` of the attention inside.
+
+        The projections are computed, the attention is not. Raises as the call does.
+        """
+        q, k, v, options = self._prepare(query, key, value, key_padding_mask, attn_mask, is_causal)
+        explanation = explain(q, k, v, **options, return_lse=need_weights)
+        if not need_weights:
+            return explanation
+        details = explanation.details._replace(
+            kernel=f"{explanation.details.kernel} + attention_weights",
+            extra_bytes=explanation.details.extra_bytes
+            + weights_extra_bytes(q, k, options["dropout_p"]),
+        )
+        return dataclasses.replace(explanation, details=details)
+
+    # -- Parts of a call --------------------------------------------------------------------
+
+    def _prepare(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """q, k and v of the heads, [N, H, L or S, D], and what else `attention` needs."""
+        N, L, S = self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
+        q, k, v = (self._heads(x) for x in self._project(query, key, value))
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.view(N, S)
+        extra = 0  # keys that every query sees
+        if self.bias_k is not None and self.bias_v is not None:
+            shape = (N, self.num_heads, 1, self.head_dim)
+            bias_k, bias_v = (
+                x.to(k.dtype).view(1, *shape[1:]).expand(shape) for x in (self.bias_k, self.bias_v)
+            )
+            k, v = torch.cat([k, bias_k], 2), torch.cat([v, bias_v], 2)
+            extra += 1
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+            extra += 1
+        causal = is_causal and not extra and attn_mask is not None and not attn_mask.requires_grad
+        if causal:
+            attn_mask = None
+        if attn_mask is not None:
+            attn_mask = F.pad(attn_mask, (0, extra)) if extra else attn_mask
+            # [1, 1, L, S] or [N, H, L, S]
+            heads = (1, 1) if attn_mask.dim() == 2 else (N, self.num_heads)
+            attn_mask = attn_mask.reshape(*heads, L, S + extra)
+        if key_padding_mask is not None and extra:
+            key_padding_mask = F.pad(key_padding_mask, (0, extra))
+        options = _masks(attn_mask, key_padding_mask)
+        options["causal"] = "top_left" if causal else False
+        options["dropout_p"] = float(self.dropout) if self.training else 0.0
+        return q, k, v, options
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> tuple[int, int, int]:
+        """N, L and S, if everything fits together."""
+        rank = query.dim()
+        if rank not in (2, 3):
+            _wrong("query", "2 (unbatched) or 3 dimensions", f"{rank}: {shape_of(query)}")
+        for name, x in (("key", key), ("value", value)):
+            if x.dim() != rank:
+                _wrong(name, f"{rank} dimensions, as query has", f"{x.dim()}: {shape_of(x)}")
+        if query.shape[-1] != self.embed_dim:
+            _wrong("query", f"[..., embed_dim = {self.embed_dim}]", shape_of(query))
+        if key.shape[-1] != self.kdim:
+            _wrong("key", f"[..., kdim = {self.kdim}]", shape_of(key))
+        if value.shape[:-1] != key.shape[:-1] or value.shape[-1] != self.vdim:
+            expected = f"[..., vdim = {self.vdim}], the rest as key {shape_of(key)}"
+            _wrong("value", expected, shape_of(value))
+        sequence, batch = (1, 0) if self.batch_first and rank == 3 else (0, 1)
+        N, L, S = query.shape[batch] if rank == 3 else 1, query.shape[sequence], key.shape[sequence]
+        if rank == 3 and key.shape[batch] != N:
+            _wrong("key", f"batch size {N}, as query {shape_of(query)}", shape_of(key))
+        for name, mask, shapes in (
+            ("key_padding_mask", key_padding_mask, [(N, S) if rank == 3 else (S,)]),
+            ("attn_mask", attn_mask, [(L, S), (N * self.num_heads, L, S)]),
+        ):
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                _wrong(name, "dtype bool (True = hidden) or floating (added)", mask.dtype)
+            if mask.shape not in shapes:
+                _wrong(name, f"shape {' or '.join(map(str, shapes))}", shape_of(mask))
+        if is_causal and attn_mask is None:
+            raise ModuleArgumentError(
+                "attn_mask: Need attn_mask if specifying the is_causal hint. "
+                "Hint: nn.Transformer.generate_square_subsequent_mask makes it"
+            )
+        return N, L, S
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [..., E]: views of as few products as the inputs allow."""
+        E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        if weight is None:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        elif query is key and key is value:
+            q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, E)).unbind(-2)
+            return q, k, v
+        elif key is value:
+            w_q, w_kv = weight.split([E, 2 * E])
+            b_q, b_kv = (None, None) if bias is None else bias.split([E, 2 * E])
+            k, v = F.linear(key, w_kv, b_kv).unflatten(-1, (2, E)).unbind(-2)
+            return F.linear(query, w_q, b_q), k, v
+        else:
+            weights = weight.chunk(3)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        q, k, v = (
+            F.linear(*inputs) for inputs in zip((query, key, value), weights, biases, strict=True)
+        )
+        return q, k, v
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[S, N, E], [N, S, E] or [S, E] as [N, H, S, D]: a view."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        if x.dim() == 3:
+            return x.transpose(0, 1).unsqueeze(0)
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: dict[str, Any],
+        need_weights: bool,
+        average_attn_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output of the heads, [N, H, L, D], and weights [N, L, S] or [N, H, L, S]."""
+        if not need_weights:
+            return attention(q, k, v, **options), None
+        philox = ops.philox_state(q, k, v) if options["dropout_p"] else None
+        out, lse = attention(q, k, v, **options, philox_seed=philox, return_lse=True)
+        _, bias = cast_for_autocast(q, options.pop("bias"))
+        weights = attention_weights(
+            q, k, lse, **options, bias=bias, philox=philox, average=average_attn_weights
+        )
+        return out, weights
+
+    def _project_output(self, out: Tensor, query: Tensor) -> Tensor:
+        """[N, H, L, D] to the shape of query."""
+        if query.dim() == 2:
+            out = out.squeeze(0).transpose(0, 1)
+        else:
+            out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
+        return F.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+
+    def _attend_nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        masked: bool,
+        need_weights: bool,
+        average_attn_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Padded, attended and nested again."""
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not (x.is_nested and x.dim() == 3 and self.batch_first) or masked:
+                kind = "a nested one" if x.is_nested else "a dense one"
+                _wrong(
+                    name,
+                    "all three nested [N, *, E], batch_first and no masks, or dense tensors",
+                    kind + " with masks" * masked,
+                    "pad it with to_padded_tensor() and pass key_padding_mask",
+                )
+        samples = {id(x): x.unbind() for x in (query, key, value)}
+        padded = {name: pad_sequence(list(x), batch_first=True) for name, x in samples.items()}
+        q_lengths, k_lengths = (
+            torch.tensor([len(x) for x in samples[id(given)]], device=given.device).unsqueeze(1)
+            for given in (query, key)
+        )
+        dense = padded[id(query)]
+        places = torch.arange(padded[id(key)].shape[1], device=key.device)
+        call = self._prepare(
+            dense, padded[id(key)], padded[id(value)], places >= k_lengths, None, False
+        )
+        out, weights = self._attend(*call, need_weights, average_attn_weights)
+        if weights is not None:
+            beyond = torch.arange(dense.shape[1], device=query.device) >= q_lengths
+            beyond = beyond if average_attn_weights else beyond.unsqueeze(1)
+            weights = weights.masked_fill(beyond.unsqueeze(-1), 0.0)
+        out = self._project_output(out, dense)
+        parts = [x[: len(own)] for x, own in zip(out, samples[id(query)], strict=True)]
+        return torch.nested.as_nested_tensor(parts, layout=query.layout), weights
+
+
+def _masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> dict[str, Any]:
+    """attn_mask [N or 1, H or 1, L, S] and key_padding_mask [N, S] as `attention` takes them."""
+    mask = bias = None
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            mask = ~attn_mask
+        else:
+            bias = attn_mask
+    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+        added, key_padding_mask = key_padding_mask, _as_padding(key_padding_mask)
+        if key_padding_mask is None:
+            added = added[:, None, None, :]
+            bias = added if bias is None else bias + added
+    return {"mask": mask, "bias": bias, "key_padding_mask": key_padding_mask}
+
+
+def _as_padding(added: Tensor) -> Tensor | None:
+    """A floating mask as a boolean one, if it can be seen to hold only 0 and -inf.
+
+    nn.TransformerEncoderLayer makes such masks of boolean ones.
+    """
+    if torch.compiler.is_compiling() or transform_is_active():
+        return None
+    if added.device.type != "cpu" or added.requires_grad:
+        return None
+    hidden = added == float("-inf")
+    return hidden if bool((hidden | (added == 0)).all()) else None
+
+
+def replace_multihead_attention(model: nn.Module) -> nn.Module:
+    """Replaces every torch.nn.MultiheadAttention in `model`, in place, by `MultiheadAttention`.
+
+    Parameters stay the same objects (an optimizer that has them keeps working), and so do state
+    dicts. Subclasses are left alone, parametrized modules among them. Returns model; if it is
+    itself an nn.MultiheadAttention, what replaces it.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if type(child) is nn.MultiheadAttention:
+                if child not in replaced:
+                    replaced[child] = MultiheadAttention.from_torch(child)
+                setattr(parent, name, replaced[child])
+    return MultiheadAttention.from_torch(model) if type(model) is nn.MultiheadAttention else model

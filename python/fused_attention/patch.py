@@ -1,0 +1,303 @@
+"""patch_sdpa: existing models on fused attention, without a change to their code.
+
+PyTorch's attention is reached by three ways, and a patch closes each: calls of
+`torch.nn.functional.scaled_dot_product_attention` (nn.MultiheadAttention, transformers, and
+torch.compile, which guards on the attribute) meet ours, because the attribute is replaced; names
+that were bound by `from torch.nn.functional import ...` before still lead to the native function,
+below which the fused CPU operator is replaced through PyTorch's registry of flash attention
+implementations; and the native path of nn.TransformerEncoderLayer in evaluation, which calls
+neither, is switched off.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .attention import scaled_dot_product_attention
+from .backends import BACKENDS, CPU
+from .problem import CAUSAL, as_4d, precision_number, wrong_value
+
+NAME = "fused_attention"  # in PyTorch's registry of flash attention implementations
+
+
+# -- Instead of the function -------------------------------------------------------------
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Ours where a kernel of ours can serve the tensors, else what was there before."""
+    ours = _state.on and query.device.type in _state.devices and not query.is_nested
+    function = scaled_dot_product_attention if ours else _state.original
+    return function(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+# -- Instead of the operator -------------------------------------------------------------
+
+
+class _FlashHandle:
+    """The CPU's fused operators are ours until `remove()`."""
+
+    def __init__(self) -> None:
+        forward = "aten::_scaled_dot_product_flash_attention_for_cpu"
+        backward = forward + "_backward"
+        native = torch.library.get_kernel(forward, "CPU")
+        native_backward = torch.library.get_kernel(backward, "CPU")
+        cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+        def flash(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if query.shape[-1] not in CPU.head_dims:
+                return native.call_boxed(cpu, query, *args, **kwargs)
+            return _flash(query, *args, **kwargs)
+
+        def flash_backward(grad_out: Tensor, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if query.shape[-1] not in CPU.head_dims:
+                return native_backward.call_boxed(cpu, grad_out, query, *args, **kwargs)
+            return _flash_backward(grad_out, query, *args, **kwargs)
+
+        self._library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():  # "Overriding a previously registered kernel"
+            warnings.simplefilter("ignore", UserWarning)
+            self._library.impl(forward, flash, "CPU")
+            self._library.impl(backward, flash_backward, "CPU")
+
+    def remove(self) -> None:
+        self._library._destroy()
+
+
+def _numbers(query: Tensor, is_causal: bool, scale: float | None) -> tuple[Any, ...]:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    causal = CAUSAL["top_left" if is_causal else False]
+    return scale, causal, -1, -1, precision_number(None, query.dtype)
+
+
+def _sequence_first(x: Tensor) -> Tensor:
+    """[B, H, S, ...] in BSH... memory, as PyTorch's fake kernels promise it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    # PyTorch only comes here without dropout
+    numbers = _numbers(query, is_causal, scale)
+    out, lse = ops.forward(query, key, value, *numbers, None, as_4d(attn_mask))
+    # PyTorch's lse of a row without a visible key; its backward may follow, after an undo
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    return out, _sequence_first(lse)
+
+
+def _flash_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    numbers = _numbers(query, is_causal, scale)
+    tensors = (grad_out, None, query, key, value, out, lse.contiguous())
+    dq, dk, dv, _, _ = ops.backward(*tensors, *numbers, None, as_4d(attn_mask))
+    return _sequence_first(dq), _sequence_first(dk), _sequence_first(dv)
+
+
+_HAS_REGISTRY = hasattr(torch.nn.attention, "register_flash_attention_impl")
+if _HAS_REGISTRY:
+    torch.nn.attention.register_flash_attention_impl(NAME, register_fn=_FlashHandle)
+
+
+# -- Patches -----------------------------------------------------------------------------
+
+
+@dataclass
+class _Replaced:
+    """An attribute of a module that is ours for a while."""
+
+    module: ModuleType
+    name: str
+    original: Any
+    patches: int = 1  # that asked for it
+
+
+class _State:
+    """What is patched in this process, by all patches together."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.devices = {device for row in BACKENDS if row.plan for device in row.devices or ()}
+        self.on = False  # not read off `patches`: compiled code guards on it
+        self.patches = 0
+        self.original: Any = F.scaled_dot_product_attention
+        self.replaced: dict[tuple[int, str], _Replaced] = {}
+        self.fast_path = True
+        self.flash = False  # whether the implementation in the registry was activated here
+
+    def apply(self, places: list[tuple[ModuleType, str]]) -> None:
+        if not self.on:
+            self.on = True
+            self.original = F.scaled_dot_product_attention
+            self.fast_path = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+            if _HAS_REGISTRY and torch.nn.attention.current_flash_attention_impl() is None:
+                torch.nn.attention.activate_flash_attention_impl(NAME)
+                self.flash = True
+        self.patches += 1
+        for module, name in places:
+            key = (id(module), name)
+            if key in self.replaced:
+                self.replaced[key].patches += 1
+            else:
+                self.replaced[key] = _Replaced(module, name, getattr(module, name))
+                setattr(module, name, _sdpa)
+
+    def undo(self, places: list[tuple[ModuleType, str]]) -> None:
+        own = [self.replaced[id(module), name] for module, name in places]
+        for place in own:
+            present = getattr(place.module, place.name)
+            if place.patches == 1 and present is not _sdpa:
+                raise RuntimeError(
+                    f"patch_sdpa: cannot undo, {place.module.__name__}.{place.name} was replaced "
+                    f"by {present!r} since. Hint: undo that first"
+                )
+        for place in own:
+            place.patches -= 1
+            if place.patches == 0:
+                setattr(place.module, place.name, place.original)
+                del self.replaced[id(place.module), place.name]
+        self.patches -= 1
+        if self.patches == 0:
+            self.on = False
+            torch.backends.mha.set_fastpath_enabled(self.fast_path)
+            if self.flash and torch.nn.attention.current_flash_attention_impl() == NAME:
+                torch.nn.attention.restore_flash_attention_impl()
+            self.flash = False
+
+
+_state = _State()
+
+
+class SdpaPatch:
+    """What `patch_sdpa` returns: a context manager, and a handle with `undo()`."""
+
+    def __init__(self, places: list[tuple[ModuleType, str]]) -> None:
+        self._places = places
+        self._depth = 0
+        self._entered = False
+        self._apply()
+
+    @property
+    def active(self) -> bool:
+        return self._depth > 0
+
+    def undo(self) -> None:
+        """Takes this patch back, however often it was entered; nothing if it was taken back before.
+
+        Others that are active keep theirs, in whatever order they are undone. RuntimeError, and
+        nothing is changed, if somebody else has replaced the function since and not put it back.
+        """
+        while self._depth:
+            self._undo()
+
+    def __enter__(self) -> SdpaPatch:
+        if self._entered or not self.active:
+            self._apply()
+        self._entered = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._depth:
+            self._undo()
+
+    def _apply(self) -> None:
+        with _state.lock:
+            _state.apply(self._places)
+            self._depth += 1
+
+    def _undo(self) -> None:
+        with _state.lock:
+            _state.undo(self._places)
+            self._depth -= 1
+
+
+def patch_sdpa(modules: Iterable[ModuleType] = ()) -> SdpaPatch:
+    """Puts fused attention in the place of PyTorch's scaled_dot_product_attention, at once.
+
+        with patch_sdpa():
+            model(x)
+
+        patch = patch_sdpa()
+        model(x)
+        patch.undo()
+
+    modules: others that say `from torch.nn.functional import scaled_dot_product_attention`, under
+        whatever name: their own attribute is replaced as well.
+
+    Reached: everything that calls `torch.nn.functional.scaled_dot_product_attention`: models of
+    transformers with attn_implementation="sdpa", nn.MultiheadAttention with need_weights=False
+    (`replace_multihead_attention` serves the rest, with less memory), and compiled code, which is
+    compiled again when it meets the other function; nn.TransformerEncoderLayer in evaluation, since
+    `torch.backends.mha` is told to leave its fast path; and, where PyTorch has the registry of
+    `torch.nn.attention.register_flash_attention_impl` and no other implementation is active there,
+    the fused CPU operator, which all other calls end in (from-imports, exported programs), unless
+    they use what makes PyTorch leave it: dropout, a mask with a gradient, Ev != E, or tensors that
+    are not 4-D. For those name the module in `modules`.
+
+    Not touched: nested tensors, and tensors on a device for which there is no kernel here yet; they
+    go where they went before.
+
+    Patches nest, and may be undone in any order: what was there comes back when the last is undone.
+    The function is an attribute of a module, so that a patch holds for every thread of the process:
+    apply and undo it where no other thread is in the middle of a model. Applying and undoing
+    themselves are thread-safe.
+
+    Raises ArgumentValueError for a module without the function.
+    """
+    places: list[tuple[ModuleType, str]] = [(F, "scaled_dot_product_attention")]
+    targets = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention, _sdpa)
+    for module in modules:
+        names = [name for name, x in vars(module).items() if any(x is y for y in targets)]
+        if not names:
+            wrong_value(
+                "modules",
+                "modules with an attribute that is scaled_dot_product_attention",
+                getattr(module, "__name__", repr(module)),
+            )
+        places += [(module, name) for name in names if (module, name) not in places]
+    return SdpaPatch(places)
