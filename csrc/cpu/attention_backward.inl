@@ -121,6 +121,10 @@ void score_gradients(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
       const Vec<T> ds = mul(weight, sub(dp, delta));
       store(at_ds, select_bits(visible >> (x * W), ds, zero));
       store(at_p, dropped);
+      if (p.softcap > 0) {  // so may the slope be
+        T* slope = t.softcap_slope + j * kRow + x * W;
+        store(slope, select_bits(visible >> (x * W), load(slope), zero));
+      }
     }
   }
 }

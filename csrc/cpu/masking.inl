@@ -5,9 +5,10 @@
 struct Range {
   int64_t begin, end;
 };
+// Empty is {0, 0}: rounded down to a tile's start it stays empty, and nothing past an end is read.
 FA_INLINE Range intersect(Range a, Range b) {
-  const int64_t begin = max_of(a.begin, b.begin);
-  return {begin, max_of(begin, min_of(a.end, b.end))};
+  const int64_t begin = max_of(a.begin, b.begin), end = min_of(a.end, b.end);
+  return begin < end ? Range{begin, end} : Range{0, 0};
 }
 
 // Key j is in the window of query i iff i + off - left <= j <= i + off + right.
