@@ -50,7 +50,8 @@ ISAS = [
     Isa(
         "avx512",
         # -Wno: g++ 12 warns about its own AVX-512 headers.
-        f"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd {AVX2} -Wno-maybe-uninitialized",
+        f"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd {AVX2}"
+        " -Wno-uninitialized -Wno-maybe-uninitialized",
         machines="x86_64 amd64",
     ),
 ]
@@ -183,12 +184,17 @@ class MetadataNeedsTorch(dist_info):
         super().run()
 
 
-setup(
-    version=VERSION,
-    license="Apache-2.0",  # old setuptools and new ones want different spellings in pyproject.toml
-    packages=["fused_attention", "fused_attention.kernels"],
-    package_dir={"fused_attention": "python/fused_attention", "fused_attention.kernels": "kernels"},
-    package_data={"fused_attention": ["py.typed", "*.pyi"]},
-    ext_modules=[Extension("fused_attention._native", sources=[])],
-    cmdclass={"build_ext": BuildNative, "dist_info": MetadataNeedsTorch},
-)
+if __name__ == "__main__":  # tests/native/sanitize.py reads the flags
+    setup(
+        version=VERSION,
+        # Old setuptools and new ones want different spellings in pyproject.toml.
+        license="Apache-2.0",
+        packages=["fused_attention", "fused_attention.benchmark", "fused_attention.kernels"],
+        package_dir={
+            "fused_attention": "python/fused_attention",
+            "fused_attention.kernels": "kernels",
+        },
+        package_data={"fused_attention": ["py.typed", "*.pyi"]},
+        ext_modules=[Extension("fused_attention._native", sources=[])],
+        cmdclass={"build_ext": BuildNative, "dist_info": MetadataNeedsTorch},
+    )

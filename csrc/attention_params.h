@@ -65,12 +65,64 @@ struct AttentionParams {
   void* dsinks = nullptr;  // [Hq] contiguous
 };
 
+// masked_softmax: rows of `columns` neighbouring elements, at any strides. `size` are the
+// dimensions before the last one (those of size 1 left out) in the order in which rows are visited,
+// the last one fastest.
+struct SoftmaxParams {
+  static constexpr int kMaxDims = 16;
+  // What has a place of its own for each row. kNumber: the row's number in the order of the input.
+  enum Operand { kInput, kGradOut, kOutput, kMask, kBias, kNumber, kOperands };
+
+  DType dtype = DType::kFloat32;
+  int64_t columns = 0;
+  int64_t queries = 1, heads = 1;  // the last dimensions before the columns: [..., heads, queries]
+  int dims = 0;
+  int64_t size[kMaxDims] = {};
+  int64_t stride[kOperands][kMaxDims] = {};  // in elements
+
+  const void* input = nullptr;  // backward: the weights, before dropout
+  void* output = nullptr;       // backward: the gradient of the input
+  const uint8_t* mask = nullptr;
+  const void* bias = nullptr;
+  int64_t mask_stride_k = 0, bias_stride_k = 0;
+  DType bias_dtype = DType::kFloat32;
+  const void* sinks = nullptr;  // [heads] contiguous, float (double for float64)
+
+  double scale = 1.0;
+  bool causal = false;
+  int64_t diagonal_offset = 0;
+
+  uint32_t dropout_threshold = 0;  // as in AttentionParams
+  double dropout_scale = 1.0;
+  uint64_t philox_seed = 0;
+  uint32_t philox_offset = 0;
+
+  // Kept for the backward, or null. By the row's number, float (double for float64):
+  void* weights = nullptr;      // before dropout, [rows, columns] in dtype
+  void* sink_weight = nullptr;  // [rows]
+
+  // Backward.
+  const void* grad_out = nullptr;
+  void* dsinks = nullptr;      // [heads]
+  void* sink_terms = nullptr;  // [rows], what each adds to dsinks
+  void* dbias = nullptr;       // [groups, bias_width] contiguous, in bias_dtype
+  void* partial = nullptr;     // [tasks, bias_width] float (double for float64), if chunks > 1
+  int64_t bias_width = 0;      // columns, or 1 where the bias is broadcast along them
+
+  // Rows of one group are neighbours in the order of visits and share a row of dbias. A task is
+  // `groups_per_task` whole groups, or one of the `chunks` parts of a group.
+  int64_t groups = 0, group_rows = 1, groups_per_task = 1, chunks = 1;
+};
+
 // One parallel step of a kernel. Tasks are independent of one another, their number and what each
 // computes depend on the problem and the ISA only, never on the number of threads.
-struct Phase {
-  int64_t (*num_tasks)(const AttentionParams&);
-  size_t (*workspace_bytes)(const AttentionParams&);  // per thread, 64-byte aligned
-  void (*run)(const AttentionParams&, int64_t task_begin, int64_t task_end, void* workspace);
+template <typename Params>
+struct PhaseOf {
+  int64_t (*num_tasks)(const Params&);
+  size_t (*workspace_bytes)(const Params&);  // per thread, 64-byte aligned
+  void (*run)(const Params&, int64_t task_begin, int64_t task_end, void* workspace);
 };
+using Phase = PhaseOf<AttentionParams>;
+using SoftmaxPhase = PhaseOf<SoftmaxParams>;
 
 }  // namespace fused_attention

@@ -5,6 +5,7 @@
 #include <dirent.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -59,7 +60,8 @@ class Workspace {
   size_t size_ = 0;
 };
 
-void run_tasks(const Phase& phase, const AttentionParams& params, std::atomic<int64_t>& next,
+template <typename Params>
+void run_tasks(const PhaseOf<Params>& phase, const Params& params, std::atomic<int64_t>& next,
                int64_t tasks) {
   static thread_local Workspace workspace;
   void* memory = workspace.at_least(phase.workspace_bytes(params));
@@ -87,7 +89,8 @@ const int fork_handler =
                    [] { forked_from_threads |= had_several_threads; });
 
 // Tasks are drawn from a counter, so that threads that got short ones take more of them.
-void run(const Phase& phase, const AttentionParams& params) {
+template <typename Params>
+void run(const PhaseOf<Params>& phase, const Params& params) {
   const int64_t tasks = phase.num_tasks(params);
   std::atomic<int64_t> next{0};
   if (tasks <= 1 || forked_from_threads) return run_tasks(phase, params, next, tasks);
@@ -130,20 +133,23 @@ DType dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides,
-                     ScalarType dtype) {
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+Tensor empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides,
                                                   (int32_t)dtype, aoti_torch_device_type_cpu(), 0,
                                                   &handle));
   return Tensor(handle);
 }
 
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[4], stride = 1;
+Tensor empty(Sizes sizes, ScalarType dtype) {
+  constexpr size_t kMaxDims = 64;  // as in torch
+  STD_TORCH_CHECK(sizes.size() <= kMaxDims, "expected at most 64 dimensions");
+  int64_t strides[kMaxDims], stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
-    stride *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   return empty_strided(sizes, strides, dtype);
 }
@@ -156,6 +162,18 @@ Tensor empty_like_layout(const Shape& model, int64_t S, int64_t D, ScalarType dt
   const int64_t row = at_least_1(D), token = row * at_least_1(H), batch = token * at_least_1(S);
   const int64_t strides[4] = {batch, row, token, 1};
   return empty_strided({B, H, S, D}, strides, dtype);
+}
+
+// For a result as large as what it is computed from: asks for large pages under it. The first touch
+// of a small page takes longer than computing what is in it.
+void prefer_large_pages([[maybe_unused]] const void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kLargePage = 2 << 20;
+  const uintptr_t data = (uintptr_t)memory;
+  const uintptr_t begin = (data + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t end = (data + (uintptr_t)bytes) / kLargePage * kLargePage;
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 // An input as given and as kernels read it: in place if its last stride is 1, else copied.
@@ -200,7 +218,9 @@ struct Options {
   double softcap, dropout_p;
 };
 
-void describe_dropout(AttentionParams& p, double dropout_p, const OptionalTensor& philox) {
+// Both kinds of params hold the state of dropout under the same names.
+template <typename Params>
+void describe_dropout(Params& p, double dropout_p, const OptionalTensor& philox) {
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1, got ", dropout_p);
   if (dropout_p == 0) return;
   STD_TORCH_CHECK(philox.has_value() && philox->is_cpu() && philox->numel() == 2 &&
@@ -444,6 +464,241 @@ Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, 
   return keep;
 }
 
+// -- masked softmax -------------------------------------------------------------------------------
+
+ScalarType accumulation_dtype(const SoftmaxParams& p) {
+  return p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+int64_t element_bytes(const SoftmaxParams& p) {
+  return p.dtype == DType::kFloat64 ? 8 : p.dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// The rows of a tensor whose last stride is 1, numbered and visited in its order, in tasks of about
+// kTaskElements elements.
+SoftmaxParams describe_rows(const Tensor& tensor, const char* name, int64_t causal) {
+  constexpr int64_t kTaskElements = 65536;
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() >= 1, name,
+                  ": expected a CPU tensor of at least 1 dimension");
+  STD_TORCH_CHECK(causal >= 0 && causal <= 2, "causal: expected 0, 1 or 2, got ", causal);
+  const auto sizes = tensor.sizes();
+  SoftmaxParams p;
+  p.dtype = dtype_of(tensor, name);
+  const size_t last = sizes.size() - 1;
+  p.columns = sizes[last];
+  p.queries = last >= 1 ? sizes[last - 1] : 1;
+  p.heads = last >= 2 ? sizes[last - 2] : 1;
+  p.groups = 1;
+  for (size_t i = 0; i < last; ++i) {
+    p.groups *= sizes[i];
+    if (sizes[i] == 1) continue;
+    STD_TORCH_CHECK(p.dims < SoftmaxParams::kMaxDims, name, ": expected at most ",
+                    SoftmaxParams::kMaxDims, " dimensions beside the last, got ", last);
+    p.size[p.dims++] = sizes[i];
+  }
+  int64_t number = 1;
+  for (int d = p.dims; d-- > 0; number *= p.size[d]) p.stride[SoftmaxParams::kNumber][d] = number;
+  p.causal = causal != 0;
+  p.diagonal_offset = causal == (int64_t)Causal::kBottomRight ? p.columns - p.queries : 0;
+  p.groups_per_task = p.columns >= kTaskElements ? 1 : kTaskElements / (p.columns + 1);
+  return p;
+}
+
+// The strides of a row in `tensor`, whose shape equals or broadcasts to the input's; returns the
+// stride along the columns. 0 where it is broadcast.
+int64_t describe_operand(SoftmaxParams& p, SoftmaxParams::Operand operand, const Tensor& tensor,
+                         const char* name, Sizes input, bool broadcast) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const size_t missing = input.size() - sizes.size();
+  STD_TORCH_CHECK(tensor.is_cpu() && sizes.size() <= input.size() && (broadcast || missing == 0),
+                  name, ": expected a CPU tensor of ", input.size(), " dimensions");
+  int d = 0;
+  int64_t last_stride = 0;
+  for (size_t i = 0; i < input.size(); ++i) {
+    const int64_t size = i < missing ? 1 : sizes[i - missing];
+    STD_TORCH_CHECK(size == input[i] || (broadcast && size == 1), name, ": size ", size,
+                    " does not fit ", input[i], " in dimension ", i);
+    const int64_t stride = size == 1 ? 0 : strides[i - missing];
+    if (i + 1 == input.size())
+      last_stride = stride;
+    else if (input[i] != 1)
+      p.stride[operand][d++] = stride;
+  }
+  return last_stride;
+}
+
+// In place if its last stride is 1, else copied.
+Tensor dense_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  const bool dense = last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1;
+  return dense ? tensor : torch::stable::contiguous(tensor);
+}
+
+void describe_sinks(SoftmaxParams& p, const OptionalTensor& sinks, int64_t dims) {
+  if (!sinks) return;
+  STD_TORCH_CHECK(dims >= 3, "sinks: expected an input of at least 3 dimensions, [..., H, M, N]");
+  STD_TORCH_CHECK(sinks->is_cpu() && sinks->dim() == 1 && sinks->size(0) == p.heads &&
+                      sinks->is_contiguous() && sinks->scalar_type() == accumulation_dtype(p),
+                  "sinks: expected a contiguous CPU tensor [", p.heads, "] in ",
+                  p.dtype == DType::kFloat64 ? "float64" : "float32");
+  p.sinks = sinks->data_ptr();
+}
+
+// Everything but where the results go.
+SoftmaxParams describe_softmax(const Tensor& input, double scale, int64_t causal,
+                               const OptionalTensor& mask, const OptionalTensor& bias,
+                               const OptionalTensor& sinks, const OptionalTensor& philox,
+                               double dropout_p) {
+  SoftmaxParams p = describe_rows(input, "input", causal);
+  const auto sizes = input.sizes();
+  describe_operand(p, SoftmaxParams::kInput, input, "input", sizes, false);
+  p.input = input.data_ptr();
+  p.scale = scale;
+  if (mask) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask: expected bool");
+    p.mask_stride_k = describe_operand(p, SoftmaxParams::kMask, *mask, "mask", sizes, true);
+    p.mask = (const uint8_t*)mask->data_ptr();
+  }
+  if (bias) {
+    p.bias_dtype = dtype_of(*bias, "bias");
+    p.bias_stride_k = describe_operand(p, SoftmaxParams::kBias, *bias, "bias", sizes, true);
+    p.bias = bias->data_ptr();
+  }
+  describe_sinks(p, sinks, (int64_t)sizes.size());
+  describe_dropout(p, dropout_p, philox);
+  return p;
+}
+
+// out, and for the backward, if `save`, where they are not the same or not in out: the weights
+// before dropout, and the weights of the sinks.
+std::tuple<Tensor, Tensor, Tensor> masked_softmax_forward(
+    const Tensor& input, double scale, int64_t causal, bool save, const OptionalTensor& mask,
+    const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& philox,
+    double dropout_p) {
+  const Tensor dense = dense_rows(input);
+  SoftmaxParams p = describe_softmax(dense, scale, causal, mask, bias, sinks, philox, dropout_p);
+  const auto sizes = input.sizes();
+  Tensor out = empty(sizes, input.scalar_type());
+  describe_operand(p, SoftmaxParams::kOutput, out, "out", sizes, false);
+  p.output = out.data_ptr();
+  prefer_large_pages(p.output, out.numel() * element_bytes(p));
+  const bool save_weights = save && dropout_p > 0, save_sinks = save && sinks.has_value();
+  Tensor weights =
+      save_weights ? empty(sizes, input.scalar_type()) : empty({0}, input.scalar_type());
+  Tensor sink_weight =
+      empty(save_sinks ? Sizes(sizes.data(), sizes.size() - 1) : Sizes({0}), accumulation_dtype(p));
+  if (save_weights) p.weights = weights.data_ptr();
+  if (save_sinks) p.sink_weight = sink_weight.data_ptr();
+  run(kernel_table().masked_softmax_forward, p);
+  return {out, weights, sink_weight};
+}
+
+void masked_softmax_(const Tensor& input, double scale, int64_t causal, const OptionalTensor& mask,
+                     const OptionalTensor& bias, const OptionalTensor& sinks,
+                     const OptionalTensor& philox, double dropout_p) {
+  const auto sizes = input.sizes(), strides = input.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    STD_TORCH_CHECK(sizes[i] <= 1 || strides[i] != 0,
+                    "input: expected elements with memory of their own, got an expanded tensor");
+  }
+  Tensor dense = dense_rows(input);
+  SoftmaxParams p = describe_softmax(dense, scale, causal, mask, bias, sinks, philox, dropout_p);
+  describe_operand(p, SoftmaxParams::kOutput, dense, "input", sizes, false);
+  p.output = dense.data_ptr();
+  run(kernel_table().masked_softmax_forward, p);
+  if (dense.data_ptr() != input.data_ptr()) {
+    Tensor target = input;
+    torch::stable::copy_(target, dense);
+  }
+}
+
+// Visits first along the dimensions along which dbias is summed, so that a group is what is summed
+// into one of its rows; a long sum is cut into chunks, which are added up in the end.
+void describe_bias_gradient(SoftmaxParams& p, const Tensor& bias, Sizes sizes) {
+  constexpr int64_t kTasks = 64, kMinRows = 8;
+  p.bias_dtype = dtype_of(bias, "bias");
+  // Where the shape is broadcast; an expanded bias has a gradient of full size.
+  Tensor shape = empty(bias.sizes(), bias.scalar_type());
+  const int64_t columns = describe_operand(p, SoftmaxParams::kBias, shape, "bias", sizes, true);
+  p.bias_width = p.columns == 1 || columns != 0 ? p.columns : 1;
+  const SoftmaxParams given = p;
+  p.groups = p.group_rows = 1;
+  int d = 0;
+  for (const bool kept : {true, false}) {
+    for (int i = 0; i < p.dims; ++i) {
+      if ((given.stride[SoftmaxParams::kBias][i] != 0) != kept) continue;
+      (kept ? p.groups : p.group_rows) *= given.size[i];
+      p.size[d] = given.size[i];
+      for (int k = 0; k < SoftmaxParams::kOperands; ++k) p.stride[k][d] = given.stride[k][i];
+      ++d;
+    }
+  }
+  if (p.groups * p.group_rows == 0) return;
+  p.groups_per_task = given.groups_per_task / p.group_rows;
+  if (p.groups_per_task > 0) return;
+  p.groups_per_task = 1;
+  const int64_t wanted = kTasks / p.groups, most = p.group_rows / kMinRows;
+  const int64_t chunks = wanted < most ? wanted : most;
+  p.chunks = chunks > 1 ? chunks : 1;
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_softmax_backward(
+    const Tensor& grad_out, const Tensor& weights, double scale, int64_t causal,
+    const OptionalTensor& bias, const OptionalTensor& sink_weight, const OptionalTensor& philox,
+    double dropout_p, bool bias_grad, bool sinks_grad) {
+  STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
+  STD_TORCH_CHECK(!sinks_grad || sink_weight, "sinks_grad: expected sink_weight");
+  STD_TORCH_CHECK(grad_out.scalar_type() == weights.scalar_type(),
+                  "grad_out: expected the dtype of the weights");
+  const auto sizes = weights.sizes();
+  const Tensor dense_weights = dense_rows(weights), dense_grad = dense_rows(grad_out);
+  SoftmaxParams p = describe_rows(dense_weights, "weights", causal);
+  p.scale = scale;
+  describe_dropout(p, dropout_p, philox);
+  Tensor dx = empty(sizes, weights.scalar_type());
+  describe_operand(p, SoftmaxParams::kInput, dense_weights, "weights", sizes, false);
+  describe_operand(p, SoftmaxParams::kGradOut, dense_grad, "grad_out", sizes, false);
+  describe_operand(p, SoftmaxParams::kOutput, dx, "dx", sizes, false);
+  p.input = dense_weights.data_ptr();
+  p.grad_out = dense_grad.data_ptr();
+  p.output = dx.data_ptr();
+  prefer_large_pages(p.output, dx.numel() * element_bytes(p));
+  const int64_t rows = p.groups;
+
+  Tensor dbias = empty({0}, weights.scalar_type()), partial = dbias;
+  if (bias_grad) {
+    describe_bias_gradient(p, *bias, sizes);
+    dbias = empty(bias->sizes(), bias->scalar_type());
+    p.dbias = dbias.data_ptr();
+    if (p.chunks > 1) {
+      partial = empty({p.groups * p.chunks * p.bias_width}, accumulation_dtype(p));
+      p.partial = partial.data_ptr();
+    }
+  }
+  Tensor dsinks = empty({0}, accumulation_dtype(p)), sink_terms = dsinks;
+  if (sinks_grad) {
+    STD_TORCH_CHECK(sizes.size() >= 3 && sink_weight->is_cpu() && sink_weight->is_contiguous() &&
+                        sink_weight->numel() == rows &&
+                        sink_weight->scalar_type() == accumulation_dtype(p),
+                    "sink_weight: expected what masked_softmax_forward saved");
+    p.sink_weight = sink_weight->data_ptr();
+    dsinks = empty({p.heads}, accumulation_dtype(p));
+    sink_terms = empty({rows}, accumulation_dtype(p));
+    p.dsinks = dsinks.data_ptr();
+    p.sink_terms = sink_terms.data_ptr();
+  }
+  if (rows == 0 || p.columns == 0) {
+    if (bias_grad) torch::stable::zero_(dbias);
+    if (sinks_grad) torch::stable::zero_(dsinks);
+    return {dx, dbias, dsinks};
+  }
+  const KernelTable& kernels = kernel_table();
+  run(kernels.masked_softmax_backward, p);
+  if (p.chunks > 1) run(kernels.masked_softmax_backward_bias, p);
+  if (sinks_grad) run(kernels.masked_softmax_backward_sinks, p);
+  return {dx, dbias, dsinks};
+}
+
 }  // namespace
 }  // namespace fused_attention
 
@@ -453,6 +708,9 @@ Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, 
   "float dropout_p=0.0, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "             \
   "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, Tensor? seqused_k=None, "          \
   "Tensor? block_table=None"
+#define SOFTMAX_OPTIONS                                                             \
+  "Tensor? mask=None, Tensor? bias=None, Tensor? sinks=None, Tensor? philox=None, " \
+  "float dropout_p=0.0"
 #define SCALARS "float scale, int causal, SymInt window_left, SymInt window_right, int precision"
 
 STABLE_TORCH_LIBRARY(fused_attention, m) {
@@ -468,6 +726,13 @@ STABLE_TORCH_LIBRARY(fused_attention, m) {
   m.def(
       "dropout_keep_mask(Tensor philox, float dropout_p, SymInt batch, SymInt heads, "
       "SymInt seqlen_q, SymInt seqlen_k) -> Tensor");
+  m.def("masked_softmax_forward(Tensor input, float scale, int causal, bool save, " SOFTMAX_OPTIONS
+        ") -> (Tensor, Tensor, Tensor)");
+  m.def("masked_softmax_(Tensor(a!) input, float scale, int causal, " SOFTMAX_OPTIONS ") -> ()");
+  m.def(
+      "masked_softmax_backward(Tensor grad_out, Tensor weights, float scale, int causal, "
+      "Tensor? bias=None, Tensor? sink_weight=None, Tensor? philox=None, float dropout_p=0.0, "
+      "bool bias_grad=False, bool sinks_grad=False) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_attention, CPU, m) {
@@ -476,4 +741,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attention, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fused_attention::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fused_attention::attention_backward));
   m.impl("dropout_keep_mask", TORCH_BOX(&fused_attention::dropout_keep_mask));
+  m.impl("masked_softmax_forward", TORCH_BOX(&fused_attention::masked_softmax_forward));
+  m.impl("masked_softmax_", TORCH_BOX(&fused_attention::masked_softmax_));
+  m.impl("masked_softmax_backward", TORCH_BOX(&fused_attention::masked_softmax_backward));
 }

@@ -25,6 +25,10 @@ struct KernelTable {
   Phase attention_backward_keys;
   Phase attention_backward_queries;
   Phase dropout_keep_mask;
+  SoftmaxPhase masked_softmax_forward;
+  SoftmaxPhase masked_softmax_backward;
+  SoftmaxPhase masked_softmax_backward_bias;
+  SoftmaxPhase masked_softmax_backward_sinks;
   TileConfig (*attention_tiles)(DType);
   void (*apply_math)(MathFunction, DType, const void* in, void* out, int64_t count);
 };

@@ -10,24 +10,25 @@
 #include "online_softmax.inl"
 #include "attention_forward.inl"
 #include "attention_backward.inl"
+#include "masked_softmax.inl"
 // clang-format on
 
-template <template <typename> class Kernel>
+template <template <typename> class Kernel, typename Params = AttentionParams>
 struct ByType {
-  static bool wide(const AttentionParams& p) { return p.dtype == DType::kFloat64; }
-  static int64_t num_tasks(const AttentionParams& p) {
+  static bool wide(const Params& p) { return p.dtype == DType::kFloat64; }
+  static int64_t num_tasks(const Params& p) {
     return wide(p) ? Kernel<double>::num_tasks(p) : Kernel<float>::num_tasks(p);
   }
-  static size_t workspace_bytes(const AttentionParams& p) {
+  static size_t workspace_bytes(const Params& p) {
     return wide(p) ? Kernel<double>::workspace_bytes(p) : Kernel<float>::workspace_bytes(p);
   }
-  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+  static void run(const Params& p, int64_t begin, int64_t end, void* workspace) {
     wide(p) ? Kernel<double>::run(p, begin, end, workspace)
             : Kernel<float>::run(p, begin, end, workspace);
   }
 };
-template <typename Kernel>
-constexpr Phase phase() {
+template <typename Kernel, typename Params = AttentionParams>
+constexpr PhaseOf<Params> phase() {
   return {Kernel::num_tasks, Kernel::workspace_bytes, Kernel::run};
 }
 
@@ -61,6 +62,10 @@ constexpr KernelTable kKernels = {
     phase<ByType<AttentionBackwardKeys>>(),
     phase<ByType<AttentionBackwardQueries>>(),
     phase<DropoutKeepMask>(),
+    phase<ByType<MaskedSoftmax, SoftmaxParams>, SoftmaxParams>(),
+    phase<ByType<MaskedSoftmaxBackward, SoftmaxParams>, SoftmaxParams>(),
+    phase<ByType<MaskedSoftmaxBackwardBias, SoftmaxParams>, SoftmaxParams>(),
+    phase<ByType<MaskedSoftmaxBackwardSinks, SoftmaxParams>, SoftmaxParams>(),
     attention_tiles,
     apply_math_by_type,
 };

@@ -40,6 +40,41 @@ void dropout_keep_bits(const AttentionParams& p, int64_t b, int64_t h, int64_t m
   }
 }
 
+// A matrix of 8 x 8 bits, transposed: bit 8 i + j <-> bit 8 j + i (Warren, Hacker's Delight, 7-3).
+FA_INLINE uint64_t transpose_bits(uint64_t x) {
+  uint64_t t = (x ^ x >> 7) & 0x00aa00aa00aa00aau;
+  x ^= t ^ t << 7;
+  t = (x ^ x >> 14) & 0x0000cccc0000ccccu;
+  x ^= t ^ t << 14;
+  t = (x ^ x >> 28) & 0x00000000f0f0f0f0u;
+  return x ^ t ^ t << 28;
+}
+
+// For one row, with the lanes over its groups of 8 columns: bit i of keep[w] says whether the
+// weight in column 64 w + i is kept. Written are whole vectors of groups, at most kKeepSlack words
+// too many.
+constexpr int64_t kKeepSlack = 2;
+void dropout_keep_row(uint64_t seed, uint32_t offset, uint32_t threshold, uint32_t matrix,
+                      uint32_t row, int64_t columns, uint64_t* keep) {
+  constexpr int kAtOnce = kU32Lanes < 8 ? kU32Lanes : 8;
+  fill(keep, ceil_div(columns, 64) + kKeepSlack, (uint64_t)0);
+  for (int64_t group = 0; group * 8 < columns; group += kU32Lanes) {
+    VecU32 x[4] = {add_u32(broadcast_u32((uint32_t)group), iota_u32()), broadcast_u32(row),
+                   broadcast_u32(matrix), broadcast_u32(offset)};
+    philox4x32(x, seed);
+    uint64_t kept[8];  // bit g: column j of group g
+    for (int word = 0; word < 4; ++word) {
+      kept[2 * word] = low16_ge(x[word], threshold);
+      kept[2 * word + 1] = high16_ge(x[word], threshold);
+    }
+    for (int g = 0; g < kU32Lanes; g += kAtOnce) {
+      uint64_t square = 0;
+      for (int j = 0; j < 8; ++j) square |= (kept[j] >> g & 0xff) << (8 * j);
+      keep[(group + g) / 8] |= transpose_bits(square) << ((group + g) % 8 * 8);
+    }
+  }
+}
+
 // s <- s * scale where kept, 0 elsewhere
 template <typename T, int kVectors>
 void drop(const AttentionParams& p, const uint64_t* keep, int64_t columns, T* s) {

@@ -2,6 +2,7 @@
 
 constexpr const char* kIsaName = "avx2";
 constexpr int kVectorRegisters = 16;
+constexpr bool kFusedMultiplyAdd = true;  // fma rounds once
 
 template <typename T>
 struct Simd;
@@ -66,6 +67,34 @@ FA_INLINE bool any_gt(__m256 x, __m256 y) {
 }
 FA_INLINE bool any_gt(__m256d x, __m256d y) {
   return _mm256_movemask_pd(_mm256_cmp_pd(x, y, _CMP_GT_OQ)) != 0;
+}
+
+// Over the lanes. reduce_max: unspecified if a lane is NaN.
+FA_INLINE float reduce_max(__m256 a) {
+  const __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 y = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+FA_INLINE double reduce_max(__m256d a) {
+  const __m128d x = _mm_max_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
+  return _mm_cvtsd_f64(_mm_max_sd(x, _mm_unpackhi_pd(x, x)));
+}
+FA_INLINE float reduce_add(__m256 a) {
+  const __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 y = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+FA_INLINE double reduce_add(__m256d a) {
+  const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+}
+// Bit i: byte i of 64 is not 0.
+FA_INLINE uint64_t nonzero_bytes(const uint8_t* p) {
+  const __m256i zero = _mm256_setzero_si256();
+  const __m256i low = _mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i*)p), zero);
+  const __m256i high = _mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i*)(p + 32)), zero);
+  return ~((uint64_t)(uint32_t)_mm256_movemask_epi8(high) << 32 |
+           (uint32_t)_mm256_movemask_epi8(low));
 }
 
 FA_INLINE __m256 iota(float) { return _mm256_set_ps(7, 6, 5, 4, 3, 2, 1, 0); }

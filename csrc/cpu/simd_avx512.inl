@@ -2,6 +2,7 @@
 
 constexpr const char* kIsaName = "avx512";
 constexpr int kVectorRegisters = 32;
+constexpr bool kFusedMultiplyAdd = true;  // fma rounds once
 
 template <typename T>
 struct Simd;
@@ -60,6 +61,17 @@ FA_INLINE __m512d select_lt(__m512d x, __m512d y, __m512d a, __m512d b) {
 FA_INLINE bool any_gt(__m512 x, __m512 y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ) != 0; }
 FA_INLINE bool any_gt(__m512d x, __m512d y) { return _mm512_cmp_pd_mask(x, y, _CMP_GT_OQ) != 0; }
 
+// Over the lanes. reduce_max: unspecified if a lane is NaN.
+FA_INLINE float reduce_max(__m512 a) { return _mm512_reduce_max_ps(a); }
+FA_INLINE double reduce_max(__m512d a) { return _mm512_reduce_max_pd(a); }
+FA_INLINE float reduce_add(__m512 a) { return _mm512_reduce_add_ps(a); }
+FA_INLINE double reduce_add(__m512d a) { return _mm512_reduce_add_pd(a); }
+// Bit i: byte i of 64 is not 0.
+FA_INLINE uint64_t nonzero_bytes(const uint8_t* p) {
+  const __m512i bytes = _mm512_loadu_si512(p);
+  return _mm512_test_epi8_mask(bytes, bytes);
+}
+
 FA_INLINE __m512 iota(float) {
   return _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
 }
@@ -76,22 +88,33 @@ FA_INLINE __m512d fraction(__m512d x) {
 FA_INLINE __m512 scale_exp2_floor(__m512 p, __m512 x) { return _mm512_scalef_ps(p, x); }
 FA_INLINE __m512d scale_exp2_floor(__m512d p, __m512d x) { return _mm512_scalef_pd(p, x); }
 
+FA_INLINE VecU32 iota_u32() {
+  return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+}
+
 // kLanes 16-bit elements, widened; and float rounded to nearest-even, narrowed.
 FA_INLINE __m512 load_bfloat16(const uint16_t* p) {
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+  // Word i becomes the upper half of lane i, 0 the lower one.
+  const __m512i word = _mm512_mullo_epi32(iota_u32(), _mm512_set1_epi32(1 << 16));
+  const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, word, words));
 }
 FA_INLINE __m512 load_float16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
 FA_INLINE void store_bfloat16(uint16_t* p, __m512 a) {
-  const __m512i bits = _mm512_castps_si512(a);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);  // rounding could make it inf
-  const __m512i out = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(out));
+  // + 0x7fff, and + 1 where the last bit that stays is odd. Not a NaN, which could become infinite.
+  const __m512i bits = _mm512_castps_si512(a), nan = _mm512_set1_epi32(0x7fc00000);
+  const __mmask16 number = _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(1 << 16));
+  const __m512i down = _mm512_mask_add_epi32(nan, number, bits, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_mask_add_epi32(down, odd, down, _mm512_set1_epi32(1));
+  // Lane i of 16 pairs takes the upper halves of lanes 2 i and 2 i + 1: words 4 i + 1 and 4 i + 3.
+  const __m512i upper =
+      _mm512_add_epi32(_mm512_mullo_epi32(iota_u32(), _mm512_set1_epi32(4 << 16 | 4)),
+                       _mm512_set1_epi32(3 << 16 | 1));
+  const __m512i words = _mm512_permutexvar_epi16(upper, rounded);
+  _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(words));
 }
 FA_INLINE void store_float16(uint16_t* p, __m512 a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
@@ -142,9 +165,6 @@ FA_INLINE void transpose(__m512d* r) {
 }
 
 FA_INLINE VecU32 broadcast_u32(uint32_t x) { return _mm512_set1_epi32((int)x); }
-FA_INLINE VecU32 iota_u32() {
-  return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-}
 FA_INLINE VecU32 add_u32(VecU32 a, VecU32 b) { return _mm512_add_epi32(a, b); }
 FA_INLINE VecU32 xor_u32(VecU32 a, VecU32 b) { return _mm512_xor_si512(a, b); }
 // The 64-bit products a * b, as high and low words.

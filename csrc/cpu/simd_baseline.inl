@@ -3,6 +3,7 @@
 
 constexpr const char* kIsaName = "baseline";
 constexpr int kVectorRegisters = 16;
+constexpr bool kFusedMultiplyAdd = false;  // fma rounds once
 
 template <typename T, int N>
 struct Lanes {
@@ -98,6 +99,26 @@ FA_INLINE bool any_gt(Lanes<T, N> x, Lanes<T, N> y) {
   bool any = false;
   for (int i = 0; i < N; ++i) any |= x.lane[i] > y.lane[i];
   return any;
+}
+
+// Over the lanes. reduce_max: unspecified if a lane is NaN.
+template <typename T, int N>
+FA_INLINE T reduce_max(Lanes<T, N> a) {
+  T top = a.lane[0];
+  for (int i = 1; i < N; ++i) top = a.lane[i] > top ? a.lane[i] : top;
+  return top;
+}
+template <typename T, int N>
+FA_INLINE T reduce_add(Lanes<T, N> a) {
+  T sum = a.lane[0];
+  for (int i = 1; i < N; ++i) sum += a.lane[i];
+  return sum;
+}
+// Bit i: byte i of 64 is not 0.
+FA_INLINE uint64_t nonzero_bytes(const uint8_t* p) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; ++i) bits |= (uint64_t)(p[i] != 0) << i;
+  return bits;
 }
 
 template <typename T>

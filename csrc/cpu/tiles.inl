@@ -173,19 +173,55 @@ FA_INLINE void store_element(void* dst, DType dtype, T value) {
   }
 }
 
+// How elements of one type are read and written, a vector at a time.
+template <DType kDType>
+struct Storage;
+template <>
+struct Storage<DType::kFloat32> {
+  using Element = float;
+  static FA_INLINE Vec<float> read(const float* p) { return load(p); }
+  static FA_INLINE void write(float* p, Vec<float> a) { store(p, a); }
+};
+template <>
+struct Storage<DType::kBFloat16> {
+  using Element = uint16_t;
+  static FA_INLINE Vec<float> read(const uint16_t* p) { return load_bfloat16(p); }
+  static FA_INLINE void write(uint16_t* p, Vec<float> a) { store_bfloat16(p, a); }
+};
+template <>
+struct Storage<DType::kFloat16> {
+  using Element = uint16_t;
+  static FA_INLINE Vec<float> read(const uint16_t* p) { return load_float16(p); }
+  static FA_INLINE void write(uint16_t* p, Vec<float> a) { store_float16(p, a); }
+};
+template <>
+struct Storage<DType::kFloat64> {
+  using Element = double;
+  static FA_INLINE Vec<double> read(const double* p) { return load(p); }
+  static FA_INLINE void write(double* p, Vec<double> a) { store(p, a); }
+};
+// f(Storage<dtype>()), unless vectors of T are not what that type is read into.
+template <typename T, typename F>
+FA_INLINE void with_storage(DType dtype, F f) {
+  if constexpr (sizeof(T) == 8) {
+    if (dtype == DType::kFloat64) f(Storage<DType::kFloat64>());
+  } else {
+    if (dtype == DType::kFloat32) f(Storage<DType::kFloat32>());
+    if (dtype == DType::kBFloat16) f(Storage<DType::kBFloat16>());
+    if (dtype == DType::kFloat16) f(Storage<DType::kFloat16>());
+  }
+}
+
 // dst[0..count) = src[0..count) converted to T; `step` is the distance of two elements in src.
 template <typename T>
 void load_row(T* dst, const void* src, DType dtype, int64_t count, int64_t step = 1) {
+  constexpr int W = kLanes<T>;
   int64_t i = 0;
-  if constexpr (sizeof(T) == 4) {
-    constexpr int W = kLanes<float>;
-    if (step == 1 && dtype == DType::kFloat32) {
-      for (; i + W <= count; i += W) store(dst + i, load((const float*)src + i));
-    } else if (step == 1 && dtype == DType::kBFloat16) {
-      for (; i + W <= count; i += W) store(dst + i, load_bfloat16((const uint16_t*)src + i));
-    } else if (step == 1 && dtype == DType::kFloat16) {
-      for (; i + W <= count; i += W) store(dst + i, load_float16((const uint16_t*)src + i));
-    }
+  if (step == 1) {
+    with_storage<T>(dtype, [&](auto storage) {
+      const auto* from = (const typename decltype(storage)::Element*)src;
+      for (; i + W <= count; i += W) store(dst + i, storage.read(from + i));
+    });
   }
   for (; i < count; ++i) dst[i] = load_element<T>(element(src, dtype, i * step), dtype);
 }
@@ -193,18 +229,12 @@ void load_row(T* dst, const void* src, DType dtype, int64_t count, int64_t step 
 // dst[0..count) = scale * src[0..count) converted to dtype.
 template <typename T>
 void store_row(void* dst, DType dtype, const T* src, int64_t count, T scale) {
+  constexpr int W = kLanes<T>;
   int64_t i = 0;
-  if constexpr (sizeof(T) == 4) {
-    constexpr int W = kLanes<float>;
-    const Vec<float> factor = broadcast(scale);
-    if (dtype == DType::kFloat32) {
-      for (; i + W <= count; i += W) store((float*)dst + i, mul(factor, load(src + i)));
-    } else if (dtype == DType::kBFloat16) {
-      for (; i + W <= count; i += W) store_bfloat16((uint16_t*)dst + i, mul(factor, load(src + i)));
-    } else if (dtype == DType::kFloat16) {
-      for (; i + W <= count; i += W) store_float16((uint16_t*)dst + i, mul(factor, load(src + i)));
-    }
-  }
+  with_storage<T>(dtype, [&](auto storage) {
+    auto* to = (typename decltype(storage)::Element*)dst;
+    for (; i + W <= count; i += W) storage.write(to + i, mul(broadcast(scale), load(src + i)));
+  });
   for (; i < count; ++i) store_element<T>(element(dst, dtype, i), dtype, scale * src[i]);
 }
 

@@ -26,14 +26,37 @@ from .attention import (
 )
 from .backends import explain
 from .errors import ArgumentTypeError, ArgumentValueError
+from .modules import MultiheadAttention, replace_multihead_attention
+from .patch import patch_sdpa
+from .softmax import (
+    ScaledMaskedSoftmax,
+    ScaledSoftmax,
+    ScaledUpperTriangMaskedSoftmax,
+    masked_softmax,
+    masked_softmax_,
+    scaled_masked_softmax,
+    scaled_softmax,
+    scaled_upper_triang_masked_softmax,
+)
 
 __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
+    "MultiheadAttention",
+    "ScaledMaskedSoftmax",
+    "ScaledSoftmax",
+    "ScaledUpperTriangMaskedSoftmax",
     "__version__",
     "attention",
     "dropout_mask",
     "explain",
+    "masked_softmax",
+    "masked_softmax_",
     "merge_attention_states",
+    "patch_sdpa",
+    "replace_multihead_attention",
     "scaled_dot_product_attention",
+    "scaled_masked_softmax",
+    "scaled_softmax",
+    "scaled_upper_triang_masked_softmax",
 ]

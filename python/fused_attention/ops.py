@@ -107,11 +107,11 @@ def arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     return named
 
 
-def check_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """The dispatcher does not: it comes here with a key on "meta" and a query on a CPU."""
-    if not query.device == key.device == value.device:
-        devices = f"{query.device}, {key.device}, {value.device}"
-        raise RuntimeError(f"query, key, value: expected one device, got {devices}")
+def check_devices(*inputs: Any) -> None:
+    """The dispatcher does not: it comes here with a mask on "meta" and a query on a CPU."""
+    devices = {str(x.device) for x in inputs if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"attention: expected one device, got {', '.join(sorted(devices))}")
 
 
 def empty_like_layout(like: Tensor, last: Any) -> Tensor:
@@ -135,7 +135,7 @@ def _fake_forward_plain(query: Tensor, key: Tensor, value: Tensor, *numbers: Any
 def _fake_forward(
     query: Tensor, key: Tensor, value: Tensor, *options: Any, **named_options: Any
 ) -> tuple[Tensor, Tensor]:
-    check_devices(query, key, value)
+    check_devices(query, key, value, *options, *named_options.values())
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     return empty_like_layout(query, value.shape[-1]), query.new_empty(
         query.shape[:-1], dtype=lse_dtype
@@ -144,11 +144,12 @@ def _fake_forward(
 
 @torch.library.register_fake("fused_attention::attention_backward")
 def _fake_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_devices(*args, *kwargs.values())
     call = arguments(backward, args, kwargs)
     query, bias, sinks = call["query"], call["bias"], call["sinks"]
     dq, dk, dv = (empty_like_layout(x, x.shape[-1]) for x in (query, call["key"], call["value"]))
     dbias = bias.new_empty(bias.shape) if call["bias_grad"] else query.new_empty(0)
-    dsinks = sinks.new_empty(sinks.shape) if call["sinks_grad"] else query.new_empty(0)
+    dsinks = call["lse"].new_empty(sinks.shape if call["sinks_grad"] else 0)
     return dq, dk, dv, dbias, dsinks
 
 
@@ -281,3 +282,112 @@ def _vmap_philox_state(
         return draw_philox_state(like, call_site), None
     draws = [draw_philox_state(like, call_site) for _ in range(max(info.batch_size, 1))]
     return torch.stack(draws)[: info.batch_size], 0
+
+
+# -- Masked softmax ----------------------------------------------------------------------
+
+softmax_forward = torch.ops.fused_attention.masked_softmax_forward.default
+softmax_in_place = torch.ops.fused_attention.masked_softmax_.default
+softmax_backward = torch.ops.fused_attention.masked_softmax_backward.default
+
+
+@torch.library.register_fake("fused_attention::masked_softmax_forward")
+def _fake_softmax_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices(*args, *kwargs.values())
+    call = arguments(softmax_forward, args, kwargs)
+    x, save = call["input"], call["save"]
+    weights = x.new_empty(x.shape if save and call["dropout_p"] > 0 else 0)
+    sink_weight = x.new_empty(
+        x.shape[:-1] if save and call["sinks"] is not None else 0,
+        dtype=torch.promote_types(x.dtype, torch.float32),
+    )
+    return x.new_empty(x.shape), weights, sink_weight
+
+
+@torch.library.register_fake("fused_attention::masked_softmax_")
+def _fake_softmax_in_place(*args: Any, **kwargs: Any) -> None:
+    check_devices(*args, *kwargs.values())
+
+
+@torch.library.register_fake("fused_attention::masked_softmax_backward")
+def _fake_softmax_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices(*args, *kwargs.values())
+    call = arguments(softmax_backward, args, kwargs)
+    weights, bias = call["weights"], call["bias"]
+    dbias = bias.new_empty(bias.shape) if call["bias_grad"] else weights.new_empty(0)
+    dsinks = weights.new_empty(
+        weights.shape[-3] if call["sinks_grad"] else 0,
+        dtype=torch.promote_types(weights.dtype, torch.float32),
+    )
+    return weights.new_empty(weights.shape), dbias, dsinks
+
+
+def _fold_rows(name: str, x: Any, dim: int | None, samples: int, rank: int, own_grad: bool) -> Any:
+    """Argument `x` for a call whose input has the samples in front of `rank` dimensions.
+
+    own_grad: each sample gets a gradient of the bias of its own.
+    """
+    if not isinstance(x, Tensor):
+        return x
+    if name == "philox" or (name == "sinks" and dim is not None):
+        raise _OneCallPerSample
+    broadcasts = name in ("mask", "bias", "sinks")
+    if dim is None and broadcasts and not (name == "bias" and own_grad):
+        return x
+    x = x.expand(samples, *x.shape) if dim is None else x.movedim(dim, 0)
+    if broadcasts:
+        return x.reshape(samples, *(1,) * (rank + 1 - x.dim()), *x.shape[1:])
+    return x
+
+
+def _softmax_vmap_rule(
+    op: Any, main: str, mapped: Callable[[dict[str, Any]], tuple[bool, bool, bool]]
+) -> Callable[..., Any]:
+    """The rule for an operator on rows: the samples are one more dimension in front of them.
+
+    main: the argument whose shape is that of the rows. mapped: which results there are for each
+    sample; the others are empty. One call per sample where the number of a row counts (dropout), or
+    where results are sums over the rows of one sample (the gradient of sinks).
+    """
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+        call = arguments(op, args, kwargs)
+        dims = dict(zip(call, in_dims, strict=False))
+        samples, own_grad = info.batch_size, bool(call.get("bias_grad"))
+        rank = call[main].dim() - (dims[main] is not None)
+        try:
+            if call.get("sinks_grad"):
+                raise _OneCallPerSample
+            folded = {
+                name: _fold_rows(name, x, dims.get(name), samples, rank, own_grad)
+                for name, x in call.items()
+            }
+        except _OneCallPerSample:
+            each = [op(**_sample(call, dims, i)) for i in range(max(samples, 1))]
+            stacked = tuple(torch.stack(x)[:samples] for x in zip(*each, strict=True))
+            return stacked, (0, 0, 0)
+        dbias_shape = () if call.get("bias") is None else call["bias"].shape
+        if own_grad and dims["bias"] is not None:
+            dbias_shape = call["bias"].movedim(dims["bias"], 0).shape[1:]
+        results = op(**folded)
+        if own_grad:
+            results = (results[0], results[1].view(samples, *dbias_shape), results[2])
+        return results, tuple(0 if of_sample else None for of_sample in mapped(call))
+
+    return rule
+
+
+torch.library.register_vmap(
+    "fused_attention::masked_softmax_forward",
+    _softmax_vmap_rule(
+        softmax_forward,
+        "input",
+        lambda call: (True, False, call["save"] and call["sinks"] is not None),
+    ),
+)
+torch.library.register_vmap(
+    "fused_attention::masked_softmax_backward",
+    _softmax_vmap_rule(
+        softmax_backward, "weights", lambda call: (True, bool(call["bias_grad"]), False)
+    ),
+)

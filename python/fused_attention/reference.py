@@ -206,6 +206,50 @@ def dropout(p: Tensor, dropout_p: float, philox: Tensor, first_batch: int = 0) -
     return torch.where(keep, p * (65536 / max(kept, 1)), 0.0)  # dropout_p = 1 keeps none
 
 
+# -- Masked softmax ----------------------------------------------------------------------
+
+
+def masked_softmax_reference(
+    input: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    causal: bool | str = False,
+    dropout_p: float = 0.0,
+    sinks: Tensor | None = None,
+    philox_seed: int | None = None,
+    philox: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """softmax(scale · input + bias) over the visible elements of the last dimension, 0 elsewhere.
+
+    input [..., H, M, N], from one dimension up; mask (bool, True = may attend) and bias broadcast
+    to it; the other arguments as in `attention_reference`. Returns input's dtype. For dropout all
+    dimensions before H count as batch.
+    """
+    dtype = compute_dtype or torch.promote_types(input.dtype, torch.float32)
+    shape = (1,) * (3 - input.dim()) + tuple(input.shape)
+    H, M, N = shape[-3:]
+    B = math.prod(shape[:-3])
+    philox = philox_state(philox, philox_seed, input.device) if dropout_p else None
+    with torch.autocast(input.device.type, enabled=False):
+        used = torch.full((1,), N, device=input.device)
+        off = diagonal_offset(causal, M, used)
+        seen = visible((1, 1, M, N), off, used, causal).view(shape[-2:][-input.dim() :])
+        seen = seen.expand(input.shape)
+        if mask is not None:
+            seen = seen & mask
+        s = scale * input.to(dtype)
+        if bias is not None:
+            s = s + bias.to(dtype)
+        p, _ = softmax(torch.where(seen, s, -INF).view(shape), sinks)
+        p = torch.where(seen.view(shape), p, 0.0)  # also beside a visible NaN
+        if philox is not None:
+            p = dropout(p.reshape(B, H, M, N), dropout_p, philox).view(shape)
+        return p.view(input.shape).to(input.dtype)
+
+
 # -- Attention ---------------------------------------------------------------------------
 
 

@@ -1,0 +1,101 @@
+"""masked_softmax against plain PyTorch and against copying the bytes: results/softmax.json.
+
+About 17 million elements in rows of several lengths, a boolean mask [B, 1, M, N] with a fifth
+hidden. Two ceilings in the same run: the same traffic with new memory for the result (clone; for
+the backward, which reads two tensors, their sum), and with memory that is there already (copy_),
+for `masked_softmax_`.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import fused_attention as fa
+from fused_attention import ops
+from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.testing import num_threads
+
+RESULTS = Path(__file__).resolve().parent / "results" / "softmax.json"
+SHAPES = ((32, 32, 128, 128), (2, 8, 1024, 1024), (1, 4, 1024, 4096), (1, 8, 64, 32768))
+DTYPES = (torch.float32, torch.bfloat16)
+SCALE = 0.125
+
+
+def calls(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """What is timed; the gradients are those of autograd, without its graph."""
+    x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
+    mask = torch.rand(shape[0], 1, *shape[2:]) > 0.2
+    mask[..., 0] = True  # no row without anything, which would be NaN in PyTorch
+    weights = torch.softmax(x.masked_fill(~mask, -torch.inf) * SCALE, -1)
+    in_place, target = x.clone(), torch.empty_like(x)
+
+    def pytorch_backward() -> torch.Tensor:
+        ds = torch._softmax_backward_data(grad, weights, -1, dtype)
+        return (ds * SCALE).masked_fill(~mask, 0.0)
+
+    return {
+        "forward": lambda: fa.masked_softmax(x, mask, scale=SCALE),
+        "forward, PyTorch": lambda: torch.softmax(x.masked_fill(~mask, -torch.inf) * SCALE, -1),
+        "forward, clone": lambda: x.clone(),
+        "in place": lambda: fa.masked_softmax_(in_place, mask, scale=SCALE),
+        "in place, copy_": lambda: target.copy_(x),
+        "backward": lambda: ops.softmax_backward(grad, weights, SCALE, 0),
+        "backward, PyTorch": pytorch_backward,
+        "backward, sum": lambda: grad + weights,
+    }
+
+
+# Times of ours over these, in a line of the output; below 1 ours is faster.
+RATIOS = {
+    "forward": ("PyTorch", "clone"),
+    "in place": ("copy_",),
+    "backward": ("PyTorch", "sum"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds a case")
+    options = parser.parse_args()
+    cases = []
+    with num_threads(options.threads), real_time_priority() as real_time, torch.no_grad():
+        for shape in SHAPES:
+            for dtype in DTYPES:
+                timings = interleave(calls(shape, dtype), budget=options.budget)
+                ratios = {
+                    f"{ours} / {peer}": timings[ours].median / timings[f"{ours}, {peer}"].median
+                    for ours, peers in RATIOS.items()
+                    for peer in peers
+                }
+                name = str(dtype).removeprefix("torch.")
+                cases.append(
+                    {
+                        "shape": shape,
+                        "dtype": name,
+                        "timings_ms": as_json(timings),
+                        "ratios": ratios,
+                    }
+                )
+                disturbed = any(timing.disturbed for timing in timings.values())
+                print(
+                    f"rows of {shape[-1]:5} {name:8} "
+                    + "  ".join(f"{pair} {ratio:.2f}" for pair, ratio in ratios.items())
+                    + ("  (disturbed)" if disturbed else ""),
+                    flush=True,
+                )
+    result = {
+        "real_time": real_time,
+        "threads": options.threads,
+        "machine": machine(),
+        "cases": cases,
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print("saved", RESULTS.name)
+
+
+if __name__ == "__main__":
+    main()

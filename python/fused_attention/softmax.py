@@ -1,0 +1,358 @@
+"""Masked softmax over the last dimension, and the names that Megatron-LM and apex give it.
+
+    s = scale · input + mask (if floating), -inf where hidden
+    p = exp(s) / (exp(sink) + Σ exp(s)), then dropout
+
+In one pass over rows that fit into the cache, in two over longer ones (online softmax, Milakov &
+Gimelshein 2018): time O(elements), no memory beyond the result. The backward, dinput = scale · p ·
+(dp - Σ p · dp), needs no more than the result, or with dropout the weights before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import ops
+from .problem import (
+    CAUSAL,
+    DTYPES,
+    as_vector,
+    cast_for_autocast,
+    causal_number,
+    check_number,
+    check_philox_seed,
+    check_tensor,
+    shape_of,
+    transform_is_active,
+    wrong_value,
+)
+
+logger = logging.getLogger("fused_attention")
+_logged: set[str] = set()  # types of devices
+
+# -- Gradients ---------------------------------------------------------------------------
+
+
+class MaskedSoftmaxFunction(Function):
+    """The arguments of the operator masked_softmax_forward; its results, of which out counts."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.softmax_forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, scale, causal, _, _, bias, sinks, philox, dropout_p = inputs
+        out, weights, sink_weight = output
+        ctx.mark_non_differentiable(weights, sink_weight)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            out if dropout_p == 0 else weights,
+            bias,
+            None if sinks is None else sink_weight,
+            philox,
+        )
+        ctx.numbers, ctx.dropout_p = (scale, causal), dropout_p
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        if grads[0] is None:
+            return (None,) * len(needed)
+        weights, bias, sink_weight, philox = ctx.saved_tensors
+        dinput, dbias, dsinks = _backward(
+            *(grads[0], weights, *ctx.numbers, bias, sink_weight, philox, ctx.dropout_p),
+            *(needed[5], needed[6]),
+        )
+        gradients = {0: dinput, 5: dbias, 6: dsinks}
+        return tuple(gradients.get(i) if need else None for i, need in enumerate(needed))
+
+
+class MaskedSoftmaxForwardMode(MaskedSoftmaxFunction):
+    """The same where forward mode may be on. Apart, because Dynamo refuses a jvp."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("masked_softmax: forward-mode AD (jvp) is not built yet")
+
+
+class MaskedSoftmaxGradients(Function):
+    """The gradients where they are part of a graph themselves: tells that it ends there."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return ops.softmax_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("masked_softmax: double backward is not built yet")
+
+
+def _backward(*inputs: Any) -> Any:
+    # With create_graph=True, and always under torch.func, somebody may differentiate again.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return MaskedSoftmaxGradients.apply(*inputs)
+    return ops.softmax_backward(*inputs)
+
+
+# -- Describing a call -------------------------------------------------------------------
+
+
+def _check(
+    input: Any, mask: Any, scale: Any, causal: Any, dropout_p: Any, sinks: Any, philox_seed: Any
+) -> None:
+    """Everything that `masked_softmax` takes; the message names the argument."""
+    check_tensor("input", input)
+    if input.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in DTYPES)
+        wrong_value("input", f"a dtype out of {allowed}", input.dtype, "cast it first")
+    if not 1 <= input.dim() <= 17:
+        wrong_value("input", "1 to 17 dimensions", f"{input.dim()}: {shape_of(input)}")
+    if mask is not None:
+        check_tensor("mask", mask)
+        if mask.dtype != torch.bool and mask.dtype not in DTYPES:
+            wrong_value("mask", "bool (True = may attend) or a floating dtype", mask.dtype)
+        _check_device("mask", mask, input)
+        fits = mask.dim() <= input.dim() and all(
+            size == 1 or size == full
+            for size, full in zip(reversed(mask.shape), reversed(input.shape), strict=False)
+        )
+        if not fits:
+            wrong_value("mask", f"a shape that broadcasts to {shape_of(input)}", shape_of(mask))
+    check_number("scale", scale)
+    if not -math.inf < scale < math.inf:
+        wrong_value("scale", "a finite number", scale)
+    if sinks is not None:
+        check_tensor("sinks", sinks)
+        if input.dim() < 3:
+            wrong_value("input", "[..., H, M, N] with sinks", shape_of(input))
+        if not sinks.is_floating_point():
+            wrong_value("sinks", "a floating dtype", sinks.dtype)
+        if sinks.shape != input.shape[-3:-2]:
+            wrong_value("sinks", f"shape [H] = ({input.shape[-3]},)", shape_of(sinks))
+        _check_device("sinks", sinks, input)
+    check_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        wrong_value("dropout_p", "a probability in [0, 1]", dropout_p)
+    check_philox_seed(philox_seed, input.device)
+
+
+def _check_device(name: str, x: Tensor, input: Tensor) -> None:
+    if x.device != input.device:
+        wrong_value(name, f"device {input.device}, as input has", x.device)
+
+
+def _causal_number(causal: Any, input: Tensor) -> int:
+    rows = input.shape[-2] if input.dim() > 1 else 1
+    return causal_number(causal, rows == input.shape[-1])
+
+
+def _options(
+    input: Tensor, mask: Tensor | None, dropout_p: float, sinks: Any, philox_seed: Any
+) -> tuple[Any, ...]:
+    """mask, bias, sinks, philox, dropout_p as the operators take them."""
+    is_bias = mask is not None and mask.dtype != torch.bool
+    return (
+        None if is_bias else mask,
+        mask if is_bias else None,
+        as_vector(sinks, torch.promote_types(input.dtype, torch.float32)),
+        ops.philox_state(input, input, input, philox_seed) if dropout_p else None,
+        float(dropout_p),
+    )
+
+
+def _reference(input: Tensor, scale: float, causal: int, options: tuple[Any, ...]) -> Tensor:
+    """On a device without a kernel."""
+    from .reference import masked_softmax_reference
+
+    kind = input.device.type
+    if not torch.compiler.is_compiling() and kind not in _logged:
+        _logged.add(kind)
+        logger.warning("masked_softmax: no kernel for %s yet, the slow reference serves it", kind)
+    mask, bias, sinks, philox, dropout_p = options
+    return masked_softmax_reference(
+        input,
+        mask,
+        bias,
+        scale=scale,
+        causal=next(name for name, number in CAUSAL.items() if number == causal),
+        dropout_p=dropout_p,
+        sinks=sinks,
+        philox=philox,
+    )
+
+
+# -- masked_softmax ----------------------------------------------------------------------
+
+
+def masked_softmax(
+    input: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    causal: bool | str = False,
+    dropout_p: float = 0.0,
+    sinks: Tensor | None = None,
+    philox_seed: int | Tensor | None = None,
+) -> Tensor:
+    """softmax(scale · input + mask) over the last dimension; hidden elements are exactly 0.
+
+    input: [..., H, M, N], from one dimension up; float32, bfloat16, float16 or float64, any strides
+        (copied first if the last one is not 1); any N. Computed in float32 (float64 for float64),
+        returned in input's dtype, contiguous.
+    mask: broadcasts to input's shape, never expanded. bool: True = may attend. Floating (any of the
+        dtypes): added to scale · input; differentiable, the gradient has the mask's own shape.
+    scale: multiplies input first; any finite number.
+    causal: over the last two dimensions. "top_left": row i sees columns j <= i; "bottom_right":
+        j <= i + N - M; True where M = N, so that they agree. Together with mask: both apply.
+    dropout_p: probability in [0, 1], rounded to 1/65536, kept weights are scaled by 1 / (1 - p).
+        Random bits as those of `attention` for [B, H, M, N], see `dropout_mask` (B: what all
+        dimensions before H make together); philox_seed: an int, or an int64 tensor (seed, offset).
+    sinks: [H] logits that take part in the denominator only, unscaled; differentiable.
+
+    A row that sees nothing gives 0 and zero gradients. Hidden elements influence nothing, whatever
+    bits they hold; a visible NaN or +inf makes every visible element of its row NaN. A NaN or
+    infinity in the gradient that arrives for a weight of exactly 0 is ignored. Under autocast input
+    and mask are cast first, and computed with in float32. Deterministic, for any number of threads.
+    Devices other than CPUs are served by the reference. Double backward and forward mode raise.
+
+    Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
+    RuntimeError) for wrong arguments.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        input, mask = cast_for_autocast(input, mask)
+    _check(input, mask, scale, causal, dropout_p, sinks, philox_seed)
+    diagonal = _causal_number(causal, input)
+    options = _options(input, mask, dropout_p, sinks, philox_seed)
+    if input.device.type not in ("cpu", "meta"):
+        return _reference(input, scale, diagonal, options)
+    gradients = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (input, mask, sinks)
+    )
+    if not gradients and not transform_is_active():
+        return ops.softmax_forward(input, scale, diagonal, False, *options)[0]
+    if torch.compiler.is_compiling():
+        if mask is input:  # Dynamo refuses the same tensor twice
+            input = input.view_as(input)
+        return MaskedSoftmaxFunction.apply(input, scale, diagonal, True, *options)[0]
+    return MaskedSoftmaxForwardMode.apply(input, scale, diagonal, True, *options)[0]
+
+
+def masked_softmax_(
+    input: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    causal: bool | str = False,
+    dropout_p: float = 0.0,
+    sinks: Tensor | None = None,
+    philox_seed: int | Tensor | None = None,
+) -> Tensor:
+    """`masked_softmax` that overwrites `input`, and returns it. Without gradients.
+
+    Autocast does not apply: the result has input's dtype. Raises ArgumentValueError if input, mask
+    or sinks require a gradient (and grad mode is on), if input is an expanded tensor, and if mask
+    lies in input's memory.
+    """
+    _check(input, mask, scale, causal, dropout_p, sinks, philox_seed)
+    for name, x in (("input", input), ("mask", mask), ("sinks", sinks)):
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+            hint = "use masked_softmax, or torch.no_grad()"
+            wrong_value(name, "no requires_grad, for an in-place operation", True, hint)
+    if any(input.shape[i] > 1 and input.stride(i) == 0 for i in range(input.dim())):
+        wrong_value("input", "memory of its own for each element", "an expanded tensor", "clone it")
+    if transform_is_active() or input.device.type not in ("cpu", "meta"):
+        with torch.autocast(input.device.type, enabled=False):
+            out = masked_softmax(
+                input,
+                mask,
+                scale=scale,
+                causal=causal,
+                dropout_p=dropout_p,
+                sinks=sinks,
+                philox_seed=philox_seed,
+            )
+        return input.copy_(out)
+    if mask is not None and not torch.compiler.is_compiling() and input.device.type == "cpu":
+        if mask.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
+            wrong_value(
+                "mask", "memory apart from input's", "a view of the same memory", "clone it"
+            )
+    options = _options(input, mask, dropout_p, sinks, philox_seed)
+    ops.softmax_in_place(input, scale, _causal_number(causal, input), *options)
+    return input
+
+
+# -- Megatron-LM and apex ----------------------------------------------------------------
+
+
+def _visible(mask: Any) -> Any:
+    """Their masks are True (or 1) where masked out."""
+    if mask is None:
+        return None
+    check_tensor("mask", mask)
+    if mask.dtype not in (torch.bool, torch.uint8):
+        wrong_value("mask", "bool or uint8, True = masked out", mask.dtype)
+    # What is broadcast stays so: an expanded mask must not become a full one.
+    return mask[tuple(slice(1 if stride == 0 else None) for stride in mask.stride())] == 0
+
+
+def _check_scale(scale: Any) -> float:
+    """The originals take None for 1, and their kernels a tensor."""
+    if isinstance(scale, Tensor) and scale.numel() == 1:
+        return float(scale)
+    return 1.0 if scale is None else scale
+
+
+def scaled_masked_softmax(input: Tensor, mask: Tensor | None, scale: float | None = 1.0) -> Tensor:
+    """Megatron-LM's and apex's: softmax(scale · input) over [b, np, sq, sk].
+
+    mask: bool or uint8, True = masked out, broadcasts to input's shape ([b or 1, 1, sq, sk] in the
+    originals), or None. A row that is masked out everywhere gives 0. Any sizes and dtypes.
+    """
+    return masked_softmax(input, _visible(mask), scale=_check_scale(scale))
+
+
+def scaled_upper_triang_masked_softmax(input: Tensor, scale: float | None = 1.0) -> Tensor:
+    """Megatron-LM's and apex's: softmax(scale · input) over [b · np, sq, sk], causal.
+
+    Row i sees columns j <= i. The originals require sq = sk.
+    """
+    return masked_softmax(input, scale=_check_scale(scale), causal="top_left")
+
+
+def scaled_softmax(input: Tensor, scale: float | None = 1.0) -> Tensor:
+    """Megatron-LM's and apex's: softmax(scale · input) over [b, np, sq, sk]."""
+    return masked_softmax(input, scale=_check_scale(scale))
+
+
+class ScaledMaskedSoftmax:
+    """For code that calls the original's autograd.Function: `ScaledMaskedSoftmax.apply(...)`."""
+
+    apply = staticmethod(scaled_masked_softmax)
+
+
+class ScaledUpperTriangMaskedSoftmax:
+    """`ScaledUpperTriangMaskedSoftmax.apply(input, scale)`."""
+
+    apply = staticmethod(scaled_upper_triang_masked_softmax)
+
+
+class ScaledSoftmax:
+    """`ScaledSoftmax.apply(input, scale)`."""
+
+    apply = staticmethod(scaled_softmax)
