@@ -8,6 +8,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+BENCH ?=
 JOBS ?= 2
 
 VENV := .venv
@@ -15,16 +16,19 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 # Test processes share the cores: threads that spin while they wait would make it three times slower.
 QUIET_OPENMP := OMP_WAIT_POLICY=passive
-FIND_NATIVE := find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.inl' \) -print0
+FIND_NATIVE := find csrc tests/native \( -name '*.h' -o -name '*.cpp' -o -name '*.inl' \) -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint format build clean
+.PHONY: help demo bench test test-full sanitize lint format build clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: build $(VENV)/demo.stamp  ## the main job on real input: a pre-trained model, then a short benchmark with table and plot
 	$(BIN)/python benchmarks/demo.py
+
+bench: build $(VENV)/bench.stamp  ## ours beside PyTorch's and others on the table of shapes (BENCH="--quick --impl module:function")
+	$(BIN)/python -m fused_attention bench $(BENCH)
 
 test: build $(VENV)/test.stamp  ## the tests (a covering selection, under 15 minutes on 2 cores)
 	$(QUIET_OPENMP) $(BIN)/python -m pytest -q -n $(JOBS) -m "not serial"
@@ -33,6 +37,9 @@ test: build $(VENV)/test.stamp  ## the tests (a covering selection, under 15 min
 test-full: build $(VENV)/test.stamp  ## every test
 	$(QUIET_OPENMP) $(BIN)/python -m pytest -q --full -n $(JOBS) -m "not serial"
 	$(BIN)/python -m pytest -q --full -m serial
+
+sanitize: $(VENV)/torch.stamp  ## the kernels without torch, under ASan, UBSan and TSan, and on an emulated Arm CPU
+	$(BIN)/python tests/native/sanitize.py
 
 lint: $(VENV)/lint.stamp  ## ruff, ruff format, clang-format, mypy
 	$(BIN)/ruff check .

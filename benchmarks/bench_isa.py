@@ -11,11 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import as_json, interleave, machine, real_time_priority
-from peers import PEERS, bind
-from shapes import FORWARD_FLOAT32, make_inputs
-
 from fused_attention import _native
+from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.benchmark.peers import PEERS, bind
+from fused_attention.benchmark.shapes import FORWARD_FLOAT32, make_inputs
 from fused_attention.testing import num_threads
 
 RESULTS = Path(__file__).resolve().parent / "results" / "isa.json"

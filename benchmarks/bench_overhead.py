@@ -1,6 +1,7 @@
 """What a call costs where there is nothing to compute (1×1×1×8): results/overhead.json.
 
-PyTorch's SDPA, our drop-in for it and `attention()`, without gradient and recording one, interleaved.
+PyTorch's SDPA, our drop-in for it and `attention()`, without gradient and recording one,
+interleaved.
 """
 
 import argparse
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import as_json, interleave, machine, real_time_priority
 
 from fused_attention import attention, scaled_dot_product_attention
+from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
 from fused_attention.testing import num_threads
 
 RESULTS = Path(__file__).resolve().parent / "results" / "overhead.json"

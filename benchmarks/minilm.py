@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -105,17 +105,17 @@ class Encoder:
 
 
 @contextlib.contextmanager
-def sdpa_replaced_by(function: Callable[..., Tensor]) -> Iterator[list[tuple[tuple, dict]]]:
-    """Inside, `F.scaled_dot_product_attention` is `function`; yields the calls it gets."""
+def sdpa_calls() -> Iterator[list[tuple[tuple, dict]]]:
+    """The calls that `F.scaled_dot_product_attention`, whoever's it is, gets inside."""
     calls: list[tuple[tuple, dict]] = []
+    function = F.scaled_dot_product_attention
 
     def recorded(*args, **kwargs) -> Tensor:
         calls.append((args, kwargs))
         return function(*args, **kwargs)
 
-    original = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = recorded
     try:
         yield calls
     finally:
-        F.scaled_dot_product_attention = original
+        F.scaled_dot_product_attention = function

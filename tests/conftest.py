@@ -23,6 +23,13 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """For many tiny calls: threads that other test processes keep from running would wait."""
+    with testing.num_threads(1):
+        yield
+
+
 @pytest.fixture(params=_native.isas())
 def isa(request):
     """Each instruction set of this machine in turn."""

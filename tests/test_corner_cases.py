@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fused_attention import attention, testing
 from fused_attention.testing import Case
 
@@ -207,7 +208,8 @@ def test_memory_orders(isa, order, dtype):
     out = attention(query, key, value, backend="cpu")
     expected = attention(*plain, backend="cpu")
     assert torch.equal(out, expected)
-    for x, like in zip((out, *gradients(out, query, key, value)), (query, query, key, value)):
+    results = (out, *gradients(out, query, key, value))
+    for x, like in zip(results, (query, query, key, value), strict=True):
         bshd = like.stride(1) < like.stride(2)
         assert (x.transpose(1, 2) if bshd else x).is_contiguous()
 

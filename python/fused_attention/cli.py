@@ -1,8 +1,10 @@
-"""python -m fused_attention doctor | explain | features.
+"""python -m fused_attention doctor | explain | features | verify | bench.
 
 doctor    what this machine has and what is in force; 0 if a fast backend is usable here, else 1
 explain   how a call of a given shape is served, and why not faster
 features  the capability table, in Markdown
+verify    the correctness matrix, of ours or somebody else's; 0 if all is right, else 1
+bench     ours, PyTorch's, FlexAttention and somebody else's on the table of shapes
 """
 
 from __future__ import annotations
@@ -170,7 +172,68 @@ def features(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# -- verify and bench ------------------------------------------------------------------
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from . import console, implementations, verify
+
+    if arguments.impl:
+        if arguments.backend or arguments.isa:
+            raise ArgumentValueError("--impl: expected without --backend and --isa, which are ours")
+        implementation = implementations.load(arguments.impl, arguments.signature)
+        targets = [verify.foreign_target(implementation)]
+    else:
+        targets = verify.own_targets(arguments.backend, arguments.isa)
+    with console.progress(len(verify.matrix(arguments.quick))) as step:
+        backward = not arguments.forward_only
+        reports = verify.verify(targets, quick=arguments.quick, backward=backward, step=step)
+    for report in reports:
+        print(report)
+    passed = not any(report.faults for report in reports)
+    document = {"passed": passed, "targets": [report.as_json() for report in reports]}
+    write_json(arguments.json, {**document, "machine": diagnose()})
+    return 0 if passed else 1
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    from . import console, implementations
+    from .benchmark import bench, peers, shapes
+
+    implementation = None
+    if arguments.impl:
+        implementation = implementations.load(arguments.impl, arguments.signature)
+    cases = shapes.QUICK if arguments.quick else shapes.FULL
+    with console.progress(len(cases)) as step:
+        report = bench.bench(
+            cases,
+            peers.bench_peers(implementation),
+            seconds=arguments.seconds or (1.0 if arguments.quick else 3.0),
+            threads=arguments.threads or torch.get_num_threads(),
+            step=step,
+        )
+    print(report)
+    write_json(arguments.json, report.as_json())
+    return 0
+
+
+def write_json(path: str | None, document: dict[str, Any]) -> None:
+    if path:
+        try:
+            with open(path, "w") as file:
+                file.write(json.dumps(document, indent=1) + "\n")
+        except OSError as error:
+            raise ArgumentValueError(f"--json: {error}") from error
+
+
 # -- main --------------------------------------------------------------------------------
+
+
+def add_implementation(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--impl", metavar="MODULE:FUNCTION", help="somebody else's, with attention()'s keywords")
+    add("--signature", choices=("attention", "sdpa"), help="of --impl; default: as inspected")
+    add("--json", metavar="FILE", help="write the result there")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -208,6 +271,23 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("features", help="the capability table, in Markdown")
     command.set_defaults(run=features)
+
+    command = commands.add_parser("verify", help="is it right? the correctness matrix")
+    add = command.add_argument
+    add("--quick", action="store_true", help="single features and pairs only")
+    add("--backend", help="only this one of ours")
+    add("--isa", help="only this instruction set of the backend cpu")
+    add("--forward-only", action="store_true", help="no gradients")
+    add_implementation(command)
+    command.set_defaults(run=verify)
+
+    command = commands.add_parser("bench", help="how fast is it? ours beside others")
+    add = command.add_argument
+    add("--quick", action="store_true", help="small cases, under three minutes")
+    add("--seconds", type=float, help="of measurement for each case; default: 3, 1 if --quick")
+    add("--threads", type=int, help="default: as torch")
+    add_implementation(command)
+    command.set_defaults(run=bench)
     return top
 
 

@@ -3,8 +3,9 @@
 A `Case` describes a call; `make_inputs` draws its tensors; `exact` gives the answer in float64 from
 `reference.py`; `naive` gives the answer of the same maths done plainly in the inputs' dtype; and
 `mismatches` applies the correctness rule: an error, in max and in rms, of at most twice the naive
-one plus four units in the last place of the largest (or rms) exact value. Gradients of logits sum to
-zero over a row, so dbias, where it is a sum of them, is granted one unit of their magnitudes' sum.
+one plus four units in the last place of the largest (or rms) exact value. Gradients of logits
+sum to zero over a row, so dbias, where it is a sum of them, is granted one unit of the sum of their
+magnitudes.
 """
 
 from __future__ import annotations

@@ -4,7 +4,10 @@ Results are medians over the rounds. The minimum and the spread are kept beside 
 median is far above the minimum, something else was running, and the result says so.
 """
 
+from __future__ import annotations
+
 import contextlib
+import ctypes
 import os
 import platform
 import statistics
@@ -16,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-import fused_attention
+from .. import __version__
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Timing:
 
     @property
     def disturbed(self) -> bool:
-        """Whether the machine was busy with something else for a good part of the rounds."""
-        return self.median > 1.5 * self.minimum
+        """Whether the machine was busy with something else for a good part of the rounds: then
+        the median is no measure, and a ratio of two would be one of luck."""
+        return self.minimum < 0.7 * self.median
 
 
 def summarise(seconds: list[float]) -> Timing:
@@ -95,6 +99,27 @@ def real_time_priority(priority: int = 10) -> Iterator[bool]:
             schedule(os.SCHED_OTHER, 0)
 
 
+def extra_memory(call: Callable[[], object]) -> int | None:
+    """Bytes that a call needs beyond what is there before it and the tensors that it returns: the
+    peak of the process's resident memory, which Linux forgets on request. None elsewhere."""
+
+    def resident(field: str) -> int:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or what earlier calls left would be used again
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        returned = call()
+        peak = resident("VmHWM")
+    except (OSError, AttributeError, StopIteration):
+        return None
+    tensors = returned if isinstance(returned, tuple) else (returned,)
+    kept = sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor))
+    return max(0, peak - before - kept)
+
+
 def machine() -> dict[str, object]:
     """What a result depends on, as far as it can be known."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -110,7 +135,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fused_attention": fused_attention.__version__,
+        "fused_attention": __version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

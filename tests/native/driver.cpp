@@ -1,0 +1,573 @@
+// Runs every phase of the kernel table without torch, on random shapes, strides, alignments, masks
+// and options, and compares it with plain loops in double precision. The tolerance is coarse: what
+// this is for is what the sanitizers see. `make sanitize` builds and runs it.
+//
+//   driver                       the instruction sets of this machine, one a line
+//   driver ISA CASES SEED THREADS
+//
+// THREADS > 1: threads draw tasks from a counter; the bits must be those of one thread.
+#include <stdio.h>
+
+#include <atomic>
+#include <functional>
+#include <string>
+#include <thread>
+
+#include "arrays.h"
+#include "cpu/dispatch.h"
+
+namespace driver {
+namespace {
+
+using namespace fused_attention;
+using Last = Array::Last;
+
+int threads = 1;
+std::string what;  // the case, for messages
+
+[[noreturn]] void fail(const std::string& message) {
+  printf("FAILED %s\n  %s\n", what.c_str(), message.c_str());
+  exit(1);
+}
+
+// -- running ----------------------------------------------------------------------------------
+
+template <typename Params>
+void run(const PhaseOf<Params>& phase, const Params& p, int count) {
+  const int64_t tasks = phase.num_tasks(p);
+  const size_t bytes = phase.workspace_bytes(p);
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    void* workspace = nullptr;
+    if (posix_memalign(&workspace, 64, bytes) != 0) abort();
+    memset(workspace, 0xff, bytes);
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;) phase.run(p, task, task + 1, workspace);
+    free(workspace);
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < count; ++i) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+}
+
+// Runs `phases` on so many threads, and on one if there were more: the outputs must be the same.
+void run_all(const std::vector<std::function<void(int)>>& phases,
+             const std::vector<const Array*>& outputs) {
+  for (const auto& phase : phases) phase(threads);
+  if (threads == 1) return;
+  std::vector<std::string> bits;
+  for (const Array* x : outputs) bits.emplace_back(x->memory.get(), (size_t)x->bytes);
+  for (const auto& phase : phases) phase(1);
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (memcmp(bits[i].data(), outputs[i]->memory.get(), bits[i].size()) != 0) {
+      fail("result " + std::to_string(i) + ": other bits on one thread");
+    }
+  }
+}
+
+// -- comparison -------------------------------------------------------------------------------
+
+// The expected values of an array, contiguous.
+struct Expected {
+  explicit Expected(const Array& like) : size(like.size), value((size_t)like.count(), 0.0) {}
+  template <typename... Index>
+  double& operator()(Index... index) {
+    const int64_t indices[] = {(int64_t)index...};
+    int64_t offset = 0;
+    for (size_t d = 0; d < size.size(); ++d) {
+      offset = offset * size[d] + (size[d] == 1 ? 0 : indices[d]);
+    }
+    return value[(size_t)offset];
+  }
+  Sizes size;
+  std::vector<double> value;
+};
+
+// `coarsest`: the least precise type on the way to this result.
+void compare(const char* name, const Array& got, const Expected& want, DType coarsest) {
+  const double tolerance = coarsest == DType::kFloat64   ? 1e-9
+                           : coarsest == DType::kFloat32 ? 2e-4
+                           : coarsest == DType::kFloat16 ? 2e-2
+                                                         : 1e-1;
+  double largest = 1;
+  for (const double x : want.value) largest = std::max(largest, isfinite(x) ? fabs(x) : 0.0);
+  size_t i = 0;
+  got.each([&](const char* at) {
+    const double mine = get(at, got.dtype), exact = want.value[i++];
+    if (mine == exact || fabs(mine - exact) <= tolerance * largest) return;
+    fail(std::string(name) + "[" + std::to_string(i - 1) + "] is " + std::to_string(mine) +
+         ", expected " + std::to_string(exact));
+  });
+  if (!got.gaps_are_intact()) fail(std::string(name) + ": written to between its elements");
+}
+
+DType wide(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
+DType coarser(DType a, DType b) {
+  const auto rank = [](DType d) {
+    return d == DType::kFloat64 ? 0 : d == DType::kFloat32 ? 1 : d == DType::kFloat16 ? 2 : 3;
+  };
+  return rank(a) > rank(b) ? a : b;
+}
+
+// -- dropout ----------------------------------------------------------------------------------
+
+// Philox4x32-10, one counter at a time: the 16-bit value of a column.
+uint32_t philox(uint64_t seed, uint32_t offset, int64_t head, int64_t row, int64_t column) {
+  uint32_t c[4] = {(uint32_t)(column / 8), (uint32_t)row, (uint32_t)head, offset};
+  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = (uint64_t)c[0] * 0xD2511F53u, b = (uint64_t)c[2] * 0xCD9E8D57u;
+    const uint32_t next[4] = {(uint32_t)(b >> 32) ^ c[1] ^ key0, (uint32_t)b,
+                              (uint32_t)(a >> 32) ^ c[3] ^ key1, (uint32_t)a};
+    memcpy(c, next, sizeof c);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return c[column % 8 / 2] >> (column % 2 * 16) & 0xffff;
+}
+
+template <typename Params>
+void choose_dropout(Random& random, Params& p) {
+  if (!random.chance(30)) return;
+  p.dropout_threshold = random.chance(20) ? 65536 : (uint32_t)random.range(1, 40000);
+  const uint32_t kept = 65536 - p.dropout_threshold;
+  p.dropout_scale = kept == 0 ? 0.0 : 65536.0 / kept;
+  p.philox_seed = random.bits();
+  p.philox_offset = (uint32_t)random.bits();
+}
+template <typename Params>
+double dropout_factor(const Params& p, int64_t head, int64_t row, int64_t column) {
+  if (p.dropout_threshold == 0) return 1;
+  const uint32_t value = philox(p.philox_seed, p.philox_offset, head, row, column);
+  return value >= p.dropout_threshold ? p.dropout_scale : 0;
+}
+
+// -- attention --------------------------------------------------------------------------------
+
+TensorView view(const Array& x) { return {x.data, x.stride[0], x.stride[1], x.stride[2]}; }
+ScoreView score_view(const Array& x) {
+  return {x.data, x.dtype, x.stride[0], x.stride[1], x.stride[2], x.stride[3]};
+}
+
+DType any_type(Random& random) { return (DType)random.range(0, 3); }
+
+Array contiguous(Sizes sizes, DType dtype) {
+  Array x;
+  x.size = std::move(sizes);
+  x.dtype = dtype;
+  x.width = bytes_of(dtype);
+  x.stride.resize(x.size.size());
+  int64_t step = 1;
+  for (size_t d = x.size.size(); d-- > 0; step *= x.size[d])
+    x.stride[d] = x.size[d] == 1 ? 0 : step;
+  x.bytes = x.count() * x.width;
+  x.memory.reset(new char[(size_t)x.bytes]);
+  memset(x.memory.get(), 0xff, (size_t)x.bytes);
+  x.data = x.memory.get();
+  return x;
+}
+
+void attention_case(Random& random) {
+  AttentionParams p;
+  p.dtype = any_type(random);
+  const DType type = p.dtype, accumulated = wide(type);
+  p.B = random.range(1, 2);
+  p.Hkv = random.range(1, 2);
+  p.Hq = p.Hkv * random.range(1, 3);
+  p.Sq = random.chance(5) ? 0 : random.range(1, random.chance(50) ? 20 : 110);
+  p.Sk = random.chance(5) ? 0 : random.range(1, random.chance(50) ? 20 : 210);
+  const int64_t widest = random.chance(5) ? 512 : 40;
+  p.D = random.range(1, widest);
+  p.Dv = random.chance(50) ? p.D : random.range(1, widest);
+  if (widest > 40) p.B = p.Hkv = p.Hq = 1, p.Sq = std::min<int64_t>(p.Sq, 30);
+  const int64_t B = p.B, Hq = p.Hq, Hkv = p.Hkv, Sq = p.Sq, Sk = p.Sk, D = p.D, Dv = p.Dv;
+
+  const auto tensor = [&](int64_t H, int64_t S, int64_t width) {
+    Array x(random, {B, H, S, width}, type, Last::kDense);
+    x.randomise(random);
+    return x;
+  };
+  Array q = tensor(Hq, Sq, D), k = tensor(Hkv, Sk, D), v = tensor(Hkv, Sk, Dv);
+  Array grad_out = tensor(Hq, Sq, Dv);
+  Array out(random, {B, Hq, Sq, Dv}, type, Last::kDense);
+  Array dq(random, {B, Hq, Sq, D}, type, Last::kDense);
+  Array dk(random, {B, Hkv, Sk, D}, type, Last::kDense);
+  Array dv(random, {B, Hkv, Sk, Dv}, type, Last::kDense);
+  Array lse = contiguous({B, Hq, Sq}, accumulated), delta = contiguous({B, Hq, Sq}, accumulated);
+  Array grad_lse(random, {B, Hq, Sq}, accumulated, Last::kAny);
+  grad_lse.randomise(random);
+  p.query = view(q), p.key = view(k), p.value = view(v), p.out = view(out);
+  p.grad_out = view(grad_out), p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
+  p.delta = delta.data;
+  const bool backward = random.chance(80);
+  if (backward || random.chance(50)) p.lse = lse.data;
+  const bool through_lse = backward && random.chance(50);
+  if (through_lse) {
+    p.grad_lse = grad_lse.data;
+    p.grad_lse_stride_b = grad_lse.stride[0];
+    p.grad_lse_stride_h = grad_lse.stride[1];
+    p.grad_lse_stride_s = grad_lse.stride[2];
+  }
+
+  p.scale = (double)random.range(-60, 100) / 100;
+  if (random.chance(20)) p.softcap = 2;
+  const bool causal = random.chance(40);
+  if (random.chance(50)) p.diagonal_offset = Sk - Sq;
+  if (causal) p.window_right = 0;
+  if (random.chance(30)) p.window_left = random.range(0, 60);
+  if (!causal && random.chance(30)) p.window_right = random.range(0, 60);
+
+  const auto broadcast = [&](int64_t size) { return random.chance(40) ? 1 : size; };
+  const auto score_sizes = [&] {
+    return Sizes{broadcast(B), broadcast(Hq), broadcast(Sq), broadcast(Sk)};
+  };
+  Array mask(random, score_sizes(), type, Last::kAny, true, 1);
+  mask.each([&](char* at) { *at = random.chance(70); });
+  const bool masked = random.chance(40);
+  if (masked) p.mask = score_view(mask);
+  Array bias(random, score_sizes(), any_type(random), Last::kAny, true);
+  bias.randomise(random);
+  const bool biased = random.chance(40), bias_gradient = biased && random.chance(70);
+  Array dbias = contiguous(bias.size, bias.dtype);
+  if (biased) p.bias = score_view(bias);
+  if (bias_gradient) p.dbias = score_view(dbias);
+  Array padding(random, {B, Sk}, type, Last::kAny, false, 1);
+  padding.each([&](char* at) { *at = random.chance(30); });
+  const bool padded = random.chance(30);
+  if (padded) {
+    p.key_padding_mask = (const uint8_t*)padding.data;
+    p.key_padding_stride_b = padding.stride[0];
+    p.key_padding_stride_k = padding.stride[1];
+    for (int64_t b = 0; b < B; ++b) {  // what nobody sees may hold anything
+      for (int64_t j = 0; j < Sk; ++j) {
+        if (!*padding.at(b, j)) continue;
+        for (int64_t h = 0; h < Hkv; ++h) {
+          for (int64_t d = 0; d < D; ++d) set(k.at(b, h, j, d), type, NAN);
+          for (int64_t d = 0; d < Dv; ++d) set(v.at(b, h, j, d), type, NAN);
+        }
+      }
+    }
+  }
+  Array slopes = contiguous({random.chance(50) ? B : 1, Hq}, DType::kFloat32);
+  slopes.each([&](char* at) { set(at, DType::kFloat32, (double)random.range(0, 64) / 256); });
+  const bool alibi = random.chance(20);
+  if (alibi) {
+    p.alibi_slopes = (const float*)slopes.data;
+    p.alibi_stride_b = slopes.stride[0];
+  }
+  Array sinks = contiguous({Hq}, accumulated), dsinks = contiguous({Hq}, accumulated);
+  sinks.randomise(random);
+  const bool sunk = random.chance(30);
+  if (sunk) p.sinks = sinks.data;
+  if (sunk && backward) p.dsinks = dsinks.data;
+  choose_dropout(random, p);
+
+  what += " attention B" + std::to_string(B) + " Hq" + std::to_string(Hq) + " Hkv" +
+          std::to_string(Hkv) + " Sq" + std::to_string(Sq) + " Sk" + std::to_string(Sk) + " D" +
+          std::to_string(D) + " Dv" + std::to_string(Dv) + " dtype " + std::to_string((int)type) +
+          (masked ? " mask" : "") + (biased ? " bias" : "") + (bias_gradient ? " dbias" : "") +
+          (padded ? " padding" : "") + (alibi ? " alibi" : "") + (sunk ? " sinks" : "") +
+          (p.softcap > 0 ? " softcap" : "") + (p.dropout_threshold ? " dropout" : "") + " window " +
+          std::to_string(p.window_left) + " " + std::to_string(p.window_right);
+
+  // The definition, row by row.
+  Expected out_(out), lse_(lse), dq_(dq), dk_(dk), dv_(dv), dbias_(dbias), dsinks_(dsinks);
+  std::vector<double> logit((size_t)Sk), slope_of_cap((size_t)Sk), dp((size_t)Sk);
+  for (int64_t row = 0; row < B * Hq * Sq; ++row) {
+    const int64_t b = row / Sq / Hq, h = row / Sq % Hq, i = row % Sq, g = h / (Hq / Hkv);
+    const double sink = sunk ? sinks(h) : -INFINITY;
+    double top = sink;
+    for (int64_t j = 0; j < Sk; ++j) {
+      const int64_t ahead = j - i - p.diagonal_offset;
+      const bool seen = (p.window_left < 0 || ahead >= -p.window_left) &&
+                        (p.window_right < 0 || ahead <= p.window_right) &&
+                        !(masked && !*mask.at(b, h, i, j)) && !(padded && *padding.at(b, j));
+      double s = -INFINITY;
+      if (seen) {
+        s = 0;
+        for (int64_t d = 0; d < D; ++d) s += q(b, h, i, d) * k(b, g, j, d);
+        s *= p.scale;
+        const double t = p.softcap > 0 ? tanh(s / p.softcap) : 0;
+        slope_of_cap[(size_t)j] = 1 - t * t;
+        if (p.softcap > 0) s = p.softcap * t;
+        if (biased) s += bias(b, h, i, j);
+        if (alibi) s -= slopes(b, h) * (double)llabs(ahead);
+      }
+      logit[(size_t)j] = s;
+      top = std::max(top, s);
+    }
+    if (top == -INFINITY) {
+      lse_(b, h, i) = -INFINITY;
+      continue;
+    }
+    double sum = sunk ? exp(sink - top) : 0;
+    for (const double s : logit) sum += exp(s - top);
+    lse_(b, h, i) = top + log(sum);
+    // delta = sum p dp - dlse, then ds = p (dp - delta)
+    double delta_ = through_lse ? -grad_lse(b, h, i) : 0;
+    for (int64_t j = 0; j < Sk; ++j) {
+      const double weight = exp(logit[(size_t)j] - lse_(b, h, i));
+      if (logit[(size_t)j] == -INFINITY) continue;
+      const double kept = dropout_factor(p, b * Hq + h, i, j);
+      dp[(size_t)j] = 0;
+      for (int64_t d = 0; d < Dv; ++d) {
+        out_(b, h, i, d) += weight * kept * v(b, g, j, d);
+        dp[(size_t)j] += kept * grad_out(b, h, i, d) * v(b, g, j, d);
+        dv_(b, g, j, d) += weight * kept * grad_out(b, h, i, d);
+      }
+      delta_ += weight * dp[(size_t)j];
+    }
+    for (int64_t j = 0; j < Sk; ++j) {
+      if (logit[(size_t)j] == -INFINITY) continue;
+      double ds = exp(logit[(size_t)j] - lse_(b, h, i)) * (dp[(size_t)j] - delta_);
+      if (bias_gradient) dbias_(b, h, i, j) += ds;
+      ds *= p.scale * slope_of_cap[(size_t)j];
+      for (int64_t d = 0; d < D; ++d) {
+        dq_(b, h, i, d) += ds * k(b, g, j, d);
+        dk_(b, g, j, d) += ds * q(b, h, i, d);
+      }
+    }
+    if (sunk) dsinks_(h) -= exp(sink - lse_(b, h, i)) * delta_;
+  }
+
+  const KernelTable& kernels = kernel_table();
+  const auto bound = [&](const Phase& phase) {
+    return [&phase, &p](int count) { run(phase, p, count); };
+  };
+  run_all({bound(kernels.attention_forward)}, {&out, &lse});
+  compare("out", out, out_, type);
+  if (p.lse != nullptr) compare("lse", lse, lse_, accumulated);
+  if (!backward) return;
+  run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_backward_sinks),
+           bound(kernels.attention_backward_keys), bound(kernels.attention_backward_queries)},
+          {&delta, &dq, &dk, &dv, &dbias, &dsinks});
+  compare("dq", dq, dq_, type);
+  compare("dk", dk, dk_, type);
+  compare("dv", dv, dv_, type);
+  // The operator sets dbias to zero where there is no score: no task may own it.
+  if (bias_gradient && Sq * Sk > 0) compare("dbias", dbias, dbias_, coarser(type, bias.dtype));
+  if (sunk) compare("dsinks", dsinks, dsinks_, type);
+}
+
+void dropout_case(Random& random) {
+  AttentionParams p;
+  p.B = random.range(0, 2), p.Hq = random.range(1, 3);
+  p.Sq = random.range(0, 60), p.Sk = random.range(0, 210);
+  while (p.dropout_threshold == 0) choose_dropout(random, p);
+  Array keep(random, {p.B * p.Hq * p.Sq * p.Sk}, DType::kFloat32, Last::kDense, false, 1);
+  p.dropout_keep = (uint8_t*)keep.data;
+  what += " dropout_keep_mask";
+  const Phase& phase = kernel_table().dropout_keep_mask;
+  run_all({[&](int count) { run(phase, p, count); }}, {&keep});
+  for (int64_t n = 0; n < keep.count(); ++n) {
+    const int64_t row = n / p.Sk;
+    const double factor = dropout_factor(p, row / p.Sq, row % p.Sq, n % p.Sk);
+    if (p.dropout_keep[n] != (factor > 0)) fail("keep[" + std::to_string(n) + "]");
+  }
+}
+
+// -- masked softmax ---------------------------------------------------------------------------
+
+void set_strides(SoftmaxParams& p, SoftmaxParams::Operand operand, const Array& x) {
+  for (int d = 0; d < p.dims; ++d)
+    p.stride[operand][d] = x.size[(size_t)d] == 1 ? 0 : x.stride[(size_t)d];
+}
+
+void softmax_case(Random& random) {
+  SoftmaxParams p;
+  const DType type = p.dtype = any_type(random), accumulated = wide(type);
+  const int64_t G = random.range(1, 3), H = random.range(1, 3), M = random.range(1, 12);
+  const int64_t N = random.chance(10) ? random.range(30000, 70000) : random.range(1, 300);
+  const int64_t rows = N > 300 ? 1 : G * H * M;
+  const Sizes lead = N > 300 ? Sizes{1, 1, 1} : Sizes{G, H, M};
+  p.columns = N, p.heads = lead[1], p.queries = lead[2], p.dims = 3;
+  const Sizes sizes{lead[0], lead[1], lead[2], N};
+  for (int d = 0; d < 3; ++d) p.size[d] = lead[(size_t)d];
+  p.stride[SoftmaxParams::kNumber][2] = 1;
+  p.stride[SoftmaxParams::kNumber][1] = lead[2];
+  p.stride[SoftmaxParams::kNumber][0] = lead[2] * lead[1];
+
+  Array x(random, sizes, type, Last::kDense), y(random, sizes, type, Last::kDense);
+  Array grad(random, sizes, type, Last::kDense), dx(random, sizes, type, Last::kDense);
+  x.randomise(random), grad.randomise(random);
+  Array weights = contiguous({rows, N}, type), sink_weight = contiguous({rows}, accumulated);
+  set_strides(p, SoftmaxParams::kInput, x);
+  set_strides(p, SoftmaxParams::kOutput, y);
+  p.input = x.data, p.output = y.data;
+  p.weights = weights.data, p.sink_weight = sink_weight.data;
+  p.scale = (double)random.range(-60, 100) / 100;
+  p.causal = random.chance(40);
+  if (p.causal && random.chance(50)) p.diagonal_offset = N - p.queries;
+  const auto score_sizes = [&] {
+    Sizes chosen = sizes;
+    for (int64_t& size : chosen) size = random.chance(40) ? 1 : size;
+    return chosen;
+  };
+  Array mask(random, score_sizes(), type, Last::kAny, true, 1);
+  mask.each([&](char* at) { *at = random.chance(70); });
+  const bool masked = random.chance(50), biased = random.chance(50), sunk = random.chance(40);
+  if (masked) {
+    set_strides(p, SoftmaxParams::kMask, mask);
+    p.mask = (const uint8_t*)mask.data;
+    p.mask_stride_k = mask.stride[3];
+  }
+  Array bias(random, score_sizes(), any_type(random), Last::kAny, true);
+  bias.randomise(random);
+  if (biased) {
+    set_strides(p, SoftmaxParams::kBias, bias);
+    p.bias = bias.data;
+    p.bias_dtype = bias.dtype;
+    p.bias_stride_k = bias.stride[3];
+  }
+  Array sinks = contiguous({p.heads}, accumulated), dsinks = contiguous({p.heads}, accumulated);
+  sinks.randomise(random);
+  if (sunk) p.sinks = sinks.data;
+  choose_dropout(random, p);
+  p.groups = rows;
+  p.groups_per_task = random.range(1, rows);
+  what += " masked_softmax [" + std::to_string(lead[0]) + ", " + std::to_string(lead[1]) + ", " +
+          std::to_string(lead[2]) + ", " + std::to_string(N) + "] dtype " +
+          std::to_string((int)type) + (masked ? " mask" : "") + (biased ? " bias" : "") +
+          (sunk ? " sinks" : "") + (p.causal ? " causal" : "") +
+          (p.dropout_threshold ? " dropout" : "");
+
+  // The definition, row by row.
+  Array dbias = contiguous(bias.size, bias.dtype);
+  Expected y_(y), weights_(weights), dx_(dx), dbias_(dbias), dsinks_(dsinks);
+  std::vector<double> logit((size_t)N);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t m = row % p.queries, h = row / p.queries % p.heads, g = row / p.queries / p.heads;
+    double top = sunk ? sinks(h) : -INFINITY, sum = 0, delta = 0;
+    for (int64_t j = 0; j < N; ++j) {
+      const bool seen =
+          !(p.causal && j > m + p.diagonal_offset) && !(masked && !*mask.at(g, h, m, j));
+      logit[(size_t)j] =
+          seen ? p.scale * x(g, h, m, j) + (biased ? bias(g, h, m, j) : 0) : -INFINITY;
+      top = std::max(top, logit[(size_t)j]);
+    }
+    if (top == -INFINITY) continue;
+    for (const double s : logit) sum += exp(s - top);
+    if (sunk) sum += exp(sinks(h) - top);
+    for (int64_t j = 0; j < N; ++j) {
+      const double kept = dropout_factor(p, row / p.queries, m, j);
+      const double weight = exp(logit[(size_t)j] - top) / sum;
+      weights_(row, j) = weight;
+      y_(g, h, m, j) = weight * kept;
+      delta += weight * kept * grad(g, h, m, j);
+    }
+    for (int64_t j = 0; j < N; ++j) {
+      const double kept = dropout_factor(p, row / p.queries, m, j);
+      const double ds = weights_(row, j) * (kept * grad(g, h, m, j) - delta);
+      dx_(g, h, m, j) = p.scale * ds;
+      if (biased) dbias_(g, h, m, j) += ds;
+    }
+    if (sunk) dsinks_(h) -= exp(sinks(h) - top) / sum * delta;
+  }
+
+  const KernelTable& kernels = kernel_table();
+  const auto bound = [&](const SoftmaxPhase& phase) {
+    return [&phase, &p](int count) { run(phase, p, count); };
+  };
+  run_all({bound(kernels.masked_softmax_forward)}, {&y, &weights, &sink_weight});
+  compare("out", y, y_, type);
+  compare("weights", weights, weights_, type);
+
+  // Backward, from the weights. Rows are visited so that those with the same dbias are neighbours.
+  p.input = weights.data, p.output = dx.data, p.grad_out = grad.data;
+  set_strides(p, SoftmaxParams::kGradOut, grad);
+  set_strides(p, SoftmaxParams::kOutput, dx);
+  for (int d = 0; d < 3; ++d) {
+    p.stride[SoftmaxParams::kInput][d] = N * p.stride[SoftmaxParams::kNumber][d];
+  }
+  std::unique_ptr<char[]> partial;
+  if (biased) {
+    const SoftmaxParams given = p;
+    p.groups = p.group_rows = 1;
+    int to = 0;
+    for (const bool kept : {true, false}) {
+      for (int d = 0; d < 3; ++d) {
+        if ((bias.size[(size_t)d] != 1) != kept) continue;
+        (kept ? p.groups : p.group_rows) *= given.size[d];
+        p.size[to] = given.size[d];
+        for (int o = 0; o < SoftmaxParams::kOperands; ++o) p.stride[o][to] = given.stride[o][d];
+        ++to;
+      }
+    }
+    p.bias_width = bias.size[3];
+    p.dbias = dbias.data;
+    p.groups_per_task = random.range(1, p.groups);
+    p.chunks = random.chance(50) ? random.range(1, p.group_rows) : 1;
+    if (p.chunks > 1) {
+      const int64_t bytes = p.groups * p.chunks * p.bias_width * bytes_of(accumulated);
+      partial.reset(new char[(size_t)bytes]);
+      p.partial = partial.get();
+    }
+  }
+  Array sink_terms = contiguous({rows}, accumulated);
+  if (sunk) p.dsinks = dsinks.data, p.sink_terms = sink_terms.data;
+  std::vector<std::function<void(int)>> phases{bound(kernels.masked_softmax_backward)};
+  if (p.chunks > 1) phases.push_back(bound(kernels.masked_softmax_backward_bias));
+  if (sunk) phases.push_back(bound(kernels.masked_softmax_backward_sinks));
+  run_all(phases, {&dx, &dbias, &dsinks});
+  compare("dx", dx, dx_, type);
+  if (biased) compare("dbias", dbias, dbias_, coarser(type, bias.dtype));
+  if (sunk) compare("dsinks", dsinks, dsinks_, type);
+}
+
+// -- elementary functions ---------------------------------------------------------------------
+
+void math_case(Random& random) {
+  what += " apply_math";
+  const bool is_double = random.chance(50);
+  const DType dtype = is_double ? DType::kFloat64 : DType::kFloat32;
+  Array in(random, {random.range(0, 40)}, dtype, Last::kDense);
+  Array out(random, in.size, dtype, Last::kDense);
+  in.each([&](char* at) { set(at, dtype, 20 * random.value()); });
+  for (const bool exp2 : {true, false}) {
+    const MathFunction function = exp2 ? MathFunction::kExp2 : MathFunction::kTanh;
+    kernel_table().apply_math(function, dtype, in.data, out.data, in.count());
+    Expected want(out);
+    for (int64_t i = 0; i < in.count(); ++i) want(i) = exp2 ? ::exp2(in(i)) : tanh(in(i));
+    compare("apply_math", out, want, dtype);
+  }
+}
+
+}  // namespace
+}  // namespace driver
+
+int main(int argc, char** argv) {
+  using namespace driver;
+  if (argc != 5) {
+    const char* names[fused_attention::kMaxIsas];
+    bool usable[fused_attention::kMaxIsas];
+    const int count = fused_attention::list_isas(names, usable);
+    for (int i = 0; i < count; ++i) {
+      if (usable[i]) puts(names[i]);
+    }
+    return argc != 1;
+  }
+  const int64_t cases = atoll(argv[2]), seed = atoll(argv[3]);
+  threads = atoi(argv[4]);
+  if (!fused_attention::set_isa(argv[1])) {
+    printf("no %s on this machine\n", argv[1]);
+    return 1;
+  }
+  for (int64_t number = 0; number < cases; ++number) {
+    Random random((uint64_t)(seed + number));
+    what = "seed " + std::to_string(seed + number);
+    switch ((seed + number) % 8) {
+      case 0:
+        dropout_case(random);
+        math_case(random);
+        break;
+      case 1:
+      case 2:
+      case 3:
+        softmax_case(random);
+        break;
+      default:
+        attention_case(random);
+    }
+  }
+  printf("%s: %lld cases\n", argv[1], (long long)cases);
+}

@@ -1,0 +1,125 @@
+"""`make sanitize`: the kernels, without torch, under sanitizers and on an emulated 64-bit Arm CPU.
+
+The driver (driver.cpp) is compiled with the kernels of every instruction set, with the flags of
+setup.py, and run for each of them that this machine has: under AddressSanitizer and UBSan on one
+thread, under ThreadSanitizer on several, and, where Debian's g++-aarch64-linux-gnu and qemu-user
+are installed, cross-compiled under UBSan. Ends with the number of cases; exit code 1 on a failure.
+"""
+
+import argparse
+import os
+import platform
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")  # changes to ROOT
+NATIVE = Path("tests/native")
+BUILD = Path("build/sanitize")
+UNDEFINED = "-fsanitize=undefined,float-cast-overflow"
+ARM_PACKAGES = "Debian's packages g++-aarch64-linux-gnu and qemu-user"
+
+
+@dataclass(frozen=True)
+class Build:
+    """One driver: how it is compiled, and how it is run."""
+
+    name: str
+    flags: str
+    threads: int
+    compiler: list[str] = field(default_factory=lambda: SETUP["compiler"]())
+    runner: tuple[str, ...] = ()
+    isas: tuple = tuple(SETUP["COMPILED_ISAS"])
+
+    @property
+    def driver(self) -> Path:
+        return BUILD / self.name / "driver"
+
+    def compile(self) -> None:
+        """Every source at once, each with its own flags; nothing if no file has changed since."""
+        inputs = [Path("setup.py"), *Path("csrc").rglob("*.*"), *NATIVE.iterdir()]
+        newest = max(path.stat().st_mtime for path in inputs)
+        if self.driver.exists() and self.driver.stat().st_mtime > newest:
+            return
+        print(f"{self.name}: compiling", flush=True)
+        self.driver.parent.mkdir(parents=True, exist_ok=True)
+        defines = [f"-DFUSED_ATTENTION_ISA_{isa.name.upper()}" for isa in self.isas]
+        common = ["-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer", "-Wall", "-Wextra"]
+        common += ["-Icsrc", "-pthread", *self.flags.split(), *defines]
+        sources = {NATIVE / "driver.cpp": "", Path("csrc/cpu/dispatch.cpp"): ""}
+        sources |= {Path(f"csrc/cpu/isa_{isa.name}.cpp"): isa.flags for isa in self.isas}
+        objects = [self.driver.parent / source.with_suffix(".o").name for source in sources]
+
+        def compile_one(source: Path, own_flags: str, target: Path) -> None:
+            command = [*self.compiler, *common, *own_flags.split()]
+            subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            list(pool.map(compile_one, sources, sources.values(), objects))
+        command = [*self.compiler, *common, *map(str, objects), "-o", str(self.driver)]
+        subprocess.run(command, check=True)
+
+    def run(self, *arguments: str) -> str:
+        environment = {
+            # GCC before 14 misaligns 64-byte vectors otherwise (PR 110027).
+            "ASAN_OPTIONS": "detect_stack_use_after_return=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+            "TSAN_OPTIONS": "halt_on_error=1",
+        }
+        command = [*self.runner, str(self.driver), *arguments]
+        result = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE)
+        output = result.stdout.decode()
+        if result.returncode != 0:
+            print(output)
+            sys.exit(f"exit status {result.returncode} from: {shlex.join(command)}")
+        return output
+
+
+def builds() -> list[Build]:
+    # ThreadSanitizer wants its addresses where address randomisation may put others.
+    fixed = ("setarch", platform.machine(), "-R") if shutil.which("setarch") else ()
+    found = [
+        Build("address", f"-fsanitize=address {UNDEFINED} -fno-sanitize-recover=all", threads=1),
+        Build("thread", "-fsanitize=thread", threads=3, runner=fixed),
+    ]
+    arm, qemu = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if arm and qemu:
+        baseline = tuple(isa for isa in SETUP["ISAS"] if not isa.machines)
+        runner = (qemu, "-L", "/usr/aarch64-linux-gnu")
+        flags = f"{UNDEFINED} -fno-sanitize-recover=all"
+        found.append(Build("arm64", flags, 1, [arm], runner, baseline))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=2000, help="of each instruction set")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", help="one of address, thread, arm64")
+    options = parser.parse_args()
+    summary = []
+    for build in (build for build in builds() if options.only in (None, build.name)):
+        build.compile()
+        usable = build.run().split()
+        for isa in (isa.name for isa in build.isas):
+            if isa not in usable:
+                summary.append(f"{build.name:8} {isa:9} skipped: not on this machine")
+                continue
+            print(f"{build.name}: {isa}", flush=True)
+            # ThreadSanitizer is the slowest, and Arm is emulated.
+            cases = options.cases if build.name == "address" else options.cases // 2
+            build.run(isa, str(cases), str(options.seed), str(build.threads))
+            summary.append(f"{build.name:8} {isa:9} {cases} cases")
+    if not any(build.name == "arm64" for build in builds()):
+        summary.append(f"{'arm64':8} {'baseline':9} skipped: {ARM_PACKAGES} are not installed")
+    print("\n".join(summary))
+
+
+if __name__ == "__main__":
+    main()
