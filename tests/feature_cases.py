@@ -15,7 +15,6 @@ _VARIANTS = {
         for shape in ("BHQK", "1HQK", "11QK", "B1QK", "BH1K", "111K", "BHQ1", "1111")
     },
     "mask and bias": {"mask": "B1QK", "bias": "1HQK"},
-    "bias of another dtype": {"bias": "11QK", "bias_dtype": torch.float32, "dtype": torch.float32},
     "key padding": {"key_padding": True},
     "causal top_left": {"causal": "top_left"},
     "causal bottom_right": {"causal": "bottom_right"},

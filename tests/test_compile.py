@@ -211,7 +211,7 @@ def test_compiled_dropout_is_that_of_eager_mode(dynamic):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
 def test_two_calls_in_one_graph_draw_two_masks(backend):
-    """The second backend removes common subexpressions, as Inductor does, where gradients are on."""
+    """The second backend removes common subexpressions in training, as Inductor does."""
     x, y = randn(1, 2, 16, 4), randn(1, 2, 16, 4)
     assert_as_eager(two_draws, compiled(two_draws, backend), x, y, seed=3)
     first, second = two_draws(x, y)
