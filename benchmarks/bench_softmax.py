@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fused_attention as fa
-from fused_attention import ops
+from fused_attention import _native, ops
 from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
 from fused_attention.testing import num_threads
 
@@ -90,6 +90,7 @@ def main() -> None:
     result = {
         "real_time": real_time,
         "threads": options.threads,
+        "isa": _native.active_isa(),
         "machine": machine(),
         "cases": cases,
     }

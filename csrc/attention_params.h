@@ -84,6 +84,8 @@ struct SoftmaxParams {
   void* output = nullptr;       // backward: the gradient of the input
   const uint8_t* mask = nullptr;
   const void* bias = nullptr;
+  // Null, or called with the part of a contiguous output that a task is about to write.
+  void (*map_pages)(void* memory, int64_t bytes) = nullptr;
   int64_t mask_stride_k = 0, bias_stride_k = 0;
   DType bias_dtype = DType::kFloat32;
   const void* sinks = nullptr;  // [heads] contiguous, float (double for float64)

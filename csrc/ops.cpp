@@ -60,13 +60,24 @@ class Workspace {
   size_t size_ = 0;
 };
 
+// Tasks [next, end), drawn by whoever comes.
+struct alignas(64) Share {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+constexpr int64_t kMaxShares = 16;
+
+// The tasks of share `first`, then what others left of theirs.
 template <typename Params>
-void run_tasks(const PhaseOf<Params>& phase, const Params& params, std::atomic<int64_t>& next,
-               int64_t tasks) {
+void run_tasks(const PhaseOf<Params>& phase, const Params& params, Share* shares, int64_t count,
+               int64_t first) {
   static thread_local Workspace workspace;
   void* memory = workspace.at_least(phase.workspace_bytes(params));
-  for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-    phase.run(params, task, task + 1, memory);
+  for (int64_t i = 0; i < count; ++i) {
+    Share& share = shares[(first + i) % count];
+    for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+      phase.run(params, task, task + 1, memory);
+    }
   }
   workspace.trim();
 }
@@ -88,15 +99,25 @@ const int fork_handler =
     pthread_atfork([] { had_several_threads = has_several_threads(); }, nullptr,
                    [] { forked_from_threads |= had_several_threads; });
 
-// Tasks are drawn from a counter, so that threads that got short ones take more of them.
+// Tasks are drawn from counters, so that threads that got short ones take more of them. With one
+// share, threads work on neighbouring tasks, which read the same keys; with a share for each thread
+// (own_shares), a thread stays in one part of the memory, where no other one takes page faults.
 template <typename Params>
-void run(const PhaseOf<Params>& phase, const Params& params) {
+void run(const PhaseOf<Params>& phase, const Params& params, bool own_shares = false) {
   const int64_t tasks = phase.num_tasks(params);
-  std::atomic<int64_t> next{0};
-  if (tasks <= 1 || forked_from_threads) return run_tasks(phase, params, next, tasks);
-  const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1,
-                              [&](int64_t, int64_t) { run_tasks(phase, params, next, tasks); });
+  Share shares[kMaxShares];
+  shares[0].end = tasks;
+  if (tasks <= 1 || forked_from_threads) return run_tasks(phase, params, shares, 1, 0);
+  int64_t threads = torch::stable::get_num_threads();
+  threads = threads < tasks ? threads : tasks;
+  const int64_t count = !own_shares ? 1 : threads < kMaxShares ? threads : kMaxShares;
+  for (int64_t i = 0; i < count; ++i) {
+    shares[i].next = tasks * i / count;
+    shares[i].end = tasks * (i + 1) / count;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    run_tasks(phase, params, shares, count, thread % count);
+  });
 }
 
 // -- tensors --------------------------------------------------------------------------------------
@@ -162,18 +183,6 @@ Tensor empty_like_layout(const Shape& model, int64_t S, int64_t D, ScalarType dt
   const int64_t row = at_least_1(D), token = row * at_least_1(H), batch = token * at_least_1(S);
   const int64_t strides[4] = {batch, row, token, 1};
   return empty_strided({B, H, S, D}, strides, dtype);
-}
-
-// For a result as large as what it is computed from: asks for large pages under it. The first touch
-// of a small page takes longer than computing what is in it.
-void prefer_large_pages([[maybe_unused]] const void* memory, [[maybe_unused]] int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kLargePage = 2 << 20;
-  const uintptr_t data = (uintptr_t)memory;
-  const uintptr_t begin = (data + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t end = (data + (uintptr_t)bytes) / kLargePage * kLargePage;
-  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // An input as given and as kernels read it: in place if its last stride is 1, else copied.
@@ -470,8 +479,17 @@ ScalarType accumulation_dtype(const SoftmaxParams& p) {
   return p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-int64_t element_bytes(const SoftmaxParams& p) {
-  return p.dtype == DType::kFloat64 ? 8 : p.dtype == DType::kFloat32 ? 4 : 2;
+// The first write to each page of new memory costs more than computing what is in it: most of it is
+// the trap, so the kernel is asked for many pages at once. No matter if it cannot (before
+// Linux 5.14).
+void map_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef __linux__
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which old headers lack
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = ((uintptr_t)memory + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (uintptr_t)memory + (uintptr_t)bytes;
+  if (begin < end) madvise((void*)begin, end - begin, kPopulateWrite);
+#endif
 }
 
 // The rows of a tensor whose last stride is 1, numbered and visited in its order, in tasks of about
@@ -527,6 +545,15 @@ int64_t describe_operand(SoftmaxParams& p, SoftmaxParams::Operand operand, const
   return last_stride;
 }
 
+// Where the result goes: a new contiguous tensor, visited in its order if `in_order`. Small ones
+// lie in memory that malloc has had before.
+void describe_output(SoftmaxParams& p, const Tensor& out, Sizes sizes, bool in_order) {
+  constexpr int64_t kNewMemory = 1 << 20;  // elements
+  describe_operand(p, SoftmaxParams::kOutput, out, "out", sizes, false);
+  p.output = out.data_ptr();
+  if (in_order && out.numel() >= kNewMemory) p.map_pages = map_pages;
+}
+
 // In place if its last stride is 1, else copied.
 Tensor dense_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
@@ -579,9 +606,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_forward(
   SoftmaxParams p = describe_softmax(dense, scale, causal, mask, bias, sinks, philox, dropout_p);
   const auto sizes = input.sizes();
   Tensor out = empty(sizes, input.scalar_type());
-  describe_operand(p, SoftmaxParams::kOutput, out, "out", sizes, false);
-  p.output = out.data_ptr();
-  prefer_large_pages(p.output, out.numel() * element_bytes(p));
+  describe_output(p, out, sizes, true);
   const bool save_weights = save && dropout_p > 0, save_sinks = save && sinks.has_value();
   Tensor weights =
       save_weights ? empty(sizes, input.scalar_type()) : empty({0}, input.scalar_type());
@@ -589,7 +614,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_forward(
       empty(save_sinks ? Sizes(sizes.data(), sizes.size() - 1) : Sizes({0}), accumulation_dtype(p));
   if (save_weights) p.weights = weights.data_ptr();
   if (save_sinks) p.sink_weight = sink_weight.data_ptr();
-  run(kernel_table().masked_softmax_forward, p);
+  run(kernel_table().masked_softmax_forward, p, true);
   return {out, weights, sink_weight};
 }
 
@@ -605,7 +630,7 @@ void masked_softmax_(const Tensor& input, double scale, int64_t causal, const Op
   SoftmaxParams p = describe_softmax(dense, scale, causal, mask, bias, sinks, philox, dropout_p);
   describe_operand(p, SoftmaxParams::kOutput, dense, "input", sizes, false);
   p.output = dense.data_ptr();
-  run(kernel_table().masked_softmax_forward, p);
+  run(kernel_table().masked_softmax_forward, p, true);
   if (dense.data_ptr() != input.data_ptr()) {
     Tensor target = input;
     torch::stable::copy_(target, dense);
@@ -658,11 +683,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_backward(
   Tensor dx = empty(sizes, weights.scalar_type());
   describe_operand(p, SoftmaxParams::kInput, dense_weights, "weights", sizes, false);
   describe_operand(p, SoftmaxParams::kGradOut, dense_grad, "grad_out", sizes, false);
-  describe_operand(p, SoftmaxParams::kOutput, dx, "dx", sizes, false);
+  describe_output(p, dx, sizes, !bias_grad);
   p.input = dense_weights.data_ptr();
   p.grad_out = dense_grad.data_ptr();
-  p.output = dx.data_ptr();
-  prefer_large_pages(p.output, dx.numel() * element_bytes(p));
   const int64_t rows = p.groups;
 
   Tensor dbias = empty({0}, weights.scalar_type()), partial = dbias;
@@ -693,7 +716,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_backward(
     return {dx, dbias, dsinks};
   }
   const KernelTable& kernels = kernel_table();
-  run(kernels.masked_softmax_backward, p);
+  run(kernels.masked_softmax_backward, p, true);
   if (p.chunks > 1) run(kernels.masked_softmax_backward_bias, p);
   if (sinks_grad) run(kernels.masked_softmax_backward_sinks, p);
   return {dx, dbias, dsinks};

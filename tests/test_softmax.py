@@ -10,7 +10,7 @@ from torch.autograd import forward_ad, gradcheck
 
 import fused_attention as fa
 from fused_attention import _native, ops, reference, testing
-from fused_attention.softmax import logger
+from fused_attention.softmax import MaskedSoftmaxFunction, logger
 
 DTYPES = testing.DTYPES
 PHILOX = torch.tensor([0x123456789ABCDEF, 5])
@@ -35,9 +35,9 @@ def naive(input, mask, bias, sinks, grad, options):
     seen = torch.ones(input.shape, dtype=torch.bool) if mask is None else mask.expand(input.shape)
     if options.get("causal"):
         M, N = ((1,) + tuple(input.shape))[-2:]
-        seen = (
-            seen & torch.ones(M, N).tril(N - M if options["causal"] == "bottom_right" else 0).bool()
-        )
+        off = N - M if options["causal"] == "bottom_right" else 0
+        triangle = torch.ones(M, N, dtype=torch.bool).tril(off)
+        seen = seen & (triangle if input.dim() > 1 else triangle[0])
     s = input.to(wide) * options.get("scale", 1.0)
     s = s if bias is None else s + bias.to(wide)
     columns = [torch.where(seen, s, -math.inf)]
@@ -76,8 +76,6 @@ def check(input, mask=None, bias=None, sinks=None, grad=None, **options):
             causal = {False: 0, "top_left": 1, "bottom_right": 2}[call["causal"]]
             philox = PHILOX if seed else None
             rest = (mask, b, s, philox, options.get("dropout_p", 0.0))
-            from fused_attention.softmax import MaskedSoftmaxFunction
-
             return MaskedSoftmaxFunction.apply(x, call["scale"], causal, True, *rest)[0]
         return fa.masked_softmax(x, mask if b is None else b, sinks=s, **options, **seed)
 

@@ -61,6 +61,12 @@ FA_INLINE int64_t softmax_tasks(const SoftmaxParams& p) {
   return p.chunks == 1 ? ceil_div(p.groups, p.groups_per_task) : p.groups * p.chunks;
 }
 
+FA_INLINE void map_output(const SoftmaxParams& p, Range rows) {
+  if (p.map_pages == nullptr) return;
+  const int64_t row_bytes = p.columns * element_size(p.dtype);
+  p.map_pages((char*)p.output + rows.begin * row_bytes, (rows.end - rows.begin) * row_bytes);
+}
+
 // Elements [j, j + kWord) of a row of `count`: in place, or from its end a copy padded with zeros.
 template <typename Element>
 FA_INLINE const Element* whole_word(const Element* row, int64_t j, int64_t count, Element* staged) {
@@ -248,9 +254,10 @@ struct MaskedSoftmax {
     scratch.place(p, workspace);
     for (int64_t task = begin; task < end; ++task) {
       const Range range = softmax_task(p, task);
+      map_output(p, range);
       SoftmaxRows row(p, range.begin);
       for (int64_t i = range.begin; i < range.end; ++i, row.next()) {
-        forward(p, row, i + 1 < range.end, scratch);
+        forward(p, row, scratch);
       }
     }
   }
@@ -278,8 +285,7 @@ struct MaskedSoftmax {
     return block;
   }
 
-  static void forward(const SoftmaxParams& p, const SoftmaxRows& row, bool more_rows,
-                      const Scratch& t) {
+  static void forward(const SoftmaxParams& p, const SoftmaxRows& row, const Scratch& t) {
     int64_t columns = row.visible_columns();
     const uint64_t *visible = nullptr, *keep = nullptr;
     if (p.mask != nullptr && columns > 0) {
@@ -298,8 +304,7 @@ struct MaskedSoftmax {
     }
 
     const bool in_cache = columns <= kSoftmaxRow;
-    const int64_t next_row =
-        more_rows && p.dims > 0 ? p.stride[SoftmaxParams::kInput][p.dims - 1] : 0;
+    const int64_t next_row = p.dims > 0 ? p.stride[SoftmaxParams::kInput][p.dims - 1] : 0;
     double top = -__builtin_inf();
     for (int64_t j = 0, b = 0; j < columns; j += kSoftmaxBlock, ++b) {
       const int64_t count = min_of(columns - j, kSoftmaxBlock);
@@ -447,6 +452,7 @@ struct MaskedSoftmaxBackward {
     scratch.place(p, workspace);
     for (int64_t task = begin; task < end; ++task) {
       const Range range = softmax_task(p, task);
+      map_output(p, range);
       SoftmaxRows row(p, range.begin);
       double total = 0;  // of ds, where the bias is broadcast along the columns
       for (int64_t i = range.begin; i < range.end; ++i, row.next()) {
