@@ -149,6 +149,27 @@ def test_large_scores_do_not_overflow(isa):
     torch.testing.assert_close(out, exact.float(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_the_lowest_number_as_a_bias_is_a_number(isa, dtype):
+    """Many models hide keys with it: a row of nothing else is an average of all, as in softmax."""
+    inputs = testing.make_inputs(Case(dtype=dtype, Sq=50, Sk=99, bias="11QK"))
+    bias = inputs.tensors["bias"]
+    bias[..., 40:] = torch.finfo(dtype).min
+    bias[..., 7, :] = torch.finfo(dtype).min
+    got = testing.run(inputs, backend="cpu")
+    if dtype != torch.float16:  # -65504 is not so low that nothing is left of a score beside it
+        average = inputs.tensors["value"].double().mean(2)
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            got["out"][:, :, 7].double(), average, atol=tolerance, rtol=tolerance
+        )
+    tolerance = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        got["out"].double(), testing.exact(inputs)["out"], atol=tolerance, rtol=tolerance
+    )
+    assert all(x.isfinite().all() for name, x in got.items() if name != "lse")
+
+
 # -- Sizes -------------------------------------------------------------------------------
 
 

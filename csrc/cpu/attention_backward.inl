@@ -2,7 +2,7 @@
 // ever holding more than kBlockM x kBlockN scores and without a float that two threads add to:
 //
 //   delta = rowsum(do * o) - dlse          phase 1, a row of queries
-//   p  = exp2(s * scale_log2 - lse)        recomputed in each of the next two
+//   p  = exp(s * scale - lse)              recomputed in each of the next two
 //   dp = do v^T
 //   ds = p * (dp - delta)
 //   dv = p^T do,  dk = scale ds^T q        phase 2, a block of keys against the queries seeing it
@@ -16,7 +16,7 @@
 template <typename T>
 struct BackwardTile {
   T *q, *q_t, *grad_out, *grad_out_t;  // [kBlockM][D or Dv] and transposed
-  T *lse, *lse_low, *delta;            // [kBlockM]; lse in units of log2 e, its rounding error
+  T *lse, *delta;                      // [kBlockM]
   T *p, *ds;                           // weights and score gradients [kBlockN][kBlockM]
   T* softcap_slope;                    // [kBlockN][kBlockM]
   T *bias, *bias_t;                    // [kBlockM][kBlockN] and transposed
@@ -35,7 +35,6 @@ struct BackwardTile {
     grad_out = arena.take<T>(M * width_v);
     grad_out_t = arena.take<T>(M * width_v);
     lse = arena.take<T>(M);
-    lse_low = arena.take<T>(M);
     delta = arena.take<T>(M);
     p = arena.take<T>(kBlockN * M);
     ds = arena.take<T>(kBlockN * M);
@@ -62,7 +61,7 @@ struct BackwardTile {
 };
 
 // q and do of a block of queries, as they are and transposed, with lse and delta. Queries past the
-// end and queries that saw nothing have p = exp2(s - inf) = 0 and are zero, whatever they held.
+// end and queries that saw nothing have p = exp(s - inf) = 0 and are zero, whatever they held.
 template <typename T, int kVectors>
 void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows,
                   const BackwardTile<T>& t) {
@@ -74,9 +73,7 @@ void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_star
   for (int64_t i = 0; i < kRow; ++i) {
     const T lse = i < rows ? ((const T*)p.lse)[first + i] : -kInf<T>;
     const bool empty = lse == -kInf<T>;
-    const double lse_log2 = (double)lse * 1.4426950408889634;
-    t.lse[i] = empty ? kInf<T> : (T)lse_log2;
-    t.lse_low[i] = empty ? (T)0 : (T)(lse_log2 - (double)t.lse[i]);
+    t.lse[i] = empty ? kInf<T> : lse;
     t.delta[i] = empty ? (T)0 : ((const T*)p.delta)[first + i];
     if (empty) {
       fill(t.q + i * width, width, (T)0);
@@ -100,16 +97,16 @@ void score_gradients(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
   const bool dropout = p.dropout_threshold > 0;
   if (dropout) dropout_keep_bits(p, b, h, m_start, rows, n_start, columns, t.keep);
 
-  const Vec<T> scale_log2 = broadcast(log2_factor<T>(factor)), zero = broadcast((T)0);
-  const Vec<T> kept_scale = broadcast((T)p.dropout_scale);
+  const Vec<T> scale = broadcast((T)factor), zero = broadcast((T)0);
+  const Vec<T> kept_scale = broadcast((T)p.dropout_scale), log2e = broadcast(kLog2e<T>);
   for (int64_t j = 0; j < columns; ++j) {
     const uint64_t visible = seen == Visible::kSome ? t.visible[j] : ~(uint64_t)0;
     for (int x = 0; x < kVectors; ++x) {
       T *at_p = t.p + j * kRow + x * W, *at_ds = t.ds + j * kRow + x * W;
       const Vec<T> lse = load(t.lse + x * W), delta = load(t.delta + x * W);
-      // p <- exp2(s * scale_log2 - lse)
-      const Vec<T> distance = fma(load(at_p), scale_log2, sub(zero, lse));
-      Vec<T> weight = exp2<T>(sub(distance, load(t.lse_low + x * W)));
+      // p <- exp(s * scale - lse)
+      const Vec<T> distance = fma(load(at_p), scale, sub(zero, lse));
+      Vec<T> weight = exp2<T>(mul(distance, log2e));
       weight = select_bits(visible >> (x * W), weight, zero);
       Vec<T> dp = load(at_ds), dropped = weight;
       if (dropout) {

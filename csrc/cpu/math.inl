@@ -10,8 +10,6 @@ template <typename T>
 constexpr T kLowest = sizeof(T) == 4 ? (T)-3.4028234663852886e38 : (T)-1.7976931348623157e308;
 template <typename T>
 constexpr T kLog2e = (T)1.4426950408889634;
-template <typename T>
-constexpr T kLn2 = (T)0.6931471805599453;
 
 template <int N, typename T>
 FA_INLINE Vec<T> horner(const T (&coefficients)[N], Vec<T> x) {

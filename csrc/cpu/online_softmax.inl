@@ -1,13 +1,8 @@
 // Online softmax (Milakov & Gimelshein 2018; FlashAttention-2, Dao 2023, Algorithm 1) on a
 // transposed tile s[key][query]: every quantity is one vector lane per query, so nothing is reduced
-// across lanes. row_max (m_i in the papers) is in units of log2 e, row_sum (l_i) relative to it.
-
-// What turns s into logits in units of log2 e: rounded once, the same way in the backward, so that
-// its weights add up to what they did here.
-template <typename T>
-FA_INLINE T log2_factor(double factor) {
-  return (T)(factor * 1.4426950408889634);
-}
+// across lanes. row_max is m_i in the papers, row_sum l_i. Differences of logits are taken before
+// they are multiplied by log2 e: a logit of -FLT_MAX, which hides keys in many models, would
+// overflow.
 
 // Hidden scores become -inf.
 template <typename T, int kVectors>
@@ -21,13 +16,12 @@ void hide(const uint64_t* visible, int64_t columns, T* s) {
   }
 }
 
-// s[j] <- p[j] = exp2(s[j] * factor * log2(e) - row_max), with row_max and row_sum brought up to
-// date.
-// Returns whether a maximum grew: then what was accumulated before must be multiplied by alpha.
+// s[j] <- p[j] = exp(s[j] * factor - row_max), with row_max and row_sum brought up to date. Returns
+// whether a maximum grew: then what was accumulated before must be multiplied by alpha.
 template <typename T, int kVectors>
 bool online_softmax_update(int64_t columns, double factor, T* s, T* row_max, T* row_sum, T* alpha) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const Vec<T> scale_log2 = broadcast(log2_factor<T>(factor));
+  const Vec<T> scale = broadcast((T)factor), log2e = broadcast(kLog2e<T>);
   Vec<T> top[kVectors], sum[kVectors];
   for (int x = 0; x < kVectors; ++x) top[x] = broadcast(-kInf<T>);
   for (int64_t j = 0; j < columns; ++j) {
@@ -35,23 +29,24 @@ bool online_softmax_update(int64_t columns, double factor, T* s, T* row_max, T* 
   }
   bool grew = false;
   for (int x = 0; x < kVectors; ++x) {
-    const Vec<T> before = load(row_max + x * W), scaled = mul(top[x], scale_log2);
+    const Vec<T> before = load(row_max + x * W), scaled = mul(top[x], scale);
     grew |= any_gt(scaled, before);
     // m <- max(m, rowmax(s)); the operands' order keeps a NaN of the tile
     const Vec<T> after = max(before, scaled);
     store(row_max + x * W, after);
     // -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0.
     top[x] = select_lt(after, broadcast(kLowest<T>), broadcast((T)0), after);
-    // alpha <- exp2(m_old - m_new)
-    const Vec<T> rescale = exp2<T>(sub(before, top[x]));
+    // alpha <- exp(m_old - m_new)
+    const Vec<T> rescale = exp2<T>(mul(sub(before, top[x]), log2e));
     store(alpha + x * W, rescale);
     sum[x] = mul(load(row_sum + x * W), rescale);
   }
   for (int64_t j = 0; j < columns; ++j) {
     for (int x = 0; x < kVectors; ++x) {
       T* at = s + j * kRow + x * W;
-      // p <- exp2(s * scale_log2 - row_max)
-      const Vec<T> weight = exp2<T>(fma(load(at), scale_log2, sub(broadcast((T)0), top[x])));
+      // p <- exp(s * scale - row_max)
+      const Vec<T> distance = fma(load(at), scale, sub(broadcast((T)0), top[x]));
+      const Vec<T> weight = exp2<T>(mul(distance, log2e));
       sum[x] = add(sum[x], weight);
       store(at, weight);
     }
@@ -67,15 +62,15 @@ T finish_row(T row_max, T row_sum, const T* sink, T* lse) {
   const double m = (double)row_max;
   double top = m, weight = 1, sum = (double)row_sum;
   if (sink != nullptr) {
-    const double logit = (double)*sink * 1.4426950408889634;
+    const double logit = (double)*sink;
     top = logit > m ? logit : m;
-    weight = m == top ? 1 : __builtin_exp2(m - top);
-    sum = sum * weight + (logit == top ? 1 : __builtin_exp2(logit - top));
+    weight = m == top ? 1 : __builtin_exp(m - top);
+    sum = sum * weight + (logit == top ? 1 : __builtin_exp(logit - top));
   }
   if (top == -__builtin_inf()) {
     *lse = -kInf<T>;
     return 0;
   }
-  *lse = (T)(top * 0.6931471805599453 + __builtin_log(sum));
+  *lse = (T)(top + __builtin_log(sum));
   return row_max == -kInf<T> ? (T)0 : (T)(weight / sum);
 }
