@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,3 +153,10 @@ def test_features_is_the_table_of_the_rows(capsys):
             assert (cell == "yes") == (name in row.features), (name, row.name)
     assert table["head_dim"] == ["not built yet", "not built yet", "1 to 512", "any"]
     assert "float16" in table["dtype"][2] and table["device"][2:] == ["cpu", "any"]
+
+
+def test_the_table_in_the_readme_is_the_printed_one(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    begin, end = "<!-- feature table: begin -->\n", "<!-- feature table: end -->"
+    code, out, _ = run(capsys, "features")
+    assert code == 0 and readme.partition(begin)[2].partition(end)[0] == out
