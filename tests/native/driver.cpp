@@ -85,10 +85,11 @@ struct Expected {
 
 // `coarsest`: the least precise type on the way to this result.
 void compare(const char* name, const Array& got, const Expected& want, DType coarsest) {
+  // The 16-bit ones: a gradient that cancels to 0 keeps the rounding of out, times grad_out.
   const double tolerance = coarsest == DType::kFloat64   ? 1e-9
                            : coarsest == DType::kFloat32 ? 2e-4
-                           : coarsest == DType::kFloat16 ? 2e-2
-                                                         : 1e-1;
+                           : coarsest == DType::kFloat16 ? 5e-2
+                                                         : 3e-1;
   double largest = 1;
   for (const double x : want.value) largest = std::max(largest, isfinite(x) ? fabs(x) : 0.0);
   size_t i = 0;

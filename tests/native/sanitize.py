@@ -42,12 +42,7 @@ class Build:
         return BUILD / self.name / "driver"
 
     def compile(self) -> None:
-        """Every source at once, each with its own flags; nothing if no file has changed since."""
-        inputs = [Path("setup.py"), *Path("csrc").rglob("*.*"), *NATIVE.iterdir()]
-        newest = max(path.stat().st_mtime for path in inputs)
-        if self.driver.exists() and self.driver.stat().st_mtime > newest:
-            return
-        print(f"{self.name}: compiling", flush=True)
+        """Every source that is newer than its object, at once, each with its own flags."""
         self.driver.parent.mkdir(parents=True, exist_ok=True)
         defines = [f"-DFUSED_ATTENTION_ISA_{isa.name.upper()}" for isa in self.isas]
         common = ["-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer", "-Wall", "-Wextra"]
@@ -55,8 +50,14 @@ class Build:
         sources = {NATIVE / "driver.cpp": "", Path("csrc/cpu/dispatch.cpp"): ""}
         sources |= {Path(f"csrc/cpu/isa_{isa.name}.cpp"): isa.flags for isa in self.isas}
         objects = [self.driver.parent / source.with_suffix(".o").name for source in sources]
+        kernels = [Path("setup.py"), *Path("csrc").glob("*.h"), *Path("csrc/cpu").iterdir()]
 
         def compile_one(source: Path, own_flags: str, target: Path) -> None:
+            inputs = [*kernels, *NATIVE.glob("*.[ch]*")] if source.parent == NATIVE else kernels
+            newest = max(path.stat().st_mtime for path in inputs)
+            if target.exists() and target.stat().st_mtime > newest:
+                return
+            print(f"{self.name}: compiling {source.name}\n", end="", flush=True)
             command = [*self.compiler, *common, *own_flags.split()]
             subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
 
