@@ -34,6 +34,8 @@ struct AttentionParams {
   int64_t B = 0, Hq = 0, Hkv = 0, Sq = 0, Sk = 0, D = 0, Dv = 0;
   TensorView query, key, value, out;
   void* lse = nullptr;  // [B, Hq, Sq] contiguous, float (double for float64)
+  // What the phases of a kernel hand on to one another, 64-byte aligned.
+  void* shared = nullptr;
 
   double scale = 1.0;
   double softcap = 0.0;  // 0 = none

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -39,8 +41,9 @@ void set_isa_checked(const std::string& name) {
   }
 }
 
-py::dict attention_tiles(const std::string& dtype, int64_t head_dim, int64_t head_dim_v,
-                         int64_t seqlen_k, bool bias, bool softcap) {
+// sizes = B, Hq, Hkv, Sq, Sk, D, Dv
+py::dict attention_kernel(const std::string& dtype, const std::array<int64_t, 7>& sizes, bool bias,
+                          bool softcap) {
   const std::map<std::string, DType> dtypes = {{"float32", DType::kFloat32},
                                                {"bfloat16", DType::kBFloat16},
                                                {"float16", DType::kFloat16},
@@ -50,19 +53,25 @@ py::dict attention_tiles(const std::string& dtype, int64_t head_dim, int64_t hea
   char present = 0;
   AttentionParams p;
   p.dtype = found->second;
-  p.B = p.Hq = p.Hkv = p.Sq = 1;
-  p.Sk = seqlen_k;
-  p.D = head_dim;
-  p.Dv = head_dim_v;
+  p.B = sizes[0], p.Hq = sizes[1], p.Hkv = sizes[2], p.Sq = sizes[3], p.Sk = sizes[4];
+  p.D = sizes[5], p.Dv = sizes[6];
   p.softcap = softcap ? 1 : 0;
   if (bias) p.bias.data = &present;
   const KernelTable& kernels = kernel_table();
-  const TileConfig tiles = kernels.attention_tiles(p.dtype);
+  const ForwardKernel& forward = choose_forward(kernels, p);
+  const TileConfig tiles = forward.tiles(p);
+  size_t workspace = 0;
+  for (const Phase& phase : forward.phases) {
+    if (phase.run != nullptr) workspace = std::max(workspace, phase.workspace_bytes(p));
+  }
   py::dict out;
   out["isa"] = kernels.isa;
+  out["kernel"] = forward.name;
+  out["reason"] = forward.reason;
   out["block_m"] = tiles.block_m;
   out["block_n"] = tiles.block_n;
-  out["forward_workspace_bytes"] = kernels.attention_forward.workspace_bytes(p);
+  out["shared_bytes"] = forward.shared_bytes ? forward.shared_bytes(p) : 0;
+  out["forward_workspace_bytes"] = workspace;
   out["backward_workspace_bytes"] = kernels.attention_backward_queries.workspace_bytes(p);
   return out;
 }
@@ -100,10 +109,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("active_isa", [] { return std::string(kernel_table().isa); });
   m.def("set_isa", &set_isa_checked, py::arg("name"),
         "Puts an instruction set in force for every later call; \"auto\" is the best.");
-  m.def("attention_tiles", &attention_tiles, py::arg("dtype"), py::arg("head_dim"),
-        py::arg("head_dim_v"), py::arg("seqlen_k") = 0, py::arg("bias") = false,
-        py::arg("softcap") = false,
-        "Tile sizes of the ISA in force and scratch bytes a thread needs.");
+  m.def("attention_kernel", &attention_kernel, py::arg("dtype"), py::arg("sizes"),
+        py::arg("bias") = false, py::arg("softcap") = false,
+        "The forward kernel that serves a call on the ISA in force, why, its tile sizes, and the "
+        "scratch bytes a thread and a call need. sizes = B, Hq, Hkv, Sq, Sk, D, Dv.");
   m.def("apply_math", &apply_math, py::arg("function"), py::arg("input"), py::arg("out"),
         "out[i] = exp2 or tanh of input[i] as the kernels of the ISA in force compute it.");
   m.def("build_info", [] {

@@ -326,6 +326,22 @@ void refuse_packed(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_
 
 // -- operators ------------------------------------------------------------------------------------
 
+// Memory that the phases of one call share, 64-byte aligned.
+struct Shared {
+  explicit Shared(size_t bytes) : tensor(empty({(int64_t)bytes + 63}, ScalarType::Byte)) {}
+  void* data() const { return (void*)(((uintptr_t)tensor.data_ptr() + 63) / 64 * 64); }
+  Tensor tensor;
+};
+
+void run_forward(AttentionParams& p) {
+  const ForwardKernel& kernel = choose_forward(kernel_table(), p);
+  std::optional<Shared> shared;
+  if (kernel.shared_bytes != nullptr) p.shared = shared.emplace(kernel.shared_bytes(p)).data();
+  for (const Phase& phase : kernel.phases) {
+    if (phase.run != nullptr) run(phase, p);
+  }
+}
+
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
                Tensor* lse) {
   const Input q(query, "query"), k(key, "key"), v(value, "value");
@@ -338,7 +354,7 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
     *lse = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
     p.lse = lse->data_ptr();
   }
-  if (p.B * p.Hq > 0) run(kernel_table().attention_forward, p);
+  if (p.B * p.Hq > 0) run_forward(p);
   return out;
 }
 

@@ -542,11 +542,11 @@ def test_threads_share_plans():
 def test_explain_tells_backend_isa_kernel_tiles_and_memory(isa):
     explanation = explain(**qkv())
     assert explanation.backend == "cpu" and explanation.details.isa == isa
-    assert explanation.details.kernel == "attention_forward_plain"
+    assert explanation.details.kernel == "attention_forward"
     assert explanation.details.block_m > 0 and explanation.details.block_n > 0
     assert explanation.refused == {"cuda": ["not built yet"], "triton": ["not built yet"]}
     text = str(explanation)
-    for word in ("cpu", isa, "attention_forward_plain", "MiB", "queries", "not cuda"):
+    for word in ("cpu", isa, "attention_forward", "MiB", "queries", "not cuda"):
         assert word in text
 
 

@@ -124,3 +124,7 @@ struct AttentionForward {
     attention_forward_tasks<T>(p, begin, end, workspace);
   }
 };
+
+TileConfig forward_tiles(const AttentionParams& p) {
+  return {p.dtype == DType::kFloat64 ? kBlockM<double> : kBlockM<float>, kBlockN};
+}

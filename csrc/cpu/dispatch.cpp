@@ -68,6 +68,12 @@ std::atomic<const KernelTable*>& table_in_force() {
 
 const KernelTable& kernel_table() { return *table_in_force().load(std::memory_order_relaxed); }
 
+const ForwardKernel& choose_forward(const KernelTable& table, const AttentionParams& p) {
+  const ForwardKernel* kernel = table.attention_forward;
+  while (!kernel->serves(p)) ++kernel;
+  return *kernel;
+}
+
 int list_isas(const char* names[kMaxIsas], bool usable[kMaxIsas]) {
   int count = 0;
   for (const Isa& isa : kIsas) {

@@ -12,6 +12,20 @@ struct TileConfig {
   int64_t block_m, block_n;
 };
 
+constexpr int kMaxPhases = 3;
+
+// One way to compute attention forward. Its phases run one after the other (unused ones are null)
+// and hand on what they have in p.shared.
+struct ForwardKernel {
+  const char* name;
+  const char* reason;  // for its place in the table, as measured
+  bool (*serves)(const AttentionParams&);
+  TileConfig (*tiles)(const AttentionParams&);
+  size_t (*shared_bytes)(const AttentionParams&);  // null: the phases share nothing
+  Phase phases[kMaxPhases];
+};
+constexpr int kMaxForwardKernels = 4;
+
 // An elementary function of math.inl over an array of floats (doubles for kFloat64), so that tests
 // can measure the error it states.
 enum class MathFunction { kExp2, kTanh };
@@ -19,7 +33,7 @@ enum class MathFunction { kExp2, kTanh };
 // The kernels of one instruction set. One constant table per isa_*.cpp.
 struct KernelTable {
   const char* isa;
-  Phase attention_forward;
+  ForwardKernel attention_forward[kMaxForwardKernels];  // best first, the last serves every call
   Phase attention_backward_delta;
   Phase attention_backward_sinks;
   Phase attention_backward_keys;
@@ -29,13 +43,15 @@ struct KernelTable {
   SoftmaxPhase masked_softmax_backward;
   SoftmaxPhase masked_softmax_backward_bias;
   SoftmaxPhase masked_softmax_backward_sinks;
-  TileConfig (*attention_tiles)(DType);
   void (*apply_math)(MathFunction, DType, const void* in, void* out, int64_t count);
 };
 
 // The table in force: the best usable ISA, or the one named by FUSED_ATTENTION_CPU_ISA (read once,
 // at first use) or by set_isa.
 const KernelTable& kernel_table();
+
+// The first kernel of the table that serves the call.
+const ForwardKernel& choose_forward(const KernelTable& table, const AttentionParams& p);
 
 constexpr int kMaxIsas = 8;
 // Compiled ISAs, best first, into names[kMaxIsas]; returns how many. `usable` = the machine has it.

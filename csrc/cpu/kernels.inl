@@ -32,10 +32,6 @@ constexpr PhaseOf<Params> phase() {
   return {Kernel::num_tasks, Kernel::workspace_bytes, Kernel::run};
 }
 
-TileConfig attention_tiles(DType dtype) {
-  return {dtype == DType::kFloat64 ? kBlockM<double> : kBlockM<float>, kBlockN};
-}
-
 template <typename T>
 void apply_math(MathFunction function, const T* in, T* out, int64_t count) {
   constexpr int W = kLanes<T>;
@@ -56,7 +52,12 @@ void apply_math_by_type(MathFunction function, DType dtype, const void* in, void
 
 constexpr KernelTable kKernels = {
     kIsaName,
-    phase<ByType<AttentionForward>>(),
+    {{"attention_forward",
+      "serves every call",
+      [](const AttentionParams&) { return true; },
+      forward_tiles,
+      nullptr,
+      {phase<ByType<AttentionForward>>()}}},
     phase<ByType<AttentionBackwardDelta>>(),
     phase<ByType<AttentionBackwardSinks>>(),
     phase<ByType<AttentionBackwardKeys>>(),
@@ -66,6 +67,5 @@ constexpr KernelTable kKernels = {
     phase<ByType<MaskedSoftmaxBackward, SoftmaxParams>, SoftmaxParams>(),
     phase<ByType<MaskedSoftmaxBackwardBias, SoftmaxParams>, SoftmaxParams>(),
     phase<ByType<MaskedSoftmaxBackwardSinks, SoftmaxParams>, SoftmaxParams>(),
-    attention_tiles,
     apply_math_by_type,
 };

@@ -34,6 +34,7 @@ class Details(NamedTuple):
     kernel: str
     extra_bytes: int
     isa: str = ""
+    reason: str = ""  # why this kernel among those of the backend
     block_m: int = 0  # queries per tile
     block_n: int = 0  # keys per tile
 
@@ -72,28 +73,36 @@ class Backend:
 
 
 def _cpu_details(problem: Problem) -> Details:
-    tiles = _native.attention_tiles(
+    kernel = _native.attention_kernel(
         str(problem.dtype).removeprefix("torch."),
-        problem.head_dim,
-        problem.head_dim_v,
-        problem.seqlen_k,
-        "bias" in problem.features,
-        "softcap" in problem.features,
+        (
+            problem.batch,
+            problem.heads_q,
+            problem.heads_kv,
+            problem.seqlen_q,
+            problem.seqlen_k,
+            problem.head_dim,
+            problem.head_dim_v,
+        ),
+        bias="bias" in problem.features,
+        softcap="softcap" in problem.features,
     )
     backward = "gradients" in problem.features
     plain = problem.is_plain and not problem.differentiable
     rows = problem.batch * problem.heads_q * problem.seqlen_q
     lse_bytes = rows * (8 if problem.dtype == torch.float64 else 4)
-    workspaces = [tiles["forward_workspace_bytes"], tiles["backward_workspace_bytes"] * backward]
+    workspaces = [kernel["forward_workspace_bytes"], kernel["backward_workspace_bytes"] * backward]
     return Details(
-        kernel=f"attention_forward{'_plain' * plain}{' + attention_backward' * backward}",
+        kernel=kernel["kernel"] + " + attention_backward" * backward,
+        reason=kernel["reason"],
         extra_bytes=torch.get_num_threads() * max(workspaces)
+        + kernel["shared_bytes"]
         + lse_bytes * (not plain)
         + lse_bytes * backward  # delta = rowsum(do * o)
         + problem.copied_bytes,
-        isa=tiles["isa"],
-        block_m=tiles["block_m"],
-        block_n=tiles["block_n"],
+        isa=kernel["isa"],
+        block_m=kernel["block_m"],
+        block_n=kernel["block_n"],
     )
 
 
@@ -281,6 +290,8 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = {"backend": self.backend, "kernel": self.details.kernel}
+        if self.details.reason:
+            lines["chosen"] = self.details.reason
         if self.details.isa:
             lines["ISA"] = self.details.isa
         if self.details.block_m:

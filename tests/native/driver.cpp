@@ -12,6 +12,7 @@
 #include <functional>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "arrays.h"
 #include "cpu/dispatch.h"
@@ -335,7 +336,14 @@ void attention_case(Random& random) {
   const auto bound = [&](const Phase& phase) {
     return [&phase, &p](int count) { run(phase, p, count); };
   };
-  run_all({bound(kernels.attention_forward)}, {&out, &lse});
+  const ForwardKernel& forward = choose_forward(kernels, p);
+  std::vector<char> shared(forward.shared_bytes ? forward.shared_bytes(p) + 63 : 0);
+  p.shared = (void*)(((uintptr_t)shared.data() + 63) / 64 * 64);
+  std::vector<std::function<void(int)>> forward_phases;
+  for (const Phase& phase : forward.phases) {
+    if (phase.run != nullptr) forward_phases.push_back(bound(phase));
+  }
+  run_all(forward_phases, {&out, &lse});
   compare("out", out, out_, type);
   if (p.lse != nullptr) compare("lse", lse, lse_, accumulated);
   if (!backward) return;
