@@ -5,7 +5,7 @@ import pytest
 
 from fused_attention import _native
 
-MAX_ULP = 1.7
+MAX_ULP = {"exp2": 1.2, "tanh": 1.7}
 # What it is and where it is measured: in float32, in float64
 FUNCTIONS = {
     "exp2": (np.exp2, (-126, 127), (-1022, 1023)),
@@ -29,7 +29,7 @@ def test_error_in_ulp(isa, function, dtype):
     x = np.concatenate([wide, near, near * 1e-4]).astype(dtype)
     exact = of(x.astype(np.longdouble))
     ulp = np.spacing(np.abs(exact).astype(dtype)).astype(np.longdouble)
-    assert (np.abs(apply(function, x) - exact) / ulp).max() <= MAX_ULP
+    assert (np.abs(apply(function, x) - exact) / ulp).max() <= MAX_ULP[function]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -90,8 +90,8 @@ void score_gradients(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
                      int64_t n_start, int64_t columns, Visible seen, Scalars<T> k, Scalars<T> v,
                      const BackwardTile<T>& t) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  multiply<T, kVectors, false>(columns, p.D, k, t.q_t, kRow, t.p, kRow);           // s <- k q^T
-  multiply<T, kVectors, false>(columns, p.Dv, v, t.grad_out_t, kRow, t.ds, kRow);  // dp <- v do^T
+  multiply<kVectors, false>(columns, p.D, k, t.q_t, kRow, t.p, kRow);           // s <- k q^T
+  multiply<kVectors, false>(columns, p.Dv, v, t.grad_out_t, kRow, t.ds, kRow);  // dp <- v do^T
   const double factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n_start, columns, t.p,
                                                    t.bias, t.bias_t, t.softcap_slope);
   const bool dropout = p.dropout_threshold > 0;
@@ -105,7 +105,7 @@ void score_gradients(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
       T *at_p = t.p + j * kRow + x * W, *at_ds = t.ds + j * kRow + x * W;
       const Vec<T> lse = load(t.lse + x * W), delta = load(t.delta + x * W);
       // p <- exp(s * scale - lse)
-      const Vec<T> distance = fma(load(at_p), scale, sub(zero, lse));
+      const Vec<T> distance = fma_once(load(at_p), scale, sub(zero, lse));
       Vec<T> weight = exp2<T>(mul(distance, log2e));
       weight = select_bits(visible >> (x * W), weight, zero);
       Vec<T> dp = load(at_ds), dropped = weight;
@@ -353,7 +353,8 @@ void attention_backward_queries(const AttentionParams& p, int64_t b, int64_t h, 
     }
     apply_softcap_slope<T, kVectors>(p, columns, t);
     // dq^T <- dq^T + k^T ds^T
-    multiply<T, kVectors, true>(p.D, columns, {k.data, k.column, k.row}, t.ds, kRow, t.dq_t, kRow);
+    multiply<kVectors, true>(p.D, columns, Scalars<T>{k.data, k.column, k.row}, t.ds, kRow, t.dq_t,
+                             kRow);
   }
   transpose_tile(width, kRow, t.dq_t, kRow, t.dq, width);
   for (int64_t i = 0; i < rows; ++i) {

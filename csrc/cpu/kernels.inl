@@ -8,6 +8,7 @@
 #include "philox.inl"
 #include "scores.inl"
 #include "online_softmax.inl"
+#include "arithmetic.inl"
 #include "attention_forward.inl"
 #include "attention_backward.inl"
 #include "masked_softmax.inl"
@@ -57,7 +58,7 @@ constexpr KernelTable kKernels = {
       [](const AttentionParams&) { return true; },
       forward_tiles,
       nullptr,
-      {phase<ByType<AttentionForward>>()}}},
+      {phase<ByType<DirectForward>>()}}},
     phase<ByType<AttentionBackwardDelta>>(),
     phase<ByType<AttentionBackwardSinks>>(),
     phase<ByType<AttentionBackwardKeys>>(),

@@ -16,61 +16,91 @@ void hide(const uint64_t* visible, int64_t columns, T* s) {
   }
 }
 
-// s[j] <- p[j] = exp(s[j] * factor - row_max), with row_max and row_sum brought up to date. Returns
+// The state of each query's row.
+template <typename T>
+struct RowState {
+  T *max, *sum;
+  T* rounded_sum;  // of the weights as rounded for the product with v: what o is divided by, so
+                   // that the weights that o is made of add up to 1. The lse is that of `sum`.
+  T* alpha;        // what was accumulated before the last tile shrinks by this
+};
+template <typename T>
+void start(const RowState<T>& rows, int64_t count) {
+  fill(rows.max, count, -kInf<T>);
+  fill(rows.sum, count, (T)0);
+  fill(rows.rounded_sum, count, (T)0);
+}
+
+// s[j] <- p[j] = exp(s[j] * factor - max), rounded, with the rows brought up to date. Returns
 // whether a maximum grew: then what was accumulated before must be multiplied by alpha.
-template <typename T, int kVectors>
-bool online_softmax_update(int64_t columns, double factor, T* s, T* row_max, T* row_sum, T* alpha) {
+template <typename Arithmetic, int kVectors>
+bool online_softmax_update(int64_t columns, double factor, typename Arithmetic::T* s,
+                           const RowState<typename Arithmetic::T>& rows) {
+  using T = typename Arithmetic::T;
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const Vec<T> scale = broadcast((T)factor), log2e = broadcast(kLog2e<T>);
-  Vec<T> top[kVectors], sum[kVectors];
+  Vec<T> top[kVectors], sum[kVectors], rounded_sum[kVectors];
   for (int x = 0; x < kVectors; ++x) top[x] = broadcast(-kInf<T>);
   for (int64_t j = 0; j < columns; ++j) {
     for (int x = 0; x < kVectors; ++x) top[x] = max(top[x], load(s + j * kRow + x * W));
   }
   bool grew = false;
   for (int x = 0; x < kVectors; ++x) {
-    const Vec<T> before = load(row_max + x * W), scaled = mul(top[x], scale);
+    const Vec<T> before = load(rows.max + x * W), scaled = mul(top[x], scale);
     grew |= any_gt(scaled, before);
     // m <- max(m, rowmax(s)); the operands' order keeps a NaN of the tile
     const Vec<T> after = max(before, scaled);
-    store(row_max + x * W, after);
+    store(rows.max + x * W, after);
     // -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0.
     top[x] = select_lt(after, broadcast(kLowest<T>), broadcast((T)0), after);
     // alpha <- exp(m_old - m_new)
     const Vec<T> rescale = exp2<T>(mul(sub(before, top[x]), log2e));
-    store(alpha + x * W, rescale);
-    sum[x] = mul(load(row_sum + x * W), rescale);
+    store(rows.alpha + x * W, rescale);
+    sum[x] = mul(load(rows.sum + x * W), rescale);
+    if (Arithmetic::kRounds) rounded_sum[x] = mul(load(rows.rounded_sum + x * W), rescale);
   }
   for (int64_t j = 0; j < columns; ++j) {
     for (int x = 0; x < kVectors; ++x) {
       T* at = s + j * kRow + x * W;
       // p <- exp(s * scale - row_max)
-      const Vec<T> distance = fma(load(at), scale, sub(broadcast((T)0), top[x]));
-      const Vec<T> weight = exp2<T>(mul(distance, log2e));
+      const Vec<T> distance = fma_once(load(at), scale, sub(broadcast((T)0), top[x]));
+      const Vec<T> weight = exp2<T>(mul(distance, log2e)), rounded = Arithmetic::round(weight);
       sum[x] = add(sum[x], weight);
-      store(at, weight);
+      if (Arithmetic::kRounds) rounded_sum[x] = add(rounded_sum[x], rounded);
+      store(at, rounded);
     }
   }
-  for (int x = 0; x < kVectors; ++x) store(row_sum + x * W, sum[x]);
+  for (int x = 0; x < kVectors; ++x) {
+    store(rows.sum + x * W, sum[x]);
+    if (Arithmetic::kRounds) store(rows.rounded_sum + x * W, rounded_sum[x]);
+  }
   return grew;
 }
 
-// What a finished row is multiplied by, and its log-sum-exp. The sink is one more logit, without a
-// value: it only joins the denominator. A row that saw nothing (row_max = -inf) has weight 0.
+// The sink is one more logit, without a value: it only joins the denominator.
+struct Denominator {
+  double top, sum;  // sum * exp(top)
+};
 template <typename T>
-T finish_row(T row_max, T row_sum, const T* sink, T* lse) {
-  const double m = (double)row_max;
-  double top = m, weight = 1, sum = (double)row_sum;
-  if (sink != nullptr) {
-    const double logit = (double)*sink;
-    top = logit > m ? logit : m;
-    weight = m == top ? 1 : __builtin_exp(m - top);
-    sum = sum * weight + (logit == top ? 1 : __builtin_exp(logit - top));
-  }
-  if (top == -__builtin_inf()) {
-    *lse = -kInf<T>;
-    return 0;
-  }
-  *lse = (T)(top + __builtin_log(sum));
-  return row_max == -kInf<T> ? (T)0 : (T)(weight / sum);
+Denominator denominator(T row_max, T row_sum, const T* sink) {
+  const double m = (double)row_max, sum = (double)row_sum;
+  if (sink == nullptr) return {m, sum};
+  const double logit = (double)*sink, top = logit > m ? logit : m;
+  return {top, sum * (m == top ? 1 : __builtin_exp(m - top)) +
+                   (logit == top ? 1 : __builtin_exp(logit - top))};
+}
+
+// -inf if there is neither a visible key nor a sink.
+template <typename T>
+T log_sum_exp(T row_max, T row_sum, const T* sink) {
+  const Denominator all = denominator(row_max, row_sum, sink);
+  return all.top == -__builtin_inf() ? -kInf<T> : (T)(all.top + __builtin_log(all.sum));
+}
+
+// What a finished row is multiplied by: 0 if it saw nothing (row_max = -inf).
+template <typename T>
+T row_weight(T row_max, T row_sum, const T* sink) {
+  if (row_max == -kInf<T>) return 0;
+  const Denominator all = denominator(row_max, row_sum, sink);
+  return (T)((row_max == (T)all.top ? 1 : __builtin_exp((double)row_max - all.top)) / all.sum);
 }

@@ -75,15 +75,14 @@ void dropout_keep_row(uint64_t seed, uint32_t offset, uint32_t threshold, uint32
   }
 }
 
-// s <- s * scale where kept, 0 elsewhere
+// s <- s where kept, 0 elsewhere
 template <typename T, int kVectors>
-void drop(const AttentionParams& p, const uint64_t* keep, int64_t columns, T* s) {
+void drop(const uint64_t* keep, int64_t columns, T* s) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const Vec<T> scale = broadcast((T)p.dropout_scale), zero = broadcast((T)0);
   for (int64_t j = 0; j < columns; ++j) {
     for (int x = 0; x < kVectors; ++x) {
       T* at = s + j * kRow + x * W;
-      store(at, select_bits(keep[j] >> (x * W), mul(load(at), scale), zero));
+      store(at, select_bits(keep[j] >> (x * W), load(at), broadcast((T)0)));
     }
   }
 }

@@ -36,6 +36,8 @@ FA_INLINE __m256 div(__m256 a, __m256 b) { return _mm256_div_ps(a, b); }
 FA_INLINE __m256d div(__m256d a, __m256d b) { return _mm256_div_pd(a, b); }
 FA_INLINE __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 FA_INLINE __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+FA_INLINE __m256 fma_once(__m256 a, __m256 b, __m256 c) { return fma(a, b, c); }
+FA_INLINE __m256d fma_once(__m256d a, __m256d b, __m256d c) { return fma(a, b, c); }
 FA_INLINE __m256 abs(__m256 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 FA_INLINE __m256d abs(__m256d a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a); }
 // max, min: the second operand where either is NaN.
@@ -100,22 +102,27 @@ FA_INLINE uint64_t nonzero_bytes(const uint8_t* p) {
 FA_INLINE __m256 iota(float) { return _mm256_set_ps(7, 6, 5, 4, 3, 2, 1, 0); }
 FA_INLINE __m256d iota(double) { return _mm256_set_pd(3, 2, 1, 0); }
 
-// x - floor(x), in [0, 1]
-FA_INLINE __m256 fraction(__m256 x) { return _mm256_sub_ps(x, _mm256_floor_ps(x)); }
-FA_INLINE __m256d fraction(__m256d x) { return _mm256_sub_pd(x, _mm256_floor_pd(x)); }
-// p * 2^floor(x), 0 where that underflows; x may be -inf. The power is built in the exponent field,
-// which holds it for floor(x) in [-126, 127].
-FA_INLINE __m256 scale_exp2_floor(__m256 p, __m256 x) {
-  const __m256i n = _mm256_cvtps_epi32(_mm256_floor_ps(x));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23);
-  return select_lt(x, _mm256_set1_ps(-126.0f), _mm256_setzero_ps(),
-                   _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
+// x - n, in [-0.5, 0.5], n the integer next to x; NaN for infinities
+FA_INLINE __m256 split_integer(__m256 x, __m256* n) {
+  *n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm256_sub_ps(x, *n);
 }
-FA_INLINE __m256d scale_exp2_floor(__m256d p, __m256d x) {
-  const __m256i n = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(_mm256_floor_pd(x)));
-  const __m256i power = _mm256_slli_epi64(_mm256_add_epi64(n, _mm256_set1_epi64x(1023)), 52);
-  return select_lt(x, _mm256_set1_pd(-1022.0), _mm256_setzero_pd(),
-                   _mm256_mul_pd(p, _mm256_castsi256_pd(power)));
+FA_INLINE __m256d split_integer(__m256d x, __m256d* n) {
+  *n = _mm256_round_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm256_sub_pd(x, *n);
+}
+// p * 2^n, 0 where that underflows, whatever p is; n is integer or -inf. The power is built in the
+// exponent field, which holds it for n in [-126, 127].
+FA_INLINE __m256 scale_exp2(__m256 p, __m256 n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  return select_lt(n, _mm256_set1_ps(-126.0f), _mm256_setzero_ps(), _mm256_mul_ps(p, power));
+}
+FA_INLINE __m256d scale_exp2(__m256d p, __m256d n) {
+  const __m256i integer = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n));
+  const __m256i biased = _mm256_add_epi64(integer, _mm256_set1_epi64x(1023));
+  const __m256d power = _mm256_castsi256_pd(_mm256_slli_epi64(biased, 52));
+  return select_lt(n, _mm256_set1_pd(-1022.0), _mm256_setzero_pd(), _mm256_mul_pd(p, power));
 }
 
 // kLanes 16-bit elements, widened; and float rounded to nearest-even, narrowed.

@@ -36,6 +36,8 @@ FA_INLINE __m512 div(__m512 a, __m512 b) { return _mm512_div_ps(a, b); }
 FA_INLINE __m512d div(__m512d a, __m512d b) { return _mm512_div_pd(a, b); }
 FA_INLINE __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 FA_INLINE __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+FA_INLINE __m512 fma_once(__m512 a, __m512 b, __m512 c) { return fma(a, b, c); }
+FA_INLINE __m512d fma_once(__m512d a, __m512d b, __m512d c) { return fma(a, b, c); }
 FA_INLINE __m512 abs(__m512 a) { return _mm512_abs_ps(a); }
 FA_INLINE __m512d abs(__m512d a) { return _mm512_abs_pd(a); }
 // max, min: the second operand where either is NaN.
@@ -77,16 +79,20 @@ FA_INLINE __m512 iota(float) {
 }
 FA_INLINE __m512d iota(double) { return _mm512_set_pd(7, 6, 5, 4, 3, 2, 1, 0); }
 
-// x - floor(x), in [0, 1]
-FA_INLINE __m512 fraction(__m512 x) {
-  return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+// x - n, in [-0.5, 0.5], n the integer next to x; 0 for infinities
+FA_INLINE __m512 split_integer(__m512 x, __m512* n) {
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  *n = _mm512_sub_ps(x, f);
+  return f;
 }
-FA_INLINE __m512d fraction(__m512d x) {
-  return _mm512_reduce_pd(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+FA_INLINE __m512d split_integer(__m512d x, __m512d* n) {
+  const __m512d f = _mm512_reduce_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  *n = _mm512_sub_pd(x, f);
+  return f;
 }
-// p * 2^floor(x), 0 where that underflows; x may be -inf
-FA_INLINE __m512 scale_exp2_floor(__m512 p, __m512 x) { return _mm512_scalef_ps(p, x); }
-FA_INLINE __m512d scale_exp2_floor(__m512d p, __m512d x) { return _mm512_scalef_pd(p, x); }
+// p * 2^n, 0 where that underflows; n is integer or -inf
+FA_INLINE __m512 scale_exp2(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
+FA_INLINE __m512d scale_exp2(__m512d p, __m512d n) { return _mm512_scalef_pd(p, n); }
 
 FA_INLINE VecU32 iota_u32() {
   return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

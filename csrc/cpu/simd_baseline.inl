@@ -32,8 +32,6 @@ FA_INLINE Lanes<T, N> map(F f, const Lanes<T, N>& a, const More&... more) {
   return out;
 }
 
-FA_INLINE float floor_of(float x) { return __builtin_floorf(x); }
-FA_INLINE double floor_of(double x) { return __builtin_floor(x); }
 FA_INLINE float bits_to_float(uint32_t bits) {
   float x;
   __builtin_memcpy(&x, &bits, sizeof x);
@@ -77,6 +75,15 @@ FA_LANEWISE(min, x < y ? x : y)
 template <typename T, int N>
 FA_INLINE Lanes<T, N> fma(Lanes<T, N> a, Lanes<T, N> b, Lanes<T, N> c) {
   return map([](T x, T y, T z) { return x * y + z; }, a, b, c);
+}
+// The same, rounded once: float through double.
+template <int N>
+FA_INLINE Lanes<float, N> fma_once(Lanes<float, N> a, Lanes<float, N> b, Lanes<float, N> c) {
+  return map([](float x, float y, float z) { return (float)((double)x * y + z); }, a, b, c);
+}
+template <int N>
+FA_INLINE Lanes<double, N> fma_once(Lanes<double, N> a, Lanes<double, N> b, Lanes<double, N> c) {
+  return fma(a, b, c);
 }
 template <typename T, int N>
 FA_INLINE Lanes<T, N> abs(Lanes<T, N> a) {
@@ -128,30 +135,35 @@ FA_INLINE typename Simd<T>::Vec iota(T) {
   return out;
 }
 
-// x - floor(x), in [0, 1]
+// x - n, n the integer next to x: f in [-0.5, 0.5] for |x| <= 2000. Beyond 2^(digits - 1) there are
+// only integers.
 template <typename T, int N>
-FA_INLINE Lanes<T, N> fraction(Lanes<T, N> x) {
-  return map([](T a) { return a - floor_of(a); }, x);
+FA_INLINE Lanes<T, N> split_integer(Lanes<T, N> x, Lanes<T, N>* n) {
+  constexpr T kIntegers = sizeof(T) == 4 ? (T)12582912.0 : (T)6755399441055744.0;  // 1.5 2^23, 2^52
+  const auto nearest = [](T a) {
+    const T near = a < (T)-2000 ? (T)-2000 : a;
+    return (near + kIntegers) - kIntegers;
+  };
+  *n = map(nearest, x);
+  return sub(x, *n);
 }
-// p * 2^floor(x), 0 where that underflows; x may be -inf. The power is built in the exponent field,
-// which holds it for floor(x) in [-126, 127] ([-1022, 1023]); the clamp keeps the conversion to an
-// integer defined for NaN and infinities.
-FA_INLINE float times_power(float p, float x) {
-  if (x < -126.0f) return 0.0f;
-  const int n = x < 127.0f ? (int)floor_of(x) : 127;
-  return p * bits_to_float((uint32_t)(n + 127) << 23);
+// p * 2^n, 0 where that underflows, whatever p is. The power is built in the exponent field, which
+// holds it for n in [-126, 127] ([-1022, 1023]); the clamp keeps the conversion to an integer
+// defined for NaN and infinities.
+FA_INLINE float times_power(float p, float n) {
+  if (n < -126.0f) return 0.0f;
+  return p * bits_to_float((uint32_t)((n < 127.0f ? (int)n : 127) + 127) << 23);
 }
-FA_INLINE double times_power(double p, double x) {
-  if (x < -1022.0) return 0.0;
-  const int64_t n = x < 1023.0 ? (int64_t)floor_of(x) : 1023;
-  const uint64_t bits = (uint64_t)(n + 1023) << 52;
+FA_INLINE double times_power(double p, double n) {
+  if (n < -1022.0) return 0.0;
+  const uint64_t bits = (uint64_t)((n < 1023.0 ? (int64_t)n : 1023) + 1023) << 52;
   double power;
   __builtin_memcpy(&power, &bits, sizeof power);
   return p * power;
 }
 template <typename T, int N>
-FA_INLINE Lanes<T, N> scale_exp2_floor(Lanes<T, N> p, Lanes<T, N> x) {
-  return map([](T a, T b) { return times_power(a, b); }, p, x);
+FA_INLINE Lanes<T, N> scale_exp2(Lanes<T, N> p, Lanes<T, N> n) {
+  return map([](T a, T b) { return times_power(a, b); }, p, n);
 }
 
 // kLanes 16-bit elements, widened; and float rounded to nearest-even, narrowed.

@@ -51,9 +51,10 @@ struct Scalars {
 };
 
 // c[r][x] (+)= sum_k a(r, k) * b[k][x] for kRows rows r and kVectors vectors x, in registers. What
-// c held is added last: sums of sums stay accurate over long rows.
-template <typename T, int kRows, int kVectors, bool kAccumulate>
-FA_INLINE void multiply_block(int64_t depth, Scalars<T> a, const T* b, int64_t b_row, T* c,
+// c held is added last: sums of sums stay accurate over long rows. The factors F are numbers of
+// type T, or what else the vocabulary can load, broadcast and fma into a vector of T.
+template <int kRows, int kVectors, bool kAccumulate, typename F, typename T>
+FA_INLINE void multiply_block(int64_t depth, Scalars<F> a, const F* b, int64_t b_row, T* c,
                               int64_t c_row) {
   constexpr int W = kLanes<T>;
   Vec<T> acc[kRows][kVectors];
@@ -61,10 +62,10 @@ FA_INLINE void multiply_block(int64_t depth, Scalars<T> a, const T* b, int64_t b
     for (int x = 0; x < kVectors; ++x) acc[r][x] = broadcast((T)0);
   }
   for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> vectors[kVectors];
+    decltype(load(b)) vectors[kVectors];
     for (int x = 0; x < kVectors; ++x) vectors[x] = load(b + k * b_row + x * W);
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> scalar = broadcast(a.data[r * a.row + k * a.column]);
+      const auto scalar = broadcast(a.data[r * a.row + k * a.column]);
       for (int x = 0; x < kVectors; ++x) acc[r][x] = fma(scalar, vectors[x], acc[r][x]);
     }
   }
@@ -77,18 +78,19 @@ FA_INLINE void multiply_block(int64_t depth, Scalars<T> a, const T* b, int64_t b
 }
 
 // The same for any number of rows: blocks of kRows, then of half as many, and so on.
-template <typename T, int kRows, int kVectors, bool kAccumulate>
-FA_INLINE void multiply_rows(int64_t rows, int64_t depth, Scalars<T> a, const T* b, int64_t b_row,
+template <int kRows, int kVectors, bool kAccumulate, typename F, typename T>
+FA_INLINE void multiply_rows(int64_t rows, int64_t depth, Scalars<F> a, const F* b, int64_t b_row,
                              T* c, int64_t c_row) {
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) {
-    multiply_block<T, kRows, kVectors, kAccumulate>(depth, {a.data + r * a.row, a.row, a.column}, b,
-                                                    b_row, c + r * c_row, c_row);
+    multiply_block<kRows, kVectors, kAccumulate>(
+        depth, Scalars<F>{a.data + r * a.row, a.row, a.column}, b, b_row, c + r * c_row, c_row);
   }
   if constexpr (kRows > 1) {
     if (r < rows) {
-      multiply_rows<T, kRows / 2, kVectors, kAccumulate>(
-          rows - r, depth, {a.data + r * a.row, a.row, a.column}, b, b_row, c + r * c_row, c_row);
+      multiply_rows<kRows / 2, kVectors, kAccumulate>(
+          rows - r, depth, Scalars<F>{a.data + r * a.row, a.row, a.column}, b, b_row, c + r * c_row,
+          c_row);
     }
   }
 }
@@ -100,16 +102,16 @@ constexpr int kRowsInRegisters =
 
 // c[rows][kVectors] = (or +=) a [rows][depth] @ b [depth][kVectors], kMaxDepth terms a sum.
 constexpr int64_t kMaxDepth = 128;
-template <typename T, int kVectors, bool kAccumulate>
-void multiply(int64_t rows, int64_t depth, Scalars<T> a, const T* b, int64_t b_row, T* c,
+template <int kVectors, bool kAccumulate, typename F, typename T>
+void multiply(int64_t rows, int64_t depth, Scalars<F> a, const F* b, int64_t b_row, T* c,
               int64_t c_row) {
   constexpr int kRows = kRowsInRegisters<kVectors>;
-  multiply_rows<T, kRows, kVectors, kAccumulate>(rows, min_of(depth, kMaxDepth), a, b, b_row, c,
-                                                 c_row);
+  multiply_rows<kRows, kVectors, kAccumulate>(rows, min_of(depth, kMaxDepth), a, b, b_row, c,
+                                              c_row);
   for (int64_t k = kMaxDepth; k < depth; k += kMaxDepth) {
-    multiply_rows<T, kRows, kVectors, true>(rows, min_of(depth - k, kMaxDepth),
-                                            {a.data + k * a.column, a.row, a.column}, b + k * b_row,
-                                            b_row, c, c_row);
+    multiply_rows<kRows, kVectors, true>(rows, min_of(depth - k, kMaxDepth),
+                                         Scalars<F>{a.data + k * a.column, a.row, a.column},
+                                         b + k * b_row, b_row, c, c_row);
   }
 }
 
@@ -119,9 +121,9 @@ void multiply_wide(int64_t rows, int64_t depth, int64_t width, Scalars<T> a, con
                    int64_t b_row, T* c, int64_t c_row) {
   int64_t x = 0;
   for (; x + 2 * kLanes<T> <= width; x += 2 * kLanes<T>) {
-    multiply<T, 2, true>(rows, depth, a, b + x, b_row, c + x, c_row);
+    multiply<2, true>(rows, depth, a, b + x, b_row, c + x, c_row);
   }
-  if (x < width) multiply<T, 1, true>(rows, depth, a, b + x, b_row, c + x, c_row);
+  if (x < width) multiply<1, true>(rows, depth, a, b + x, b_row, c + x, c_row);
 }
 
 // dst[c][r] = src[r][c] for rows and columns rounded up to whole vectors; both have room for that.

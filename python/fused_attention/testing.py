@@ -14,7 +14,7 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -186,16 +186,10 @@ def exact(inputs: Inputs) -> Results:
 
 def naive(inputs: Inputs) -> tuple[Results, Results]:
     """The maths done plainly, in two orders of summation: a lucky one must not set the bar."""
-    turned = {name: inputs.tensors[name].flip(-1) for name in ("query", "key", "value")}
-    other = _naive(
-        replace(inputs, tensors=inputs.tensors | turned, grad_out=inputs.grad_out.flip(-1))
-    )
-    for name in ("out", "dquery", "dkey", "dvalue"):
-        other[name] = other[name].flip(-1)
-    return _naive(inputs), other
+    return _naive(inputs, backwards=False), _naive(inputs, backwards=True)
 
 
-def _naive(inputs: Inputs) -> Results:
+def _naive(inputs: Inputs, backwards: bool) -> Results:
     """Whole matrices in the inputs' dtype, FlashAttention-2's formulas (Dao 2023, Algorithm 2).
 
     16-bit inputs: products accumulate and the softmax runs in float32; weights, their gradient and
@@ -211,6 +205,13 @@ def _naive(inputs: Inputs) -> Results:
 
     def rounded(x: Tensor) -> Tensor:
         return x.to(dtype).to(accumulated)
+
+    # Every sum of products and the softmax's, from the first term or from the last
+    def turned(x: Tensor, *dims: int) -> Tensor:
+        return x.flip(dims) if backwards else x
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return turned(a, -1) @ turned(b, -2)
 
     def per_key_head(x: Tensor) -> Tensor:
         return x.unflatten(1, (Hkv, group)).sum(2)
@@ -232,29 +233,30 @@ def _naive(inputs: Inputs) -> Results:
     )
     softcap = options["softcap"]
     rest = (tensors.get("bias"), options.get("alibi_slopes"))
-    s = reference.scores(q, k, scale, off, softcap, *rest)
+    s = reference.scores(turned(q, -1), turned(k, -1), scale, off, softcap, *rest)
     sinks = tensors.get("sinks")
-    p, lse = reference.softmax(torch.where(seen, s, -math.inf), sinks)
+    p, lse = reference.softmax(turned(torch.where(seen, s, -math.inf), -1), sinks)
+    p = turned(p, -1)
     kept = torch.ones_like(p)
     if options["dropout_p"]:
         kept = reference.dropout(kept, options["dropout_p"], options["philox"])
     dropped = rounded(p * kept)
-    out = rounded(dropped @ v)
+    out = rounded(product(dropped, v))
 
     # As the backward meets them: from lse, and from the rounded output
     p = torch.exp(torch.where(seen, s, -math.inf) - lse.unsqueeze(-1)).nan_to_num(0.0)
     grad_lse = inputs.grad_lse.masked_fill(lse.isinf(), 0.0).unsqueeze(-1)
-    delta = (do * out).sum(-1, keepdim=True) - grad_lse
-    ds = p * ((do @ v.mT) * kept - delta)
+    delta = turned(do * out, -1).sum(-1, keepdim=True) - grad_lse
+    ds = p * (product(do, v.mT) * kept - delta)
     dlogits = ds
     if softcap:
-        ds = ds * (1 - torch.tanh(scale * (q @ k.mT) / softcap) ** 2)
+        ds = ds * (1 - torch.tanh(scale * product(q, k.mT) / softcap) ** 2)
     results = {
         "out": out.to(dtype),
         "lse": lse,
-        "dquery": (scale * (rounded(ds) @ k)).to(dtype),
-        "dkey": per_key_head(scale * (rounded(ds).mT @ q)).to(dtype),
-        "dvalue": per_key_head(dropped.mT @ do).to(dtype),
+        "dquery": (scale * product(rounded(ds), k)).to(dtype),
+        "dkey": per_key_head(scale * product(rounded(ds).mT, q)).to(dtype),
+        "dvalue": per_key_head(product(dropped.mT, do)).to(dtype),
     }
     if "bias" in tensors:
         bias = tensors["bias"]
