@@ -44,16 +44,16 @@ class Isa:
 
 
 AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = (
+    f"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd {AVX2}"
+    # g++ 12 warns about its own AVX-512 headers.
+    " -Wno-uninitialized -Wno-maybe-uninitialized"
+)
 ISAS = [
     Isa("baseline", "", machines=""),
     Isa("avx2", AVX2, machines="x86_64 amd64"),
-    Isa(
-        "avx512",
-        # -Wno: g++ 12 warns about its own AVX-512 headers.
-        f"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd {AVX2}"
-        " -Wno-uninitialized -Wno-maybe-uninitialized",
-        machines="x86_64 amd64",
-    ),
+    Isa("avx512", AVX512, machines="x86_64 amd64"),
+    Isa("avx512_bf16", f"-mavx512bf16 {AVX512}", machines="x86_64 amd64"),
 ]
 COMPILED_ISAS = [
     isa for isa in ISAS if not isa.machines or platform.machine().lower() in isa.machines.split()

@@ -542,7 +542,7 @@ def test_threads_share_plans():
 def test_explain_tells_backend_isa_kernel_tiles_and_memory(isa):
     explanation = explain(**qkv())
     assert explanation.backend == "cpu" and explanation.details.isa == isa
-    assert explanation.details.kernel == "attention_forward"
+    assert explanation.details.kernel.startswith("attention_forward")
     assert explanation.details.block_m > 0 and explanation.details.block_n > 0
     assert explanation.refused == {"cuda": ["not built yet"], "triton": ["not built yet"]}
     text = str(explanation)
@@ -568,7 +568,7 @@ def test_explain_of_gradients_copies_and_the_reference():
 def test_explain_takes_every_argument_of_attention():
     with torch.autocast("cpu", torch.bfloat16):
         explanation = explain(**qkv(), bias=randn(5, 7), causal="top_left", return_lse=True)
-    assert explanation.details.kernel == "attention_forward"
+    assert explanation.details.kernel.startswith("attention_forward")
     assert explain(**PACKED).backend == explain(**PAGED).backend == "reference"
     with pytest.raises(NotImplementedError, match="not built yet"):
         explain(**qkv(), backend="cuda")

@@ -4,8 +4,9 @@
 //
 //   place, load_queries    scratch memory, and the queries of one tile
 //   scores                 s[key][query] <- k q^T for one tile
-//   round                  a weight as the second product meets it
-//   accumulate             o^T[d][query] <- o^T + v^T p^T for one tile
+//   accumulate             o^T[d][query] <- o^T + v^T p^T for one tile: visible and keep are its
+//   words
+//                          or null, the weights are overwritten
 
 // Numbers of type T on the vector lanes.
 template <typename T_>
@@ -40,16 +41,113 @@ struct Direct {
     multiply<kVectors, false>(columns, p.D, keys, q_t, kRow, s, kRow);
   }
 
-  static FA_INLINE Vec<T> round(Vec<T> weight) { return weight; }
-
-  // visible: null, or the words of the tile.
   template <int kVectors>
   void accumulate(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
-                  int64_t columns, const uint64_t* visible, const T* weights, T* acc_t) const {
+                  int64_t columns, const uint64_t* visible, const uint64_t* keep, T* weights,
+                  const RowState<T>&, T* acc_t) const {
     constexpr int kRow = kVectors * kLanes<T>;
+    if (keep != nullptr) drop<T, kVectors>(keep, columns, weights);
     const Scalars<T> values =
         key_rows(p.value, p.dtype, b, h_kv, n_start, columns, p.Dv, visible, v);
     multiply<kVectors, true>(p.Dv, columns, Scalars<T>{values.data, values.column, values.row},
                              weights, kRow, acc_t, kRow);
   }
 };
+
+#ifdef FUSED_ATTENTION_PAIRS
+// bfloat16 numbers, two at a time on each float lane: pairs along head_dim in the first product,
+// along the keys in the second. Keys are read as they lie in memory.
+struct Pairs {
+  using T = float;
+  static constexpr bool kRounds = true;
+  Pair *q, *q_t;  // queries [kBlockM][D / 2], transposed [D / 2][kBlockM]
+  Pair* k;        // keys [kBlockN][D / 2], where they do not lie in pairs
+  Pair* v;        // values, rows 2 j and 2 j + 1 together: [kBlockN / 2][Dv]
+
+  static int64_t width(const AttentionParams& p) {
+    return round_up(ceil_div(p.D, 2), kLanes<float>);
+  }
+  static int64_t width_v(const AttentionParams& p) { return round_up(p.Dv, 32); }
+
+  void place(const AttentionParams& p, Arena& arena) {
+    q_t = arena.take<Pair>(width(p) * kBlockM<float>);
+    q = arena.take<Pair>(kBlockM<float> * width(p));
+    v = arena.take<Pair>(kBlockN / 2 * width_v(p));
+    k = arena.take<Pair>(in_pairs(p) ? 0 : kBlockN * width(p));
+  }
+
+  static bool in_pairs(const AttentionParams& p) { return p.D % 2 == 0 && p.key.stride_s % 2 == 0; }
+
+  // Rows [start, start + rows) of one head, zero up to padded_rows and to whole vectors.
+  static void copy_rows(Pair* dst, const AttentionParams& p, const TensorView& view, int64_t b,
+                        int64_t h, int64_t start, int64_t rows, int64_t padded_rows) {
+    for (int64_t r = 0; r < padded_rows; ++r) {
+      uint16_t* row = (uint16_t*)(dst + r * width(p));
+      const uint16_t* src =
+          (const uint16_t*)row_of(view, p.dtype, b, h, start + (r < rows ? r : 0));
+      const int64_t valid = r < rows ? p.D : 0;
+      __builtin_memcpy(row, src, (size_t)valid * sizeof *row);
+      fill(row + valid, 2 * width(p) - valid, (uint16_t)0);
+    }
+  }
+
+  template <int kVectors>
+  void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
+                    int64_t rows) const {
+    constexpr int kRow = kVectors * kLanes<float>;
+    copy_rows(q, p, p.query, b, h, m_start, rows, kRow);
+    transpose_tile(kRow, width(p), (const float*)q, width(p), (float*)q_t, kRow);
+  }
+
+  template <int kVectors>
+  void scores(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start, int64_t columns,
+              float* s) const {
+    constexpr int kRow = kVectors * kLanes<float>;
+    Scalars<Pair> keys{(const Pair*)row_of(p.key, p.dtype, b, h_kv, n_start), p.key.stride_s / 2,
+                       1};
+    if (!in_pairs(p)) {
+      copy_rows(k, p, p.key, b, h_kv, n_start, columns, columns);
+      keys = {k, width(p), 1};
+    }
+    multiply<kVectors, false>(columns, ceil_div(p.D, 2), keys, q_t, kRow, s, kRow);
+  }
+
+  // A key that nobody sees, or that is past the end, has a value of 0, whatever it held.
+  template <int kVectors>
+  void accumulate(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
+                  int64_t columns, const uint64_t* visible, const uint64_t* keep, float* weights,
+                  const RowState<float>& rows, float* acc_t) const {
+    constexpr int W = kLanes<float>, kRow = kVectors * W;
+    const int64_t pairs = ceil_div(columns, 2);
+    Pair* paired = (Pair*)weights;  // row j takes the place of rows 2 j and 2 j + 1
+    const Vec<float> zero = broadcast(0.0f);
+    Vec<float> sum[kVectors];
+    for (int x = 0; x < kVectors; ++x) sum[x] = load(rows.rounded_sum + x * W);
+    for (int64_t j = 0; j < pairs; ++j) {
+      const bool odd = 2 * j + 1 == columns;
+      const bool low_used = visible == nullptr || visible[2 * j] != 0;
+      const bool high_used = !odd && (visible == nullptr || visible[2 * j + 1] != 0);
+      const auto* value = (const uint16_t*)row_of(p.value, p.dtype, b, h_kv, n_start + 2 * j);
+      for (int64_t d = 0; d < p.Dv; d += 32) {
+        const uint64_t valid = low_bits(p.Dv - d);
+        pair_rows(value + d, low_used ? valid : 0, value + d + p.value.stride_s,
+                  high_used ? valid : 0, v + j * width_v(p) + d);
+      }
+      for (int x = 0; x < kVectors; ++x) {
+        const float* at = weights + 2 * j * kRow + x * W;
+        Vec<float> low = load(at), high = odd ? zero : load(at + kRow);
+        // before dropout: the denominator is that of all weights
+        sum[x] = fma(round_to_pair(low, high), broadcast(kOnes), sum[x]);
+        if (keep != nullptr) {
+          low = select_bits(keep[2 * j] >> (x * W), low, zero);
+          high = odd ? zero : select_bits(keep[2 * j + 1] >> (x * W), high, zero);
+        }
+        store(paired + j * kRow + x * W, round_to_pair(low, high));
+      }
+    }
+    for (int x = 0; x < kVectors; ++x) store(rows.rounded_sum + x * W, sum[x]);
+    multiply<kVectors, true>(p.Dv, pairs, Scalars<Pair>{v, 1, width_v(p)}, paired, kRow, acc_t,
+                             kRow);
+  }
+};
+#endif

@@ -12,7 +12,7 @@ struct ForwardTile {
   T* out;                    // its transpose [kBlockM][Dv]
   T* s;                      // scores, then weights [kBlockN][kBlockM]
   T *bias, *bias_t;          // [kBlockM][kBlockN] and transposed
-  RowState<T> softmax;       // [kBlockM]
+  RowState<T> rows;          // [kBlockM]
   uint64_t *visible, *keep;  // [kBlockN]
 
   size_t place(const AttentionParams& p, void* workspace) {
@@ -20,10 +20,10 @@ struct ForwardTile {
     Arena arena{(char*)workspace, 0};
     s = arena.take<T>(kBlockN * kBlockM<T>);
     acc_t = arena.take<T>(width_v * kBlockM<T>);
-    softmax.max = arena.take<T>(kBlockM<T>);
-    softmax.sum = arena.take<T>(kBlockM<T>);
-    softmax.rounded_sum = arena.take<T>(kBlockM<T>);
-    softmax.alpha = arena.take<T>(kBlockM<T>);
+    rows.max = arena.take<T>(kBlockM<T>);
+    rows.sum = arena.take<T>(kBlockM<T>);
+    rows.rounded_sum = arena.take<T>(kBlockM<T>);
+    rows.alpha = arena.take<T>(kBlockM<T>);
     visible = arena.take<uint64_t>(kBlockN);
     keep = arena.take<uint64_t>(kBlockN);
     out = arena.take<T>(kBlockM<T> * width_v);
@@ -35,6 +35,18 @@ struct ForwardTile {
   }
 };
 
+// x[r] <- x[r] * alpha for `count` rows of queries.
+template <typename T, int kVectors>
+void shrink(int64_t count, const T* alpha, T* values) {
+  constexpr int W = kLanes<T>, kRow = kVectors * W;
+  for (int64_t r = 0; r < count; ++r) {
+    for (int x = 0; x < kVectors; ++x) {
+      T* at = values + r * kRow + x * W;
+      store(at, mul(load(at), load(alpha + x * W)));
+    }
+  }
+}
+
 template <int kVectors, typename Arithmetic>
 void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
                              int64_t rows, const ForwardTile<Arithmetic>& t) {
@@ -45,7 +57,7 @@ void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int
 
   t.products.template load_queries<kVectors>(p, b, h, m_start, rows);
   fill(t.acc_t, width_v * kRow, (T)0);
-  start(t.softmax, kRow);
+  start(t.rows, kRow);
 
   const Range keys = visible_keys(p, m_start, m_start + rows);
   for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
@@ -60,32 +72,28 @@ void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int
     if (seen == Visible::kSome) hide<T, kVectors>(t.visible, columns, t.s);
 
     // p <- exp2(s - m), l <- alpha l + rowsum(p), o <- alpha o
-    if (online_softmax_update<Arithmetic, kVectors>(columns, factor, t.s, t.softmax)) {
-      for (int64_t d = 0; d < p.Dv; ++d) {
-        for (int x = 0; x < kVectors; ++x) {
-          T* at = t.acc_t + d * kRow + x * W;
-          store(at, mul(load(at), load(t.softmax.alpha + x * W)));
-        }
-      }
+    if (online_softmax_update<T, kVectors>(columns, factor, t.s, t.rows)) {
+      shrink<T, kVectors>(1, t.rows.alpha, t.rows.rounded_sum);
+      shrink<T, kVectors>(p.Dv, t.rows.alpha, t.acc_t);
     }
-    if (p.dropout_threshold > 0) {  // after the sum: the denominator is that of all weights
-      dropout_keep_bits(p, b, h, m_start, rows, n, columns, t.keep);
-      drop<T, kVectors>(t.keep, columns, t.s);
-    }
+    const bool dropout = p.dropout_threshold > 0;
+    if (dropout) dropout_keep_bits(p, b, h, m_start, rows, n, columns, t.keep);
     // o^T <- o^T + v^T p^T
-    t.products.template accumulate<kVectors>(
-        p, b, h_kv, n, columns, seen == Visible::kSome ? t.visible : nullptr, t.s, t.acc_t);
+    t.products.template accumulate<kVectors>(p, b, h_kv, n, columns,
+                                             seen == Visible::kSome ? t.visible : nullptr,
+                                             dropout ? t.keep : nullptr, t.s, t.rows, t.acc_t);
   }
 
   transpose_tile(width_v, kRow, t.acc_t, kRow, t.out, width_v);
   for (int64_t i = 0; i < rows; ++i) {
     const T* sink = p.sinks ? (const T*)p.sinks + h : nullptr;
-    const T max = t.softmax.max[i];
+    const T max = t.rows.max[i], sum = t.rows.sum[i];
     if (p.lse != nullptr) {
-      ((T*)p.lse)[(b * p.Hq + h) * p.Sq + m_start + i] = log_sum_exp(max, t.softmax.sum[i], sink);
+      ((T*)p.lse)[(b * p.Hq + h) * p.Sq + m_start + i] = log_sum_exp(max, sum, sink);
     }
-    T weight =
-        row_weight(max, (Arithmetic::kRounds ? t.softmax.rounded_sum : t.softmax.sum)[i], sink);
+    // o is divided by the sum of what it is made of; rounding loses a NaN.
+    const bool rounded = Arithmetic::kRounds && sum == sum;
+    T weight = row_weight(max, rounded ? t.rows.rounded_sum[i] : sum, sink);
     if (p.dropout_threshold > 0) weight *= (T)p.dropout_scale;
     // A row that saw nothing is zero even beside a visible NaN, which 0 * NaN would not be.
     if (max == -kInf<T>) fill(t.out + i * width_v, p.Dv, (T)0);

@@ -14,39 +14,51 @@ extern const KernelTable kAvx2Kernels;
 #ifdef FUSED_ATTENTION_ISA_AVX512
 extern const KernelTable kAvx512Kernels;
 #endif
+#ifdef FUSED_ATTENTION_ISA_AVX512_BF16
+extern const KernelTable kAvx512Bf16Kernels;
+#endif
 
 namespace {
 
 struct Isa {
   const KernelTable* kernels;
   bool (*usable)();
+  bool (*fast)();  // taken without being named
 };
+
+bool always() { return true; }
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 
 // Best first. __builtin_cpu_supports also asks the operating system (XCR0) for the registers.
 const Isa kIsas[] = {
+#ifdef FUSED_ATTENTION_ISA_AVX512_BF16
+    // Products of pairs run at twice the float rate on AMD's processors, at half of it on Intel's.
+    {&kAvx512Bf16Kernels, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
+     [] { return __builtin_cpu_is("amd") != 0; }},
+#endif
 #ifdef FUSED_ATTENTION_ISA_AVX512
-    {&kAvx512Kernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-     }},
+    {&kAvx512Kernels, has_avx512, always},
 #endif
 #ifdef FUSED_ATTENTION_ISA_AVX2
     {&kAvx2Kernels,
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
-     }},
+     },
+     always},
 #endif
-    {&kBaselineKernels, [] { return true; }},
+    {&kBaselineKernels, always, always},
 };
 
 const KernelTable* find_usable(const char* name) {
   for (const Isa& isa : kIsas) {
-    if ((strcmp(name, "auto") == 0 || strcmp(name, isa.kernels->isa) == 0) && isa.usable()) {
-      return isa.kernels;
-    }
+    const bool named = strcmp(name, isa.kernels->isa) == 0;
+    if ((named || (strcmp(name, "auto") == 0 && isa.fast())) && isa.usable()) return isa.kernels;
   }
   return nullptr;
 }

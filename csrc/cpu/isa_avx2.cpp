@@ -6,6 +6,7 @@
 
 namespace fused_attention {
 namespace {
+constexpr const char* kIsaName = "avx2";
 #include "simd_avx2.inl"
 // The algorithms, on that vocabulary:
 #include "kernels.inl"

@@ -6,6 +6,7 @@
 
 namespace fused_attention {
 namespace {
+constexpr const char* kIsaName = "avx512";
 #include "simd_avx512.inl"
 // The algorithms, on that vocabulary:
 #include "kernels.inl"

@@ -5,6 +5,7 @@
 
 namespace fused_attention {
 namespace {
+constexpr const char* kIsaName = "baseline";
 #include "simd_baseline.inl"
 // The algorithms, on that vocabulary:
 #include "kernels.inl"

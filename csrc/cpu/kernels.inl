@@ -51,14 +51,29 @@ void apply_math_by_type(MathFunction function, DType dtype, const void* in, void
                            : apply_math(function, (const float*)in, (float*)out, count);
 }
 
+constexpr ForwardKernel kDirectForward = {"attention_forward",
+                                          "serves every call",
+                                          [](const AttentionParams&) { return true; },
+                                          forward_tiles,
+                                          nullptr,
+                                          {phase<ByType<DirectForward>>()}};
+#ifdef FUSED_ATTENTION_PAIRS
+constexpr ForwardKernel kPairsForward = {
+    "attention_forward on pairs",
+    "two bfloat16 products a lane at once",
+    [](const AttentionParams& p) { return p.dtype == DType::kBFloat16; },
+    forward_tiles,
+    nullptr,
+    {phase<AttentionForward<Pairs>>()}};
+#endif
+
 constexpr KernelTable kKernels = {
     kIsaName,
-    {{"attention_forward",
-      "serves every call",
-      [](const AttentionParams&) { return true; },
-      forward_tiles,
-      nullptr,
-      {phase<ByType<DirectForward>>()}}},
+    {
+#ifdef FUSED_ATTENTION_PAIRS
+        kPairsForward,
+#endif
+        kDirectForward},
     phase<ByType<AttentionBackwardDelta>>(),
     phase<ByType<AttentionBackwardSinks>>(),
     phase<ByType<AttentionBackwardKeys>>(),

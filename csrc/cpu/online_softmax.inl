@@ -20,8 +20,7 @@ void hide(const uint64_t* visible, int64_t columns, T* s) {
 template <typename T>
 struct RowState {
   T *max, *sum;
-  T* rounded_sum;  // of the weights as rounded for the product with v: what o is divided by, so
-                   // that the weights that o is made of add up to 1. The lse is that of `sum`.
+  T* rounded_sum;  // of the weights as an arithmetic rounds them for the product with v, if it does
   T* alpha;        // what was accumulated before the last tile shrinks by this
 };
 template <typename T>
@@ -31,15 +30,13 @@ void start(const RowState<T>& rows, int64_t count) {
   fill(rows.rounded_sum, count, (T)0);
 }
 
-// s[j] <- p[j] = exp(s[j] * factor - max), rounded, with the rows brought up to date. Returns
-// whether a maximum grew: then what was accumulated before must be multiplied by alpha.
-template <typename Arithmetic, int kVectors>
-bool online_softmax_update(int64_t columns, double factor, typename Arithmetic::T* s,
-                           const RowState<typename Arithmetic::T>& rows) {
-  using T = typename Arithmetic::T;
+// s[j] <- p[j] = exp(s[j] * factor - max), with max and sum brought up to date. Returns whether a
+// maximum grew: then what else was accumulated before must be multiplied by alpha.
+template <typename T, int kVectors>
+bool online_softmax_update(int64_t columns, double factor, T* s, const RowState<T>& rows) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const Vec<T> scale = broadcast((T)factor), log2e = broadcast(kLog2e<T>);
-  Vec<T> top[kVectors], sum[kVectors], rounded_sum[kVectors];
+  Vec<T> top[kVectors], sum[kVectors];
   for (int x = 0; x < kVectors; ++x) top[x] = broadcast(-kInf<T>);
   for (int64_t j = 0; j < columns; ++j) {
     for (int x = 0; x < kVectors; ++x) top[x] = max(top[x], load(s + j * kRow + x * W));
@@ -57,23 +54,18 @@ bool online_softmax_update(int64_t columns, double factor, typename Arithmetic::
     const Vec<T> rescale = exp2<T>(mul(sub(before, top[x]), log2e));
     store(rows.alpha + x * W, rescale);
     sum[x] = mul(load(rows.sum + x * W), rescale);
-    if (Arithmetic::kRounds) rounded_sum[x] = mul(load(rows.rounded_sum + x * W), rescale);
   }
   for (int64_t j = 0; j < columns; ++j) {
     for (int x = 0; x < kVectors; ++x) {
       T* at = s + j * kRow + x * W;
       // p <- exp(s * scale - row_max)
       const Vec<T> distance = fma_once(load(at), scale, sub(broadcast((T)0), top[x]));
-      const Vec<T> weight = exp2<T>(mul(distance, log2e)), rounded = Arithmetic::round(weight);
+      const Vec<T> weight = exp2<T>(mul(distance, log2e));
       sum[x] = add(sum[x], weight);
-      if (Arithmetic::kRounds) rounded_sum[x] = add(rounded_sum[x], rounded);
-      store(at, rounded);
+      store(at, weight);
     }
   }
-  for (int x = 0; x < kVectors; ++x) {
-    store(rows.sum + x * W, sum[x]);
-    if (Arithmetic::kRounds) store(rows.rounded_sum + x * W, rounded_sum[x]);
-  }
+  for (int x = 0; x < kVectors; ++x) store(rows.sum + x * W, sum[x]);
   return grew;
 }
 

@@ -1,6 +1,5 @@
 // The vector vocabulary on AVX2, FMA and F16C: 8 floats, 4 doubles, 8 uint32 a register.
 
-constexpr const char* kIsaName = "avx2";
 constexpr int kVectorRegisters = 16;
 constexpr bool kFusedMultiplyAdd = true;  // fma rounds once
 

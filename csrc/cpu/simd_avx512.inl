@@ -1,6 +1,5 @@
 // The vector vocabulary on AVX-512 (F, BW, DQ, VL): 16 floats, 8 doubles, 16 uint32 a register.
 
-constexpr const char* kIsaName = "avx512";
 constexpr int kVectorRegisters = 32;
 constexpr bool kFusedMultiplyAdd = true;  // fma rounds once
 

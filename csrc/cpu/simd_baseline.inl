@@ -1,7 +1,6 @@
 // The vector vocabulary in portable C++: 4 floats, 2 doubles, 4 uint32 in plain arrays, which every
 // compiler turns into whatever 128-bit vectors its target has.
 
-constexpr const char* kIsaName = "baseline";
 constexpr int kVectorRegisters = 16;
 constexpr bool kFusedMultiplyAdd = false;  // fma rounds once
 
