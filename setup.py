@@ -54,6 +54,8 @@ ISAS = [
     Isa("avx2", AVX2, machines="x86_64 amd64"),
     Isa("avx512", AVX512, machines="x86_64 amd64"),
     Isa("avx512_bf16", f"-mavx512bf16 {AVX512}", machines="x86_64 amd64"),
+    Isa("amx", AVX512, machines="x86_64 amd64"),
+    Isa("amx_emulated", AVX512, machines="x86_64 amd64"),
 ]
 COMPILED_ISAS = [
     isa for isa in ISAS if not isa.machines or platform.machine().lower() in isa.machines.split()

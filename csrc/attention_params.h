@@ -38,7 +38,8 @@ struct AttentionParams {
   void* shared = nullptr;
 
   double scale = 1.0;
-  double softcap = 0.0;  // 0 = none
+  double softcap = 0.0;   // 0 = none
+  int64_t precision = 0;  // of float32: 0 "highest", 1 "high", 2 "medium"
   int64_t diagonal_offset = 0;
   int64_t window_left = -1;   // tokens; -1 = unlimited
   int64_t window_right = -1;  // causal is window_right = 0

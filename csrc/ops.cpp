@@ -222,7 +222,7 @@ ScoreView score_view(const Tensor& tensor, const char* name, const AttentionPara
 // The arguments that attention_forward and attention_backward share, as in their schemas.
 struct Options {
   double scale;
-  int64_t causal, window_left, window_right;
+  int64_t causal, window_left, window_right, precision;
   const OptionalTensor &mask, &bias, &key_padding_mask, &alibi_slopes, &sinks, &philox;
   double softcap, dropout_p;
 };
@@ -274,6 +274,7 @@ void describe_options(AttentionParams& p, const Options& o) {
   p.diagonal_offset = o.causal == (int64_t)Causal::kBottomRight ? p.Sk - p.Sq : 0;
   p.scale = o.scale;
   p.softcap = o.softcap;
+  p.precision = o.precision;
   describe_dropout(p, o.dropout_p, o.philox);
   if (o.mask) {
     STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool, "mask: expected bool");
@@ -360,32 +361,33 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
 
 // Twenty-two arguments cost 2 us in the dispatcher alone: the plain calls have operators of their
 // own.
-Options plain_options(double scale, int64_t causal, int64_t window_left, int64_t window_right) {
+Options plain_options(double scale, int64_t causal, int64_t window_left, int64_t window_right,
+                      int64_t precision) {
   static const OptionalTensor none;
-  return {scale, causal, window_left, window_right, none, none, none, none, none, none, 0.0, 0.0};
+  return {scale, causal, window_left, window_right, precision, none, none,
+          none,  none,   none,        none,         0.0,       0.0};
 }
 
 Tensor attention_forward_plain(const Tensor& query, const Tensor& key, const Tensor& value,
                                double scale, int64_t causal, int64_t window_left,
-                               int64_t window_right, int64_t /*precision*/) {
-  return forward(query, key, value, plain_options(scale, causal, window_left, window_right),
-                 nullptr);
+                               int64_t window_right, int64_t precision) {
+  return forward(query, key, value,
+                 plain_options(scale, causal, window_left, window_right, precision), nullptr);
 }
 
 std::tuple<Tensor, Tensor> attention_forward_plain_lse(const Tensor& query, const Tensor& key,
                                                        const Tensor& value, double scale,
                                                        int64_t causal, int64_t window_left,
-                                                       int64_t window_right,
-                                                       int64_t /*precision*/) {
+                                                       int64_t window_right, int64_t precision) {
   Tensor lse;
-  Tensor out =
-      forward(query, key, value, plain_options(scale, causal, window_left, window_right), &lse);
+  Tensor out = forward(query, key, value,
+                       plain_options(scale, causal, window_left, window_right, precision), &lse);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, double scale, int64_t causal,
-    int64_t window_left, int64_t window_right, int64_t /*precision*/, const OptionalTensor& mask,
+    int64_t window_left, int64_t window_right, int64_t precision, const OptionalTensor& mask,
     const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
     double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
@@ -395,8 +397,8 @@ std::tuple<Tensor, Tensor> attention_forward(
   refuse_packed(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table);
   Tensor lse;
   Tensor out = forward(query, key, value,
-                       {scale, causal, window_left, window_right, mask, bias, key_padding_mask,
-                        alibi_slopes, sinks, philox, softcap, dropout_p},
+                       {scale, causal, window_left, window_right, precision, mask, bias,
+                        key_padding_mask, alibi_slopes, sinks, philox, softcap, dropout_p},
                        &lse);
   return {out, lse};
 }
@@ -404,7 +406,7 @@ std::tuple<Tensor, Tensor> attention_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const Tensor& out, const Tensor& lse, double scale, int64_t causal,
-    int64_t window_left, int64_t window_right, int64_t /*precision*/, const OptionalTensor& mask,
+    int64_t window_left, int64_t window_right, int64_t precision, const OptionalTensor& mask,
     const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
     double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
@@ -416,8 +418,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Input o(out, "out"), grad_o(grad_out, "grad_out");
   AttentionParams p;
   describe_inputs(p, q, k, v);
-  describe_options(p, {scale, causal, window_left, window_right, mask, bias, key_padding_mask,
-                       alibi_slopes, sinks, philox, softcap, dropout_p});
+  describe_options(p, {scale, causal, window_left, window_right, precision, mask, bias,
+                       key_padding_mask, alibi_slopes, sinks, philox, softcap, dropout_p});
   for (const Input* x : {&o, &grad_o}) {
     const int64_t* size = x->shape.size;
     STD_TORCH_CHECK(x->dense.scalar_type() == query.scalar_type() && size[0] == p.B &&

@@ -2,15 +2,25 @@
 // operands are laid out, and how far the weights are rounded. The algorithm (attention_forward.inl)
 // is the same for each:
 //
+//   begin, end             around a task
 //   place, load_queries    scratch memory, and the queries of one tile
 //   scores                 s[key][query] <- k q^T for one tile
-//   accumulate             o^T[d][query] <- o^T + v^T p^T for one tile: visible and keep are its
-//   words
-//                          or null, the weights are overwritten
+//   accumulate             o^T[d][query] <- o^T + v^T p^T for one tile, now or by the next flush
+//   flush                  before o^T is read or written by others
+//
+// accumulate gets the words of the tile, visible and keep, or null, and overwrites the weights.
+
+struct OnVectors {
+  static constexpr int kQueryVectors = kMaxVectors;  // of a tile
+  static void begin() {}
+  static void end() {}
+  template <int kVectors, typename T>
+  void flush(const AttentionParams&, T*) const {}
+};
 
 // Numbers of type T on the vector lanes.
 template <typename T_>
-struct Direct {
+struct Direct : OnVectors {
   using T = T_;
   static constexpr bool kRounds = false;
   T *q, *q_t;  // queries [kBlockM][D], transposed [D][kBlockM]
@@ -57,7 +67,7 @@ struct Direct {
 #ifdef FUSED_ATTENTION_PAIRS
 // bfloat16 numbers, two at a time on each float lane: pairs along head_dim in the first product,
 // along the keys in the second. Keys are read as they lie in memory.
-struct Pairs {
+struct Pairs : OnVectors {
   using T = float;
   static constexpr bool kRounds = true;
   Pair *q, *q_t;  // queries [kBlockM][D / 2], transposed [D / 2][kBlockM]

@@ -7,6 +7,7 @@
 template <typename Arithmetic>
 struct ForwardTile {
   using T = typename Arithmetic::T;
+  static constexpr int kBlockM = Arithmetic::kQueryVectors * kLanes<T>;
   Arithmetic products;       // with the queries, keys and values as it wants them
   T* acc_t;                  // unnormalised output, transposed [Dv][kBlockM]
   T* out;                    // its transpose [kBlockM][Dv]
@@ -18,19 +19,19 @@ struct ForwardTile {
   size_t place(const AttentionParams& p, void* workspace) {
     const int64_t width_v = round_up(p.Dv, kLanes<T>);
     Arena arena{(char*)workspace, 0};
-    s = arena.take<T>(kBlockN * kBlockM<T>);
-    acc_t = arena.take<T>(width_v * kBlockM<T>);
-    rows.max = arena.take<T>(kBlockM<T>);
-    rows.sum = arena.take<T>(kBlockM<T>);
-    rows.rounded_sum = arena.take<T>(kBlockM<T>);
-    rows.alpha = arena.take<T>(kBlockM<T>);
+    s = arena.take<T>(kBlockN * kBlockM);
+    acc_t = arena.take<T>(width_v * kBlockM);
+    rows.max = arena.take<T>(kBlockM);
+    rows.sum = arena.take<T>(kBlockM);
+    rows.rounded_sum = arena.take<T>(kBlockM);
+    rows.alpha = arena.take<T>(kBlockM);
     visible = arena.take<uint64_t>(kBlockN);
     keep = arena.take<uint64_t>(kBlockN);
-    out = arena.take<T>(kBlockM<T> * width_v);
+    out = arena.take<T>(kBlockM * width_v);
     products.place(p, arena);
     const bool has_bias = p.bias.data != nullptr;
-    bias = arena.take<T>(has_bias ? kBlockM<T> * kBlockN : 0);
-    bias_t = arena.take<T>(has_bias ? kBlockM<T> * kBlockN : 0);
+    bias = arena.take<T>(has_bias ? kBlockM * kBlockN : 0);
+    bias_t = arena.take<T>(has_bias ? kBlockM * kBlockN : 0);
     return arena.used;
   }
 };
@@ -49,7 +50,7 @@ void shrink(int64_t count, const T* alpha, T* values) {
 
 template <int kVectors, typename Arithmetic>
 void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
-                             int64_t rows, const ForwardTile<Arithmetic>& t) {
+                             int64_t rows, ForwardTile<Arithmetic>& t) {
   using T = typename Arithmetic::T;
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const int64_t width_v = round_up(p.Dv, W);
@@ -58,6 +59,8 @@ void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int
   t.products.template load_queries<kVectors>(p, b, h, m_start, rows);
   fill(t.acc_t, width_v * kRow, (T)0);
   start(t.rows, kRow);
+  // Weights that are rounded may well be as large as 2^8.
+  const T slack = Arithmetic::kRounds ? (T)(8 / kLog2e<T>) : (T)0;
 
   const Range keys = visible_keys(p, m_start, m_start + rows);
   for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
@@ -72,7 +75,8 @@ void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int
     if (seen == Visible::kSome) hide<T, kVectors>(t.visible, columns, t.s);
 
     // p <- exp2(s - m), l <- alpha l + rowsum(p), o <- alpha o
-    if (online_softmax_update<T, kVectors>(columns, factor, t.s, t.rows)) {
+    if (online_softmax_update<T, kVectors>(columns, factor, slack, t.s, t.rows)) {
+      t.products.template flush<kVectors>(p, t.acc_t);
       shrink<T, kVectors>(1, t.rows.alpha, t.rows.rounded_sum);
       shrink<T, kVectors>(p.Dv, t.rows.alpha, t.acc_t);
     }
@@ -84,6 +88,7 @@ void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int
                                              dropout ? t.keep : nullptr, t.s, t.rows, t.acc_t);
   }
 
+  t.products.template flush<kVectors>(p, t.acc_t);
   transpose_tile(width_v, kRow, t.acc_t, kRow, t.out, width_v);
   for (int64_t i = 0; i < rows; ++i) {
     const T* sink = p.sinks ? (const T*)p.sinks + h : nullptr;
@@ -107,13 +112,14 @@ void attention_forward_tasks(const AttentionParams& p, int64_t begin, int64_t en
   using T = typename Arithmetic::T;
   ForwardTile<Arithmetic> tile;
   tile.place(p, memory);
-  const int64_t blocks = ceil_div(p.Sq, kBlockM<T>);
+  constexpr int64_t kBlockM = ForwardTile<Arithmetic>::kBlockM;
+  const int64_t blocks = ceil_div(p.Sq, kBlockM);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / blocks / p.Hq, h = task / blocks % p.Hq;
     // The last queries first: under a causal mask they have the most keys.
-    const int64_t m_start = (blocks - 1 - task % blocks) * kBlockM<T>;
-    const int64_t rows = min_of(kBlockM<T>, p.Sq - m_start);
-    with_vectors<T>(rows, [&](auto vectors) {
+    const int64_t m_start = (blocks - 1 - task % blocks) * kBlockM;
+    const int64_t rows = min_of(kBlockM, p.Sq - m_start);
+    with_vectors<T, Arithmetic::kQueryVectors>(rows, [&](auto vectors) {
       attention_forward_block<vectors.value>(p, b, h, m_start, rows, tile);
     });
   }
@@ -122,21 +128,21 @@ void attention_forward_tasks(const AttentionParams& p, int64_t begin, int64_t en
 template <typename Arithmetic>
 struct AttentionForward {
   using T = typename Arithmetic::T;
+  static constexpr int64_t kBlockM = ForwardTile<Arithmetic>::kBlockM;
   static int64_t num_tasks(const AttentionParams& p) {
-    return p.B * p.Hq * ceil_div(p.Sq, kBlockM<T>);
+    return p.B * p.Hq * ceil_div(p.Sq, kBlockM);
   }
+  static TileConfig tiles(const AttentionParams&) { return {kBlockM, kBlockN}; }
   static size_t workspace_bytes(const AttentionParams& p) {
     ForwardTile<Arithmetic> tile;
     return tile.place(p, nullptr);
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    Arithmetic::begin();
     attention_forward_tasks<Arithmetic>(p, begin, end, workspace);
+    Arithmetic::end();
   }
 };
 
 template <typename T>
 using DirectForward = AttentionForward<Direct<T>>;
-
-TileConfig forward_tiles(const AttentionParams& p) {
-  return {p.dtype == DType::kFloat64 ? kBlockM<double> : kBlockM<float>, kBlockN};
-}

@@ -2,6 +2,10 @@
 
 #include <stdlib.h>
 #include <string.h>
+#ifdef FUSED_ATTENTION_ISA_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 
@@ -13,6 +17,9 @@ extern const KernelTable kAvx2Kernels;
 #endif
 #ifdef FUSED_ATTENTION_ISA_AVX512
 extern const KernelTable kAvx512Kernels;
+#endif
+#ifdef FUSED_ATTENTION_ISA_AMX
+extern const KernelTable kAmxKernels, kAmxEmulatedKernels;
 #endif
 #ifdef FUSED_ATTENTION_ISA_AVX512_BF16
 extern const KernelTable kAvx512Bf16Kernels;
@@ -27,6 +34,7 @@ struct Isa {
 };
 
 bool always() { return true; }
+bool never() { return false; }
 
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -34,8 +42,24 @@ bool has_avx512() {
          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
+// The processor has tiles, and the kernel lets this process use them: it asks once, before the
+// first tile instruction of any thread, or that is SIGILL.
+bool has_amx() {
+  if (!has_avx512() || !__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16")) {
+    return false;
+  }
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+}
+
 // Best first. __builtin_cpu_supports also asks the operating system (XCR0) for the registers.
 const Isa kIsas[] = {
+#ifdef FUSED_ATTENTION_ISA_AMX
+    // Proven in emulation only: named until it has run, and was measured, on a processor that has
+    // it.
+    {&kAmxKernels, has_amx, never},
+#endif
 #ifdef FUSED_ATTENTION_ISA_AVX512_BF16
     // Products of pairs run at twice the float rate on AMD's processors, at half of it on Intel's.
     {&kAvx512Bf16Kernels, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
@@ -51,6 +75,9 @@ const Isa kIsas[] = {
               __builtin_cpu_supports("f16c");
      },
      always},
+#endif
+#ifdef FUSED_ATTENTION_ISA_AMX
+    {&kAmxEmulatedKernels, has_avx512, never},  // for tests
 #endif
     {&kBaselineKernels, always, always},
 };

@@ -24,7 +24,7 @@ struct ForwardKernel {
   size_t (*shared_bytes)(const AttentionParams&);  // null: the phases share nothing
   Phase phases[kMaxPhases];
 };
-constexpr int kMaxForwardKernels = 4;
+constexpr int kMaxForwardKernels = 8;
 
 // An elementary function of math.inl over an array of floats (doubles for kFloat64), so that tests
 // can measure the error it states.

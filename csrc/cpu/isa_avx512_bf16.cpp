@@ -10,6 +10,7 @@ namespace {
 constexpr const char* kIsaName = "avx512_bf16";
 #include "simd_avx512.inl"
 // On top of it:
+#define FUSED_ATTENTION_PAIRS 1
 #include "pairs_avx512.inl"
 // The algorithms, on that vocabulary:
 #include "kernels.inl"

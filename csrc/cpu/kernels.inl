@@ -9,6 +9,9 @@
 #include "scores.inl"
 #include "online_softmax.inl"
 #include "arithmetic.inl"
+#ifdef FUSED_ATTENTION_TILES
+#include "tile_arithmetic.inl"
+#endif
 #include "attention_forward.inl"
 #include "attention_backward.inl"
 #include "masked_softmax.inl"
@@ -51,29 +54,56 @@ void apply_math_by_type(MathFunction function, DType dtype, const void* in, void
                            : apply_math(function, (const float*)in, (float*)out, count);
 }
 
-constexpr ForwardKernel kDirectForward = {"attention_forward",
-                                          "serves every call",
-                                          [](const AttentionParams&) { return true; },
-                                          forward_tiles,
-                                          nullptr,
-                                          {phase<ByType<DirectForward>>()}};
-#ifdef FUSED_ATTENTION_PAIRS
-constexpr ForwardKernel kPairsForward = {
-    "attention_forward on pairs",
-    "two bfloat16 products a lane at once",
-    [](const AttentionParams& p) { return p.dtype == DType::kBFloat16; },
-    forward_tiles,
-    nullptr,
-    {phase<AttentionForward<Pairs>>()}};
+#ifdef FUSED_ATTENTION_TILES
+bool many_keys(const AttentionParams& p) { return p.Sk >= 128; }
+template <int kPlanes, int kScoreOrders = kPlanes>
+constexpr ForwardKernel tiles_forward(const char* reason, bool (*serves)(const AttentionParams&)) {
+  return {"attention_forward on tiles",
+          reason,
+          serves,
+          AttentionForward<Tiles<kPlanes, kScoreOrders>>::tiles,
+          SplitKeysAndValues<kPlanes>::shared_bytes,
+          {phase<SplitKeysAndValues<kPlanes>>(),
+           phase<AttentionForward<Tiles<kPlanes, kScoreOrders>>>()}};
+}
 #endif
 
 constexpr KernelTable kKernels = {
     kIsaName,
     {
-#ifdef FUSED_ATTENTION_PAIRS
-        kPairsForward,
+#ifdef FUSED_ATTENTION_TILES
+        tiles_forward<1>("bfloat16 products on AMX tiles",
+                         [](const AttentionParams& p) {
+                           return p.dtype == DType::kBFloat16 ||
+                                  (p.dtype == DType::kFloat32 && p.precision == 2 && many_keys(p));
+                         }),
+        tiles_forward<2, 3>("4 and 3 products of bfloat16 planes on AMX tiles",
+                            [](const AttentionParams& p) { return p.dtype == DType::kFloat16; }),
+        tiles_forward<2>("3 products of bfloat16 planes on AMX tiles",
+                         [](const AttentionParams& p) {
+                           return p.dtype == DType::kFloat32 && p.precision == 1 && many_keys(p);
+                         }),
+        tiles_forward<3>(
+            "6 products of bfloat16 planes on AMX tiles",
+            [](const AttentionParams& p) { return p.dtype == DType::kFloat32 && many_keys(p); }),
 #endif
-        kDirectForward},
+#ifdef FUSED_ATTENTION_PAIRS
+        {"attention_forward on pairs",
+         "two bfloat16 products a lane at once",
+         [](const AttentionParams& p) { return p.dtype == DType::kBFloat16; },
+         AttentionForward<Pairs>::tiles,
+         nullptr,
+         {phase<AttentionForward<Pairs>>()}},
+#endif
+        {"attention_forward",
+         "serves every call",
+         [](const AttentionParams&) { return true; },
+         [](const AttentionParams& p) {
+           return p.dtype == DType::kFloat64 ? DirectForward<double>::tiles(p)
+                                             : DirectForward<float>::tiles(p);
+         },
+         nullptr,
+         {phase<ByType<DirectForward>>()}}},
     phase<ByType<AttentionBackwardDelta>>(),
     phase<ByType<AttentionBackwardSinks>>(),
     phase<ByType<AttentionBackwardKeys>>(),

@@ -31,9 +31,10 @@ void start(const RowState<T>& rows, int64_t count) {
 }
 
 // s[j] <- p[j] = exp(s[j] * factor - max), with max and sum brought up to date. Returns whether a
-// maximum grew: then what else was accumulated before must be multiplied by alpha.
+// maximum grew: then what else was accumulated before must be multiplied by alpha. A maximum may
+// lag behind by less than `slack`.
 template <typename T, int kVectors>
-bool online_softmax_update(int64_t columns, double factor, T* s, const RowState<T>& rows) {
+bool online_softmax_update(int64_t columns, double factor, T slack, T* s, const RowState<T>& rows) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const Vec<T> scale = broadcast((T)factor), log2e = broadcast(kLog2e<T>);
   Vec<T> top[kVectors], sum[kVectors];
@@ -44,9 +45,10 @@ bool online_softmax_update(int64_t columns, double factor, T* s, const RowState<
   bool grew = false;
   for (int x = 0; x < kVectors; ++x) {
     const Vec<T> before = load(rows.max + x * W), scaled = mul(top[x], scale);
-    grew |= any_gt(scaled, before);
-    // m <- max(m, rowmax(s)); the operands' order keeps a NaN of the tile
-    const Vec<T> after = max(before, scaled);
+    const Vec<T> limit = add(before, broadcast(slack));
+    grew |= any_gt(scaled, limit);
+    // m <- max(m, rowmax(s)); a NaN of the tile is no smaller than the limit, and stays
+    const Vec<T> after = select_lt(scaled, limit, before, scaled);
     store(rows.max + x * W, after);
     // -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0.
     top[x] = select_lt(after, broadcast(kLowest<T>), broadcast((T)0), after);

@@ -1,6 +1,5 @@
 // Products of pairs of bfloat16 on AVX512-BF16: each float lane adds two products at once. The
 // processor takes subnormal numbers (below 1.2e-38) for 0.
-#define FUSED_ATTENTION_PAIRS 1
 
 // Two neighbouring bfloat16 numbers, at any even address.
 struct Pair {

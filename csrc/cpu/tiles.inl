@@ -19,11 +19,11 @@ struct Constant {
   static constexpr int value = N;
 };
 // f(Constant<n>) with as few vectors of queries as hold the rows.
-template <typename T, typename F>
+template <typename T, int kMost = kMaxVectors, typename F>
 FA_INLINE void with_vectors(int64_t rows, F f) {
   if (rows <= kLanes<T>) return f(Constant<1>());
   if (rows <= 2 * kLanes<T>) return f(Constant<2>());
-  f(Constant<kMaxVectors>());
+  f(Constant<kMost>());
 }
 
 FA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

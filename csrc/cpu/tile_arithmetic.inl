@@ -1,0 +1,352 @@
+// Attention's products on AMX tiles, which multiply bfloat16 and add up in float.
+//
+// A number is split into kPlanes bfloat16 numbers: 1 rounds it, 2 hold a float16 exactly and a
+// float to 2^-17, 3 hold a float exactly. A product of numbers is then a sum of products of planes
+// i and j, the small ones first, those of order i + j >= kPlanes left out: 1, 3 or 6 remain. Three
+// planes are as accurate as float arithmetic. A plane below 1.2e-38 counts as 0.
+//
+// s^T = K q^T takes K by rows, o^T = V^T p^T takes V by columns. A phase of its own splits both
+// once per key head into p.shared, padded with zeros to whole tiles, for every query and head that
+// reads them. Products with V wait until the weights of kPending tiles have come, for then the
+// tiles of o are loaded and stored less often.
+
+constexpr int64_t kTileRows = 16, kTileDepth = 32;  // a [16][32] times b [32][16]
+
+// planes[i] + planes[i + 1] + ... = x, each with bfloat16 in its upper half; the last one rounded.
+// The first one is all there is of infinity and NaN.
+template <int kPlanes>
+FA_INLINE void split(__m512 x, __m512i (&planes)[kPlanes]) {
+  const __m512i upper = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
+  x = _mm512_add_ps(x, _mm512_setzero_ps());  // a NaN that survives the loss of its lower half
+  const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(x), broadcast(kInf<float>), _CMP_LT_OQ);
+  __m512 rest = x;
+  for (int i = 0; i < kPlanes - 1; ++i) {
+    planes[i] = _mm512_and_si512(_mm512_castps_si512(rest), upper);
+    rest = _mm512_maskz_sub_ps(finite, rest, _mm512_castsi512_ps(planes[i]));
+  }
+  const __m512i bits = _mm512_castps_si512(rest);
+  planes[kPlanes - 1] = _mm512_and_si512(_mm512_mask_add_epi32(bits, finite, bits, half), upper);
+}
+
+// A matrix of bfloat16 in planes; `row` and `plane` are distances in elements of its type.
+template <typename Element>
+struct PlanesOf {
+  Element* data;
+  int64_t row, plane;
+  PlanesOf at(int64_t r) const { return {data + r * row, row, plane}; }
+};
+
+// Of one row of `count` floats (a multiple of 16): each plane, narrowed.
+template <int kPlanes>
+void split_row(const float* src, int64_t count, PlanesOf<uint16_t> dst) {
+  for (int64_t i = 0; i < count; i += 16) {
+    __m512i planes[kPlanes];
+    split(load(src + i), planes);
+    for (int n = 0; n < kPlanes; ++n) {
+      _mm256_storeu_si256((__m256i*)(dst.data + n * dst.plane + i),
+                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(planes[n], 16)));
+    }
+  }
+}
+
+// dst[x] = (low[x], high[x]) in each plane, for one vector
+template <int kPlanes>
+FA_INLINE void store_pairs(const __m512i (&low)[kPlanes], const __m512i (&high)[kPlanes],
+                           PlanesOf<uint32_t> dst) {
+  for (int n = 0; n < kPlanes; ++n) {
+    const __m512i pair = _mm512_or_si512(_mm512_srli_epi32(low[n], 16), high[n]);
+    _mm512_storeu_si512(dst.data + n * dst.plane, pair);
+  }
+}
+
+// A part of a product's left factor: its columns, as many as `depth`.
+struct Part {
+  PlanesOf<const uint16_t> a;
+  int64_t depth;
+};
+
+// c [16 kA][16 kB] (or +=) a b, with a in parts from row `r` on, and b in pairs along the depth.
+template <int kPlanes, int kOrders, int kA, int kB, bool kAccumulate>
+FA_INLINE void multiply_tile_block(const Part* parts, int count, int64_t r,
+                                   PlanesOf<const uint32_t> b, float* c, int64_t c_row) {
+  const int64_t c_bytes = c_row * 4, b_bytes = b.row * 4;
+  float* c_at[2][2] = {{c, c + 16}, {c + kTileRows * c_row, c + kTileRows * c_row + 16}};
+  if (kAccumulate) {
+    tile_load<0>(c_at[0][0], c_bytes);
+    if (kB == 2) tile_load<1>(c_at[0][1], c_bytes);
+    if (kA == 2) tile_load<2>(c_at[1][0], c_bytes);
+    if (kA == 2 && kB == 2) tile_load<3>(c_at[1][1], c_bytes);
+  } else {
+    tile_zero<0>();
+    if (kB == 2) tile_zero<1>();
+    if (kA == 2) tile_zero<2>();
+    if (kA == 2 && kB == 2) tile_zero<3>();
+  }
+  for (int order = kOrders - 1; order >= 0; --order) {
+    for (int i = order < kPlanes ? order : kPlanes - 1; i >= 0 && order - i < kPlanes; --i) {
+      const uint32_t* b_at = b.data + (order - i) * b.plane;
+      for (int part = 0; part < count; ++part) {
+        const PlanesOf<const uint16_t> a = parts[part].a.at(r);
+        const uint16_t* a_at = a.data + i * a.plane;
+        for (int64_t k = 0; k < parts[part].depth; k += kTileDepth) {
+          tile_load<4>(a_at + k, a.row * 2);
+          if (kA == 2) tile_load<5>(a_at + kTileRows * a.row + k, a.row * 2);
+          tile_load<6>(b_at, b_bytes);
+          if (kB == 2) tile_load<7>(b_at + 16, b_bytes);
+          tile_dot<0, 4, 6>();
+          if (kB == 2) tile_dot<1, 4, 7>();
+          if (kA == 2) tile_dot<2, 5, 6>();
+          if (kA == 2 && kB == 2) tile_dot<3, 5, 7>();
+          b_at += kTileDepth / 2 * b.row;
+        }
+      }
+    }
+  }
+  tile_store<0>(c_at[0][0], c_bytes);
+  if (kB == 2) tile_store<1>(c_at[0][1], c_bytes);
+  if (kA == 2) tile_store<2>(c_at[1][0], c_bytes);
+  if (kA == 2 && kB == 2) tile_store<3>(c_at[1][1], c_bytes);
+}
+
+// c [rows][16 kVectors] (or +=) a b; rows and depths are whole tiles.
+template <int kPlanes, int kOrders, int kVectors, bool kAccumulate>
+void multiply_tiles(int64_t rows, const Part* parts, int count, PlanesOf<const uint32_t> b,
+                    float* c, int64_t c_row) {
+  static_assert(kVectors <= 2, "as many tiles of b as there are registers for");
+  int64_t r = 0;
+  for (; r + 2 * kTileRows <= rows; r += 2 * kTileRows) {
+    multiply_tile_block<kPlanes, kOrders, 2, kVectors, kAccumulate>(parts, count, r, b,
+                                                                    c + r * c_row, c_row);
+  }
+  if (r < rows) {
+    multiply_tile_block<kPlanes, kOrders, 1, kVectors, kAccumulate>(parts, count, r, b,
+                                                                    c + r * c_row, c_row);
+  }
+}
+
+bool all_finite(const float* x, int64_t count) {
+  Vec<float> top =
+      broadcast(0.0f);  // NaN if there is a NaN: 0 * x is NaN for all that is not finite
+  for (int64_t i = 0; i < count; i += kLanes<float>) {
+    top = fma(load(x + i), broadcast(0.0f), top);
+  }
+  return reduce_add(top) == 0;
+}
+
+// K and V of one key head, split.
+template <int kPlanes>
+struct SplitHead {
+  PlanesOf<uint16_t> k;       // [keys][depth]
+  PlanesOf<uint16_t> v_t;     // [Dv][keys]
+  bool *k_finite, *v_finite;  // [blocks]
+
+  static int64_t blocks(const AttentionParams& p) { return ceil_div(p.Sk, kBlockN); }
+  static int64_t depth(const AttentionParams& p) { return round_up(p.D, kTileDepth); }
+  static int64_t depth_v(const AttentionParams& p) { return round_up(p.Dv, kTileRows); }
+  static size_t bytes(const AttentionParams& p) {
+    const int64_t elements = kPlanes * blocks(p) * kBlockN * (depth(p) + depth_v(p));
+    return (size_t)round_up(elements * (int64_t)sizeof(uint16_t) + 2 * blocks(p), 64);
+  }
+  SplitHead(const AttentionParams& p, int64_t b, int64_t h_kv) {
+    const int64_t keys = blocks(p) * kBlockN;
+    char* base = (char*)p.shared + (b * p.Hkv + h_kv) * (int64_t)bytes(p);
+    k = {(uint16_t*)base, depth(p), keys * depth(p)};
+    v_t = {k.data + kPlanes * k.plane, keys, keys * depth_v(p)};
+    k_finite = (bool*)(v_t.data + kPlanes * v_t.plane);
+    v_finite = k_finite + blocks(p);
+  }
+};
+
+// v_t[d][j] <- v[j][d] for one tile of kBlockN keys
+template <int kPlanes>
+void split_values(int64_t width, const float* tile, float* tile_t, PlanesOf<uint16_t> v_t) {
+  transpose_tile(kBlockN, width, tile, width, tile_t, kBlockN);
+  for (int64_t d = 0; d < width; ++d) split_row<kPlanes>(tile_t + d * kBlockN, kBlockN, v_t.at(d));
+}
+
+// Phase 1. Task: kBlockN keys of one key head.
+template <int kPlanes>
+struct SplitKeysAndValues {
+  using Head = SplitHead<kPlanes>;
+  static int64_t num_tasks(const AttentionParams& p) { return p.B * p.Hkv * Head::blocks(p); }
+  static int64_t tile_size(const AttentionParams& p) {
+    return kBlockN * max_of(Head::depth(p), Head::depth_v(p));
+  }
+  static size_t workspace_bytes(const AttentionParams& p) {
+    return (size_t)(2 * tile_size(p)) * sizeof(float);
+  }
+  static size_t shared_bytes(const AttentionParams& p) {
+    return (size_t)(p.B * p.Hkv) * Head::bytes(p);
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    float *tile = (float*)workspace, *tile_t = tile + tile_size(p);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / Head::blocks(p) / p.Hkv, h_kv = task / Head::blocks(p) % p.Hkv;
+      const int64_t block = task % Head::blocks(p), n_start = block * kBlockN;
+      const int64_t columns = min_of(kBlockN, p.Sk - n_start);
+      const Head head(p, b, h_kv);
+
+      const int64_t width = round_up(p.D, kLanes<float>), depth = Head::depth(p);
+      load_tile(tile, p.key, p.dtype, b, h_kv, n_start, columns, p.D, kBlockN);
+      head.k_finite[block] = all_finite(tile, kBlockN * width);
+      for (int64_t j = 0; j < kBlockN; ++j) {
+        const PlanesOf<uint16_t> row = head.k.at(n_start + j);
+        split_row<kPlanes>(tile + j * width, width, row);
+        for (int n = 0; n < kPlanes; ++n) {
+          fill(row.data + n * row.plane + width, depth - width, (uint16_t)0);
+        }
+      }
+      load_tile(tile, p.value, p.dtype, b, h_kv, n_start, columns, p.Dv, kBlockN);
+      head.v_finite[block] = all_finite(tile, kBlockN * Head::depth_v(p));
+      split_values<kPlanes>(Head::depth_v(p), tile, tile_t,
+                            {head.v_t.data + n_start, head.v_t.row, head.v_t.plane});
+    }
+  }
+};
+
+// kScoreOrders: of the products of planes in q k. The lse of float16 numbers is a float, and needs
+// all.
+//
+// What is not finite has products of its own, those of `Direct`: planes of 0 would make NaN of an
+// infinity. Values of keys that nobody sees may be so too; they are 0 for whom they are hidden
+// from.
+template <int kPlanes, int kScoreOrders = kPlanes>
+struct Tiles {
+  using T = float;
+  static constexpr int kQueryVectors = 2;
+  static constexpr bool kRounds = kPlanes == 1;
+  static constexpr int kPending = 4;
+  Direct<float> direct;        // with the queries as numbers
+  PlanesOf<uint32_t> q_pairs;  // [depth / 2][queries]
+  PlanesOf<uint32_t> p_pairs;  // the weights that wait: [kPending * kBlockN / 2][queries]
+  bool q_finite;
+  Part parts[kPending];  // the columns of v that they wait for
+  int pending = 0;
+  int64_t pending_keys = 0;
+  float *v, *v_t;               // values [kBlockN][Dv] without those hidden, transposed
+  PlanesOf<uint16_t> v_planes;  // [kPending][Dv][kBlockN]
+
+  using Head = SplitHead<kPlanes>;
+  static void begin() { begin_tiles(); }
+  static void end() { end_tiles(); }
+
+  void place(const AttentionParams& p, Arena& arena) {
+    constexpr int64_t M = kQueryVectors * kLanes<float>;
+    direct.place(p, arena);
+    q_pairs.plane = Head::depth(p) / 2 * M;
+    q_pairs.data = arena.take<uint32_t>(kPlanes * q_pairs.plane);
+    p_pairs.plane = kPending * kBlockN / 2 * M;
+    p_pairs.data = arena.take<uint32_t>(kPlanes * p_pairs.plane);
+    const int64_t size = Head::depth_v(p) * kBlockN;
+    v = arena.take<float>(size);
+    v_t = arena.take<float>(size);
+    v_planes = {arena.take<uint16_t>(kPending * kPlanes * size), kBlockN, size};
+  }
+
+  template <int kVectors>
+  void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows) {
+    constexpr int W = kLanes<float>, kRow = kVectors * W;
+    const int64_t width = round_up(p.D, W), depth = Head::depth(p);
+    direct.template load_queries<kVectors>(p, b, h, m_start, rows);
+    q_finite = all_finite(direct.q_t, width * kRow);
+    q_pairs.row = p_pairs.row = kRow;
+    for (int64_t d = 0; d < depth; d += 2) {
+      for (int x = 0; x < kVectors; ++x) {
+        __m512i low[kPlanes] = {}, high[kPlanes] = {};
+        if (d < width) {
+          split(load(direct.q_t + d * kRow + x * W), low);
+          split(load(direct.q_t + (d + 1) * kRow + x * W), high);
+        }
+        store_pairs(low, high, {q_pairs.data + d / 2 * kRow + x * W, kRow, q_pairs.plane});
+      }
+    }
+  }
+
+  template <int kVectors>
+  void scores(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start, int64_t columns,
+              float* s) const {
+    constexpr int kRow = kVectors * kLanes<float>;
+    const Head head(p, b, h_kv);
+    if (!q_finite) return direct.template scores<kVectors>(p, b, h_kv, n_start, columns, s);
+    const PlanesOf<uint16_t> k = head.k.at(n_start);
+    const Part part = {{k.data, k.row, k.plane}, Head::depth(p)};
+    multiply_tiles<kPlanes, kScoreOrders, kVectors, false>(
+        round_up(columns, kTileRows), &part, 1, {q_pairs.data, q_pairs.row, q_pairs.plane}, s,
+        kRow);
+    if (kPlanes == 1 || head.k_finite[n_start / kBlockN]) return;
+    for (int64_t j = 0; j < columns; ++j) {
+      load_tile(direct.q, p.key, p.dtype, b, h_kv, n_start + j, 1, p.D, 1);
+      if (all_finite(direct.q, round_up(p.D, kLanes<float>))) continue;
+      direct.template scores<kVectors>(p, b, h_kv, n_start + j, 1, s + j * kRow);
+    }
+  }
+
+  template <int kVectors>
+  void flush(const AttentionParams& p, float* acc_t) {
+    if (pending == 0) return;
+    multiply_tiles<kPlanes, kPlanes, kVectors, true>(Head::depth_v(p), parts, pending,
+                                                     {p_pairs.data, p_pairs.row, p_pairs.plane},
+                                                     acc_t, p_pairs.row);
+    pending = 0;
+    pending_keys = 0;
+  }
+
+  // The columns of one tile of v, or false if a visible one is not finite.
+  bool columns_of_v(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
+                    int64_t columns, const uint64_t* visible, PlanesOf<uint16_t>* out) const {
+    const Head head(p, b, h_kv);
+    *out = {head.v_t.data + n_start, head.v_t.row, head.v_t.plane};
+    if (head.v_finite[n_start / kBlockN]) return true;
+    const int64_t width = Head::depth_v(p);
+    load_tile(v, p.value, p.dtype, b, h_kv, n_start, columns, p.Dv, kBlockN);
+    for (int64_t j = 0; visible != nullptr && j < columns; ++j) {
+      if (visible[j] == 0) fill(v + j * width, width, 0.0f);
+    }
+    if (!all_finite(v, kBlockN * width)) return false;
+    *out = {v_planes.data + pending * kPlanes * v_planes.plane, v_planes.row, v_planes.plane};
+    split_values<kPlanes>(width, v, v_t, *out);
+    return true;
+  }
+
+  template <int kVectors>
+  void accumulate(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
+                  int64_t columns, const uint64_t* visible, const uint64_t* keep, float* weights,
+                  const RowState<float>& rows, float* acc_t) {
+    constexpr int W = kLanes<float>, kRow = kVectors * W;
+    if (pending == kPending) flush<kVectors>(p, acc_t);
+    __m512 sum[kVectors];
+    for (int x = 0; x < kVectors; ++x) sum[x] = load(rows.rounded_sum + x * W);
+    PlanesOf<uint16_t> values;
+    if (columns_of_v(p, b, h_kv, n_start, columns, visible, &values)) {
+      const auto split_weights = [&](int64_t j, int x, __m512i(&planes)[kPlanes]) {
+        split(j < columns ? load(weights + j * kRow + x * W) : broadcast(0.0f), planes);
+        // before dropout: the denominator is that of all weights
+        sum[x] = add(sum[x], _mm512_castsi512_ps(planes[0]));
+        if (keep == nullptr || j >= columns) return;
+        for (__m512i& plane : planes) {
+          plane = _mm512_maskz_mov_epi32((__mmask16)(keep[j] >> (x * W)), plane);
+        }
+      };
+      const int64_t depth = round_up(columns, kTileDepth);
+      uint32_t* waiting = p_pairs.data + pending_keys / 2 * kRow;
+      for (int64_t j = 0; j < depth; j += 2) {
+        for (int x = 0; x < kVectors; ++x) {
+          __m512i low[kPlanes], high[kPlanes];
+          split_weights(j, x, low);
+          split_weights(j + 1, x, high);
+          store_pairs(low, high, {waiting + j / 2 * kRow + x * W, kRow, p_pairs.plane});
+        }
+      }
+      parts[pending++] = {{values.data, values.row, values.plane}, depth};
+      pending_keys += depth;
+    } else {
+      for (int64_t j = 0; j < columns; ++j) {
+        for (int x = 0; x < kVectors; ++x) sum[x] = add(sum[x], load(weights + j * kRow + x * W));
+      }
+      flush<kVectors>(p, acc_t);
+      direct.template accumulate<kVectors>(p, b, h_kv, n_start, columns, visible, keep, weights,
+                                           rows, acc_t);
+    }
+    for (int x = 0; x < kVectors; ++x) store(rows.rounded_sum + x * W, sum[x]);
+  }
+};
