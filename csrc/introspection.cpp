@@ -41,18 +41,22 @@ void set_isa_checked(const std::string& name) {
   }
 }
 
-// sizes = B, Hq, Hkv, Sq, Sk, D, Dv
-py::dict attention_kernel(const std::string& dtype, const std::array<int64_t, 7>& sizes, bool bias,
-                          bool softcap) {
+DType dtype_named(const std::string& name) {
   const std::map<std::string, DType> dtypes = {{"float32", DType::kFloat32},
                                                {"bfloat16", DType::kBFloat16},
                                                {"float16", DType::kFloat16},
                                                {"float64", DType::kFloat64}};
-  const auto found = dtypes.find(dtype);
-  if (found == dtypes.end()) throw py::value_error("dtype: no kernel for " + dtype);
+  const auto found = dtypes.find(name);
+  if (found == dtypes.end()) throw py::value_error("dtype: no kernel for " + name);
+  return found->second;
+}
+
+// sizes = B, Hq, Hkv, Sq, Sk, D, Dv
+py::dict attention_kernel(const std::string& dtype, const std::array<int64_t, 7>& sizes, bool bias,
+                          bool softcap) {
   char present = 0;
   AttentionParams p;
-  p.dtype = found->second;
+  p.dtype = dtype_named(dtype);
   p.B = sizes[0], p.Hq = sizes[1], p.Hkv = sizes[2], p.Sq = sizes[3], p.Sk = sizes[4];
   p.D = sizes[5], p.Dv = sizes[6];
   p.softcap = softcap ? 1 : 0;
@@ -115,6 +119,17 @@ PYBIND11_MODULE(_native, m) {
         "scratch bytes a thread and a call need. sizes = B, Hq, Hkv, Sq, Sk, D, Dv.");
   m.def("apply_math", &apply_math, py::arg("function"), py::arg("input"), py::arg("out"),
         "out[i] = exp2 or tanh of input[i] as the kernels of the ISA in force compute it.");
+  m.def(
+      "multiply_registers",
+      [](const std::string& dtype, int64_t rounds) {
+        const KernelTable& kernels = kernel_table();
+        const DType type = dtype_named(dtype);
+        const py::gil_scoped_release others_may_run;
+        return kernels.multiply_registers(type, rounds);
+      },
+      py::arg("dtype"), py::arg("rounds"),
+      "Multiplies and adds on registers only; returns how many operations it did. Its rate is the "
+      "ceiling of the kernels of that dtype on the ISA in force.");
   m.def("build_info", [] {
     return std::map<std::string, std::string>{
         {"version", FUSED_ATTENTION_VERSION},

@@ -44,6 +44,9 @@ struct KernelTable {
   SoftmaxPhase masked_softmax_backward_bias;
   SoftmaxPhase masked_softmax_backward_sinks;
   void (*apply_math)(MathFunction, DType, const void* in, void* out, int64_t count);
+  // Does nothing but multiply and add on registers, in the fastest way that kernels of the type
+  // have: what no kernel exceeds. Returns how many operations `rounds` of it were.
+  double (*multiply_registers)(DType, int64_t rounds);
 };
 
 // The table in force: the best usable ISA, or the one named by FUSED_ATTENTION_CPU_ISA (read once,

@@ -54,6 +54,46 @@ void apply_math_by_type(MathFunction function, DType dtype, const void* in, void
                            : apply_math(function, (const float*)in, (float*)out, count);
 }
 
+// Independent chains of fma(F, F, T), as many as `multiply` has.
+template <typename T, typename F>
+double multiply_vectors(F one, int64_t rounds) {
+  constexpr int kRows = kRowsInRegisters<kMaxVectors>;
+  Vec<T> sums[kRows][kMaxVectors];
+  for (auto& row : sums) {
+    for (Vec<T>& sum : row) sum = broadcast((T)0);
+  }
+  for (int64_t i = 0; i < rounds; ++i) {
+    for (auto& row : sums) {
+      for (Vec<T>& sum : row) sum = fma(broadcast(one), broadcast(one), sum);
+    }
+  }
+  T total = 0;
+  for (auto& row : sums) {
+    for (const Vec<T>& sum : row) total += reduce_add(sum);
+  }
+  return 2 * (double)total;  // every chain has counted its products
+}
+double multiply_registers(DType dtype, int64_t rounds) {
+#ifdef FUSED_ATTENTION_TILES
+  if (dtype == DType::kBFloat16) {
+    begin_tiles();
+    for (int64_t i = 0; i < rounds; ++i) {
+      tile_dot<0, 4, 6>();
+      tile_dot<1, 4, 7>();
+      tile_dot<2, 5, 6>();
+      tile_dot<3, 5, 7>();
+    }
+    end_tiles();
+    return 2.0 * (double)rounds * 4 * kTileRows * 16 * kTileDepth;
+  }
+#endif
+#ifdef FUSED_ATTENTION_PAIRS
+  if (dtype == DType::kBFloat16) return multiply_vectors<float>(kOnes, rounds);
+#endif
+  return dtype == DType::kFloat64 ? multiply_vectors<double>(1.0, rounds)
+                                  : multiply_vectors<float>(1.0f, rounds);
+}
+
 #ifdef FUSED_ATTENTION_TILES
 bool many_keys(const AttentionParams& p) { return p.Sk >= 128; }
 template <int kPlanes, int kScoreOrders = kPlanes>
@@ -114,4 +154,5 @@ constexpr KernelTable kKernels = {
     phase<ByType<MaskedSoftmaxBackwardBias, SoftmaxParams>, SoftmaxParams>(),
     phase<ByType<MaskedSoftmaxBackwardSinks, SoftmaxParams>, SoftmaxParams>(),
     apply_math_by_type,
+    multiply_registers,
 };
