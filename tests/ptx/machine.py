@@ -308,7 +308,7 @@ class Program:
         self, kernel: Kernel, grid: tuple[int, int, int], block: tuple[int, int, int],
         arguments: Sequence[Any], dynamic_shared: int,
     ):  # fmt: skip
-        from . import opcodes  # it needs the names of this file
+        from . import opcodes, wgmma  # they need the names of this file
 
         self.kernel, self.grid, self.block = kernel, grid, block
         self.memory = GlobalMemory()
@@ -330,6 +330,7 @@ class Program:
         decoded = [opcodes.decode(self, instruction) for instruction in kernel.code]
         self.runs = [d[0] for d in decoded]
         self.leaves = [d[1] for d in decoded]
+        wgmma.watch(self)
         self.guards = [instruction.guard for instruction in kernel.code]
         self.stops = [False] * (len(kernel.code) + 1)
         for index in kernel.labels:

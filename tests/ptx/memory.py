@@ -130,9 +130,11 @@ class SharedMemory:
     def granules(self, flat: np.ndarray, size: int) -> np.ndarray:
         return flat[:, None] // self.granule + np.arange(-(-size // self.granule))
 
-    def read(self, threads: np.ndarray, flat: np.ndarray, size: int) -> None:
-        """Judge and note a read of `size` bytes at `flat` by each of `threads`."""
-        m, g = self.machine, self.granules(flat, size)
+    def read(
+        self, threads: np.ndarray, flat: np.ndarray, size: int, granules: np.ndarray | None = None
+    ) -> None:
+        """Judge and note a read of `size` bytes at `flat`, or of granules, by each of `threads`."""
+        m, g = self.machine, self.granules(flat, size) if granules is None else granules
         warp, lane = m.warp_of[threads], m.lane_of[threads]
         now = m.own_clock[m.flat_warp[threads]]
         writer = self.writer[g]
@@ -188,10 +190,13 @@ class SharedMemory:
         """Judged like a read: atomics are no race with each other, and later writes must follow."""
         self.read(threads, flat, size)
 
-    def note_write(self, granules: np.ndarray, stamp: Any, in_flight: bool) -> None:
+    def note_write(
+        self, granules: np.ndarray, stamp: Any, in_flight: bool, generic: bool = True
+    ) -> None:
+        """`generic`: by the generic proxy, so that the asynchronous one needs a fence."""
         self.writer[granules] = stamp
         self.in_flight[granules] = in_flight
-        self.unfenced[granules] = not in_flight
+        self.unfenced[granules] = generic
 
     def _report(
         self, kind: str, what: str, threads: np.ndarray, flat: np.ndarray, where: np.ndarray

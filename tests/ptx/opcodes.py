@@ -45,7 +45,7 @@ def opcode(*names: str, table: dict[str, Builder] = OPCODES) -> Callable[[Builde
 
 def decode(program: Program, instruction: Instruction) -> tuple[Run, bool]:
     """The function that executes it, and whether the scheduler chooses anew afterwards."""
-    from . import async_copy, matrix, sm90  # noqa: F401  they register their opcodes
+    from . import async_copy, matrix, sm90, wgmma  # noqa: F401  they register their opcodes
 
     base = instruction.base
     try:
