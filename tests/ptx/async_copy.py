@@ -81,7 +81,7 @@ def start(program: Program, i: Instruction) -> Run:
         for amount in np.unique(wanted[wanted > 0]):
             rows = np.flatnonzero(wanted == amount)
             for part, chosen, offset in by_space(m, "global", threads[rows], origin[rows]):
-                good, index = place(m, part, threads[rows], offset, int(amount), False)
+                good, index = place(m, part, threads[rows], offset, int(amount), False, size)
                 check_global_read(m, threads[rows[good]], index)
                 data[rows[chosen][good], :amount] = m.memory.bytes[
                     index[:, None] + np.arange(amount)

@@ -3,7 +3,7 @@
 // Forward attention, one warp per 16 query rows, 64 keys a tile, head_dim 64.
 __device__ __forceinline__ uint32_t smem_u32(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void cp16(uint32_t d, const void* s, int n) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(d), "l"(s), "r"(n)); }
-extern "C" __global__ void __launch_bounds__(128) attn(const half* Q, const half* K, const half* V, half* O, float* L, int* maxbits, int sq, int sk, float scale, int causal) {
+extern "C" __global__ void __launch_bounds__(128) attention(const half* Q, const half* K, const half* V, half* O, float* L, int* maxbits, int sq, int sk, float scale, int causal) {
   extern __shared__ __align__(128) half smem[];
   half* sQ = smem; half* sK = sQ + 64 * 72; half* sV = sK + 2 * 64 * 72;
   int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, m0 = blockIdx.x * 64;

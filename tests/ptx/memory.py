@@ -158,15 +158,22 @@ class SharedMemory:
         self.readers[g, warp[:, None]] = (now << 5 | lane)[:, None]
 
     def write(
-        self, threads: np.ndarray, flat: np.ndarray, size: int, asynchronous: bool = False
-    ) -> None:
-        """Judge and note a write; `asynchronous`: it is issued now and lands later."""
+        self, threads: np.ndarray, flat: np.ndarray, size: int, asynchronous: bool = False,
+        same: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Judge and note a write.
+
+        asynchronous: it is issued now and lands later. same: which threads write what is there
+        already; two warps that write the same are no race.
+        """
         m, g = self.machine, self.granules(flat, size)
         warp, lane = m.warp_of[threads], m.lane_of[threads]
         now = m.own_clock[m.flat_warp[threads]]
         writer, readers = self.writer[g], self.readers[g]
         known = m.clocks[m.flat_warp[threads]]
         race = (writer >> 12) > np.take_along_axis(known, (writer >> 5) & 127, axis=1)
+        if same is not None:
+            race &= ~same[:, None]
         overwrites = ((readers >> 5) > known[:, None, : m.warps]).any(2)
         mine = np.take_along_axis(readers, warp[:, None, None], axis=2)[..., 0]
         race_of_lanes = ((mine >> 5) == now[:, None]) & ((mine & 31) != lane[:, None])

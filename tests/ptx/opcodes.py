@@ -363,6 +363,8 @@ ARITY |= {"xor": 2, "copysign": 2}
 @opcode(*INTEGER, *FLOAT)
 def arithmetic(program: Program, i: Instruction) -> Run:
     type_ = i.types[-1]
+    if i.base in ("sub", "add") and len(i.types) > 1:
+        raise unknown(i)  # mixed precision
     if i.base == "mul" and not is_float(type_):
         return multiply(program, i)
     if i.base in ("add", "sub") and "cc" in i.modifiers:
@@ -1116,8 +1118,9 @@ def by_space(
 
 
 def place(
-    m: Machine, space: str, threads: np.ndarray, where: np.ndarray, size: int, writing: bool
-) -> tuple[np.ndarray, np.ndarray]:
+    m: Machine, space: str, threads: np.ndarray, where: np.ndarray, size: int, writing: bool,
+    align: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Which of the threads may go on, and the index of their bytes in the memory of that space."""
     if space == "global":
         index = where - GLOBAL_BASE
@@ -1134,9 +1137,10 @@ def place(
         shown = f"{space} address {first - GLOBAL_BASE if space == 'global' else first:#x}"
         what = f"{'write' if writing else 'read'} of {size} bytes"
         m.find("out of bounds", f"{what} at {shown}, which no argument or variable owns", bad)
-    aligned = where % size == 0
+    aligned = where % (align or size) == 0
     if not aligned.all():
-        m.find("misaligned", f"{size} bytes at an address that is no multiple", threads[~aligned])
+        what = f"an access to {align or size} bytes at an address that is no multiple of that"
+        m.find("misaligned", what, threads[~aligned])
     good = np.flatnonzero(inside & aligned)
     return good, index[good]
 
@@ -1175,8 +1179,11 @@ def write_memory(
             note_global_write(m, threads[rows], index, size * count)
             memory = m.memory.views[size]
         elif part == "shared":
-            m.shared.write(threads[rows], index, size * count)
             memory = m.shared.views[size]
+            same = np.ones(len(rows), bool)
+            for k in range(count):
+                same &= memory[index // size + k] == values[k][rows]
+            m.shared.write(threads[rows], index, size * count, same=same)
         else:
             memory = m.local.reshape(-1).view(UINT[size])
             index = index + threads[rows] * m.program.local_size

@@ -289,7 +289,10 @@ class _Body:
         assert head
         opcode, rest = head.group(), text[head.end() :]
         base, *modifiers = opcode.split(".")
-        operands = [] if base == "bra" else [self._operand(part) for part in _split(rest)]
+        try:
+            operands = [] if base == "bra" else [self._operand(part) for part in _split(rest)]
+        except PTXError as error:
+            raise PTXError(f"line {line}: opcode {opcode} is not known ({error})") from error
         instruction = Instruction(opcode, base, tuple(modifiers), operands, guard, location, line)
         if base == "bra":
             self.branches.append((instruction, rest.strip(), list(self.scopes)))
