@@ -296,6 +296,8 @@ class Machine:
 
     def exit(self, threads: np.ndarray) -> None:
         self.state[threads] = EXITED
+        if self.hopper:
+            self.hopper.check_exit(threads)
         for block, number in list(self.barriers):
             if self.barriers[block, number].expected is None:
                 self.complete(block, number)

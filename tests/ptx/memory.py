@@ -172,12 +172,16 @@ class SharedMemory:
         writer, readers = self.writer[g], self.readers[g]
         known = m.clocks[m.flat_warp[threads]]
         race = (writer >> 12) > np.take_along_axis(known, (writer >> 5) & 127, axis=1)
+        other_lane = ((writer >> 5) == (now << 7 | warp)[:, None]) & (
+            (writer & 31) != lane[:, None]
+        )
         if same is not None:
             race &= ~same[:, None]
+            other_lane &= ~same[:, None]
         overwrites = ((readers >> 5) > known[:, None, : m.warps]).any(2)
         mine = np.take_along_axis(readers, warp[:, None, None], axis=2)[..., 0]
         race_of_lanes = ((mine >> 5) == now[:, None]) & ((mine & 31) != lane[:, None])
-        bad = race | overwrites | race_of_lanes | self.in_flight[g] | (self.read_later[g] > 0)
+        bad = race | overwrites | race_of_lanes | other_lane | self.in_flight[g] | (self.read_later[g] > 0)
         if bad.any():
             for kind, what, where in (
                 ("missing async wait", "writes where an asynchronous copy is about to write",
@@ -187,6 +191,8 @@ class SharedMemory:
                 ("shared race", "overwrites what another warp wrote, with no barrier between", race),
                 ("shared race", "overwrites what another warp read, with no barrier between",
                  overwrites),
+                ("lane race", "overwrites what another lane wrote, with no barrier of the warp "
+                 "between", other_lane),
                 ("lane race", "overwrites what another lane read, with no barrier of the warp "
                  "between", race_of_lanes),
             ):  # fmt: skip

@@ -1189,6 +1189,13 @@ def write_memory(
             index = index + threads[rows] * m.program.local_size
         for k in range(count):
             memory[index // size + k] = values[k][rows]
+        lost = np.zeros(len(rows), bool)
+        for k in range(count):
+            lost |= memory[index // size + k] != values[k][rows]
+        if lost.any():
+            kind = "shared race" if part == "shared" else "global race"
+            what = "two threads write different values to one address in one instruction"
+            m.find(kind, what, threads[rows[lost]])
 
 
 def unordered(m: Machine, threads: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1226,10 +1233,15 @@ def note_global_write(m: Machine, threads: np.ndarray, index: np.ndarray, size: 
         ):
             if where.any():
                 m.find(kind, what, threads[where.any(1)])
-    flat_warp = m.flat_warp[threads]
     rank = m.block_rank[m.block_of[threads]]
-    m.memory.writer[each] = (rank * m.warps + m.warp_of[threads] + 1)[:, None]
-    m.memory.clock[each] = m.own_clock[flat_warp][:, None]
+    writer = (rank * m.warps + m.warp_of[threads] + 1)[:, None]
+    m.memory.writer[each] = writer
+    m.memory.clock[each] = m.own_clock[m.flat_warp[threads]][:, None]
+    # Blocks that run side by side may write in the same instruction: only the last one is noted.
+    others = (m.memory.writer[each] - 1) // m.warps != rank[:, None]
+    if others.any():
+        what = "another block wrote these bytes too"
+        m.find("overlapping global writes", what, threads[others.any(1)])
 
 
 @opcode("ld", "ldu")

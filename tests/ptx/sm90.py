@@ -103,6 +103,13 @@ class Hopper:
                 still.append((threads[~free], parity[~free], give))
         barrier.waiting = still
 
+    def check_exit(self, threads: np.ndarray) -> None:
+        """A bulk store has to be waited for: shared memory ends with the block."""
+        for store in self.stores:
+            if store.thread in threads:
+                what = "exits before its bulk store has read shared memory"
+                self.machine.find("missing async wait", what, np.array([store.thread]))
+
     def land(self) -> bool:
         """Deliver the oldest bulk load at whose mbarrier somebody waits."""
         m = self.machine
@@ -451,8 +458,8 @@ def tensor_map(program: Program, i: Instruction) -> Run:
 
         def copy(m: Machine) -> None:
             m.require_whole_warps()
-            threads = m.active()
-            threads = threads[np.r_[True, m.flat_warp[threads][1:] != m.flat_warp[threads][:-1]]]
+            threads = m.active()  # the last lane acts for its warp
+            threads = threads[np.r_[m.flat_warp[threads][1:] != m.flat_warp[threads][:-1], True]]
             words = read_memory(m, "shared", threads, shared_window(from_(m, threads)), 8, 16)
             write_memory(m, "global", threads, to(m, threads), 8, words)
 

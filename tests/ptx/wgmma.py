@@ -48,7 +48,7 @@ class Tracker:
         self.group = np.zeros(warps, np.int64)
         self.accumulating = np.zeros((registers, warps), np.int16)
         self.reading = np.zeros((registers, warps), np.int16)
-        self.unfenced = np.zeros((registers, warps), bool)
+        self.unfenced = np.ones((registers, warps), bool)  # the first product needs a fence
 
 
 def tracker(m: Machine) -> Tracker:
