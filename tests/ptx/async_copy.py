@@ -9,20 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .load_store import CACHING, address, by_space, check_global_read, place
 from .machine import Machine, Program
 from .memory import POISON
-from .opcodes import (
-    CACHING,
-    Run,
-    address,
-    allow,
-    by_space,
-    check_global_read,
-    opcode,
-    place,
-    source,
-    unknown,
-)
+from .operands import Run, allow, opcode, source, unknown
 from .parser import Instruction
 
 ALL = 1 << 60  # a wait for everything, committed or not
@@ -119,7 +109,5 @@ def land(m: Machine, threads: np.ndarray, before: np.ndarray) -> None:
 def deliver(m: Machine, threads: np.ndarray, flat: np.ndarray, data: np.ndarray) -> None:
     words = data.shape[1]
     m.shared.views[4][flat[:, None] // 4 + np.arange(words)] = data
-    stamp = (
-        m.own_clock[m.flat_warp[threads]] << 12 | m.warp_of[threads] << 5 | m.lane_of[threads]
-    )
+    stamp = m.own_clock[m.flat_warp[threads]] << 12 | m.warp_of[threads] << 5 | m.lane_of[threads]
     m.shared.note_write(m.shared.granules(flat, 4 * words), stamp[:, None], False)

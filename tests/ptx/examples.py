@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from philox_numpy import philox4x32
 
+from philox_numpy import philox4x32
 from ptx import Report, launch
 from ptx import example_kernels as kernels
 from ptx.triton_compile import CACHE, compile_triton

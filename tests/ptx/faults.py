@@ -71,7 +71,8 @@ FAULTS = [
     ],
     Fault("barrier of the warp dropped", "device tma sm_90", drop(r"bar\.warp\.sync[^;]*;"),
           "lane race"),
-    Fault("wait for the first copies dropped", "forward sm_80", drop(WAIT_COPIES), "missing async wait"),
+    Fault("wait for the first copies dropped", "forward sm_80", drop(WAIT_COPIES),
+          "missing async wait"),
     Fault("wait in the loop dropped", "forward sm_80", drop(WAIT_COPIES, 1), "missing async wait"),
     Fault("wait for copies loosened", "forward sm_80",
           replace(WAIT_COPIES, "cp.async.wait_group 7;"), "missing async wait"),
@@ -94,7 +95,8 @@ FAULTS = [
     Fault("program stores the rows of another", "forward sm_80",
           replace(r"mov\.u32\s+(%r\d+), %ctaid\.y", r"mov.u32 \1, 0"), "overlapping global writes"),
     Fault("program stores the rows of another", "cuda sm_80",
-          everywhere(r"mov\.u32\s+(%r\d+), %ctaid\.x", r"mov.u32 \1, 0"), "overlapping global writes"),
+          everywhere(r"mov\.u32\s+(%r\d+), %ctaid\.x", r"mov.u32 \1, 0"),
+          "overlapping global writes"),
     Fault("shared memory not written", "forward sm_80", drop(r"st\.shared\.v4\.b32[^;]*;"),
           "uninitialised shared memory"),
     Fault("shared memory not written", "cuda sm_80",
@@ -141,10 +143,11 @@ FAULTS = [
           "missing proxy fence"),
     Fault("proxy fence before the store dropped", "tma sm_90",
           drop(r"fence\.proxy\.async[^;]*;", 1), "missing proxy fence"),
-    Fault("wait for the bulk store dropped", "tma sm_90", drop(r"cp\.async\.bulk\.wait_group[^;]*;"),
-          "missing async wait"),
+    Fault("wait for the bulk store dropped", "tma sm_90",
+          drop(r"cp\.async\.bulk\.wait_group[^;]*;"), "missing async wait"),
     *[
-        Fault(f"arrive {n} dropped", kernel, drop(r"@%p\d+ mbarrier\.arrive\.[^;]*;", n), "deadlock")
+        Fault(f"arrive {n} dropped", kernel,
+              drop(r"@%p\d+ mbarrier\.arrive\.[^;]*;", n), "deadlock")
         for kernel, places in (("tma sm_90", (0, 3)), ("specialised sm_90", (0, 4, 5, 6, 7)))
         for n in places
     ],

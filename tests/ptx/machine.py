@@ -310,26 +310,26 @@ class Program:
         self, kernel: Kernel, grid: tuple[int, int, int], block: tuple[int, int, int],
         arguments: Sequence[Any], dynamic_shared: int,
     ):  # fmt: skip
-        from . import opcodes, wgmma  # they need the names of this file
+        from . import load_store, operands, wgmma  # they need the names of this file
 
         self.kernel, self.grid, self.block = kernel, grid, block
         self.memory = GlobalMemory()
         self.findings: dict[tuple[str, int], Finding] = {}
         self.steps = 0
         self.counts = [0] * len(kernel.code)
-        self.register_bits = [opcodes.register_bits(t) for t in kernel.register_types]
+        self.register_bits = [operands.register_bits(t) for t in kernel.register_types]
         self._lay_out_variables(dynamic_shared)
         self._lay_out_parameters(arguments)
         self.memory.freeze()
         self.granule = min(
             [4]
             + [
-                opcodes.access_bytes(i)
+                load_store.access_bytes(i)
                 for i in kernel.code
                 if i.base in ("ld", "st", "atom", "red") and "global" not in i.modifiers
             ]
         )
-        decoded = [opcodes.decode(self, instruction) for instruction in kernel.code]
+        decoded = [operands.decode(self, instruction) for instruction in kernel.code]
         self.runs = [d[0] for d in decoded]
         self.leaves = [d[1] for d in decoded]
         wgmma.watch(self)
@@ -427,7 +427,8 @@ def launch(
     a few instructions; from `seed`). Outputs are written into the arguments also when there are
     findings.
 
-    Raises PTXError for text or opcodes that are not known, ValueError for arguments that do not fit.
+    Raises PTXError for text or opcodes that are not known, ValueError for arguments that do not
+    fit.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")

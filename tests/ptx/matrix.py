@@ -13,20 +13,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from .conversion import E4M3, E5M2, SMALL_FLOATS
+from .load_store import address, by_space, place
 from .machine import Machine, Program
-from .opcodes import (
-    E4M3,
-    E5M2,
-    SMALL_FLOATS,
-    Run,
-    address,
-    allow,
-    bf16_to_float,
-    by_space,
-    opcode,
-    place,
-    unknown,
-)
+from .operands import Run, allow, bf16_to_float, opcode, unknown
 from .parser import Instruction, Vector
 
 # Type -> elements in 32 bits

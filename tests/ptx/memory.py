@@ -181,14 +181,22 @@ class SharedMemory:
         overwrites = ((readers >> 5) > known[:, None, : m.warps]).any(2)
         mine = np.take_along_axis(readers, warp[:, None, None], axis=2)[..., 0]
         race_of_lanes = ((mine >> 5) == now[:, None]) & ((mine & 31) != lane[:, None])
-        bad = race | overwrites | race_of_lanes | other_lane | self.in_flight[g] | (self.read_later[g] > 0)
+        bad = (
+            race
+            | overwrites
+            | race_of_lanes
+            | other_lane
+            | self.in_flight[g]
+            | (self.read_later[g] > 0)
+        )
         if bad.any():
             for kind, what, where in (
                 ("missing async wait", "writes where an asynchronous copy is about to write",
                  self.in_flight[g]),
                 ("missing async wait", "overwrites what an asynchronous operation still reads",
                  self.read_later[g] > 0),
-                ("shared race", "overwrites what another warp wrote, with no barrier between", race),
+                ("shared race", "overwrites what another warp wrote, with no barrier between",
+                 race),
                 ("shared race", "overwrites what another warp read, with no barrier between",
                  overwrites),
                 ("lane race", "overwrites what another lane wrote, with no barrier of the warp "
@@ -218,5 +226,3 @@ class SharedMemory:
         if len(rows):
             address = int(flat[rows[0]]) % self.stride
             self.machine.find(kind, f"{what} (shared address {address})", threads[rows])
-
-

@@ -126,7 +126,8 @@ class Kernel:
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
 _STATEMENT = re.compile(
-    r"\s*(?:(?P<loc>\.loc\s[^\n]*)|(?P<brace>[{}])|(?P<label>[\w$]+)\s*:(?!:)|(?P<text>[^;]+);)", re.S
+    r"\s*(?:(?P<loc>\.loc\s[^\n]*)|(?P<brace>[{}])|(?P<label>[\w$]+)\s*:(?!:)|(?P<text>[^;]+);)",
+    re.S,
 )
 _VARIABLE = re.compile(
     r"\.(?P<space>shared|global|const|local|param)\s+(?:\.align\s+(?P<align1>\d+)\s+)?\.(?P<type>\w+)"
@@ -186,12 +187,12 @@ def _variable(text: str) -> Variable:
     data = None
     if match["init"]:
         values = [int(v, 0) for v in re.findall(r"-?(?:0x[0-9a-fA-F]+|\d+)", match["init"])]
-        data = b"".join(
-            (v % (1 << bits)).to_bytes(bits // 8, "little") for v in values
-        ).ljust(size, b"\0")
+        data = b"".join((v % (1 << bits)).to_bytes(bits // 8, "little") for v in values).ljust(
+            size, b"\0"
+        )
     return Variable(
-        match["name"], match["space"], size, int(align.group(1)) if align else bits // 8, match["type"],
-        data,
+        match["name"], match["space"], size, int(align.group(1)) if align else bits // 8,
+        match["type"], data,
     )  # fmt: skip
 
 
@@ -317,7 +318,9 @@ class _Body:
         if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
             return Immediate(int(text[2:], 16), 64)
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
-            return Immediate(int(text.rstrip("U"), 0) if not re.fullmatch(r"0\d+", text) else int(text, 8))
+            return Immediate(
+                int(text.rstrip("U"), 0) if not re.fullmatch(r"0\d+", text) else int(text, 8)
+            )
         if re.fullmatch(r"-?\d+\.\d*(?:[eE][-+]?\d+)?", text):
             return Immediate(float(text))
         offset = re.fullmatch(r"([\w$%.]+?)\s*([+-])\s*(-?\d+)", text)

@@ -10,28 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from .async_copy import ALL, land
+from .load_store import CACHING, address, note_global_write, place, read_memory, write_memory
 from .machine import BLOCKED, RUNNING, Machine, Program
 from .memory import GLOBAL_BASE, POISON, SHARED_BASE, UINT
-from .opcodes import (
-    CACHING,
-    Run,
-    address,
-    allow,
-    destination,
-    note_global_write,
-    opcode,
-    place,
-    read_memory,
-    source,
-    unknown,
-    write_memory,
-)
-from .parser import Instruction, Register, Symbol
+from .operands import Run, allow, destination, opcode, source, unknown
+from .parser import Instruction, Register
 from .tensor_map import ELEMENT_BYTES, FIELDS, LAYOUT, SIZE
 
 
@@ -154,7 +141,9 @@ def mbarrier(program: Program, i: Instruction) -> Run:
     def run(m: Machine) -> None:
         h = hopper(m)
         threads = m.active()
-        good, flat = place(m, "shared", threads, shared_window(where(m, threads)), 8, what == "init")
+        good, flat = place(
+            m, "shared", threads, shared_window(where(m, threads)), 8, what == "init"
+        )
         threads = threads[good]
         if what in ("init", "inval"):
             m.shared.write(threads, flat, 8)
@@ -274,7 +263,7 @@ def arrive_after_copies(program: Program, i: Instruction) -> Run:
 
 @opcode("fence")
 def fence(program: Program, i: Instruction) -> Run:
-    """fence.proxy.async: what this warp knows to have been written, the asynchronous proxy may read.
+    """fence.proxy.async: the asynchronous proxy may read what this warp knows to be written.
 
     The other fences order nothing that is modelled here.
     """
@@ -347,9 +336,9 @@ def tile_of(m: Machine, thread: int, map_address: int, coordinates: list[int]) -
 
 
 def bulk_copy(program: Program, i: Instruction) -> Run:
-    allow(i, "async", "bulk", "tensor", "tile", "1d", "2d", "3d", "4d", "5d", "shared::cta", "shared",
-          "shared::cluster", "global", "mbarrier::complete_tx::bytes", "bulk_group", "commit_group",
-          "wait_group", "read", "prefetch", CACHING)  # fmt: skip
+    allow(i, "async", "bulk", "tensor", "tile", "1d", "2d", "3d", "4d", "5d", "global", "shared",
+          "shared::cta", "shared::cluster", "mbarrier::complete_tx::bytes", "bulk_group",
+          "commit_group", "wait_group", "read", "prefetch", CACHING)  # fmt: skip
     if "commit_group" in i.modifiers:
         return commit_bulk_group
     if "wait_group" in i.modifiers:

@@ -39,9 +39,7 @@ def test_causal_forward(target, dtype):
 
 @TARGETS
 def test_dropout_equals_an_independent_philox(target):
-    check(
-        examples.forward(target, dropout=True, heads=1, seqlen_q=40, seqlen_k=50), "lockstep"
-    )
+    check(examples.forward(target, dropout=True, heads=1, seqlen_q=40, seqlen_k=50), "lockstep")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -106,11 +106,12 @@ def prmt(a, b, c):
 
 
 I16, I32, I64, U16, U32, U64 = np.int16, np.int32, np.int64, np.uint16, np.uint32, np.uint64
+INTEGER_TYPES = {"s16": I16, "u16": U16, "s32": I32, "u32": U32, "s64": I64, "u64": U64}
 # instruction, type of the result, types of the inputs, truth on Python integers
 INTEGER_CASES = [
     *[
         (f"{op}.{kind} %d, %a, %b;", t, (t, t), f)
-        for kind, t in (("s32", I32), ("u32", U32), ("s64", I64), ("u64", U64), ("s16", I16), ("u16", U16))
+        for kind, t in INTEGER_TYPES.items()
         for op, f in {
             "add": lambda a, b: a + b,
             "sub": lambda a, b: a - b,
@@ -121,11 +122,12 @@ INTEGER_CASES = [
     ],
     *[
         (f"mul.hi.{kind} %d, %a, %b;", t, (t, t), lambda a, b, n=bits: (a * b) >> n)
-        for kind, t, bits in (("s32", I32, 32), ("u32", U32, 32), ("s64", I64, 64), ("u64", U64, 64))
+        for kind, t in INTEGER_TYPES.items()
+        for bits in (8 * np.dtype(t).itemsize,)
     ],
     *[
         (f"{op}.{kind} %d, %a, %b;", t, (t, t), f)
-        for kind, t in (("s32", I32), ("u32", U32), ("s64", I64), ("u64", U64))
+        for kind, t in INTEGER_TYPES.items()
         for op, f in {
             "div": lambda a, b: trunc_div(a, b) if b else -1,
             "rem": lambda a, b: a - trunc_div(a, b) * b if b else a,
@@ -176,7 +178,8 @@ INTEGER_CASES = [
     ("prmt.b32 %d, %a, %b, 0x5410;", U32, (U32, U32),
      lambda a, b: (a & 0xFFFF) | (b & 0xFFFF) << 16),
     ("dp4a.s32.s32 %d, %a, %b, %c;", I32, (U32, U32, I32),
-     lambda a, b, c: c + sum(wrap(a >> 8 * n, np.int8) * wrap(b >> 8 * n, np.int8) for n in range(4))),
+     lambda a, b, c: c + sum(
+         wrap(a >> 8 * n, np.int8) * wrap(b >> 8 * n, np.int8) for n in range(4))),
     ("cvt.s64.s32 %d, %a;", I64, (I32,), lambda a: a),
     ("cvt.u64.u32 %d, %a;", U64, (U32,), lambda a: a),
     ("cvt.u32.u64 %d, %a;", U32, (U64,), lambda a: a),
@@ -214,7 +217,9 @@ def test_integer(case):
         if "shf" in instruction:
             inputs[1] = random_integers(U32)
     got = evaluate(instruction, result, *inputs, registers=".reg .b32 %x; .reg .pred %r;")
-    expected = [wrap(int(truth(*row)), result) for row in zip(*(a.tolist() for a in inputs), strict=True)]
+    expected = [
+        wrap(int(truth(*row)), result) for row in zip(*(a.tolist() for a in inputs), strict=True)
+    ]
     assert got.tolist() == expected
 
 
@@ -238,7 +243,8 @@ FLOAT_CASES = [
     ("abs.f32 %d, %a; sqrt.approx.ftz.f32 %d, %d;", F32, (F32,), lambda a: np.sqrt(np.abs(a)), 1),
     ("abs.f32 %d, %a; rsqrt.approx.f32 %d, %d;", F32, (F32,), float32(lambda a: abs(a) ** -0.5), 1),
     ("ex2.approx.ftz.f32 %d, %a;", F32, (F32,), float32(lambda a: 2.0**a), 1),
-    ("abs.f32 %d, %a; lg2.approx.f32 %d, %d;", F32, (F32,), float32(lambda a: math.log2(abs(a))), 1),
+    ("abs.f32 %d, %a; lg2.approx.f32 %d, %d;", F32, (F32,),
+     float32(lambda a: math.log2(abs(a))), 1),
     ("sin.approx.f32 %d, %a;", F32, (F32,), float32(math.sin), 1),
     ("cos.approx.f32 %d, %a;", F32, (F32,), float32(math.cos), 1),
     ("tanh.approx.f32 %d, %a;", F32, (F32,), float32(math.tanh), 1),
@@ -318,7 +324,13 @@ def test_float_to_integer_saturates():
 
 
 def bf16_bits(values):
-    return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.int16).numpy().view(U16)
+    return (
+        torch.from_numpy(np.ascontiguousarray(values))
+        .bfloat16()
+        .view(torch.int16)
+        .numpy()
+        .view(U16)
+    )
 
 
 def from_bf16(bits):
@@ -356,7 +368,9 @@ def test_packed_halves(kind):
     }
     for instruction, expected in cases.items():
         got = evaluate(instruction, U32, *words)
-        assert torch.from_numpy(got.view(I16).copy()).view(dtype).view(-1, 2).equal(expected), instruction
+        assert torch.from_numpy(got.view(I16).copy()).view(dtype).view(-1, 2).equal(expected), (
+            instruction
+        )
 
 
 def test_fp8():
@@ -453,7 +467,9 @@ def test_special_registers():
 
 def test_loop_with_a_different_count_in_each_thread():
     counts = np.arange(64, dtype=U32) % 7
-    body = "mov.b32 %d, 0; L: add.u32 %d, %d, %a; sub.u32 %a, %a, 1; setp.ne.u32 %q, %a, 0; @%q bra L;"
+    body = (
+        "mov.b32 %d, 0; L: add.u32 %d, %d, %a; sub.u32 %a, %a, 1; setp.ne.u32 %q, %a, 0; @%q bra L;"
+    )
     got = evaluate("add.u32 %a, %a, 1;" + body, U32, counts)
     assert got.tolist() == [sum(range(1, n + 2)) for n in counts.tolist()]
 
@@ -563,7 +579,8 @@ def test_mma(shape):
     run_warps(
         loads("a", na, 1) + loads("b", nb, 2) + loads("c", 4, 3)
         + f"mma.sync.aligned.{shape} {vector('d', 4)}, {vector('a', na)}, {vector('b', nb)}, "
-        + f"{vector('c', 4)}; mad.wide.u32 %at, %t, 16, %p0; st.global.v4.b32 [%at], {vector('d', 4)};",
+        + f"{vector('c', 4)}; mad.wide.u32 %at, %t, 16, %p0; "
+        + f"st.global.v4.b32 [%at], {vector('d', 4)};",
         [d_words], [a_words, b_words, c_words], 32,
         ".reg .b32 %a<4>, %b<4>, %c<4>, %d<4>;",
     )  # fmt: skip
@@ -656,21 +673,20 @@ def test_wgmma_layouts(layout):
     span = int("".join(c for c in layout if c.isdigit()))
     columns, mn_major = 64, layout.startswith("mn")
     a, b = torch.randint(-9, 9, (64, 16)).half(), torch.randint(-9, 9, (columns, 16)).half()
-    if not mn_major and span:
-        leading, stride = 0, 8 * span
-        where = lambda x, k: swizzled(x, k, span, lambda r: r * span)  # noqa: E731
-    elif not mn_major:  # core matrices of 8 rows of 16 bytes: along k at 128, along x at 256
-        leading, stride = 128, 256
-        where = lambda x, k: x // 8 * 256 + k // 8 * 128 + x % 8 * 16 + k % 8 * 2  # noqa: E731
-    elif span:  # rows of k, along which x runs; 16 of k are two atoms, further x comes after them
+    if mn_major:  # rows of k, along which x runs; swizzled, 16 of k are two atoms
+        leading, stride = (16 * span, 8 * span) if span else (128, 256)
+    else:  # not swizzled: core matrices of 8 rows of 16 bytes, along k at 128, along x at 256
+        leading, stride = (0, 8 * span) if span else (128, 256)
+
+    def where(x, k):
+        if not span:
+            row, column = (k, x) if mn_major else (x, k)
+            return x // 8 * 256 + k // 8 * 128 + row % 8 * 16 + column % 8 * 2
+        if not mn_major:
+            return swizzled(x, k, span, lambda r: r * span)
         chunk = span // 2
-        leading, stride = 16 * span, 8 * span
-        where = lambda x, k: x // chunk * 16 * span + swizzled(  # noqa: E731
-            k, x % chunk, span, lambda r: r * span
-        )
-    else:
-        leading, stride = 128, 256
-        where = lambda x, k: x // 8 * 256 + k // 8 * 128 + k % 8 * 16 + x % 8 * 2  # noqa: E731
+        return x // chunk * 16 * span + swizzled(k, x % chunk, span, lambda r: r * span)
+
     words = 4096
     memory = image(b, where, 4 * words)
     mode = {0: 0, 128: 1, 64: 2, 32: 3}[span]
@@ -718,7 +734,8 @@ def test_tensor_copy_swizzles_and_clips(span):
 .target sm_90a
 .address_size 64
 .extern .shared .align 1024 .b8 dynamic[];
-.visible .entry k(.param .align 64 .b8 k_in[128], .param .align 64 .b8 k_out[128], .param .u64 k_raw)
+.visible .entry k(.param .align 64 .b8 k_in[128], .param .align 64 .b8 k_out[128],
+    .param .u64 k_raw)
 {
 .reg .b64 %in, %out, %raw, %at; .reg .b32 %t, %s, %b, %n, %x, %y; .reg .pred %q, %done;
 mov.b64 %in, k_in; cvta.param.u64 %in, %in; mov.b64 %out, k_out; cvta.param.u64 %out, %out;
@@ -727,7 +744,8 @@ setp.eq.u32 %q, %t, 0;
 @%q mbarrier.init.shared::cta.b64 [%b], 1;
 bar.sync 0;
 @%q mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], TOTAL;
-@%q cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%s], [%in, {16, 10}], [%b];
+@%q cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes
+    [%s], [%in, {16, 10}], [%b];
 WAIT: mbarrier.try_wait.parity.shared::cta.b64 %done, [%b], 0;
 @!%done bra WAIT;
 mov.u32 %n, %t;
@@ -747,7 +765,6 @@ ret;
     if span:
         size = 32 * columns
         laid_out = image(expected, lambda x, k: swizzled(x, k, span, lambda r: r * span), size)
-        # Rows of less than 128 bytes share a 128-byte line, which is what the pattern counts.
     else:
         laid_out = expected.numpy().reshape(-1).view(U16)
     np.testing.assert_array_equal(raw.reshape(-1).view(U16), laid_out)

@@ -23,7 +23,7 @@ import numpy as np
 
 from .machine import Machine, Program
 from .matrix import PER_WORD, elements, matrix_a, matrix_c, register_indices, words_of_d
-from .opcodes import Run, allow, opcode, source, unknown
+from .operands import Run, allow, opcode, source, unknown
 from .parser import Address, Instruction, Pair, Register, Vector
 from .sm90 import hopper, require_fence, swizzle
 
