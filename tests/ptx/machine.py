@@ -310,7 +310,18 @@ class Program:
         self, kernel: Kernel, grid: tuple[int, int, int], block: tuple[int, int, int],
         arguments: Sequence[Any], dynamic_shared: int,
     ):  # fmt: skip
-        from . import load_store, operands, wgmma  # they need the names of this file
+        # They need the names of this file, and register their opcodes.
+        from . import (  # noqa: F401
+            arithmetic,
+            async_copy,
+            control,
+            conversion,
+            load_store,
+            matrix,
+            operands,
+            sm90,
+            wgmma,
+        )
 
         self.kernel, self.grid, self.block = kernel, grid, block
         self.memory = GlobalMemory()

@@ -41,17 +41,6 @@ def opcode(*names: str, table: dict[str, Builder] = OPCODES) -> Callable[[Builde
 
 def decode(program: Program, instruction: Instruction) -> tuple[Run, bool]:
     """The function that executes it, and whether the scheduler chooses anew afterwards."""
-    from . import (  # noqa: F401  they register their opcodes
-        arithmetic,
-        async_copy,
-        control,
-        conversion,
-        load_store,
-        matrix,
-        sm90,
-        wgmma,
-    )
-
     base = instruction.base
     try:
         if base in CONTROL:

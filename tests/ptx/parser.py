@@ -8,6 +8,7 @@ and 5, as far as Triton and nvcc emit it.
 from __future__ import annotations
 
 import bisect
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,8 +139,9 @@ _VARIABLE = re.compile(
 _REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
 
 
+@functools.lru_cache(maxsize=8)  # the same text is run under several schedules
 def parse(text: str, kernel_name: str | None = None) -> Kernel:
-    """The kernel of that name (default: the only one) in `text`."""
+    """The kernel of that name (default: the only one) in `text`; shared, so leave it unchanged."""
     text = _COMMENT.sub(lambda match: re.sub(r"[^\n]", " ", match.group()), text)
     entries = {match.group(1): match for match in _ENTRY.finditer(text)}
     if kernel_name is None and len(entries) == 1:
