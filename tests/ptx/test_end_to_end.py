@@ -1,5 +1,7 @@
 """Real kernels of two compilers, against float64, with no finding, under every warp schedule."""
 
+import itertools
+
 import pytest
 
 from ptx import SCHEDULES
@@ -20,10 +22,18 @@ def check(example, schedule):
 
 TARGETS = pytest.mark.parametrize("target", [80, 90])
 DTYPES = pytest.mark.parametrize("dtype", examples.TYPES)
+# Schedules matter to the synchronisation, which is the same for each type.
+FAST = [("bf16", "lockstep"), ("fp32", "random"), *(("fp16", schedule) for schedule in SCHEDULES)]
+DTYPES_AND_SCHEDULES = pytest.mark.parametrize(
+    "dtype, schedule",
+    [
+        pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+        for case in itertools.product(examples.TYPES, SCHEDULES)
+    ],
+)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@DTYPES
+@DTYPES_AND_SCHEDULES
 @TARGETS
 def test_forward(target, dtype, schedule):
     report = check(examples.forward(target, dtype), schedule)
@@ -42,8 +52,7 @@ def test_dropout_equals_an_independent_philox(target):
     check(examples.forward(target, dropout=True, heads=1, seqlen_q=40, seqlen_k=50), "lockstep")
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@DTYPES
+@DTYPES_AND_SCHEDULES
 @TARGETS
 def test_backward(target, dtype, schedule):
     check(examples.backward(target, dtype), schedule)
@@ -78,7 +87,10 @@ def test_tensor_copies_under_every_schedule(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("host", [True, False], ids=["host", "device"])
+@pytest.mark.parametrize(
+    "host",
+    [pytest.param(True, id="host"), pytest.param(False, id="device", marks=pytest.mark.slow)],
+)
 def test_warp_specialisation(host, schedule):
     """Triton 3.9 lets both consumer warpgroups make and store the same tile: one finding."""
     example = examples.descriptors(90, host=host, specialized=True)
