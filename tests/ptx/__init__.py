@@ -12,6 +12,8 @@ numbers, None and `TensorMap`s. For Triton:
     compiled = compile_triton(kernel, {"x": "*fp16", "n": "i32"}, {"BLOCK": 64}, target=80)
     report = compiled.launch(grid=(4,), arguments={"x": x, "n": n})
 
+Targets: sm_80 to sm_90, sm_120, and of sm_100 what needs no tcgen05.
+
 A block takes 0.01 to 0.2 s. In lockstep all warps go together, so a missing barrier leaves the
 result right, and only the finding shows it; "serial" and "reverse" let one warp run ahead.
 

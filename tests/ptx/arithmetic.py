@@ -6,6 +6,7 @@ PTX ISA 9.x, 9.7.1 to 9.7.8. Rounding is to nearest even; approximate functions 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -117,8 +118,8 @@ ARITY |= {"xor": 2, "copysign": 2}
 @opcode(*INTEGER, *FLOAT)
 def arithmetic(program: Program, i: Instruction) -> Run:
     type_ = i.types[-1]
-    if i.base in ("sub", "add") and len(i.types) > 1:
-        raise unknown(i)  # mixed precision
+    if len(i.types) > 1:  # mixed precision
+        raise unknown(i)
     if i.base == "mul" and not is_float(type_):
         return multiply(program, i)
     if i.base in ("add", "sub") and "cc" in i.modifiers:
@@ -129,7 +130,11 @@ def arithmetic(program: Program, i: Instruction) -> Run:
         function = NAN_KEEPING[i.base]
     if "sat" in i.modifiers:
         function = saturated(function, type_)
-    return elementwise(program, i, function, [type_] * ARITY.get(i.base, 1), type_)
+    count = ARITY.get(i.base, 1)
+    if i.base in ("min", "max") and len(i.operands) == 4:  # of three, on sm_100 and later
+        of_two, count = function, 3
+        function = lambda a, b, c: of_two(of_two(a, b), c)  # noqa: E731
+    return elementwise(program, i, function, [type_] * count, type_)
 
 
 def saturated(function: Callable[..., Any], type_: str) -> Callable[..., Any]:
@@ -167,6 +172,8 @@ def fused(a: Any, b: Any, c: Any) -> Any:
 @opcode("fma", "mad")
 def multiply_add(program: Program, i: Instruction) -> Run:
     type_ = i.types[-1]
+    if len(i.types) > 1:
+        raise unknown(i)
     if is_float(type_):
         allow(i, ROUNDING, "relu", "sat")
         function = fused
@@ -305,7 +312,8 @@ def bit_count(program: Program, i: Instruction) -> Run:
 
 @opcode("lop3")
 def three_input_logic(program: Program, i: Instruction) -> Run:
-    table = int(i.operands[4].value)
+    *three, table_operand = i.operands
+    table = int(table_operand.value)
 
     def function(a: Any, b: Any, c: Any) -> Any:
         result = np.uint32(0)
@@ -316,7 +324,8 @@ def three_input_logic(program: Program, i: Instruction) -> Run:
                 )
         return result
 
-    return elementwise(program, i, function, ["b32"] * 3, "b32")
+    without_table = dataclasses.replace(i, operands=three)
+    return elementwise(program, without_table, function, ["b32"] * 3, "b32")
 
 
 @opcode("prmt")
@@ -384,6 +393,8 @@ def set_predicate(program: Program, i: Instruction) -> Run:
     type_ = i.types[-1]
     compare = COMPARE[i.modifiers[0]]
     combine = next((COMBINE[m] for m in i.modifiers[1:] if m in COMBINE), None)
+    if len(i.operands) != (4 if combine else 3):
+        raise unknown(i)
     target = i.operands[0]
     pair = target if isinstance(target, Pair) else Pair(target, Symbol("_"))
     write, write_second = (destination(program, o, "pred") for o in (pair.first, pair.second))

@@ -96,6 +96,8 @@ def to_values(bits: np.ndarray, type_: str) -> np.ndarray:
         return bits.view(NUMPY[type_])
     if type_ == "bf16":
         return bf16_to_float(bits)
+    if type_ == "f32x2":
+        return np.ascontiguousarray(bits).view(np.float32).reshape(-1, 2)
     halves = np.ascontiguousarray(bits).view(np.uint16).reshape(-1, 2)
     return halves.view(np.float16) if type_ == "f16x2" else bf16_to_float(halves)
 
@@ -106,6 +108,8 @@ def to_bits(values: np.ndarray, type_: str) -> np.ndarray:
         return values if type_ == "pred" else values.view(UINT[values.itemsize])
     if type_ == "bf16":
         return float_to_bf16(values)
+    if type_ == "f32x2":
+        return np.ascontiguousarray(values, np.float32).view(np.uint64)[..., 0]
     halves = (
         np.ascontiguousarray(values, np.float16).view(np.uint16)
         if type_ == "f16x2"
@@ -242,8 +246,8 @@ def elementwise(
 ) -> Run:  # fmt: skip
     """d = function(a, b, …), the sources being of those types."""
     write = destination(program, instruction.operands[0], result)
-    operands = instruction.operands[1 : 1 + len(sources)]
-    if len(operands) < len(sources):
+    operands = instruction.operands[1:]
+    if len(operands) != len(sources):
         raise unknown(instruction)
     read = [source(program, o, t) for o, t in zip(operands, sources, strict=True)]
     if len(read) == 1:
@@ -256,4 +260,4 @@ def elementwise(
 
 
 def is_float(type_: str) -> bool:
-    return type_ in ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
+    return type_ in ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "f32x2")

@@ -106,3 +106,17 @@ def test_warp_specialisation(host, schedule):
 @TARGETS
 def test_cuda(target, causal, schedule):
     check(examples.cuda(target, causal), schedule)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(lambda: examples.forward(120), id="forward-120"),
+        pytest.param(lambda: examples.descriptors(120), id="descriptors-120"),
+        pytest.param(lambda: examples.softmax(100, "bf16"), id="softmax-100"),
+    ],
+)
+def test_newer_targets(example):
+    """sm_120 has mma.sync and TMA; of sm_100 only what does not use tcgen05 runs."""
+    report = check(example(), "lockstep")
+    assert any("f32x2" in opcode for opcode in report.opcodes)

@@ -251,6 +251,7 @@ FLOAT_CASES = [
     ("neg.f32 %d, %a;", F32, (F32,), lambda a: -a, 0),
     ("abs.f64 %d, %a;", F64, (F64,), np.abs, 0),
     ("max.f32 %d, %a, %b;", F32, (F32, F32), np.maximum, 0),
+    ("max.f32 %d, %a, %b, %c;", F32, (F32,) * 3, lambda *v: np.max(v, 0), 0),
     ("min.f32 %d, %a, %b;", F32, (F32, F32), np.minimum, 0),
     ("copysign.f32 %d, %a, %b;", F32, (F32, F32), lambda a, b: np.copysign(b, a), 0),
     ("add.sat.f32 %d, %a, %b;", F32, (F32, F32), lambda a, b: np.clip(a + b, 0, 1), 0),
@@ -371,6 +372,20 @@ def test_packed_halves(kind):
         assert torch.from_numpy(got.view(I16).copy()).view(dtype).view(-1, 2).equal(expected), (
             instruction
         )
+
+
+def test_packed_floats():
+    """sm_100 and later: two float32 in 64 bits."""
+    a, b, c = (random_floats(F32, 128) for _ in range(3))
+    words = [x.view(U64) for x in (a, b, c)]
+    cases = {
+        "add.rn.f32x2 %d, %a, %b;": a + b,
+        "sub.f32x2 %d, %a, %b;": a - b,
+        "mul.f32x2 %d, %a, %b;": a * b,
+        "fma.rn.f32x2 %d, %a, %b, %c;": float32(lambda a, b, c: a * b + c)(a, b, c),
+    }
+    for instruction, expected in cases.items():
+        np.testing.assert_array_equal(evaluate(instruction, U64, *words).view(F32), expected)
 
 
 def test_fp8():
@@ -783,6 +798,8 @@ ret;
         ("ld.global.L3::hint.b32 %r, [%p0];", "L3::hint"),
         ("call.uni foo, (%r);", "call.uni"),
         ("add.rn.strange.f32 %r, %r, %r;", "strange"),
+        ("add.f32 %r, %r, %r, %r;", "add.f32"),
+        ("fma.rn.f32.f16 %r, %r, %r, %r;", "fma.rn.f32.f16"),
         ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%p0}, {%p0}, {%p0}, {%p0};", "m8n8k4"),
         ("mov.u32 %r, %unheard_of;", "%unheard_of"),
     ],
