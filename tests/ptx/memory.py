@@ -1,0 +1,228 @@
+"""Global and shared memory, with what is needed to judge each access.
+
+Global memory is one array of bytes with a map of which bytes an argument owns: everything between
+the arguments, and between the rows of a strided one, is out of bounds. It remembers which warp
+wrote each byte.
+
+Shared memory has a shadow per granule (the smallest width with which the kernel accesses shared
+memory, so no two accesses share a granule by accident): who wrote it last and when, when each warp
+read it last, and whether an asynchronous copy is about to write it or still reads it. An access is
+a race if the vector clock of the accessing warp does not cover an earlier conflicting one
+(Flanagan and Freund 2009, "FastTrack", without the compression of read clocks).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+GLOBAL_BASE = 0x7000_0000_0000  # beyond 32 bits: a truncated address is out of bounds
+SHARED_BASE = 0x6000_0000_0000  # of the window in the generic address space
+LOCAL_BASE = 0x5000_0000_0000
+WINDOW = 1 << 40
+SHARED_START = 1024  # the system keeps the first KiB, and so shared address 0 is out of bounds
+GUARD = 4096  # bytes between allocations
+UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+POISON = 0xFF  # bytes of a copy that has not landed: NaN in every floating-point type
+
+READ_WRITE, READ_ONLY = 1, 2
+
+
+class GlobalMemory:
+    def __init__(self) -> None:
+        self.size = GUARD
+        self.pieces: list[tuple[int, np.ndarray, np.ndarray, bool]] = []
+        self.placed: dict[int, int] = {}  # start of the host storage -> device address
+
+    def reserve(self, data: np.ndarray, valid: np.ndarray, writes_back: bool) -> int:
+        """Device address of a copy of the bytes `data`, of which those in `valid` may be used."""
+        start = self.size
+        self.pieces.append((start, data, valid, writes_back))
+        self.size += -(-(len(data) + GUARD) // 256) * 256  # cudaMalloc aligns to 256
+        return GLOBAL_BASE + start
+
+    def constant(self, data: bytes) -> int:
+        array = np.frombuffer(data, np.uint8)
+        return self.reserve(array, np.full(len(array), READ_ONLY, np.uint8), False)
+
+    def bind(self, tensor: Any) -> int:
+        """Device address of a numpy array or torch tensor; tensors of one storage share memory."""
+        pointer, storage, storage_bytes, shape, strides, itemsize = describe(tensor)
+        if storage not in self.placed:
+            host = np.frombuffer((ctypes.c_uint8 * storage_bytes).from_address(storage), np.uint8)
+            self.placed[storage] = self.reserve(host, np.zeros(storage_bytes, np.uint8), True)
+        base = self.placed[storage]
+        valid = next(v for start, _, v, _ in self.pieces if GLOBAL_BASE + start == base)
+        if 0 not in shape:
+            elements = np.lib.stride_tricks.as_strided(
+                valid[pointer - storage :], (*shape, itemsize), (*strides, 1)
+            )
+            elements[...] = READ_WRITE
+        return base + pointer - storage
+
+    def freeze(self) -> None:
+        """After the last `bind`: lay the bytes out."""
+        padded = -(-self.size // 64) * 64
+        self.bytes = np.full(padded, POISON, np.uint8)
+        self.valid = np.zeros(padded, np.uint8)
+        for start, data, valid, _ in self.pieces:
+            self.bytes[start : start + len(data)] = data
+            self.valid[start : start + len(data)] = valid
+        self.views = {size: self.bytes.view(kind) for size, kind in UINT.items()}
+        self.writer = np.zeros(padded, np.int32)  # 0: nobody, else warp of the grid + 1
+        self.clock = np.zeros(padded, np.int32)
+
+    def write_back(self) -> None:
+        for start, data, valid, writes_back in self.pieces:
+            if writes_back:
+                changed = valid == READ_WRITE
+                data[changed] = self.bytes[start : start + len(data)][changed]
+
+    def inside(self, index: np.ndarray, size: int, writing: bool) -> np.ndarray:
+        """Which of the accesses to bytes index … index + size are within what arguments own."""
+        inside = (index >= 0) & (index <= len(self.bytes) - size)
+        first = np.where(inside, index, 0)
+        wanted = (READ_WRITE, READ_WRITE) if writing else (READ_WRITE, READ_ONLY)
+        for offset in {*range(0, size, 2), size - 1}:
+            here = self.valid[first + offset]
+            inside &= (here == wanted[0]) | (here == wanted[1])
+        return inside
+
+
+def describe(tensor: Any) -> tuple[int, int, int, tuple[int, ...], tuple[int, ...], int]:
+    """Pointer, start and bytes of the storage, shape, strides in bytes, bytes of an element."""
+    if isinstance(tensor, np.ndarray):
+        base = tensor
+        while isinstance(base.base, np.ndarray):
+            base = base.base
+        low, high = np.lib.array_utils.byte_bounds(base)
+        return (tensor.ctypes.data, low, high - low, tensor.shape, tensor.strides, tensor.itemsize)
+    storage = tensor.untyped_storage()
+    itemsize = tensor.element_size()
+    strides = tuple(stride * itemsize for stride in tensor.stride())
+    return (
+        tensor.data_ptr(), storage.data_ptr(), storage.nbytes(), tuple(tensor.shape), strides,
+        itemsize,
+    )  # fmt: skip
+
+
+class SharedMemory:
+    """Of all blocks of a batch: byte `address` of block n is at n * stride + address."""
+
+    def __init__(self, machine: Any, size: int, granule: int):
+        self.machine, self.granule = machine, granule
+        self.high = SHARED_START + size
+        self.stride = -(-self.high // 1024) * 1024
+        total = machine.blocks * self.stride
+        self.bytes = np.full(total, POISON, np.uint8)
+        self.views = {width: self.bytes.view(kind) for width, kind in UINT.items()}
+        granules = total // granule
+        # The last writer: clock << 12 | agent << 5 | lane; 0 = never written.
+        self.writer = np.zeros(granules, np.int32)
+        # The last read of each warp: clock << 5 | lane.
+        self.readers = np.zeros((granules, machine.warps), np.int32)
+        self.in_flight = np.zeros(granules, bool)  # an asynchronous copy will write it
+        self.read_later = np.zeros(granules, np.int16)  # asynchronous operations that still read it
+        self.unfenced = np.zeros(granules, bool)  # written by the generic proxy, no proxy fence yet
+
+    def granules(self, flat: np.ndarray, size: int) -> np.ndarray:
+        return flat[:, None] // self.granule + np.arange(-(-size // self.granule))
+
+    def read(
+        self, threads: np.ndarray, flat: np.ndarray, size: int, granules: np.ndarray | None = None
+    ) -> None:
+        """Judge and note a read of `size` bytes at `flat`, or of granules, by each of `threads`."""
+        m, g = self.machine, self.granules(flat, size) if granules is None else granules
+        warp, lane = m.warp_of[threads], m.lane_of[threads]
+        now = m.own_clock[m.flat_warp[threads]]
+        writer = self.writer[g]
+        known = m.clocks_flat[(m.flat_warp[threads] * m.agents)[:, None] + ((writer >> 5) & 127)]
+        race = (writer >> 12) > known
+        same_epoch = (writer >> 5) == (now << 7 | warp)[:, None]
+        race_of_lanes = same_epoch & ((writer & 31) != lane[:, None])
+        bad = (writer == 0) | race | race_of_lanes | self.in_flight[g]
+        if bad.any():
+            for kind, what, where in (
+                ("missing async wait", "reads shared bytes that an asynchronous copy has yet to "
+                 "write: no wait by this thread", self.in_flight[g]),
+                ("uninitialised shared memory", "reads bytes that nobody wrote", writer == 0),
+                ("shared race", "reads what another warp wrote, with no barrier between", race),
+                ("lane race", "reads what another lane wrote, with no barrier of the warp between",
+                 race_of_lanes),
+            ):  # fmt: skip
+                self._report(kind, what, threads, flat, where)
+                if where.any() and kind == "missing async wait":
+                    break  # the rest follows from it
+        self.readers[g, warp[:, None]] = (now << 5 | lane)[:, None]
+
+    def write(
+        self, threads: np.ndarray, flat: np.ndarray, size: int, asynchronous: bool = False,
+        same: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Judge and note a write.
+
+        asynchronous: it is issued now and lands later. same: which threads write what is there
+        already; two warps that write the same are no race.
+        """
+        m, g = self.machine, self.granules(flat, size)
+        warp, lane = m.warp_of[threads], m.lane_of[threads]
+        now = m.own_clock[m.flat_warp[threads]]
+        writer, readers = self.writer[g], self.readers[g]
+        known = m.clocks[m.flat_warp[threads]]
+        race = (writer >> 12) > np.take_along_axis(known, (writer >> 5) & 127, axis=1)
+        other_lane = ((writer >> 5) == (now << 7 | warp)[:, None]) & (
+            (writer & 31) != lane[:, None]
+        )
+        if same is not None:
+            race &= ~same[:, None]
+            other_lane &= ~same[:, None]
+        overwrites = ((readers >> 5) > known[:, None, : m.warps]).any(2)
+        mine = np.take_along_axis(readers, warp[:, None, None], axis=2)[..., 0]
+        race_of_lanes = ((mine >> 5) == now[:, None]) & ((mine & 31) != lane[:, None])
+        bad = (
+            race
+            | overwrites
+            | race_of_lanes
+            | other_lane
+            | self.in_flight[g]
+            | (self.read_later[g] > 0)
+        )
+        if bad.any():
+            for kind, what, where in (
+                ("missing async wait", "writes where an asynchronous copy is about to write",
+                 self.in_flight[g]),
+                ("missing async wait", "overwrites what an asynchronous operation still reads",
+                 self.read_later[g] > 0),
+                ("shared race", "overwrites what another warp wrote, with no barrier between",
+                 race),
+                ("shared race", "overwrites what another warp read, with no barrier between",
+                 overwrites),
+                ("lane race", "overwrites what another lane wrote, with no barrier of the warp "
+                 "between", other_lane),
+                ("lane race", "overwrites what another lane read, with no barrier of the warp "
+                 "between", race_of_lanes),
+            ):  # fmt: skip
+                self._report(kind, what, threads, flat, where)
+        self.note_write(g, (now << 12 | warp << 5 | lane)[:, None], asynchronous)
+
+    def atomic(self, threads: np.ndarray, flat: np.ndarray, size: int) -> None:
+        """Judged like a read: atomics are no race with each other, and later writes must follow."""
+        self.read(threads, flat, size)
+
+    def note_write(
+        self, granules: np.ndarray, stamp: Any, in_flight: bool, generic: bool = True
+    ) -> None:
+        """`generic`: by the generic proxy, so that the asynchronous one needs a fence."""
+        self.writer[granules] = stamp
+        self.in_flight[granules] = in_flight
+        self.unfenced[granules] = generic
+
+    def _report(
+        self, kind: str, what: str, threads: np.ndarray, flat: np.ndarray, where: np.ndarray
+    ) -> None:
+        rows = np.flatnonzero(where.reshape(len(threads), -1).any(1))
+        if len(rows):
+            address = int(flat[rows[0]]) % self.stride
+            self.machine.find(kind, f"{what} (shared address {address})", threads[rows])

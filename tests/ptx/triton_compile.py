@@ -1,0 +1,130 @@
+"""Compile a Triton kernel ahead of time, without a GPU, and run its PTX.
+
+Triton's own cache does the caching (by source, of everything the kernel calls, and options), in
+.cache/triton of the repository unless TRITON_CACHE_DIR says otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .machine import Report, launch
+from .tensor_map import TensorMap
+
+CACHE = Path(__file__).parents[2] / ".cache" / "triton"
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What a launch needs.
+
+    arguments: names of the kernel's run-time arguments, in order. In the PTX, a tensor descriptor
+    takes several parameters, and two pointers follow at the end (global scratch, profile scratch).
+    shared: bytes of dynamic shared memory a block. threads: of a block; more than 32 * num_warps
+    with warp specialisation. global_scratch: bytes a block. asm: all stages ("ttgir", "ptx", …).
+    """
+
+    name: str
+    target: int
+    ptx: str
+    shared: int
+    threads: int
+    arguments: tuple[str, ...]
+    global_scratch: int
+    descriptors: tuple[Mapping[str, Any], ...]
+    asm: Mapping[str, Any]
+
+    def launch(
+        self, grid: Sequence[int], arguments: Mapping[str, Any], schedule: str = "lockstep",
+        ptx: str | None = None, seed: int = 0,
+    ) -> Report:  # fmt: skip
+        """Run it on numpy arrays or torch CPU tensors, in place; see `ptx.launch`.
+
+        arguments: by name; for a tensor descriptor, a `triton.tools.tensor_descriptor
+        .TensorDescriptor` on a CPU tensor. ptx: run this text instead (say, with a planted fault).
+        """
+        if set(arguments) != set(self.arguments):
+            raise ValueError(f"{self.name}: expected {self.arguments}, got {tuple(arguments)}")
+        flat: list[Any] = []
+        described = iter(self.descriptors)
+        for name in self.arguments:
+            value = arguments[name]
+            if hasattr(value, "block_shape"):
+                flat += _descriptor_parameters(value, next(described, None))
+            else:
+                flat.append(value)
+        blocks = int(np.prod(grid))
+        scratch = np.zeros(self.global_scratch * blocks, np.uint8) if self.global_scratch else None
+        return launch(
+            ptx or self.ptx, self.name, grid, self.threads, [*flat, scratch, None], self.shared,
+            schedule, seed,
+        )  # fmt: skip
+
+
+def _descriptor_parameters(descriptor: Any, metadata: Mapping[str, Any] | None) -> list[Any]:
+    """As Triton's launcher passes a host descriptor: a TMA map where the target has TMA."""
+    shape, strides = list(descriptor.shape), list(descriptor.strides)
+    nan = descriptor.padding == "nan"
+    if metadata is None:
+        first = [descriptor.base, *shape, *strides, nan, bool(descriptor.round_f32_to_tf32)]
+    else:
+        first = [
+            TensorMap(
+                descriptor.base, metadata["block_size"], shape, strides,
+                swizzle=(0, 32, 64, 128)[metadata["swizzle"]], nan_fill=nan,
+            )
+        ]  # fmt: skip
+    return [*first, *shape, *strides]
+
+
+def compile_triton(
+    kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any], target: int,
+    num_warps: int = 4, num_stages: int = 3, divisible_by_16: Sequence[str] | None = None,
+    **options: Any,
+) -> CompiledKernel:  # fmt: skip
+    """Compile a @triton.jit function for NVIDIA sm_<target>, as the JIT would at a launch.
+
+    signature: run-time arguments and their types, e.g. {"q": "*fp16", "n": "i32", "scale": "fp32",
+    "desc": "tensordesc<fp16[64,64]>"}. constexprs: the others; also integers that are 1 at run
+    time, as the JIT makes constants of them. divisible_by_16: what the JIT would find to be a
+    multiple of 16 (pointers: by address); the launched values must keep that promise, or accesses
+    go astray. Default: every pointer, no integer.
+
+    Raises triton's CompilationError; RuntimeError where TRITON_INTERPRET is set, since @triton.jit
+    then makes no compilable function.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not hasattr(kernel, "cache_key"):
+        raise RuntimeError(f"{kernel}: not a JIT function; is TRITON_INTERPRET set?")
+    if divisible_by_16 is None:
+        divisible_by_16 = [name for name, kind in signature.items() if kind.startswith("*")]
+    names = kernel.arg_names
+    types = {n: "constexpr" if n in constexprs else signature[n] for n in names}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible_by_16}
+    source = ASTSource(kernel, types, dict(constexprs), attributes)
+    if "TRITON_CACHE_DIR" not in os.environ:
+        triton.knobs.cache.dir = str(CACHE)
+    # The default of Triton 3.9, said explicitly because 3.10 changes it.
+    options = {"enable_fp_fusion": True, **options}
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": num_warps, "num_stages": num_stages, **options},
+    )
+    metadata = compiled.metadata
+    ptx = compiled.asm["ptx"]
+    threads = int(ptx.split(".reqntid", 1)[1].split(None, 1)[0].rstrip(","))
+    return CompiledKernel(
+        metadata.name, target, ptx, metadata.shared, threads,
+        tuple(n for n in names if n not in constexprs), metadata.global_scratch_size,
+        tuple(getattr(metadata, "tensordesc_meta", None) or ()), compiled.asm,
+    )  # fmt: skip
