@@ -136,6 +136,8 @@ def with_keywords(function: Callable[..., Tensor]) -> Peer:
             "dropout_p": case.dropout_p,
             "window_size": case.window_size,
         }
+        if case.precision is not None:
+            options["precision"] = case.precision
         return lambda: function(inputs.query, inputs.key, inputs.value, **options)
 
     return peer

@@ -28,6 +28,7 @@ class Case:
     dropout_p: float = 0.0
     window_size: tuple[int, int] = (-1, -1)  # tokens to the left and right, -1 = all
     backward: bool = False
+    precision: str | None = None  # of float32, ours; what others compute is their default
 
     def flops(self) -> int:
         """Multiplications and additions of the two (with backward, seven) matrix products."""
@@ -112,6 +113,80 @@ FORWARD_FLOAT32 = [
     square(f"{B}x{H}x{S}x{D}" + (", causal" if causal else ""), B, H, S, D, causal=causal)
     for B, H, S, D in [(1, 8, 1024, 64), (1, 8, 4096, 64), (8, 12, 512, 64), (32, 12, 128, 64)]
     for causal in (False, True)
+]
+
+
+@dataclass(frozen=True)
+class CaseClass:
+    """Cases whose ratios to PyTorch are judged together, by their geometric mean."""
+
+    name: str
+    must: float  # the floor, and what the ceilings of a machine with AMX allow
+    aim: float
+    cases: list[Case]
+    isa: str = ""  # both sides held to it; "": each with the best it has
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+_LONG_64 = [(1, 8, 1024, 64), (1, 8, 4096, 64), (8, 12, 512, 64)]
+_LONG = [*_LONG_64, (1, 16, 2048, 128)]
+
+
+def _squares(shapes: list[tuple[int, int, int, int]], dtype: torch.dtype, **options: Any) -> list:
+    return [square("x".join(map(str, shape)), *shape, dtype=dtype, **options) for shape in shapes]
+
+
+def _gqa(dtype: torch.dtype) -> list[Case]:
+    return [Case("1x32/8x2048x128", 1, 32, 8, 2048, 2048, 128, 128, dtype=dtype, causal=True)]
+
+
+_RAGGED = [
+    (1, 8, 1024, 32),
+    (1, 8, 1024, 80),
+    (1, 8, 1024, 96),
+    (1, 8, 1024, 256),
+    (1, 8, 1000, 64),
+]
+
+# Of attention forward.
+CLASSES = [
+    CaseClass("bf16 full, D 64", 2.3, 3.5, _squares(_LONG_64, BF16)),
+    CaseClass("bf16 full, D 128", 1.9, 3.0, _squares(_LONG[3:], BF16)),
+    CaseClass("bf16 causal", 2.6, 4.0, _squares(_LONG, BF16, causal=True)),
+    CaseClass("fp16 full", 3.0, 5.0, _squares(_LONG, FP16)),
+    CaseClass("fp16 causal", 3.9, 6.0, _squares(_LONG, FP16, causal=True)),
+    CaseClass("fp32 highest full", 1.8, 2.5, _squares(_LONG, FP32)),
+    CaseClass("fp32 highest causal", 2.3, 3.2, _squares(_LONG, FP32, causal=True)),
+    CaseClass("fp32 high full", 2.8, 4.0, _squares(_LONG, FP32, precision="high")),
+    CaseClass("fp32 high causal", 3.5, 5.0, _squares(_LONG, FP32, precision="high", causal=True)),
+    CaseClass("fp32 full, AVX-512", 1.25, 1.5, _squares(_LONG, FP32), isa="avx512"),
+    CaseClass("fp32 causal, AVX-512", 1.6, 2.2, _squares(_LONG, FP32, causal=True), isa="avx512"),
+    CaseClass("fp32 full, AVX2", 1.0, 1.15, _squares(_LONG_64, FP32), isa="avx2"),
+    CaseClass(
+        "fp32 causal S 1024, AVX2", 1.4, 1.7, _squares(_LONG_64[:1], FP32, causal=True), isa="avx2"
+    ),
+    CaseClass(
+        "fp32 causal S 512, AVX2", 1.9, 2.3, _squares(_LONG_64[2:], FP32, causal=True), isa="avx2"
+    ),
+    CaseClass("bf16 full, AVX2", 1.0, 1.2, _squares(_LONG_64, BF16), isa="avx2"),
+    *(
+        CaseClass(f"{kind}, {name}", must, aim, _squares([shape], dtype))
+        for kind, shape, bars in [
+            ("short", (32, 12, 128, 64), [(2.0, 4.0), (2.8, 4.0), (1.4, 2.0)]),
+            ("tiny", (64, 12, 32, 64), [(2.5, 3.0), (1.9, 3.0), (1.1, 1.5)]),
+        ]
+        for name, dtype, (must, aim) in zip(
+            ("bf16", "fp16", "fp32"), (BF16, FP16, FP32), bars, strict=True
+        )
+    ),
+    CaseClass("padding mask, bf16", 2.5, 4.0, _squares(_LONG_64[2:], BF16, mask="padding")),
+    CaseClass("padding mask, fp32", 2.0, 3.0, _squares(_LONG_64[2:], FP32, mask="padding")),
+    CaseClass("bias, bf16", 1.8, 3.0, _squares(_LONG_64[2:], BF16, bias="per head")),
+    CaseClass("bias, fp32", 1.5, 2.2, _squares(_LONG_64[2:], FP32, bias="per head")),
+    CaseClass("window 256, bf16", 12.0, 25.0, _squares(_LONG_64[1:2], BF16, window_size=(256, 0))),
+    CaseClass("other D, ragged S, bf16", 1.7, 3.0, _squares(_RAGGED, BF16)),
+    CaseClass("GQA causal, bf16", 2.2, 3.0, _gqa(BF16)),
+    CaseClass("GQA causal, fp32", 2.1, 3.0, _gqa(FP32)),
 ]
 
 # `bench --quick`: one of each kind, small.
