@@ -39,17 +39,21 @@ void set_isa_checked(const std::string& name) {
   }
 }
 
-py::dict attention_tiles(const std::string& dtype, int64_t head_dim, int64_t head_dim_v,
-                         int64_t seqlen_k, bool bias, bool softcap) {
+DType dtype_of(const std::string& name) {
   const std::map<std::string, DType> dtypes = {{"float32", DType::kFloat32},
                                                {"bfloat16", DType::kBFloat16},
                                                {"float16", DType::kFloat16},
                                                {"float64", DType::kFloat64}};
-  const auto found = dtypes.find(dtype);
-  if (found == dtypes.end()) throw py::value_error("dtype: no kernel for " + dtype);
+  const auto found = dtypes.find(name);
+  if (found == dtypes.end()) throw py::value_error("dtype: no kernel for " + name);
+  return found->second;
+}
+
+py::dict attention_tiles(const std::string& dtype, int64_t head_dim, int64_t head_dim_v,
+                         int64_t seqlen_k, bool bias, bool softcap) {
   char present = 0;
   AttentionParams p;
-  p.dtype = found->second;
+  p.dtype = dtype_of(dtype);
   p.B = p.Hq = p.Hkv = p.Sq = 1;
   p.Sk = seqlen_k;
   p.D = head_dim;
@@ -65,6 +69,15 @@ py::dict attention_tiles(const std::string& dtype, int64_t head_dim, int64_t hea
   out["forward_workspace_bytes"] = kernels.attention_forward.workspace_bytes(p);
   out["backward_workspace_bytes"] = kernels.attention_backward_queries.workspace_bytes(p);
   return out;
+}
+
+size_t weights_workspace_bytes(const std::string& dtype, int64_t head_dim, bool bias) {
+  char present = 0;
+  AttentionParams p;
+  p.dtype = dtype_of(dtype);
+  p.D = head_dim;
+  if (bias) p.bias.data = &present;
+  return kernel_table().attention_weights.workspace_bytes(p);
 }
 
 // buffers of float or double, as array.array, numpy or memoryview give them
@@ -104,6 +117,8 @@ PYBIND11_MODULE(_native, m) {
         py::arg("head_dim_v"), py::arg("seqlen_k") = 0, py::arg("bias") = false,
         py::arg("softcap") = false,
         "Tile sizes of the ISA in force and scratch bytes a thread needs.");
+  m.def("weights_workspace_bytes", &weights_workspace_bytes, py::arg("dtype"), py::arg("head_dim"),
+        py::arg("bias"), "Scratch bytes a thread needs in attention_weights.");
   m.def("apply_math", &apply_math, py::arg("function"), py::arg("input"), py::arg("out"),
         "out[i] = exp2 or tanh of input[i] as the kernels of the ISA in force compute it.");
   m.def("build_info", [] {

@@ -31,6 +31,8 @@ struct KernelTable {
   SoftmaxPhase masked_softmax_backward_sinks;
   TileConfig (*attention_tiles)(DType);
   void (*apply_math)(MathFunction, DType, const void* in, void* out, int64_t count);
+  Phase attention_weights;
+  Phase attention_weights_delta;
 };
 
 // The table in force: the best usable ISA, or the one named by FUSED_ATTENTION_CPU_ISA (read once,

@@ -9,6 +9,7 @@
 #include "scores.inl"
 #include "online_softmax.inl"
 #include "attention_forward.inl"
+#include "attention_weights.inl"
 #include "attention_backward.inl"
 #include "masked_softmax.inl"
 // clang-format on
@@ -68,4 +69,6 @@ constexpr KernelTable kKernels = {
     phase<ByType<MaskedSoftmaxBackwardSinks, SoftmaxParams>, SoftmaxParams>(),
     attention_tiles,
     apply_math_by_type,
+    phase<ByType<AttentionWeights>>(),
+    phase<ByType<AttentionWeightsDelta>>(),
 };

@@ -5,7 +5,7 @@
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2. Same parameters, arguments, masks
 and errors as torch.nn.MultiheadAttention; what differs is that padding and causality reach the
 kernel as what they are, so that no [N·H, L, S] mask is made and memory is linear in L, that dropout
-runs inside the kernel, that returned weights are computed block by block (`weights.py`), and that a
+runs inside the kernel, that returned weights are computed tile by tile (`weights.py`), and that a
 sample without a visible key gives 0 in every mode, never NaN.
 """
 
@@ -19,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from . import ops
 from .attention import attention
 from .backends import Explanation, explain
 from .errors import ArgumentTypeError, ArgumentValueError, describe_error
-from .problem import cast_for_autocast, shape_of, transform_is_active
-from .weights import attention_weights, weights_extra_bytes
+from .problem import shape_of, transform_is_active
+from .weights import attention_with_weights, weights_extra_bytes
 
 
 class ModuleArgumentError(ArgumentValueError, AssertionError):
@@ -133,8 +132,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Two floating masks are added to one of [N, L, S], unless the padding is only 0 and -inf and
         can be looked at (on a CPU, not compiled, without gradient). A boolean attn_mask is inverted
-        into a copy of its own size, and the dropout of returned weights takes a byte for each
-        weight of each head; nothing else grows with L·S. Nested tensors [N, *, E]: with
+        into a copy of its own size; nothing else grows with L·S. Nested tensors [N, *, E]: with
         batch_first and without masks; weights are padded with 0 then.
 
         Raises ModuleArgumentError, which is an AssertionError and a RuntimeError, as the original
@@ -172,8 +170,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return explanation
         details = explanation.details._replace(
             kernel=f"{explanation.details.kernel} + attention_weights",
-            extra_bytes=explanation.details.extra_bytes
-            + weights_extra_bytes(q, k, options["dropout_p"]),
+            extra_bytes=explanation.details.extra_bytes + weights_extra_bytes(q, options["bias"]),
         )
         return dataclasses.replace(explanation, details=details)
 
@@ -303,13 +300,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Output of the heads, [N, H, L, D], and weights [N, L, S] or [N, H, L, S]."""
         if not need_weights:
             return attention(q, k, v, **options), None
-        philox = ops.philox_state(q, k, v) if options["dropout_p"] else None
-        out, lse = attention(q, k, v, **options, philox_seed=philox, return_lse=True)
-        _, bias = cast_for_autocast(q, options.pop("bias"))
-        weights = attention_weights(
-            q, k, lse, **options, bias=bias, philox=philox, average=average_attn_weights
-        )
-        return out, weights
+        return attention_with_weights(q, k, v, **options, average=average_attn_weights)
 
     def _project_output(self, out: Tensor, query: Tensor) -> Tensor:
         """[N, H, L, D] to the shape of query."""

@@ -53,7 +53,9 @@ FEATURES = {
 def cast_for_autocast(query: Any, *others: Any) -> tuple[Any, ...]:
     """As PyTorch: where autocast is on, floating tensors except float64 get its dtype."""
     tensors = (query, *others)
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+    if not isinstance(query, Tensor) or not torch.amp.is_autocast_available(query.device.type):
+        return tensors
+    if not torch.is_autocast_enabled(query.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(query.device.type)
 
