@@ -68,8 +68,27 @@ def test_as_a_module_with_its_environment():
     result = in_a_process("doctor", FUSED_ATTENTION_BACKEND="gpu")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "FUSED_ATTENTION_BACKEND: expected auto or one of" in result.stderr
-    result = in_a_process("doctor", FUSED_ATTENTION_CPU_ISA="z80")
-    assert result.returncode != 0
+
+
+@pytest.mark.parametrize("module", [["-m", "fused_attention"], ["-mfused_attention"]])
+def test_a_wrong_isa_in_the_environment_is_one_line_and_exit_code_2(module):
+    environment = os.environ | {"FUSED_ATTENTION_CPU_ISA": "z80"}
+    command = [sys.executable, *module, "doctor"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("python -m fused_attention: FUSED_ATTENTION_CPU_ISA: expected")
+    assert "baseline" in line and '"z80"' in line
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import fused_attention"], ["-m", "importer"]])
+def test_a_wrong_isa_in_the_environment_fails_the_import(arguments, tmp_path):
+    (tmp_path / "importer").mkdir()
+    (tmp_path / "importer" / "__init__.py").write_text("import fused_attention")
+    environment = os.environ | {"FUSED_ATTENTION_CPU_ISA": "z80"}
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 1
     assert "ValueError: FUSED_ATTENTION_CPU_ISA" in result.stderr and "baseline" in result.stderr
 
 
