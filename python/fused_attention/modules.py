@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .attention import attention
 from .backends import Explanation, explain
 from .errors import ArgumentTypeError, ArgumentValueError, describe_error
-from .problem import shape_of, transform_is_active
+from .problem import DTYPES, check_tensor, shape_of, transform_is_active
 from .weights import attention_with_weights, weights_extra_bytes
 
 
@@ -138,7 +138,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises ModuleArgumentError, which is an AssertionError and a RuntimeError, as the original
         does for one or the other.
         """
-        if query.is_nested or key.is_nested or value.is_nested:
+        if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
             masked = key_padding_mask is not None or attn_mask is not None or is_causal
             return self._attend_nested(
                 query, key, value, masked, need_weights, average_attn_weights
@@ -226,6 +226,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
     ) -> tuple[int, int, int]:
         """N, L and S, if everything fits together."""
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_tensor(name, x)
         rank = query.dim()
         if rank not in (2, 3):
             _wrong("query", "2 (unbatched) or 3 dimensions", f"{rank}: {shape_of(query)}")
@@ -249,8 +251,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         ):
             if mask is None:
                 continue
-            if mask.dtype != torch.bool and not mask.is_floating_point():
+            check_tensor(name, mask)
+            if mask.dtype != torch.bool and mask.dtype not in DTYPES:
                 _wrong(name, "dtype bool (True = hidden) or floating (added)", mask.dtype)
+            if mask.device != query.device:
+                _wrong(name, f"device {query.device}, as query has", mask.device)
             if mask.shape not in shapes:
                 _wrong(name, f"shape {' or '.join(map(str, shapes))}", shape_of(mask))
         if is_causal and attn_mask is None:
@@ -258,6 +263,16 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "attn_mask: Need attn_mask if specifying the is_causal hint. "
                 "Hint: nn.Transformer.generate_square_subsequent_mask makes it"
             )
+        weight = self.out_proj.weight
+        autocast = torch.amp.is_autocast_available(weight.device.type)
+        autocast = autocast and torch.is_autocast_enabled(weight.device.type)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.device != weight.device:
+                _wrong(name, f"device {weight.device}, as the parameters have", x.device)
+            if x.dtype != weight.dtype and not autocast:
+                _wrong(name, f"dtype {weight.dtype}, as the parameters have", x.dtype)
+        if self.training and not 0.0 <= self.dropout <= 1.0:
+            _wrong("dropout", "a probability in [0, 1]", self.dropout)
         return N, L, S
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,6 +401,8 @@ def replace_multihead_attention(model: nn.Module) -> nn.Module:
     dicts. Subclasses are left alone, parametrized modules among them. Returns model; if it is
     itself an nn.MultiheadAttention, what replaces it.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(describe_error("model", "a torch.nn.Module", type(model).__name__))
     replaced: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
