@@ -66,6 +66,11 @@ struct AttentionParams {
   void* delta = nullptr;   // [B, Hq, Sq] contiguous: rowsum(do * o) - dlse
   ScoreView dbias;         // strides as of a contiguous tensor, 0 where reduced
   void* dsinks = nullptr;  // [Hq] contiguous
+
+  // The weights [B, Hq, Sq, Sk] that attention_weights writes, last stride 1; in the backward their
+  // gradient, any strides. Averaged over the heads: stride_h is 0.
+  ScoreView weights;
+  bool average_weights = false;
 };
 
 // masked_softmax: rows of `columns` neighbouring elements, at any strides. `size` are the

@@ -80,6 +80,15 @@ py::dict attention_kernel(const std::string& dtype, const std::array<int64_t, 7>
   return out;
 }
 
+size_t weights_workspace_bytes(const std::string& dtype, int64_t head_dim, bool bias) {
+  char present = 0;
+  AttentionParams p;
+  p.dtype = dtype_named(dtype);
+  p.D = head_dim;
+  if (bias) p.bias.data = &present;
+  return kernel_table().attention_weights.workspace_bytes(p);
+}
+
 // buffers of float or double, as array.array, numpy or memoryview give them
 void apply_math(const std::string& function, const py::buffer& in, const py::buffer& out) {
   const py::buffer_info source = in.request(), target = out.request(/*writable=*/true);
@@ -117,6 +126,8 @@ PYBIND11_MODULE(_native, m) {
         py::arg("bias") = false, py::arg("softcap") = false,
         "The forward kernel that serves a call on the ISA in force, why, its tile sizes, and the "
         "scratch bytes a thread and a call need. sizes = B, Hq, Hkv, Sq, Sk, D, Dv.");
+  m.def("weights_workspace_bytes", &weights_workspace_bytes, py::arg("dtype"), py::arg("head_dim"),
+        py::arg("bias"), "Scratch bytes a thread needs in attention_weights.");
   m.def("apply_math", &apply_math, py::arg("function"), py::arg("input"), py::arg("out"),
         "out[i] = exp2 or tanh of input[i] as the kernels of the ISA in force compute it.");
   m.def(

@@ -227,6 +227,11 @@ struct Options {
   double softcap, dropout_p;
 };
 
+const OptionalTensor& no_tensor() {
+  static const OptionalTensor none;
+  return none;
+}
+
 // Both kinds of params hold the state of dropout under the same names.
 template <typename Params>
 void describe_dropout(Params& p, double dropout_p, const OptionalTensor& philox) {
@@ -243,22 +248,29 @@ void describe_dropout(Params& p, double dropout_p, const OptionalTensor& philox)
   p.dropout_scale = kept == 0 ? 0.0 : 65536.0 / kept;
 }
 
-void describe_inputs(AttentionParams& p, const Input& query, const Input& key, const Input& value) {
+void describe_query_and_key(AttentionParams& p, const Input& query, const Input& key) {
   p.dtype = dtype_of(query.dense, "query");
-  STD_TORCH_CHECK(key.dense.scalar_type() == query.dense.scalar_type() &&
-                      value.dense.scalar_type() == query.dense.scalar_type(),
-                  "query, key, value: expected one dtype");
-  const int64_t *q = query.shape.size, *k = key.shape.size, *v = value.shape.size;
+  STD_TORCH_CHECK(key.dense.scalar_type() == query.dense.scalar_type(),
+                  "query, key: expected one dtype");
+  const int64_t *q = query.shape.size, *k = key.shape.size;
   p.B = q[0], p.Hq = q[1], p.Sq = q[2], p.D = q[3];
-  p.Hkv = k[1], p.Sk = k[2], p.Dv = v[3];
-  STD_TORCH_CHECK(k[0] == p.B && v[0] == p.B, "key, value: expected batch ", p.B, ", got ", k[0],
-                  " and ", v[0]);
+  p.Hkv = k[1], p.Sk = k[2];
+  STD_TORCH_CHECK(k[0] == p.B, "key: expected batch ", p.B, ", got ", k[0]);
   STD_TORCH_CHECK(k[3] == p.D, "key: expected head_dim ", p.D, ", got ", k[3]);
-  STD_TORCH_CHECK(v[1] == p.Hkv && v[2] == p.Sk, "value: expected as many heads and tokens as key");
   STD_TORCH_CHECK(p.Hkv == 0 ? p.Hq == 0 : p.Hq % p.Hkv == 0, "query: ", p.Hq,
                   " heads are no multiple of key's ", p.Hkv);
   p.query = query.view();
   p.key = key.view();
+}
+
+void describe_inputs(AttentionParams& p, const Input& query, const Input& key, const Input& value) {
+  describe_query_and_key(p, query, key);
+  const int64_t* v = value.shape.size;
+  p.Dv = v[3];
+  STD_TORCH_CHECK(value.dense.scalar_type() == query.dense.scalar_type(),
+                  "query, value: expected one dtype");
+  STD_TORCH_CHECK(v[0] == p.B && v[1] == p.Hkv && v[2] == p.Sk,
+                  "value: expected batch, heads and tokens as in key");
   p.value = value.view();
 }
 
@@ -319,6 +331,35 @@ ScalarType lse_dtype(const AttentionParams& p) {
   return p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
+void check_lse(const AttentionParams& p, const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 3 && tensor.size(0) == p.B &&
+                      tensor.size(1) == p.Hq && tensor.size(2) == p.Sq &&
+                      tensor.scalar_type() == lse_dtype(p),
+                  name, ": expected [", p.B, ", ", p.Hq, ", ", p.Sq, "] in lse's dtype");
+}
+
+// As the kernels read it.
+Tensor dense_lse(AttentionParams& p, const Tensor& lse) {
+  check_lse(p, lse, "lse");
+  Tensor dense = lse.is_contiguous() ? lse : torch::stable::contiguous(lse);
+  p.lse = dense.data_ptr();
+  return dense;
+}
+
+// The weights or their gradient: [B, Sq, Sk], averaged over the heads, or [B, Hq, Sq, Sk].
+void describe_weights(AttentionParams& p, const Tensor& tensor, const char* name, bool average) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const size_t rows = average ? 1 : 2;  // the dimension of the queries
+  STD_TORCH_CHECK(tensor.is_cpu() && sizes.size() == rows + 2 && sizes[0] == p.B &&
+                      (average || sizes[1] == p.Hq) && sizes[rows] == p.Sq &&
+                      sizes[rows + 1] == p.Sk && dtype_of(tensor, name) == p.dtype,
+                  name,
+                  ": expected [B, Sq, Sk] if averaged, else [B, Hq, Sq, Sk], in query's dtype");
+  p.average_weights = average;
+  p.weights = {tensor.data_ptr(),        p.dtype,       strides[0],
+               average ? 0 : strides[1], strides[rows], strides[rows + 1]};
+}
+
 void refuse_packed(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                    const OptionalTensor& seqused_k, const OptionalTensor& block_table) {
   STD_TORCH_CHECK(!cu_seqlens_q && !cu_seqlens_k && !seqused_k && !block_table,
@@ -363,7 +404,7 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
 // own.
 Options plain_options(double scale, int64_t causal, int64_t window_left, int64_t window_right,
                       int64_t precision) {
-  static const OptionalTensor none;
+  const OptionalTensor& none = no_tensor();
   return {scale, causal, window_left, window_right, precision, none, none,
           none,  none,   none,        none,         0.0,       0.0};
 }
@@ -412,7 +453,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
     const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
     std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
-    const OptionalTensor& block_table, bool bias_grad, bool sinks_grad) {
+    const OptionalTensor& block_table, bool bias_grad, bool sinks_grad,
+    const OptionalTensor& grad_weights, bool average) {
   refuse_packed(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table);
   const Input q(query, "query"), k(key, "key"), v(value, "value");
   const Input o(out, "out"), grad_o(grad_out, "grad_out");
@@ -429,17 +471,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   }
   p.grad_out = grad_o.view();
   p.out = o.view();
-  const auto check_lse = [&](const Tensor& tensor, const char* name) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 3 && tensor.size(0) == p.B &&
-                        tensor.size(1) == p.Hq && tensor.size(2) == p.Sq &&
-                        tensor.scalar_type() == lse_dtype(p),
-                    name, ": expected [", p.B, ", ", p.Hq, ", ", p.Sq, "] in lse's dtype");
-  };
-  check_lse(lse, "lse");
-  const Tensor dense_lse = lse.is_contiguous() ? lse : torch::stable::contiguous(lse);
-  p.lse = dense_lse.data_ptr();
+  const Tensor kept_lse = dense_lse(p, lse);
   if (grad_lse) {
-    check_lse(*grad_lse, "grad_lse");
+    check_lse(p, *grad_lse, "grad_lse");
     p.grad_lse = grad_lse->data_ptr();
     p.grad_lse_stride_b = grad_lse->stride(0);
     p.grad_lse_stride_h = grad_lse->stride(1);
@@ -469,13 +503,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     if (p.B == 0) torch::stable::zero_(dsinks);
     p.dsinks = dsinks.data_ptr();
   }
+  if (grad_weights) describe_weights(p, *grad_weights, "grad_weights", average);
   if (p.B * p.Hq == 0) return {dq, dk, dv, dbias, dsinks};
   const KernelTable& kernels = kernel_table();
   run(kernels.attention_backward_delta, p);
+  run(kernels.attention_weights_delta, p);
   run(kernels.attention_backward_sinks, p);
   run(kernels.attention_backward_keys, p);
   run(kernels.attention_backward_queries, p);
   return {dq, dk, dv, dbias, dsinks};
+}
+
+// -- attention weights ----------------------------------------------------------------------------
+
+// [B, Sq, Sk], averaged over the heads, or [B, Hq, Sq, Sk].
+Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& lse, double scale,
+                         int64_t causal, int64_t window_left, int64_t window_right, bool average,
+                         const OptionalTensor& mask, const OptionalTensor& bias,
+                         const OptionalTensor& key_padding_mask, const OptionalTensor& alibi_slopes,
+                         const OptionalTensor& philox, double softcap, double dropout_p) {
+  const Input q(query, "query"), k(key, "key");
+  AttentionParams p;
+  describe_query_and_key(p, q, k);
+  describe_options(p, {scale, causal, window_left, window_right, 0, mask, bias, key_padding_mask,
+                       alibi_slopes, no_tensor(), philox, softcap, dropout_p});
+  const Tensor kept_lse = dense_lse(p, lse);
+  const ScalarType dtype = query.scalar_type();
+  Tensor weights =
+      average ? empty({p.B, p.Sq, p.Sk}, dtype) : empty({p.B, p.Hq, p.Sq, p.Sk}, dtype);
+  describe_weights(p, weights, "weights", average);
+  if (p.Hq == 0) {
+    torch::stable::zero_(weights);
+  } else {
+    run(kernel_table().attention_weights, p);
+  }
+  return weights;
 }
 
 Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, int64_t heads,
@@ -763,7 +825,13 @@ STABLE_TORCH_LIBRARY(fused_attention, m) {
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
       "Tensor value, Tensor out, Tensor lse, " SCALARS ", " FORWARD_OPTIONS
-      ", bool bias_grad=False, bool sinks_grad=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      ", bool bias_grad=False, bool sinks_grad=False, Tensor? grad_weights=None, "
+      "bool average_weights=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_weights(Tensor query, Tensor key, Tensor lse, float scale, int causal, "
+      "SymInt window_left, SymInt window_right, bool average, Tensor? mask=None, "
+      "Tensor? bias=None, Tensor? key_padding_mask=None, Tensor? alibi_slopes=None, "
+      "Tensor? philox=None, float softcap=0.0, float dropout_p=0.0) -> Tensor");
   m.def(
       "dropout_keep_mask(Tensor philox, float dropout_p, SymInt batch, SymInt heads, "
       "SymInt seqlen_q, SymInt seqlen_k) -> Tensor");
@@ -781,6 +849,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attention, CPU, m) {
   m.impl("attention_forward_plain_lse", TORCH_BOX(&fused_attention::attention_forward_plain_lse));
   m.impl("attention_forward", TORCH_BOX(&fused_attention::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fused_attention::attention_backward));
+  m.impl("attention_weights", TORCH_BOX(&fused_attention::attention_weights));
   m.impl("dropout_keep_mask", TORCH_BOX(&fused_attention::dropout_keep_mask));
   m.impl("masked_softmax_forward", TORCH_BOX(&fused_attention::masked_softmax_forward));
   m.impl("masked_softmax_", TORCH_BOX(&fused_attention::masked_softmax_));

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import feature_cases
 from feature_cases import CASES, finite
-from fused_attention import attention, testing
+from fused_attention import attention, ops, testing
 from fused_attention.backends import BACKENDS
 from fused_attention.problem import FEATURES
 from fused_attention.testing import Case
@@ -154,10 +154,9 @@ class Recorder(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.fused_attention.attention_backward.default:
-            # the schema's last two, which are left out where they have their default
-            count = len(func._schema.arguments)
-            self.calls.append(tuple(bool(x) for x in (*args, *[False] * count)[count - 2 : count]))
+        if func is ops.backward:
+            call = ops.arguments(func, args, kwargs or {})
+            self.calls.append((call["bias_grad"], call["sinks_grad"]))
         return func(*args, **kwargs or {})
 
 

@@ -157,12 +157,6 @@ def test_an_implementation_that_raises_has_no_time(tiny_bench):
     assert "not today" in str(report) and len(report.measurements) == 6
 
 
-def test_usage_errors(capsys):
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["bench", "--impl", "nothing"])
-    assert exit.value.code == 2 and "module:function" in capsys.readouterr().err
-
-
 def test_the_suite_for_pytest_benchmark_collects():
     pytest.importorskip("pytest_benchmark")
     root = Path(__file__).parents[1]

@@ -128,28 +128,6 @@ def test_as_a_command_with_somebody_else_s(tmp_path):
     assert "FAILED  scale missing" in result.stdout and "no mask (" in result.stdout
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--impl", "nothing"], "expected module:function, got 'nothing'"),
-        (["--impl", "no_such_module:f"], "cannot import 'no_such_module:f'"),
-        (["--impl", "math:nothing"], "cannot import 'math:nothing'"),
-        (["--impl", "math:pi"], "not callable"),
-        (["--impl", "torch._C._nn:scaled_dot_product_attention"], "give --signature"),
-        (["--impl", "math:exp", "--isa", "baseline"], "without --backend and --isa"),
-        (["--backend", "abacus"], "--backend: expected one of"),
-        (["--backend", "triton"], "not built yet"),
-        (["--isa", "z80"], "--isa: expected one of"),
-        (["--isa", "baseline", "--backend", "reference"], "only the backend cpu has any"),
-    ],
-)
-def test_usage_errors(capsys, arguments, message):
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["verify", "--quick", *arguments])
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 def test_a_report_that_cannot_be_written(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "matrix", lambda quick: [])
     with pytest.raises(SystemExit) as exit:

@@ -12,6 +12,9 @@
 // unchanged, for do * o already holds it). dbias = ds, summed where the bias is broadcast: by the
 // owner of the queries, or by the owner of the keys if it is broadcast over the queries. An owner
 // takes all heads and batches that share its part of the bias, in order.
+//
+// Where the weights w = z * p were returned too, their gradient dw adds to do v^T, and
+// rowsum(w * dw) to delta (attention_weights.inl).
 
 template <typename T>
 struct BackwardTile {
@@ -19,7 +22,7 @@ struct BackwardTile {
   T *lse, *delta;                      // [kBlockM]
   T *p, *ds;                           // weights and score gradients [kBlockN][kBlockM]
   T* softcap_slope;                    // [kBlockN][kBlockM]
-  T *bias, *bias_t;                    // [kBlockM][kBlockN] and transposed
+  T *bias, *bias_t;                    // then dw [kBlockM][kBlockN] and transposed
   T *k, *v;                            // converted keys and values [kBlockN][D or Dv]
   uint64_t *visible, *keep;            // [kBlockN]
   T *dk, *dv;                          // [kBlockN][D or Dv]
@@ -47,9 +50,9 @@ struct BackwardTile {
     dq_t = arena.take<T>(M * width);
     dq = arena.take<T>(M * width);
     softcap_slope = arena.take<T>(p_.softcap > 0 ? kBlockN * M : 0);
-    const bool has_bias = p_.bias.data != nullptr;
-    bias = arena.take<T>(has_bias ? M * kBlockN : 0);
-    bias_t = arena.take<T>(has_bias ? M * kBlockN : 0);
+    const bool staged = p_.bias.data != nullptr || p_.weights.data != nullptr;
+    bias = arena.take<T>(staged ? M * kBlockN : 0);
+    bias_t = arena.take<T>(staged ? M * kBlockN : 0);
     dbias = arena.take<T>(dbias_size(p_));
     return arena.used;
   }
@@ -94,6 +97,14 @@ void score_gradients(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
   multiply<kVectors, false>(columns, p.Dv, v, t.grad_out_t, kRow, t.ds, kRow);  // dp <- v do^T
   const double factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n_start, columns, t.p,
                                                    t.bias, t.bias_t, t.softcap_slope);
+  if (p.weights.data != nullptr) {  // dp <- dp + dw
+    const Vec<T> share = broadcast(share_of_weights<T>(p));
+    load_scores(p.weights, b, h, m_start, rows, n_start, columns, t.bias);
+    transpose_tile(rows, columns, t.bias, kBlockN, t.bias_t, kRow);
+    for (int64_t i = 0; i < columns * kRow; i += W) {
+      store(t.ds + i, fma(load(t.bias_t + i), share, load(t.ds + i)));
+    }
+  }
   const bool dropout = p.dropout_threshold > 0;
   if (dropout) dropout_keep_bits(p, b, h, m_start, rows, n_start, columns, t.keep);
 

@@ -47,6 +47,8 @@ struct KernelTable {
   // Does nothing but multiply and add on registers, in the fastest way that kernels of the type
   // have: what no kernel exceeds. Returns how many operations `rounds` of it were.
   double (*multiply_registers)(DType, int64_t rounds);
+  Phase attention_weights;
+  Phase attention_weights_delta;
 };
 
 // The table in force: the best usable ISA, or the one named by FUSED_ATTENTION_CPU_ISA (read once,

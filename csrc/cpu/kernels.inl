@@ -13,6 +13,7 @@
 #include "tile_arithmetic.inl"
 #endif
 #include "attention_forward.inl"
+#include "attention_weights.inl"
 #include "attention_backward.inl"
 #include "masked_softmax.inl"
 // clang-format on
@@ -155,4 +156,6 @@ constexpr KernelTable kKernels = {
     phase<ByType<MaskedSoftmaxBackwardSinks, SoftmaxParams>, SoftmaxParams>(),
     apply_math_by_type,
     multiply_registers,
+    phase<ByType<AttentionWeights>>(),
+    phase<ByType<AttentionWeightsDelta>>(),
 };

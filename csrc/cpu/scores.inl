@@ -1,16 +1,15 @@
 // From q.k to the logits the softmax sees: softcap, bias and ALiBi, for one transposed tile
 // s[key][query] (kVectors vectors of queries a row).
 
-// Rows [m_start, m_start + rows) of the bias, keys [n_start, n_start + columns): [rows][kBlockN].
+// Rows [m_start, m_start + rows), keys [n_start, n_start + columns): [rows][kBlockN].
 template <typename T>
-void load_bias(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows,
-               int64_t n_start, int64_t columns, T* staged) {
-  const ScoreView& bias = p.bias;
+void load_scores(const ScoreView& view, int64_t b, int64_t h, int64_t m_start, int64_t rows,
+                 int64_t n_start, int64_t columns, T* staged) {
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t offset = b * bias.stride_b + h * bias.stride_h + (m_start + i) * bias.stride_q +
-                           n_start * bias.stride_k;
-    load_row(staged + i * kBlockN, element(bias.data, bias.dtype, offset), bias.dtype, columns,
-             bias.stride_k);
+    const int64_t offset = b * view.stride_b + h * view.stride_h + (m_start + i) * view.stride_q +
+                           n_start * view.stride_k;
+    load_row(staged + i * kBlockN, element(view.data, view.dtype, offset), view.dtype, columns,
+             view.stride_k);
   }
 }
 
@@ -39,7 +38,7 @@ double finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
     for (int64_t i = 0; i < columns * kRow; i += W) store(s + i, mul(load(s + i), factor));
   }
   if (bias && p.bias.stride_q == 0) {  // one value a key
-    load_bias(p, b, h, m_start, 1, n_start, columns, bias_staged);
+    load_scores(p.bias, b, h, m_start, 1, n_start, columns, bias_staged);
     for (int64_t j = 0; j < columns; ++j) {
       const Vec<T> value = broadcast(bias_staged[j]);
       for (int x = 0; x < kVectors; ++x) {
@@ -48,7 +47,7 @@ double finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
       }
     }
   } else if (bias) {
-    load_bias(p, b, h, m_start, rows, n_start, columns, bias_staged);
+    load_scores(p.bias, b, h, m_start, rows, n_start, columns, bias_staged);
     transpose_tile(rows, columns, bias_staged, kBlockN, bias_transposed, kRow);
     for (int64_t i = 0; i < columns * kRow; i += W) {
       store(s + i, add(load(s + i), load(bias_transposed + i)));

@@ -4,12 +4,18 @@
 a call is served, and why not faster. `python -m fused_attention doctor` says what is here.
 """
 
+import sys as _sys
+
 import torch as _torch  # noqa: F401  # before _native, which finds PyTorch's libraries through it
 
 try:
     from . import _native as _native  # the operators register themselves
 except ImportError as error:
     if "FUSED_ATTENTION_CPU_ISA" in str(error):
+        # `python -m fused_attention` imports the package before cli.py could catch anything.
+        if _sys.argv[:1] == ["-m"] and {__name__, f"-m{__name__}"} & set(_sys.orig_argv):
+            print(f"python -m {__name__}: {error}", file=_sys.stderr)
+            raise SystemExit(2) from None
         raise ValueError(str(error)) from None
     raise ImportError(
         "fused_attention: the compiled part (fused_attention._native) is missing or does not load: "

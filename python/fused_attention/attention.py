@@ -22,6 +22,7 @@ from . import ops
 from .backends import MAX_PLANS, PLANS, choose
 from .errors import ArgumentValueError
 from .problem import (
+    DTYPES,
     Plan,
     Problem,
     as_4d,
@@ -477,14 +478,24 @@ def dropout_mask(
 
     [batch, heads, seqlen_q, seqlen_k], with `heads` query heads. Kept weights are scaled by
     65536 / (65536 - round(65536 · dropout_p)). Philox4x32-10, see `attention`.
+
+    Raises ArgumentValueError and ArgumentTypeError, as `attention` does.
     """
+    sizes = (batch, heads, seqlen_q, seqlen_k)
+    for name, size in zip(("batch", "heads", "seqlen_q", "seqlen_k"), sizes, strict=True):
+        if not isinstance(size, (int, torch.SymInt)):
+            wrong_type(name, "an int", type(size).__name__)
+        if size < 0:
+            wrong_value(name, "a size >= 0", size)
     check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         wrong_value("dropout_p", "a probability in [0, 1]", dropout_p)
-    sizes = (batch, heads, seqlen_q, seqlen_k)
-    if any(size < 0 for size in sizes):
-        wrong_value("batch, heads, seqlen_q, seqlen_k", "sizes >= 0", sizes)
-    like = torch.empty(0, device=device)
+    try:
+        like = torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # unknown, or not in this build
+        wrong_value("device", "a device of this PyTorch", f"{device!r} ({error})")
+    if philox_seed is None:
+        wrong_type("philox_seed", "an int or an int64 tensor", "NoneType")
     check_philox_seed(philox_seed, like.device)
     philox = ops.philox_state(like, like, like, philox_seed)
     if like.device.type == "cpu":
@@ -504,19 +515,24 @@ def merge_attention_states(
     lse is log Σ exp lse_n, out is Σ exp(lse_n - lse) out_n. A part whose lse is -inf contributes
     nothing; if all are, out is 0 and lse -inf (or the sink). Differentiable in everything.
 
-    Raises ArgumentValueError where shapes do not fit together.
+    Raises ArgumentValueError where shapes or dtypes do not fit together, ArgumentTypeError for
+    what is no tensor.
     """
     if not outs or len(outs) != len(lses):
         wrong_value("lses", f"as many as outs, at least one: {len(outs)}", len(lses))
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        check_tensor(f"outs[{i}]", out)
-        check_tensor(f"lses[{i}]", lse)
+        for name, x in ((f"outs[{i}]", out), (f"lses[{i}]", lse)):
+            check_tensor(name, x)
+            if x.dtype not in DTYPES:
+                allowed = ", ".join(str(dtype) for dtype in DTYPES)
+                wrong_value(name, f"a dtype out of {allowed}", x.dtype)
         if out.dim() not in (3, 4) or out.shape != outs[0].shape or out.dtype != outs[0].dtype:
             expected = f"shape [B, Hq, Sq, Dv] and dtype of outs[0]: {shape_of(outs[0])}"
             wrong_value(f"outs[{i}]", expected, f"{shape_of(out)}, {out.dtype}")
         rows = out.shape[:-1] if out.dim() == 4 else (out.shape[1], out.shape[0])
         check_shape(f"lses[{i}]", lse, "[B, Hq, Sq] (packed: [Hq, Tq])", tuple(rows))
     if sinks is not None:
+        check_tensor("sinks", sinks)
         check_shape("sinks", sinks, "[Hq]", (outs[0].shape[1],))
     from .reference import merge_attention_states as merge
 

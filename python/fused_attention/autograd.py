@@ -67,6 +67,50 @@ class AttentionForwardMode(Attention):
         )
 
 
+class AttentionWithWeights(Function):
+    """(out, lse, weights). Inputs: whether the weights are averaged, then those of `Attention`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(average: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return forward_with_weights(average, *inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.average, *inputs = inputs  # type: ignore[assignment]
+        ctx.save_for_backward(*inputs[:3], *output[:2], *inputs[8:14])
+        ctx.numbers, ctx.softcap_and_dropout = inputs[3:8], inputs[14:16]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, *options = ctx.saved_tensors
+        grad_out, grad_lse, grad_weights = grads
+        needed = ctx.needs_input_grad[1:]
+        dq, dk, dv, dbias, dsinks = _backward(
+            *(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse),
+            *(query, key, value, out, lse),
+            *ctx.numbers,
+            *options,
+            *ctx.softcap_and_dropout,
+            *_NOT_PACKED,
+            *(needed[9], needed[12], grad_weights, ctx.average),
+        )
+        gradients = {0: dq, 1: dk, 2: dv, 9: dbias, 12: dsinks}
+        return None, *(gradients.get(i) if need else None for i, need in enumerate(needed))
+
+
+def forward_with_weights(average: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, weights), without gradients."""
+    out, lse = ops.forward(*inputs)
+    query, key, _, *numbers, _ = inputs[:8]
+    mask, bias, key_padding_mask, alibi_slopes, _, philox, *softcap_and_dropout = inputs[8:16]
+    masks = (mask, bias, key_padding_mask, alibi_slopes)
+    weights = ops.weights(query, key, lse, *numbers, average, *masks, philox, *softcap_and_dropout)
+    return out, lse, weights
+
+
 class AttentionPlain(Function):
     """out, from query, key, value and the five numbers; lse stays inside. Direct calls only."""
 
@@ -124,12 +168,7 @@ _apply_plain = super(Function, AttentionPlain).apply
 def plan(problem: Problem) -> Plan:
     """What serves `problem` on a backend whose operators are those of `ops`."""
     compiling = torch.compiler.is_compiling()
-    if compiling and _loses_gradients(torch.is_grad_enabled()):
-        raise NotImplementedError(
-            "attention: gradients of or inside torch.func transforms inside torch.compile are not "
-            "built yet; call the transform outside torch.compile, or torch.vmap under "
-            "torch.no_grad(), or use backend='reference'"
-        )
+    _check_transforms()
     function: Callable[..., Any]
     if not problem.differentiable:
         if problem.is_plain:
@@ -145,6 +184,25 @@ def plan(problem: Problem) -> Plan:
     else:
         function = _apply_direct
     return Plan(function if problem.return_lse else _first(function), problem.numbers)
+
+
+def plan_with_weights(problem: Problem) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """What gives (out, lse, weights), from the inputs of `AttentionWithWeights`."""
+    _check_transforms()
+    if not problem.differentiable:
+        return forward_with_weights
+    if torch.compiler.is_compiling():
+        return lambda *inputs: AttentionWithWeights.apply(*_distinct(inputs))
+    return AttentionWithWeights.apply
+
+
+def _check_transforms() -> None:
+    if torch.compiler.is_compiling() and _loses_gradients(torch.is_grad_enabled()):
+        raise NotImplementedError(
+            "attention: gradients of or inside torch.func transforms inside torch.compile are not "
+            "built yet; call the transform outside torch.compile, or torch.vmap under "
+            "torch.no_grad(), or use backend='reference'"
+        )
 
 
 @torch.compiler.assume_constant_result
@@ -164,8 +222,13 @@ def _first(function: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 def _apply_compiling(*inputs: Any) -> Any:
+    return Attention.apply(*_distinct(inputs))
+
+
+def _distinct(inputs: tuple[Any, ...]) -> list[Any]:
+    """Dynamo refuses the same tensor twice."""
     distinct: list[Any] = []
-    for x in inputs:  # Dynamo refuses the same tensor twice
+    for x in inputs:
         seen = isinstance(x, Tensor) and any(x is other for other in distinct)
         distinct.append(x.view_as(x) if seen else x)
-    return Attention.apply(*distinct)
+    return distinct

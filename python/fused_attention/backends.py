@@ -154,6 +154,7 @@ CPU = Backend(
 )
 REFERENCE = Backend(
     "reference",
+    devices=frozenset({"cpu", "cuda", "meta"}),
     dtypes=DTYPES,
     head_dims=range(0, 2**31),
     features=frozenset(FEATURES),
@@ -226,9 +227,9 @@ read_environment()
 def choose(problem: Problem, backend: str = "auto") -> Backend:
     """The row that serves `problem`.
 
-    "auto": the first without a reason against. If that is `reference`: logged once per set of
-    reasons, NotImplementedError if FUSED_ATTENTION_STRICT. A name: that row, or
-    NotImplementedError with its reasons.
+    "auto": the first without a reason against, or NotImplementedError with those of all. If that is
+    `reference`: logged once per set of reasons, NotImplementedError if FUSED_ATTENTION_STRICT. A
+    name: that row, or NotImplementedError with its reasons.
     """
     name = requested(backend)
     if name != "auto":
@@ -239,20 +240,30 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
                 f"backend {name!r} cannot serve this call: {'; '.join(reasons)}"
             )
         return row
-    refused = {}
-    for row in BACKENDS:
-        reasons = row.supports(problem)
-        if not reasons:
-            break
-        refused[row.name] = reasons
+    row, refused = _first_without_reason(problem)
     if row is REFERENCE:
-        why = "".join(f"\n  {name}: {'; '.join(reasons)}" for name, reasons in refused.items())
+        why = _list_reasons(refused)
         if ENVIRONMENT.strict:
             raise NotImplementedError(
                 f"FUSED_ATTENTION_STRICT: only the reference serves this:{why}"
             )
         _log_reference(problem, why)
     return row
+
+
+def _first_without_reason(problem: Problem) -> tuple[Backend, dict[str, list[str]]]:
+    """And the reasons against those before it."""
+    refused: dict[str, list[str]] = {}
+    for row in BACKENDS:
+        reasons = row.supports(problem)
+        if not reasons:
+            return row, refused
+        refused[row.name] = reasons
+    raise NotImplementedError(f"attention: no backend serves this call:{_list_reasons(refused)}")
+
+
+def _list_reasons(refused: dict[str, list[str]]) -> str:
+    return "".join(f"\n  {name}: {'; '.join(reasons)}" for name, reasons in refused.items())
 
 
 def requested(backend: str) -> str:
@@ -315,16 +326,17 @@ def explain(
     """
     query, key, value, options["bias"] = cast_for_autocast(query, key, value, options.get("bias"))
     problem = Problem.from_call(query, key, value, **options)
-    reasons = {row.name: row.supports(problem) for row in BACKENDS}
     if requested(backend) == "auto":
-        row = next(row for row in BACKENDS if not reasons[row.name])
+        row, refused = _first_without_reason(problem)
     else:
         row = choose(problem, backend)
+        before = BACKENDS[: NAMES.index(row.name)]
+        refused = {other.name: other.supports(problem) for other in before}
     assert row.details is not None
     return Explanation(
         backend=row.name,
         details=row.details(problem),
         threads=torch.get_num_threads(),
         copied=tuple(problem.copied),
-        refused={name: reasons[name] for name in NAMES[: NAMES.index(row.name)]},
+        refused=refused,
     )

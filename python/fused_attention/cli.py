@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -111,6 +112,30 @@ def size(text: str) -> int:
 
 def shape(text: str) -> tuple[int, ...]:
     return tuple(size(part) for part in text.split(","))
+
+
+def threads(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected an int >= 1, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
+    return value
+
+
+def new_file(text: str) -> str:
+    """Told before minutes of work, not after them."""
+    folder = os.path.dirname(text) or "."
+    if not os.path.isdir(folder) or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    return text
 
 
 def query_shape(text: str) -> tuple[int, ...]:
@@ -233,7 +258,7 @@ def add_implementation(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--impl", metavar="MODULE:FUNCTION", help="somebody else's, with attention()'s keywords")
     add("--signature", choices=("attention", "sdpa"), help="of --impl; default: as inspected")
-    add("--json", metavar="FILE", help="write the result there")
+    add("--json", type=new_file, metavar="FILE", help="write the result there")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -284,8 +309,8 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help="how fast is it? ours beside others")
     add = command.add_argument
     add("--quick", action="store_true", help="small cases, under three minutes")
-    add("--seconds", type=float, help="of measurement for each case; default: 3, 1 if --quick")
-    add("--threads", type=int, help="default: as torch")
+    add("--seconds", type=seconds, help="of measurement for each case; default: 3, 1 if --quick")
+    add("--threads", type=threads, help="default: as torch")
     add_implementation(command)
     command.set_defaults(run=bench)
     return top

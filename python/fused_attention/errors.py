@@ -12,6 +12,10 @@ class ArgumentValueError(ValueError, RuntimeError):
     """An argument has a shape, dtype, device or value that has no meaning here."""
 
 
+class ArgumentDtypeError(ArgumentValueError, NotImplementedError):
+    """A dtype that nothing here computes in: PyTorch answers with either of its bases."""
+
+
 class ArgumentTypeError(TypeError, RuntimeError):
     """An argument is not the kind of object that is expected."""
 

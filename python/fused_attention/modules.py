@@ -5,7 +5,7 @@
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2. Same parameters, arguments, masks
 and errors as torch.nn.MultiheadAttention; what differs is that padding and causality reach the
 kernel as what they are, so that no [N·H, L, S] mask is made and memory is linear in L, that dropout
-runs inside the kernel, that returned weights are computed block by block (`weights.py`), and that a
+runs inside the kernel, that returned weights are computed tile by tile (`weights.py`), and that a
 sample without a visible key gives 0 in every mode, never NaN.
 """
 
@@ -19,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from . import ops
 from .attention import attention
 from .backends import Explanation, explain
 from .errors import ArgumentTypeError, ArgumentValueError, describe_error
-from .problem import cast_for_autocast, shape_of, transform_is_active
-from .weights import attention_weights, weights_extra_bytes
+from .problem import DTYPES, check_tensor, shape_of, transform_is_active
+from .weights import attention_with_weights, weights_extra_bytes
 
 
 class ModuleArgumentError(ArgumentValueError, AssertionError):
@@ -133,14 +132,13 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Two floating masks are added to one of [N, L, S], unless the padding is only 0 and -inf and
         can be looked at (on a CPU, not compiled, without gradient). A boolean attn_mask is inverted
-        into a copy of its own size, and the dropout of returned weights takes a byte for each
-        weight of each head; nothing else grows with L·S. Nested tensors [N, *, E]: with
+        into a copy of its own size; nothing else grows with L·S. Nested tensors [N, *, E]: with
         batch_first and without masks; weights are padded with 0 then.
 
         Raises ModuleArgumentError, which is an AssertionError and a RuntimeError, as the original
         does for one or the other.
         """
-        if query.is_nested or key.is_nested or value.is_nested:
+        if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
             masked = key_padding_mask is not None or attn_mask is not None or is_causal
             return self._attend_nested(
                 query, key, value, masked, need_weights, average_attn_weights
@@ -172,8 +170,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return explanation
         details = explanation.details._replace(
             kernel=f"{explanation.details.kernel} + attention_weights",
-            extra_bytes=explanation.details.extra_bytes
-            + weights_extra_bytes(q, k, options["dropout_p"]),
+            extra_bytes=explanation.details.extra_bytes + weights_extra_bytes(q, options["bias"]),
         )
         return dataclasses.replace(explanation, details=details)
 
@@ -229,6 +226,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
     ) -> tuple[int, int, int]:
         """N, L and S, if everything fits together."""
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_tensor(name, x)
         rank = query.dim()
         if rank not in (2, 3):
             _wrong("query", "2 (unbatched) or 3 dimensions", f"{rank}: {shape_of(query)}")
@@ -252,8 +251,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         ):
             if mask is None:
                 continue
-            if mask.dtype != torch.bool and not mask.is_floating_point():
+            check_tensor(name, mask)
+            if mask.dtype != torch.bool and mask.dtype not in DTYPES:
                 _wrong(name, "dtype bool (True = hidden) or floating (added)", mask.dtype)
+            if mask.device != query.device:
+                _wrong(name, f"device {query.device}, as query has", mask.device)
             if mask.shape not in shapes:
                 _wrong(name, f"shape {' or '.join(map(str, shapes))}", shape_of(mask))
         if is_causal and attn_mask is None:
@@ -261,6 +263,16 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "attn_mask: Need attn_mask if specifying the is_causal hint. "
                 "Hint: nn.Transformer.generate_square_subsequent_mask makes it"
             )
+        weight = self.out_proj.weight
+        autocast = torch.amp.is_autocast_available(weight.device.type)
+        autocast = autocast and torch.is_autocast_enabled(weight.device.type)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.device != weight.device:
+                _wrong(name, f"device {weight.device}, as the parameters have", x.device)
+            if x.dtype != weight.dtype and not autocast:
+                _wrong(name, f"dtype {weight.dtype}, as the parameters have", x.dtype)
+        if self.training and not 0.0 <= self.dropout <= 1.0:
+            _wrong("dropout", "a probability in [0, 1]", self.dropout)
         return N, L, S
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,13 +315,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Output of the heads, [N, H, L, D], and weights [N, L, S] or [N, H, L, S]."""
         if not need_weights:
             return attention(q, k, v, **options), None
-        philox = ops.philox_state(q, k, v) if options["dropout_p"] else None
-        out, lse = attention(q, k, v, **options, philox_seed=philox, return_lse=True)
-        _, bias = cast_for_autocast(q, options.pop("bias"))
-        weights = attention_weights(
-            q, k, lse, **options, bias=bias, philox=philox, average=average_attn_weights
-        )
-        return out, weights
+        return attention_with_weights(q, k, v, **options, average=average_attn_weights)
 
     def _project_output(self, out: Tensor, query: Tensor) -> Tensor:
         """[N, H, L, D] to the shape of query."""
@@ -395,6 +401,8 @@ def replace_multihead_attention(model: nn.Module) -> nn.Module:
     dicts. Subclasses are left alone, parametrized modules among them. Returns model; if it is
     itself an nn.MultiheadAttention, what replaces it.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(describe_error("model", "a torch.nn.Module", type(model).__name__))
     replaced: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

@@ -27,6 +27,7 @@ forward_plain = torch.ops.fused_attention.attention_forward_plain.default
 forward_plain_lse = torch.ops.fused_attention.attention_forward_plain_lse.default
 forward = torch.ops.fused_attention.attention_forward.default
 backward = torch.ops.fused_attention.attention_backward.default
+weights = torch.ops.fused_attention.attention_weights.default
 dropout_keep_mask = torch.ops.fused_attention.dropout_keep_mask.default
 
 
@@ -153,6 +154,15 @@ def _fake_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, T
     return dq, dk, dv, dbias, dsinks
 
 
+@torch.library.register_fake("fused_attention::attention_weights")
+def _fake_weights(*args: Any, **kwargs: Any) -> Tensor:
+    check_devices(*args, *kwargs.values())
+    call = arguments(weights, args, kwargs)
+    B, Hq, Sq, _ = call["query"].shape
+    heads = () if call["average"] else (Hq,)
+    return call["query"].new_empty((B, *heads, Sq, call["key"].shape[2]))
+
+
 @torch.library.register_fake("fused_attention::dropout_keep_mask")
 def _fake_dropout_keep_mask(philox: Tensor, dropout_p: float, *sizes: Any) -> Tensor:
     return philox.new_empty(sizes, dtype=torch.bool)
@@ -254,6 +264,9 @@ torch.library.register_vmap(
 )
 torch.library.register_vmap(
     "fused_attention::attention_backward", _vmap_rule(backward, batched_outputs=3)
+)
+torch.library.register_vmap(
+    "fused_attention::attention_weights", _vmap_rule(weights, batched_outputs=1)
 )
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from . import ops
 from .attention import scaled_dot_product_attention
-from .backends import BACKENDS, CPU
-from .problem import CAUSAL, as_4d, precision_number, wrong_value
+from .backends import BACKENDS, CPU, REFERENCE
+from .problem import CAUSAL, as_4d, precision_number, wrong_type, wrong_value
 
 NAME = "fused_attention"  # in PyTorch's registry of flash attention implementations
 
@@ -156,7 +156,8 @@ class _State:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.devices = {device for row in BACKENDS if row.plan for device in row.devices or ()}
+        fast = [row for row in BACKENDS if row.plan and row is not REFERENCE]
+        self.devices = {device for row in fast for device in row.devices or ()}
         self.on = False  # not read off `patches`: compiled code guards on it
         self.patches = 0
         self.original: Any = F.scaled_dot_product_attention
@@ -287,11 +288,15 @@ def patch_sdpa(modules: Iterable[ModuleType] = ()) -> SdpaPatch:
     apply and undo it where no other thread is in the middle of a model. Applying and undoing
     themselves are thread-safe.
 
-    Raises ArgumentValueError for a module without the function.
+    Raises ArgumentValueError for a module without the function, ArgumentTypeError for no module.
     """
     places: list[tuple[ModuleType, str]] = [(F, "scaled_dot_product_attention")]
     targets = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention, _sdpa)
+    if not isinstance(modules, Iterable):
+        wrong_type("modules", "an iterable of modules", type(modules).__name__)
     for module in modules:
+        if not isinstance(module, ModuleType):
+            wrong_type("modules", "modules", type(module).__name__)
         names = [name for name, x in vars(module).items() if any(x is y for y in targets)]
         if not names:
             wrong_value(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .errors import ArgumentTypeError, ArgumentValueError, describe_error
+from .errors import ArgumentDtypeError, ArgumentTypeError, ArgumentValueError, describe_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -53,7 +53,9 @@ FEATURES = {
 def cast_for_autocast(query: Any, *others: Any) -> tuple[Any, ...]:
     """As PyTorch: where autocast is on, floating tensors except float64 get its dtype."""
     tensors = (query, *others)
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+    if not isinstance(query, Tensor) or not torch.amp.is_autocast_available(query.device.type):
+        return tensors
+    if not torch.is_autocast_enabled(query.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(query.device.type)
 
@@ -148,7 +150,8 @@ def check_query_key_value(query: Any, key: Any, value: Any) -> None:
         check_tensor(name, x)
         if x.dtype not in DTYPES:
             allowed = ", ".join(str(dtype) for dtype in DTYPES)
-            wrong_value(name, f"a dtype out of {allowed}", x.dtype, "cast it first")
+            expected = f"a dtype out of {allowed}"
+            raise ArgumentDtypeError(describe_error(name, expected, x.dtype, "cast it first"))
         if x.dtype != query.dtype:
             wrong_value(name, f"dtype {query.dtype}, as query has", x.dtype, "cast to one dtype")
         check_same_device(name, x, query)
@@ -380,7 +383,7 @@ class Problem:
             check_dtype("key_padding_mask", key_padding_mask, torch.bool, "True = padding")
             check_shape("key_padding_mask", key_padding_mask, "[B, Sk]", (batch, seqlen_k))
         if alibi_slopes is not None:
-            if not alibi_slopes.is_floating_point():
+            if alibi_slopes.dtype not in DTYPES:
                 wrong_value("alibi_slopes", "a floating dtype", alibi_slopes.dtype)
             check_shape(
                 "alibi_slopes", alibi_slopes, "[Hq] or [B, Hq]", (heads_q,), (batch, heads_q)
@@ -389,7 +392,7 @@ class Problem:
                 hint = "detach() it, or pass the biases of learned slopes as bias"
                 wrong_value("alibi_slopes", "no requires_grad", "a tensor that requires it", hint)
         if sinks is not None:
-            if not sinks.is_floating_point():
+            if sinks.dtype not in DTYPES:
                 wrong_value("sinks", "a floating dtype", sinks.dtype)
             check_shape("sinks", sinks, "[Hq]", (heads_q,))
 

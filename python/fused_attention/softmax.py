@@ -35,6 +35,7 @@ from .problem import (
 
 logger = logging.getLogger("fused_attention")
 _logged: set[str] = set()  # types of devices
+_DEVICES = ("cpu", "cuda", "meta")
 
 # -- Gradients ---------------------------------------------------------------------------
 
@@ -120,6 +121,11 @@ def _check(
     if input.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
         wrong_value("input", f"a dtype out of {allowed}", input.dtype, "cast it first")
+    if input.device.type not in _DEVICES:
+        raise NotImplementedError(
+            f"input: expected device cpu, or one that the reference serves "
+            f"({', '.join(_DEVICES[1:])}), got {input.device}"
+        )
     if not 1 <= input.dim() <= 17:
         wrong_value("input", "1 to 17 dimensions", f"{input.dim()}: {shape_of(input)}")
     if mask is not None:
@@ -140,7 +146,7 @@ def _check(
         check_tensor("sinks", sinks)
         if input.dim() < 3:
             wrong_value("input", "[..., H, M, N] with sinks", shape_of(input))
-        if not sinks.is_floating_point():
+        if sinks.dtype not in DTYPES:
             wrong_value("sinks", "a floating dtype", sinks.dtype)
         if sinks.shape != input.shape[-3:-2]:
             wrong_value("sinks", f"shape [H] = ({input.shape[-3]},)", shape_of(sinks))
@@ -228,10 +234,10 @@ def masked_softmax(
     bits they hold; a visible NaN or +inf makes every visible element of its row NaN. A NaN or
     infinity in the gradient that arrives for a weight of exactly 0 is ignored. Under autocast input
     and mask are cast first, and computed with in float32. Deterministic, for any number of threads.
-    Devices other than CPUs are served by the reference. Double backward and forward mode raise.
+    CUDA tensors are served by the reference. Double backward and forward mode raise.
 
     Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
-    RuntimeError) for wrong arguments.
+    RuntimeError) for wrong arguments, NotImplementedError on other devices.
     """
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         input, mask = cast_for_autocast(input, mask)
@@ -265,8 +271,8 @@ def masked_softmax_(
     """`masked_softmax` that overwrites `input`, and returns it. Without gradients.
 
     Autocast does not apply: the result has input's dtype. Raises ArgumentValueError if input, mask
-    or sinks require a gradient (and grad mode is on), if input is an expanded tensor, and if mask
-    lies in input's memory.
+    or sinks require a gradient (and grad mode is on), if elements of input share memory (it is
+    expanded, or its strides overlap), and if mask or sinks lie in input's memory.
     """
     _check(input, mask, scale, causal, dropout_p, sinks, philox_seed)
     for name, x in (("input", input), ("mask", mask), ("sinks", sinks)):
@@ -275,6 +281,9 @@ def masked_softmax_(
             wrong_value(name, "no requires_grad, for an in-place operation", True, hint)
     if any(input.shape[i] > 1 and input.stride(i) == 0 for i in range(input.dim())):
         wrong_value("input", "memory of its own for each element", "an expanded tensor", "clone it")
+    if not torch.compiler.is_compiling() and _overlaps(input):
+        got = f"strides {tuple(input.stride())} for sizes {shape_of(input)}"
+        wrong_value("input", "memory of its own for each element", got, "clone it")
     if transform_is_active() or input.device.type not in ("cpu", "meta"):
         with torch.autocast(input.device.type, enabled=False):
             out = masked_softmax(
@@ -287,14 +296,24 @@ def masked_softmax_(
                 philox_seed=philox_seed,
             )
         return input.copy_(out)
-    if mask is not None and not torch.compiler.is_compiling() and input.device.type == "cpu":
-        if mask.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
-            wrong_value(
-                "mask", "memory apart from input's", "a view of the same memory", "clone it"
-            )
+    for name, x in (("mask", mask), ("sinks", sinks)):
+        if x is None or torch.compiler.is_compiling() or input.device.type != "cpu":
+            continue
+        if x.untyped_storage().data_ptr() == input.untyped_storage().data_ptr() and x.numel():
+            wrong_value(name, "memory apart from input's", "a view of the same memory", "clone it")
     options = _options(input, mask, dropout_p, sinks, philox_seed)
     ops.softmax_in_place(input, scale, _causal_number(causal, input), *options)
     return input
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two elements may be at one place: unless each stride steps over all smaller ones."""
+    reach = 0
+    for stride, size in sorted((x.stride(i), x.shape[i]) for i in range(x.dim())):
+        if size > 1 and stride <= reach:
+            return x.numel() > 0
+        reach += (size - 1) * stride
+    return False
 
 
 # -- Megatron-LM and apex ----------------------------------------------------------------

@@ -263,17 +263,28 @@ void attention_case(Random& random) {
   if (sunk) p.sinks = sinks.data;
   if (sunk && backward) p.dsinks = dsinks.data;
   choose_dropout(random, p);
+  p.average_weights = random.chance(50);
+  const double share = p.average_weights ? 1.0 / (double)Hq : 1;
+  const Sizes weights_sizes{B, p.average_weights ? 1 : Hq, Sq, Sk};
+  Array weights(random, weights_sizes, type, Last::kDense, true);
+  Array grad_weights(random, weights_sizes, type, Last::kAny, true);
+  grad_weights.randomise(random);
+  const bool weighed = p.lse != nullptr && random.chance(60);
+  const bool through_weights = weighed && backward && random.chance(70);
 
   what += " attention B" + std::to_string(B) + " Hq" + std::to_string(Hq) + " Hkv" +
           std::to_string(Hkv) + " Sq" + std::to_string(Sq) + " Sk" + std::to_string(Sk) + " D" +
           std::to_string(D) + " Dv" + std::to_string(Dv) + " dtype " + std::to_string((int)type) +
           (masked ? " mask" : "") + (biased ? " bias" : "") + (bias_gradient ? " dbias" : "") +
           (padded ? " padding" : "") + (alibi ? " alibi" : "") + (sunk ? " sinks" : "") +
-          (p.softcap > 0 ? " softcap" : "") + (p.dropout_threshold ? " dropout" : "") + " window " +
-          std::to_string(p.window_left) + " " + std::to_string(p.window_right);
+          (weighed ? p.average_weights ? " averaged weights" : " weights" : "") +
+          (through_weights ? " dweights" : "") + (p.softcap > 0 ? " softcap" : "") +
+          (p.dropout_threshold ? " dropout" : "") + " window " + std::to_string(p.window_left) +
+          " " + std::to_string(p.window_right);
 
   // The definition, row by row.
-  Expected out_(out), lse_(lse), dq_(dq), dk_(dk), dv_(dv), dbias_(dbias), dsinks_(dsinks);
+  Expected out_(out), lse_(lse), weights_(weights), dq_(dq), dk_(dk), dv_(dv), dbias_(dbias),
+      dsinks_(dsinks);
   std::vector<double> logit((size_t)Sk), slope_of_cap((size_t)Sk), dp((size_t)Sk);
   for (int64_t row = 0; row < B * Hq * Sq; ++row) {
     const int64_t b = row / Sq / Hq, h = row / Sq % Hq, i = row % Sq, g = h / (Hq / Hkv);
@@ -311,7 +322,8 @@ void attention_case(Random& random) {
       const double weight = exp(logit[(size_t)j] - lse_(b, h, i));
       if (logit[(size_t)j] == -INFINITY) continue;
       const double kept = dropout_factor(p, b * Hq + h, i, j);
-      dp[(size_t)j] = 0;
+      weights_(b, h, i, j) += weight * kept * share;
+      dp[(size_t)j] = through_weights ? kept * share * grad_weights(b, h, i, j) : 0;
       for (int64_t d = 0; d < Dv; ++d) {
         out_(b, h, i, d) += weight * kept * v(b, g, j, d);
         dp[(size_t)j] += kept * grad_out(b, h, i, d) * v(b, g, j, d);
@@ -346,9 +358,16 @@ void attention_case(Random& random) {
   run_all(forward_phases, {&out, &lse});
   compare("out", out, out_, type);
   if (p.lse != nullptr) compare("lse", lse, lse_, accumulated);
+  if (weighed) {
+    p.weights = score_view(weights);
+    run_all({bound(kernels.attention_weights)}, {&weights});
+    compare("weights", weights, weights_, type);
+    p.weights = through_weights ? score_view(grad_weights) : ScoreView();
+  }
   if (!backward) return;
-  run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_backward_sinks),
-           bound(kernels.attention_backward_keys), bound(kernels.attention_backward_queries)},
+  run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_weights_delta),
+           bound(kernels.attention_backward_sinks), bound(kernels.attention_backward_keys),
+           bound(kernels.attention_backward_queries)},
           {&delta, &dq, &dk, &dv, &dbias, &dsinks});
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);

@@ -68,7 +68,7 @@ class Build:
 
     def run(self, *arguments: str) -> str:
         environment = {
-            # GCC before 14 misaligns 64-byte vectors otherwise (PR 110027).
+            # GCC before 14 misaligns 64 - byte vectors otherwise(PR 110027).
             "ASAN_OPTIONS": "detect_stack_use_after_return=0",
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
             "TSAN_OPTIONS": "halt_on_error=1",
