@@ -335,8 +335,9 @@ struct Shared {
 
 void run_forward(AttentionParams& p) {
   const ForwardKernel& kernel = choose_forward(kernel_table(), p);
+  const size_t shared_bytes = kernel.shared_bytes != nullptr ? kernel.shared_bytes(p) : 0;
   std::optional<Shared> shared;
-  if (kernel.shared_bytes != nullptr) p.shared = shared.emplace(kernel.shared_bytes(p)).data();
+  if (shared_bytes > 0) p.shared = shared.emplace(shared_bytes).data();
   for (const Phase& phase : kernel.phases) {
     if (phase.run != nullptr) run(phase, p);
   }

@@ -540,9 +540,10 @@ def test_threads_share_plans():
 
 
 def test_explain_tells_backend_isa_kernel_tiles_and_memory(isa):
-    explanation = explain(**qkv())
+    explanation = explain(**qkv(Sq=50))
     assert explanation.backend == "cpu" and explanation.details.isa == isa
     assert explanation.details.kernel == "attention_forward"
+    assert explain(**qkv(Sq=1)).details.kernel == "attention_decode"
     assert explanation.details.block_m > 0 and explanation.details.block_n > 0
     assert explanation.refused == {"cuda": ["not built yet"], "triton": ["not built yet"]}
     text = str(explanation)
@@ -551,10 +552,10 @@ def test_explain_tells_backend_isa_kernel_tiles_and_memory(isa):
 
 
 def test_explain_of_gradients_copies_and_the_reference():
-    arguments = qkv()
+    arguments = qkv(Sq=50)
     with_gradient = explain(**arguments | {"key": arguments["key"].requires_grad_()})
     assert with_gradient.details.kernel == "attention_forward + attention_backward"
-    assert with_gradient.details.extra_bytes > explain(**qkv()).details.extra_bytes
+    assert with_gradient.details.extra_bytes > explain(**qkv(Sq=50)).details.extra_bytes
     spread = torch.stack([qkv()["value"]] * 2, -1)[..., 0]
     copied = explain(**qkv() | {"value": spread})
     assert copied.copied == ("value",) and "value: last stride is not 1" in str(copied)
@@ -567,7 +568,8 @@ def test_explain_of_gradients_copies_and_the_reference():
 
 def test_explain_takes_every_argument_of_attention():
     with torch.autocast("cpu", torch.bfloat16):
-        explanation = explain(**qkv(), bias=randn(5, 7), causal="top_left", return_lse=True)
+        options = {"bias": randn(50, 7), "causal": "top_left", "return_lse": True}
+        explanation = explain(**qkv(Sq=50), **options)
     assert explanation.details.kernel == "attention_forward"
     assert explain(**PACKED).backend == explain(**PAGED).backend == "reference"
     with pytest.raises(NotImplementedError, match="not built yet"):
