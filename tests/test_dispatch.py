@@ -60,6 +60,8 @@ PAGED = {
     "block_table": torch.tensor([[0, 1], [2, 3]], dtype=int32),
     "seqused_k": torch.tensor([5, 8], dtype=int32),
 }
+# What only the reference serves
+PACKED_GRADIENT = PACKED | {"query": torch.randn(6, 4, 8, requires_grad=True)}
 VALUE, TYPE = ArgumentValueError, ArgumentTypeError
 
 # arguments that replace those of a valid call, the error, and what its message says
@@ -251,18 +253,20 @@ def test_auto_takes_the_first_row_without_a_reason():
     problem = Problem.from_call(**qkv())
     assert CPU.supports(problem) == []
     assert backends.choose(problem) is CPU
-    assert backends.choose(Problem.from_call(**PACKED)) is REFERENCE
+    assert backends.choose(Problem.from_call(**PACKED)) is CPU
+    assert backends.choose(Problem.from_call(**PACKED_GRADIENT)) is REFERENCE
 
 
 def test_every_reason_is_given():
     arguments = qkv(D=600, Dv=513) | {"seqused_k": torch.ones(2, dtype=int32)}
     on_meta = {name: x.to("meta") for name, x in arguments.items()}
+    on_meta["key"].requires_grad_()
     reasons = CPU.supports(Problem.from_call(**on_meta))
     assert [reason.split(":")[0] for reason in reasons] == [
         "device meta",
         "query's head_dim 600",
         "value's head_dim 513",
-        "seqused_k",
+        "gradients with seqused_k",
     ]
 
 
@@ -270,10 +274,11 @@ def test_an_explicit_backend_never_falls_back():
     for name in ("cuda", "triton"):
         with pytest.raises(NotImplementedError, match=f"{name}.*not built yet"):
             attention(**qkv(), backend=name)
-    with pytest.raises(NotImplementedError, match="cpu.*varlen: not built yet"):
-        attention(**PACKED, backend="cpu")
+    with pytest.raises(NotImplementedError, match="cpu.*gradients with varlen: not built yet"):
+        attention(**PACKED_GRADIENT, backend="cpu")
+    wide = qkv(D=600) | {"query": qkv(D=600)["query"].requires_grad_()}
     with pytest.raises(NotImplementedError, match="head_dim 600.*; .*seqused_k: not built yet"):
-        attention(**qkv(D=600), seqused_k=torch.ones(2, dtype=int32), backend="cpu")
+        attention(**wide, seqused_k=torch.ones(2, dtype=int32), backend="cpu")
     arguments = qkv()
     expected = attention_reference(**arguments)
     assert torch.equal(attention(**arguments, backend="reference"), expected)
@@ -283,10 +288,13 @@ def test_an_explicit_backend_never_falls_back():
 def test_the_reference_is_logged_once_per_reason(caplog):
     with caplog.at_level(logging.WARNING, "fused_attention"):
         for _ in range(3):
-            attention(**PACKED)
+            attention(**PACKED_GRADIENT)
         assert len(caplog.records) == 1
         message = caplog.text
-        assert "cpu: varlen: not built yet" in message and "triton: not built yet" in message
+        assert (
+            "cpu: gradients with varlen: not built yet" in message
+            and "triton: not built yet" in message
+        )
         for _ in range(2):
             attention(**qkv(D=513))
         assert len(caplog.records) == 2 and "head_dim 513" in caplog.text
@@ -299,13 +307,14 @@ def test_the_reference_is_logged_once_per_reason(caplog):
 def test_strict_refuses_the_reference(environment):
     environment(STRICT="1")
     with pytest.raises(
-        NotImplementedError, match="STRICT(.|\n)*cuda: (.|\n)*cpu: varlen: not built"
+        NotImplementedError, match="STRICT(.|\n)*cuda: (.|\n)*cpu: gradients with varlen: not built"
     ):
-        attention(**PACKED)
+        attention(**PACKED_GRADIENT)
     attention(**qkv())
-    attention(**PACKED, backend="reference")
-    environment(STRICT="0")
     attention(**PACKED)
+    attention(**PACKED_GRADIENT, backend="reference")
+    environment(STRICT="0")
+    attention(**PACKED_GRADIENT)
 
 
 def test_environment_chooses_the_backend(environment):
@@ -571,7 +580,8 @@ def test_explain_takes_every_argument_of_attention():
         options = {"bias": randn(50, 7), "causal": "top_left", "return_lse": True}
         explanation = explain(**qkv(Sq=50), **options)
     assert explanation.details.kernel == "attention_forward"
-    assert explain(**PACKED).backend == explain(**PAGED).backend == "reference"
+    assert explain(**PACKED).backend == explain(**PAGED).backend == "cpu"
+    assert explain(**PACKED_GRADIENT).backend == "reference"
     with pytest.raises(NotImplementedError, match="not built yet"):
         explain(**qkv(), backend="cuda")
     with pytest.raises(TypeError, match="nonsense"):

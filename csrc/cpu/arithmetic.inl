@@ -24,19 +24,19 @@ struct Direct {
   }
 
   template <int kVectors>
-  void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
+  void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                     int64_t rows) const {
     constexpr int kRow = kVectors * kLanes<T>;
     const int64_t width = round_up(p.D, kLanes<T>);
-    load_tile(q, p.query, p.dtype, b, h, m_start, rows, p.D, kRow);
+    load_tile(q, p.query, p.dtype, seq.b, h, seq.q_start + m_start, rows, p.D, kRow);
     transpose_tile(kRow, width, q, width, q_t, kRow);
   }
 
   template <int kVectors>
-  void scores(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start, int64_t columns,
-              T* s) const {
+  void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+              int64_t columns, T* s) const {
     constexpr int kRow = kVectors * kLanes<T>;
-    const Scalars<T> keys = key_rows(p.key, p.dtype, b, h_kv, n_start, columns, p.D, nullptr, k);
+    const Scalars<T> keys = key_rows(p, p.key, seq, h_kv, n_start, columns, p.D, nullptr, k);
     multiply<kVectors, false>(columns, p.D, keys, q_t, kRow, s, kRow);
   }
 
@@ -44,11 +44,10 @@ struct Direct {
 
   // visible: null, or the words of the tile.
   template <int kVectors>
-  void accumulate(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
+  void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
                   int64_t columns, const uint64_t* visible, const T* weights, T* acc_t) const {
     constexpr int kRow = kVectors * kLanes<T>;
-    const Scalars<T> values =
-        key_rows(p.value, p.dtype, b, h_kv, n_start, columns, p.Dv, visible, v);
+    const Scalars<T> values = key_rows(p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, v);
     multiply<kVectors, true>(p.Dv, columns, Scalars<T>{values.data, values.column, values.row},
                              weights, kRow, acc_t, kRow);
   }

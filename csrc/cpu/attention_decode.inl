@@ -16,10 +16,14 @@ constexpr int64_t kMaxDecodeRows = 2 * kLanes<float>;
 constexpr int64_t kSplitBytes = 1 << 18, kDecodeTasks = 128;
 
 FA_INLINE int64_t decode_rows(const AttentionParams& p) { return p.Hq / p.Hkv * p.Sq; }
+FA_INLINE int64_t decode_rows(const AttentionParams& p, const Sequence& seq) {
+  return p.Hq / p.Hkv * seq.Sq;
+}
 
 FA_INLINE int64_t decode_splits(const AttentionParams& p) {
-  const Range keys = visible_keys(p, 0, p.Sq);
-  const int64_t bytes = (keys.end - keys.begin) * (p.D + p.Dv) * element_size(p.dtype);
+  const bool window = p.window_left >= 0 && p.window_right >= 0;
+  const int64_t keys = window ? min_of(p.Sk, p.window_left + p.Sq + p.window_right) : p.Sk;
+  const int64_t bytes = keys * (p.D + p.Dv) * element_size(p.dtype);
   const int64_t wanted = ceil_div(kDecodeTasks, max_of(1, p.B * p.Hkv));
   return max_of(1, min_of(wanted, bytes / kSplitBytes));
 }
@@ -189,13 +193,13 @@ constexpr int kDecodeBlockRows = kLanes<T> < 4 ? kLanes<T> : 4;
 // -- between the products -------------------------------------------------------------------------
 
 // Bit j: query i of head h may attend to key n + j. `unpadded`: what key padding leaves.
-uint64_t decode_visible(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64_t n,
-                        int64_t columns, uint64_t unpadded) {
-  const Range keys = visible_keys(p, i, i + 1);
+uint64_t decode_visible(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i,
+                        int64_t n, int64_t columns, uint64_t unpadded) {
+  const Range keys = visible_keys(p, seq, i, i + 1);
   uint64_t visible = unpadded & low_bits(keys.end - n) & ~low_bits(keys.begin - n);
   if (p.mask.data != nullptr) {
-    const uint8_t* mask = (const uint8_t*)p.mask.data + b * p.mask.stride_b + h * p.mask.stride_h +
-                          i * p.mask.stride_q + n * p.mask.stride_k;
+    const uint8_t* mask = (const uint8_t*)p.mask.data + seq.b * p.mask.stride_b +
+                          h * p.mask.stride_h + i * p.mask.stride_q + n * p.mask.stride_k;
     uint64_t bits;
     mask_row_bits(mask, p.mask.stride_k, columns, &bits);
     visible &= bits;
@@ -206,7 +210,7 @@ uint64_t decode_visible(const AttentionParams& p, int64_t b, int64_t h, int64_t 
 // s <- logits of query i of head h for the keys [n, n + columns); -inf where hidden. Returns their
 // maximum, or anything if a visible one is NaN.
 template <typename T>
-T decode_logits(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64_t n,
+T decode_logits(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i, int64_t n,
                 int64_t columns, uint64_t visible, T* bias, T* s) {
   const bool softcap = p.softcap > 0, has_bias = p.bias.data != nullptr;
   const bool alibi = p.alibi_slopes != nullptr;
@@ -220,14 +224,14 @@ T decode_logits(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64
   if (has_bias) {
     const ScoreView& view = p.bias;
     const int64_t offset =
-        b * view.stride_b + h * view.stride_h + i * view.stride_q + n * view.stride_k;
+        seq.b * view.stride_b + h * view.stride_h + i * view.stride_q + n * view.stride_k;
     load_row(bias, element(view.data, view.dtype, offset), view.dtype, columns, view.stride_k);
     fill(bias + columns, kWord - columns, (T)0);
     each_vector<T>([&](int j, int) { store(s + j, add(load(s + j), load(bias + j))); });
   }
   if (alibi) {  // s <- s - slope * |i + off - j|
-    const Vec<T> negative_slope = broadcast((T)-p.alibi_slopes[b * p.alibi_stride_b + h]);
-    const int64_t diagonal = i + p.diagonal_offset - n;
+    const Vec<T> negative_slope = broadcast((T)-p.alibi_slopes[seq.b * p.alibi_stride_b + h]);
+    const int64_t diagonal = i + seq.diagonal_offset - n;
     each_vector<T>([&](int j, int) {
       const Vec<T> distance = abs(sub(broadcast((T)(diagonal - j)), iota(T())));
       store(s + j, fma(distance, negative_slope, load(s + j)));
@@ -276,12 +280,13 @@ FA_INLINE int64_t list_bits(uint64_t set, int64_t* list) {
 
 // -- phases ---------------------------------------------------------------------------------------
 
-// at[j] <- where the row of key n + j lies, to the end of the word the last of `columns` again.
-void decode_addresses(const TensorView& view, DType dtype, int64_t b, int64_t h, int64_t n,
-                      int64_t columns, const char** at) {
-  for (int64_t j = 0; j < kWord; ++j) {
-    at[j] = (const char*)row_of(view, dtype, b, h, n + min_of(j, columns - 1));
-  }
+// at[j] <- where the row of key n + j lies; past the end of the keys, to that of the word, the
+// last.
+void decode_addresses(const AttentionParams& p, const TensorView& view, const Sequence& seq,
+                      int64_t h, int64_t n, int64_t n_end, const char** at) {
+  const int64_t columns = min_of(kWord, n_end - n);
+  key_addresses(p, view, seq, h, n, columns, at);
+  for (int64_t j = columns; j < kWord; ++j) at[j] = at[columns - 1];
 }
 
 // Rows that are not whole vectors: converted, padded with zeros, and at[j] <- where they are now.
@@ -300,31 +305,31 @@ void decode_stage(DType dtype, int64_t columns, int64_t width, T* staged, const 
 
 // The keys [n, n + columns) of a word, for all rows of the task, whose keys end at n_end.
 template <typename T>
-void decode_word(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n, int64_t n_end,
-                 const DecodeTile<T>& t, const DecodeResult<T>& result) {
-  const int64_t rows = decode_rows(p), group = p.Hq / p.Hkv, columns = min_of(kWord, n_end - n);
+void decode_word(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n,
+                 int64_t n_end, const DecodeTile<T>& t, const DecodeResult<T>& result) {
+  const int64_t rows = decode_rows(p, seq), group = p.Hq / p.Hkv;
+  const int64_t columns = min_of(kWord, n_end - n);
   const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
   const DType native = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
 
   uint64_t unpadded = low_bits(columns), anybody = 0;
   if (p.key_padding_mask != nullptr) {
     const uint8_t* padding =
-        p.key_padding_mask + b * p.key_padding_stride_b + n * p.key_padding_stride_k;
+        p.key_padding_mask + seq.b * p.key_padding_stride_b + n * p.key_padding_stride_k;
     uint64_t padded;
     mask_row_bits(padding, p.key_padding_stride_k, columns, &padded);
     unpadded &= ~padded;
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t h = h_kv * group + r / p.Sq;
-    t.visible[r] = decode_visible(p, b, h, r % p.Sq, n, columns, unpadded);
+    const int64_t h = h_kv * group + r / seq.Sq;
+    t.visible[r] = decode_visible(p, seq, h, r % seq.Sq, n, columns, unpadded);
     anybody |= t.visible[r];
   }
   if (anybody == 0) return;
 
-  decode_addresses(p.key, p.dtype, b, h_kv, n, columns, t.k_at);
-  decode_addresses(p.value, p.dtype, b, h_kv, n, columns, t.v_at);
-  const int64_t next = n + kWord < n_end ? n + kWord : n;
-  decode_addresses(p.key, p.dtype, b, h_kv, next, min_of(kWord, n_end - next), t.next_k_at);
+  decode_addresses(p, p.key, seq, h_kv, n, n_end, t.k_at);
+  decode_addresses(p, p.value, seq, h_kv, n, n_end, t.v_at);
+  decode_addresses(p, p.key, seq, h_kv, n + kWord < n_end ? n + kWord : n, n_end, t.next_k_at);
   if (t.k != nullptr) decode_stage(p.dtype, columns, p.D, t.k, t.k_at);
   if (t.v != nullptr) decode_stage(p.dtype, columns, p.Dv, t.v, t.v_at);
 
@@ -335,13 +340,13 @@ void decode_word(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n, i
 
   // p <- exp(s - m), l <- alpha l + rowsum(p)
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t h = h_kv * group + r / p.Sq, i = r % p.Sq;
+    const int64_t h = h_kv * group + r / seq.Sq, i = r % seq.Sq;
     T* s = t.s + r * kWord;
-    const T top = decode_logits(p, b, h, i, n, columns, t.visible[r], t.bias, s);
+    const T top = decode_logits(p, seq, h, i, n, columns, t.visible[r], t.bias, s);
     t.alpha[r] = decode_softmax(top, s, result.row_max + r, result.row_sum + r);
     if (p.dropout_threshold > 0) {  // after the sum: the denominator is that of all weights
       dropout_keep_row(p.philox_seed, p.philox_offset, p.dropout_threshold,
-                       (uint32_t)(b * p.Hq + h), (uint32_t)i, n, columns, t.keep);
+                       (uint32_t)(seq.b * p.Hq + h), (uint32_t)i, n, columns, t.keep);
       const Vec<T> zero = broadcast((T)0);
       each_vector<T>(
           [&](int j, int) { store(s + j, select_bits(*t.keep >> j, load(s + j), zero)); });
@@ -351,12 +356,12 @@ void decode_word(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n, i
   // o <- alpha o + p v, without the keys that no query of a head sees: 0 * NaN is not 0.
   const auto head_sees = [&](int64_t r) {
     uint64_t seen = 0;
-    for (int64_t i = 0; i < p.Sq; ++i) seen |= t.visible[r + i];
+    for (int64_t i = 0; i < seq.Sq; ++i) seen |= t.visible[r + i];
     return seen;
   };
   for (int64_t r = 0, end; r < rows; r = end) {
     const uint64_t seen = head_sees(r);
-    for (end = r + p.Sq; end < rows && head_sees(end) == seen;) end += p.Sq;
+    for (end = r + seq.Sq; end < rows && head_sees(end) == seen;) end += seq.Sq;
     const int64_t count = list_bits(seen, t.seen);
     with_storage<T>(t.v != nullptr ? native : p.dtype, [&](auto storage) {
       values<T, decltype(storage), kDecodeBlockRows<T>>(storage, r, end, count, width_v, t,
@@ -367,17 +372,17 @@ void decode_word(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n, i
 
 // One row's result, from its maximum, sum and unnormalised output.
 template <typename T>
-void decode_finish(const AttentionParams& p, int64_t b, int64_t h, int64_t i, T row_max, T row_sum,
-                   T* acc) {
+void decode_finish(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i, T row_max,
+                   T row_sum, T* acc) {
   const T* sink = p.sinks ? (const T*)p.sinks + h : nullptr;
   if (p.lse != nullptr) {
-    ((T*)p.lse)[(b * p.Hq + h) * p.Sq + i] = log_sum_exp(row_max, row_sum, sink);
+    *lse_of<T>(p, seq, h, i) = log_sum_exp(row_max, row_sum, sink);
   }
   T weight = row_weight(row_max, row_sum, sink);
   if (p.dropout_threshold > 0) weight *= (T)p.dropout_scale;
   // A row that saw nothing is zero even beside a visible NaN, which 0 * NaN would not be.
   if (row_max == -kInf<T>) fill(acc, p.Dv, (T)0);
-  store_row(row_of(p.out, p.dtype, b, h, i), p.dtype, acc, p.Dv, weight);
+  store_row(row_of(p.out, p.dtype, seq.b, h, seq.q_start + i), p.dtype, acc, p.Dv, weight);
 }
 
 template <typename T>
@@ -391,15 +396,16 @@ struct DecodeSplit {
     tile.place(p, workspace);
     const int64_t splits = decode_splits(p);
     for (int64_t task = begin; task < end; ++task) {
-      split(p, task / splits / p.Hkv, task / splits % p.Hkv, task % splits, splits, tile);
+      split(p, sequence_of(p, task / splits / p.Hkv), task / splits % p.Hkv, task % splits, splits,
+            tile);
     }
   }
 
-  static void split(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t split,
+  static void split(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t split,
                     int64_t splits, const DecodeTile<T>& t) {
-    const int64_t rows = decode_rows(p), group = p.Hq / p.Hkv;
+    const int64_t rows = decode_rows(p, seq), group = p.Hq / p.Hkv;
     const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
-    const int64_t number = (b * p.Hkv + h_kv) * splits + split;
+    const int64_t number = (seq.b * p.Hkv + h_kv) * splits + split;
     DecodeResult<T> result;
     result.place(
         p, splits == 1 ? t.result : (char*)p.shared + number * (int64_t)decode_result_bytes<T>(p));
@@ -407,18 +413,19 @@ struct DecodeSplit {
     fill(result.row_sum, rows, (T)0);
     fill(result.acc, rows * width_v, (T)0);
     for (int64_t g = 0; g < group; ++g) {
-      load_tile(t.q + g * p.Sq * width, p.query, p.dtype, b, h_kv * group + g, 0, p.Sq, p.D, p.Sq);
+      load_tile(t.q + g * seq.Sq * width, p.query, p.dtype, seq.b, h_kv * group + g, seq.q_start,
+                seq.Sq, p.D, seq.Sq);
     }
 
-    const Range keys = visible_keys(p, 0, p.Sq);
+    const Range keys = visible_keys(p, seq, 0, seq.Sq);
     const int64_t first = keys.begin / kWord, words = ceil_div(keys.end, kWord) - first;
     const int64_t n_end = min_of(keys.end, (first + words * (split + 1) / splits) * kWord);
     for (int64_t n = (first + words * split / splits) * kWord; n < n_end; n += kWord) {
-      decode_word(p, b, h_kv, n, n_end, t, result);
+      decode_word(p, seq, h_kv, n, n_end, t, result);
     }
     for (int64_t r = 0; splits == 1 && r < rows; ++r) {
-      decode_finish(p, b, h_kv * group + r / p.Sq, r % p.Sq, result.row_max[r], result.row_sum[r],
-                    result.acc + r * width_v);
+      decode_finish(p, seq, h_kv * group + r / seq.Sq, r % seq.Sq, result.row_max[r],
+                    result.row_sum[r], result.acc + r * width_v);
     }
   }
 };
@@ -434,15 +441,15 @@ struct DecodeCombine {
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
     T* acc = (T*)workspace;
-    const int64_t rows = decode_rows(p), group = p.Hq / p.Hkv;
     for (int64_t task = begin; task < end; ++task) {
-      for (int64_t r = 0; r < rows; ++r) {
-        combine(p, task / p.Hkv, task % p.Hkv * group + r / p.Sq, task, r, acc);
+      const Sequence seq = sequence_of(p, task / p.Hkv);
+      for (int64_t r = 0; r < decode_rows(p, seq); ++r) {
+        combine(p, seq, task, r, acc);
       }
     }
   }
 
-  static void combine(const AttentionParams& p, int64_t b, int64_t h, int64_t task, int64_t r,
+  static void combine(const AttentionParams& p, const Sequence& seq, int64_t task, int64_t r,
                       T* acc) {
     const int64_t splits = decode_splits(p), width_v = round_up(p.Dv, kLanes<T>);
     const int64_t bytes = (int64_t)decode_result_bytes<T>(p);
@@ -468,7 +475,8 @@ struct DecodeCombine {
         store(acc + d, fma(factor, load(part.acc + r * width_v + d), load(acc + d)));
       }
     }
-    decode_finish(p, b, h, r % p.Sq, row_max, (T)row_sum, acc);
+    const int64_t h = task % p.Hkv * (p.Hq / p.Hkv) + r / seq.Sq;
+    decode_finish(p, seq, h, r % seq.Sq, row_max, (T)row_sum, acc);
   }
 };
 

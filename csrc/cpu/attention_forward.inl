@@ -36,26 +36,26 @@ struct ForwardTile {
 };
 
 template <int kVectors, typename Arithmetic>
-void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
-                             int64_t rows, const ForwardTile<Arithmetic>& t) {
+void attention_forward_block(const AttentionParams& p, const Sequence& seq, int64_t h,
+                             int64_t m_start, int64_t rows, const ForwardTile<Arithmetic>& t) {
   using T = typename Arithmetic::T;
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const int64_t width_v = round_up(p.Dv, W);
   const int64_t h_kv = h / (p.Hq / p.Hkv);
 
-  t.products.template load_queries<kVectors>(p, b, h, m_start, rows);
+  t.products.template load_queries<kVectors>(p, seq, h, m_start, rows);
   fill(t.acc_t, width_v * kRow, (T)0);
   start(t.softmax, kRow);
 
-  const Range keys = visible_keys(p, m_start, m_start + rows);
+  const Range keys = visible_keys(p, seq, m_start, m_start + rows);
   for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
     const int64_t columns = min_of(kBlockN, keys.end - n);
-    const Visible seen = tile_visibility(p, b, h, m_start, rows, n, columns, t.visible);
+    const Visible seen = tile_visibility(p, seq, h, m_start, rows, n, columns, t.visible);
     if (seen == Visible::kNone) continue;
 
     // s <- k q^T
-    t.products.template scores<kVectors>(p, b, h_kv, n, columns, t.s);
-    const double factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n, columns, t.s,
+    t.products.template scores<kVectors>(p, seq, h_kv, n, columns, t.s);
+    const double factor = finish_scores<T, kVectors>(p, seq, h, m_start, rows, n, columns, t.s,
                                                      t.bias, t.bias_t, nullptr);
     if (seen == Visible::kSome) hide<T, kVectors>(t.visible, columns, t.s);
 
@@ -69,12 +69,12 @@ void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int
       }
     }
     if (p.dropout_threshold > 0) {  // after the sum: the denominator is that of all weights
-      dropout_keep_bits(p, b, h, m_start, rows, n, columns, t.keep);
+      dropout_keep_bits(p, seq.b, h, m_start, rows, n, columns, t.keep);
       drop<T, kVectors>(t.keep, columns, t.s);
     }
     // o^T <- o^T + v^T p^T
     t.products.template accumulate<kVectors>(
-        p, b, h_kv, n, columns, seen == Visible::kSome ? t.visible : nullptr, t.s, t.acc_t);
+        p, seq, h_kv, n, columns, seen == Visible::kSome ? t.visible : nullptr, t.s, t.acc_t);
   }
 
   transpose_tile(width_v, kRow, t.acc_t, kRow, t.out, width_v);
@@ -82,15 +82,15 @@ void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int
     const T* sink = p.sinks ? (const T*)p.sinks + h : nullptr;
     const T max = t.softmax.max[i];
     if (p.lse != nullptr) {
-      ((T*)p.lse)[(b * p.Hq + h) * p.Sq + m_start + i] = log_sum_exp(max, t.softmax.sum[i], sink);
+      *lse_of<T>(p, seq, h, m_start + i) = log_sum_exp(max, t.softmax.sum[i], sink);
     }
     T weight =
         row_weight(max, (Arithmetic::kRounds ? t.softmax.rounded_sum : t.softmax.sum)[i], sink);
     if (p.dropout_threshold > 0) weight *= (T)p.dropout_scale;
     // A row that saw nothing is zero even beside a visible NaN, which 0 * NaN would not be.
     if (max == -kInf<T>) fill(t.out + i * width_v, p.Dv, (T)0);
-    store_row(row_of(p.out, p.dtype, b, h, m_start + i), p.dtype, t.out + i * width_v, p.Dv,
-              weight);
+    store_row(row_of(p.out, p.dtype, seq.b, h, seq.q_start + m_start + i), p.dtype,
+              t.out + i * width_v, p.Dv, weight);
   }
 }
 
@@ -99,14 +99,13 @@ void attention_forward_tasks(const AttentionParams& p, int64_t begin, int64_t en
   using T = typename Arithmetic::T;
   ForwardTile<Arithmetic> tile;
   tile.place(p, memory);
-  const int64_t blocks = ceil_div(p.Sq, kBlockM<T>);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / blocks / p.Hq, h = task / blocks % p.Hq;
-    // The last queries first: under a causal mask they have the most keys.
-    const int64_t m_start = (blocks - 1 - task % blocks) * kBlockM<T>;
-    const int64_t rows = min_of(kBlockM<T>, p.Sq - m_start);
+    const QueryBlock block = query_block(p, task, kBlockM<T>);
+    const Sequence seq = sequence_of(p, block.b);
+    const int64_t rows = min_of(kBlockM<T>, seq.Sq - block.m_start);
+    if (rows <= 0) continue;
     with_vectors<T>(rows, [&](auto vectors) {
-      attention_forward_block<vectors.value>(p, b, h, m_start, rows, tile);
+      attention_forward_block<vectors.value>(p, seq, block.h, block.m_start, rows, tile);
     });
   }
 }
@@ -114,9 +113,7 @@ void attention_forward_tasks(const AttentionParams& p, int64_t begin, int64_t en
 template <typename Arithmetic>
 struct AttentionForward {
   using T = typename Arithmetic::T;
-  static int64_t num_tasks(const AttentionParams& p) {
-    return p.B * p.Hq * ceil_div(p.Sq, kBlockM<T>);
-  }
+  static int64_t num_tasks(const AttentionParams& p) { return count_query_blocks(p, kBlockM<T>); }
   static size_t workspace_bytes(const AttentionParams& p) {
     ForwardTile<Arithmetic> tile;
     return tile.place(p, nullptr);

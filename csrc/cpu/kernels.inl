@@ -4,6 +4,7 @@
 // clang-format off: each builds on those before it
 #include "math.inl"
 #include "tiles.inl"
+#include "sequence.inl"
 #include "masking.inl"
 #include "philox.inl"
 #include "scores.inl"
