@@ -45,6 +45,8 @@ def decode_calls(Sq: int, Sk: int, dtype: torch.dtype, with_flex: bool) -> tuple
         READ: lambda: words.sum(),
     }
     for page_size in (16, 256):
+        if page_size > Sk:
+            continue
         order = torch.randperm(Sk // page_size)
         table = order.to(torch.int32).unsqueeze(0)
         pages = [in_pages(x, page_size, order) for x in (key, value)]

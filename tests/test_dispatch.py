@@ -184,10 +184,13 @@ def test_errors_are_also_pytorchs():
 
 
 @pytest.mark.parametrize("valid", [PACKED, PAGED], ids=["packed", "paged"])
-def test_packed_and_paged_calls_reach_the_reference(valid):
+def test_packed_and_paged_calls_with_gradients_reach_the_reference(valid):
+    valid = valid | {"query": valid["query"].clone().requires_grad_()}
     out, lse = attention(**valid, return_lse=True)
     expected = attention_reference(**valid, return_lse=True)
     torch.testing.assert_close((out, lse), expected, atol=0, rtol=0)
+    out.sum().backward()
+    assert valid["query"].grad.any()
 
 
 def test_causal_true_where_lengths_agree():
