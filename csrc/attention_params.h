@@ -13,7 +13,7 @@ namespace fused_attention {
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // Which diagonal `causal`, `window` and ALiBi are measured from: key j meets query i at
-// j = i + diagonal_offset, 0 for top-left, Sk - Sq for bottom-right alignment.
+// j = i + offset, 0 for top-left, Sk - Sq of each sequence for bottom-right alignment.
 enum class Causal : int32_t { kNone = 0, kTopLeft = 1, kBottomRight = 2 };
 
 // A [B, H, S, D] tensor whose last stride is 1.
@@ -33,14 +33,24 @@ struct AttentionParams {
   DType dtype = DType::kFloat32;
   int64_t B = 0, Hq = 0, Hkv = 0, Sq = 0, Sk = 0, D = 0, Dv = 0;
   TensorView query, key, value, out;
-  void* lse = nullptr;  // [B, Hq, Sq] contiguous, float (double for float64)
+  void* lse = nullptr;  // [B, Hq, Sq] (packed: [Hq, Tq]) contiguous, float (double for float64)
+  int64_t lse_stride_b = 0, lse_stride_h = 0;
+
+  // Forward only, null where unused: sequences that are not all alike. Sq and Sk are the longest.
+  const int32_t* cu_seqlens_q = nullptr;  // [B + 1]: sequence b is tokens [cu[b], cu[b + 1]) of a
+  const int32_t* cu_seqlens_k = nullptr;  // view [1, H, T, D], whose stride_b is 0
+  const int32_t* seqused_k = nullptr;     // [B], keys of each sequence that are in use
+  const int32_t* block_table = nullptr;   // [B, pages]: key n of sequence b is row n % page_size of
+  int64_t block_table_stride_b = 0;       // page [b, n / page_size]; key and value are views
+  int64_t page_size = 0;                  // [all pages, Hkv, page_size, D or Dv]
+
   // What the phases of a kernel hand on to one another, 64-byte aligned.
   void* shared = nullptr;
 
   double scale = 1.0;
-  double softcap = 0.0;   // 0 = none
-  int64_t precision = 0;  // of float32: 0 "highest", 1 "high", 2 "medium"
-  int64_t diagonal_offset = 0;
+  double softcap = 0.0;       // 0 = none
+  int64_t precision = 0;      // of float32: 0 "highest", 1 "high", 2 "medium"
+  bool bottom_right = false;  // where the diagonal is, see Causal
   int64_t window_left = -1;   // tokens; -1 = unlimited
   int64_t window_right = -1;  // causal is window_right = 0
 

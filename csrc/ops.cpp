@@ -5,6 +5,7 @@
 #include <dirent.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -13,6 +14,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <initializer_list>
@@ -122,19 +124,27 @@ void run(const PhaseOf<Params>& phase, const Params& params, bool own_shares = f
 
 // -- tensors --------------------------------------------------------------------------------------
 
-// A [B, H, S, D] tensor's shape and strides, read once: every accessor is a call into libtorch.
+// The shape and strides of a tensor as [B, H, S, D], read once: every accessor is a call into
+// libtorch.
 struct Shape {
   int64_t size[4], stride[4];
 };
 
-Shape shape_of(const Tensor& tensor, const char* name) {
+// [B, H, S, D]; all tokens of packed sequences, [T, H, D]; pages, [pages, page_size, H, D].
+enum class Layout { kDense, kPacked, kPaged };
+
+Shape shape_of(const Tensor& tensor, const char* name, Layout layout = Layout::kDense) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 dimensions, got ", tensor.dim());
+  const int dims = layout == Layout::kPacked ? 3 : 4;
+  STD_TORCH_CHECK(tensor.dim() == dims, name, ": expected ", dims, " dimensions, got ",
+                  tensor.dim());
+  constexpr int kFrom[3][4] = {{0, 1, 2, 3}, {-1, 1, 0, 2}, {0, 2, 1, 3}};
   Shape shape;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   for (int i = 0; i < 4; ++i) {
-    shape.size[i] = sizes[i];
-    shape.stride[i] = strides[i];
+    const int from = kFrom[(int)layout][i];
+    shape.size[i] = from < 0 ? 1 : sizes[(size_t)from];
+    shape.stride[i] = from < 0 ? 0 : strides[(size_t)from];
   }
   return shape;
 }
@@ -152,6 +162,10 @@ DType dtype_of(const Tensor& tensor, const char* name) {
     default:
       STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64");
   }
+}
+
+int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
@@ -187,11 +201,11 @@ Tensor empty_like_layout(const Shape& model, int64_t S, int64_t D, ScalarType dt
 
 // An input as given and as kernels read it: in place if its last stride is 1, else copied.
 struct Input {
-  Input(const Tensor& tensor, const char* name)
-      : given(shape_of(tensor, name)), dense(tensor), shape(given) {
+  Input(const Tensor& tensor, const char* name, Layout layout = Layout::kDense)
+      : given(shape_of(tensor, name, layout)), dense(tensor), shape(given) {
     if (given.stride[3] != 1 && given.size[3] > 1) {
       dense = torch::stable::contiguous(tensor);
-      shape = shape_of(dense, name);
+      shape = shape_of(dense, name, layout);
     }
   }
   TensorView view() const {
@@ -225,6 +239,7 @@ struct Options {
   int64_t causal, window_left, window_right, precision;
   const OptionalTensor &mask, &bias, &key_padding_mask, &alibi_slopes, &sinks, &philox;
   double softcap, dropout_p;
+  const OptionalTensor &cu_seqlens_q, &cu_seqlens_k, &seqused_k, &block_table;
 };
 
 const OptionalTensor& no_tensor() {
@@ -255,7 +270,6 @@ void describe_query_and_key(AttentionParams& p, const Input& query, const Input&
   const int64_t *q = query.shape.size, *k = key.shape.size;
   p.B = q[0], p.Hq = q[1], p.Sq = q[2], p.D = q[3];
   p.Hkv = k[1], p.Sk = k[2];
-  STD_TORCH_CHECK(k[0] == p.B, "key: expected batch ", p.B, ", got ", k[0]);
   STD_TORCH_CHECK(k[3] == p.D, "key: expected head_dim ", p.D, ", got ", k[3]);
   STD_TORCH_CHECK(p.Hkv == 0 ? p.Hq == 0 : p.Hq % p.Hkv == 0, "query: ", p.Hq,
                   " heads are no multiple of key's ", p.Hkv);
@@ -269,9 +283,117 @@ void describe_inputs(AttentionParams& p, const Input& query, const Input& key, c
   p.Dv = v[3];
   STD_TORCH_CHECK(value.dense.scalar_type() == query.dense.scalar_type(),
                   "query, value: expected one dtype");
-  STD_TORCH_CHECK(v[0] == p.B && v[1] == p.Hkv && v[2] == p.Sk,
+  STD_TORCH_CHECK(v[0] == key.shape.size[0] && v[1] == p.Hkv && v[2] == p.Sk,
                   "value: expected batch, heads and tokens as in key");
   p.value = value.view();
+}
+
+// An int32 tensor as kernels read it.
+Tensor int32_tensor(const Tensor& tensor, const char* name, int64_t dim, int64_t size) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Int &&
+                      tensor.dim() == dim && tensor.size(0) == size,
+                  name, ": expected an int32 CPU tensor of ", dim, " dimensions, the first ", size);
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+const int32_t* int32_data(const Tensor& tensor) { return (const int32_t*)tensor.const_data_ptr(); }
+
+// Offsets of packed sequences: 0, ... rising to at most `total`.
+void check_offsets(const char* name, const int32_t* offsets, int64_t B, int64_t total) {
+  STD_TORCH_CHECK(offsets[0] == 0, name, ": expected 0 first, got ", offsets[0]);
+  for (int64_t b = 0; b < B; ++b) {
+    STD_TORCH_CHECK(offsets[b] <= offsets[b + 1], name, ": expected offsets that do not fall, got ",
+                    offsets[b], " before ", offsets[b + 1]);
+  }
+  STD_TORCH_CHECK(offsets[B] <= total, name, ": expected offsets of at most ", total,
+                  " tokens, got ", offsets[B]);
+}
+
+// The pages that `used` keys need are there.
+void check_pages(const int32_t* pages, int64_t used, int64_t page_size, int64_t num_pages) {
+  for (int64_t n = 0; n * page_size < used; ++n) {
+    STD_TORCH_CHECK(pages[n] >= 0 && pages[n] < num_pages, "block_table: expected pages in [0, ",
+                    num_pages, "), got ", pages[n]);
+  }
+}
+
+// The tensors that tell the lengths and places of sequences, dense, while a call uses them.
+struct Sequences {
+  OptionalTensor cu_seqlens_q, cu_seqlens_k, seqused_k, block_table;
+};
+
+// Batch, lengths and places. Whatever the tensors hold, nothing is read out of bounds from here on.
+Sequences describe_sequences(AttentionParams& p, const Options& o, const Input& key) {
+  Sequences held;
+  const int64_t Tq = p.Sq, num_pages = key.shape.size[0];
+  if (o.cu_seqlens_q) {
+    STD_TORCH_CHECK(o.cu_seqlens_q->dim() == 1 && o.cu_seqlens_q->size(0) > 0,
+                    "cu_seqlens_q: expected [B + 1] offsets");
+    STD_TORCH_CHECK(!o.mask && !o.bias && !o.key_padding_mask,
+                    "mask, bias, key_padding_mask: expected none beside cu_seqlens_q");
+    p.B = o.cu_seqlens_q->size(0) - 1;
+    held.cu_seqlens_q = int32_tensor(*o.cu_seqlens_q, "cu_seqlens_q", 1, p.B + 1);
+    p.cu_seqlens_q = int32_data(*held.cu_seqlens_q);
+    check_offsets("cu_seqlens_q", p.cu_seqlens_q, p.B, Tq);
+    STD_TORCH_CHECK(o.cu_seqlens_k || o.block_table, "cu_seqlens_k: expected beside cu_seqlens_q");
+  } else {
+    STD_TORCH_CHECK(!o.cu_seqlens_k, "cu_seqlens_q: expected beside cu_seqlens_k");
+    STD_TORCH_CHECK(o.block_table || num_pages == p.B, "key, value: expected batch ", p.B, ", got ",
+                    num_pages);
+  }
+  if (o.block_table) {
+    held.block_table = int32_tensor(*o.block_table, "block_table", 2, p.B);
+    p.block_table = int32_data(*held.block_table);
+    p.block_table_stride_b = held.block_table->size(1);
+    p.page_size = p.Sk;
+    p.Sk = p.page_size * p.block_table_stride_b;
+  }
+  if (o.cu_seqlens_k) {
+    held.cu_seqlens_k = int32_tensor(*o.cu_seqlens_k, "cu_seqlens_k", 1, p.B + 1);
+    p.cu_seqlens_k = int32_data(*held.cu_seqlens_k);
+    // Of paged keys they tell the lengths only.
+    const int64_t total = o.block_table ? std::numeric_limits<int32_t>::max() : p.Sk;
+    check_offsets("cu_seqlens_k", p.cu_seqlens_k, p.B, total);
+  }
+  if (o.seqused_k) {
+    held.seqused_k = int32_tensor(*o.seqused_k, "seqused_k", 1, p.B);
+    p.seqused_k = int32_data(*held.seqused_k);
+  }
+  for (int64_t b = 0; b < p.B; ++b) {
+    int64_t room = p.Sk;
+    if (p.cu_seqlens_k != nullptr) {
+      const int64_t length = p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b];
+      STD_TORCH_CHECK(length <= room, "cu_seqlens_k: expected lengths of at most ", room,
+                      ", what the pages hold, got ", length);
+      room = p.block_table != nullptr && p.seqused_k != nullptr ? room : length;
+    }
+    const int64_t used = p.seqused_k != nullptr ? p.seqused_k[b] : room;
+    STD_TORCH_CHECK(used >= 0 && used <= room, "seqused_k: expected lengths in [0, ", room,
+                    "], got ", used);
+    if (p.block_table != nullptr) {
+      check_pages(p.block_table + b * p.block_table_stride_b, used, p.page_size, num_pages);
+    }
+  }
+  p.lse_stride_b = p.cu_seqlens_q != nullptr ? 0 : p.Hq * Tq;
+  p.lse_stride_h = Tq;
+  return held;
+}
+
+// Sq and Sk <- those of the longest sequence.
+void shorten_to_longest(AttentionParams& p) {
+  int64_t Sq = p.cu_seqlens_q != nullptr ? 0 : p.Sq, Sk = 0;
+  if (p.seqused_k == nullptr && p.cu_seqlens_k == nullptr) Sk = p.Sk;
+  for (int64_t b = 0; b < p.B; ++b) {
+    if (p.cu_seqlens_q != nullptr) {
+      Sq = std::max<int64_t>(Sq, p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b]);
+    }
+    if (p.seqused_k != nullptr) {
+      Sk = std::max<int64_t>(Sk, p.seqused_k[b]);
+    } else if (p.cu_seqlens_k != nullptr) {
+      Sk = std::max<int64_t>(Sk, p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b]);
+    }
+  }
+  p.Sq = Sq;
+  p.Sk = Sk;
 }
 
 void describe_options(AttentionParams& p, const Options& o) {
@@ -283,7 +405,7 @@ void describe_options(AttentionParams& p, const Options& o) {
   const auto window = [&](int64_t tokens) { return tokens > longest ? -1 : tokens; };
   p.window_left = window(o.window_left);
   p.window_right = o.causal != 0 ? 0 : window(o.window_right);
-  p.diagonal_offset = o.causal == (int64_t)Causal::kBottomRight ? p.Sk - p.Sq : 0;
+  p.bottom_right = o.causal == (int64_t)Causal::kBottomRight;
   p.scale = o.scale;
   p.softcap = o.softcap;
   p.precision = o.precision;
@@ -360,12 +482,6 @@ void describe_weights(AttentionParams& p, const Tensor& tensor, const char* name
                average ? 0 : strides[1], strides[rows], strides[rows + 1]};
 }
 
-void refuse_packed(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                   const OptionalTensor& seqused_k, const OptionalTensor& block_table) {
-  STD_TORCH_CHECK(!cu_seqlens_q && !cu_seqlens_k && !seqused_k && !block_table,
-                  "cu_seqlens, seqused_k and block_table: not built yet for CPU");
-}
-
 // -- operators ------------------------------------------------------------------------------------
 
 // Memory that the phases of one call share, 64-byte aligned.
@@ -377,26 +493,46 @@ struct Shared {
 
 void run_forward(AttentionParams& p) {
   const ForwardKernel& kernel = choose_forward(kernel_table(), p);
+  const size_t shared_bytes = kernel.shared_bytes != nullptr ? kernel.shared_bytes(p) : 0;
   std::optional<Shared> shared;
-  if (kernel.shared_bytes != nullptr) p.shared = shared.emplace(kernel.shared_bytes(p)).data();
+  if (shared_bytes > 0) p.shared = shared.emplace(shared_bytes).data();
   for (const Phase& phase : kernel.phases) {
     if (phase.run != nullptr) run(phase, p);
   }
 }
 
+// Tokens behind the last packed sequence: out 0, lse -inf.
+template <typename T>
+void clear_rest(const AttentionParams& p, int64_t Tq, T* lse) {
+  const int64_t first = p.cu_seqlens_q[p.B], row_bytes = p.out.stride_s * element_bytes(p.dtype);
+  memset((char*)p.out.data + first * row_bytes, 0, (size_t)((Tq - first) * row_bytes));
+  for (int64_t h = 0; lse != nullptr && h < p.Hq; ++h) {
+    std::fill(lse + h * Tq + first, lse + (h + 1) * Tq, -std::numeric_limits<T>::infinity());
+  }
+}
+
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
                Tensor* lse) {
-  const Input q(query, "query"), k(key, "key"), v(value, "value");
+  const Layout layout = options.cu_seqlens_q ? Layout::kPacked : Layout::kDense;
+  const Layout kv_layout = options.block_table ? Layout::kPaged : layout;
+  const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   AttentionParams p;
   describe_inputs(p, q, k, v);
+  const int64_t Tq = p.Sq;
+  const Sequences held = describe_sequences(p, options, k);
   describe_options(p, options);
-  Tensor out = empty_like_layout(q.given, p.Sq, p.Dv, query.scalar_type());
-  p.out = view_of(out);
+  const bool packed = layout == Layout::kPacked;
+  Tensor out = packed ? empty({Tq, p.Hq, p.Dv}, query.scalar_type())
+                      : empty_like_layout(q.given, p.Sq, p.Dv, query.scalar_type());
+  p.out = Input(out, "out", layout).view();
   if (lse != nullptr) {
-    *lse = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
+    *lse = packed ? empty({p.Hq, Tq}, lse_dtype(p)) : empty({p.B, p.Hq, Tq}, lse_dtype(p));
     p.lse = lse->data_ptr();
   }
+  shorten_to_longest(p);
   if (p.B * p.Hq > 0) run_forward(p);
+  if (packed && p.dtype == DType::kFloat64) clear_rest(p, Tq, (double*)p.lse);
+  if (packed && p.dtype != DType::kFloat64) clear_rest(p, Tq, (float*)p.lse);
   return out;
 }
 
@@ -405,8 +541,8 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
 Options plain_options(double scale, int64_t causal, int64_t window_left, int64_t window_right,
                       int64_t precision) {
   const OptionalTensor& none = no_tensor();
-  return {scale, causal, window_left, window_right, precision, none, none,
-          none,  none,   none,        none,         0.0,       0.0};
+  return {scale, causal, window_left, window_right, precision, none, none, none, none,
+          none,  none,   0.0,         0.0,          none,      none, none, none};
 }
 
 Tensor attention_forward_plain(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -435,11 +571,11 @@ std::tuple<Tensor, Tensor> attention_forward(
     const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
     std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
     const OptionalTensor& block_table) {
-  refuse_packed(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table);
   Tensor lse;
   Tensor out = forward(query, key, value,
                        {scale, causal, window_left, window_right, precision, mask, bias,
-                        key_padding_mask, alibi_slopes, sinks, philox, softcap, dropout_p},
+                        key_padding_mask, alibi_slopes, sinks, philox, softcap, dropout_p,
+                        cu_seqlens_q, cu_seqlens_k, seqused_k, block_table},
                        &lse);
   return {out, lse};
 }
@@ -455,13 +591,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
     const OptionalTensor& block_table, bool bias_grad, bool sinks_grad,
     const OptionalTensor& grad_weights, bool average) {
-  refuse_packed(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table);
+  STD_TORCH_CHECK(!cu_seqlens_q && !cu_seqlens_k && !seqused_k && !block_table,
+                  "cu_seqlens, seqused_k and block_table: their gradients are not built yet");
   const Input q(query, "query"), k(key, "key"), v(value, "value");
   const Input o(out, "out"), grad_o(grad_out, "grad_out");
   AttentionParams p;
   describe_inputs(p, q, k, v);
-  describe_options(p, {scale, causal, window_left, window_right, precision, mask, bias,
-                       key_padding_mask, alibi_slopes, sinks, philox, softcap, dropout_p});
+  const Options options = {scale,     causal,     window_left,      window_right, precision,
+                           mask,      bias,       key_padding_mask, alibi_slopes, sinks,
+                           philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
+                           seqused_k, block_table};
+  describe_sequences(p, options, k);
+  describe_options(p, options);
   for (const Input* x : {&o, &grad_o}) {
     const int64_t* size = x->shape.size;
     STD_TORCH_CHECK(x->dense.scalar_type() == query.scalar_type() && size[0] == p.B &&
@@ -525,8 +666,13 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
   const Input q(query, "query"), k(key, "key");
   AttentionParams p;
   describe_query_and_key(p, q, k);
-  describe_options(p, {scale, causal, window_left, window_right, 0, mask, bias, key_padding_mask,
-                       alibi_slopes, no_tensor(), philox, softcap, dropout_p});
+  const OptionalTensor& none = no_tensor();
+  const Options options = {scale,  causal,  window_left,      window_right, 0,
+                           mask,   bias,    key_padding_mask, alibi_slopes, none,
+                           philox, softcap, dropout_p,        none,         none,
+                           none,   none};
+  describe_sequences(p, options, k);
+  describe_options(p, options);
   const Tensor kept_lse = dense_lse(p, lse);
   const ScalarType dtype = query.scalar_type();
   Tensor weights =
@@ -551,6 +697,103 @@ Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, 
   p.dropout_keep = (uint8_t*)keep.data_ptr();
   run(kernel_table().dropout_keep_mask, p);
   return keep;
+}
+
+// -- key/value cache ------------------------------------------------------------------------------
+
+// A cache to write to, or what goes into it.
+struct CacheView {
+  CacheView(const Tensor& tensor, const char* name, Layout layout)
+      : data((char*)tensor.data_ptr()), shape(shape_of(tensor, name, layout)) {}
+  char* row(int64_t b, int64_t h, int64_t s, int64_t width) const {
+    return data + (b * shape.stride[0] + h * shape.stride[1] + s * shape.stride[2]) * width;
+  }
+  char* data;
+  Shape shape;
+};
+
+void copy_row(const CacheView& to, char* to_row, const CacheView& from, const char* from_row,
+              int64_t width) {
+  const int64_t D = from.shape.size[3];
+  if (to.shape.stride[3] == 1 && from.shape.stride[3] == 1) {
+    memcpy(to_row, from_row, (size_t)(D * width));
+    return;
+  }
+  for (int64_t d = 0; d < D; ++d) {
+    memcpy(to_row + d * to.shape.stride[3] * width, from_row + d * from.shape.stride[3] * width,
+           (size_t)width);
+  }
+}
+
+// Row cache_seqlens[b] + i of sequence b <- row i of key and value.
+void kv_cache_append_(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key,
+                      const Tensor& value, const Tensor& cache_seqlens,
+                      const OptionalTensor& block_table) {
+  constexpr int64_t kRowsAtOnce = 256;
+  const Layout layout = block_table ? Layout::kPaged : Layout::kDense;
+  const DType dtype = dtype_of(key, "key");
+  const int64_t width = element_bytes(dtype);
+  const CacheView caches[2] = {{key_cache, "key_cache", layout},
+                               {value_cache, "value_cache", layout}};
+  const CacheView tokens[2] = {{key, "key", Layout::kDense}, {value, "value", Layout::kDense}};
+  const Tensor* tensors[4] = {&key_cache, &value_cache, &key, &value};
+  for (const Tensor* tensor : tensors) {
+    STD_TORCH_CHECK(tensor->scalar_type() == key.scalar_type(),
+                    "key_cache, value_cache, key, value: expected one dtype");
+  }
+  const auto& size = tokens[0].shape.size;
+  const int64_t B = size[0], H = size[1], S = size[2];
+  int64_t room = caches[0].shape.size[2];
+  for (int i = 0; i < 2; ++i) {
+    const auto &cache = caches[i].shape, &token = tokens[i].shape;
+    const char* name = i == 0 ? "key_cache" : "value_cache";
+    STD_TORCH_CHECK(token.size[0] == B && token.size[1] == H && token.size[2] == S,
+                    "value: expected the batch, heads and tokens of key");
+    STD_TORCH_CHECK(cache.size[1] == H && cache.size[3] == token.size[3] && cache.size[2] == room &&
+                        cache.size[0] == (block_table ? caches[0].shape.size[0] : B),
+                    name, ": expected the batch, heads and head_dim of the new tokens");
+    for (int d = 0; d < 4; ++d) {
+      STD_TORCH_CHECK(cache.size[d] <= 1 || cache.stride[d] != 0, name,
+                      ": expected elements with memory of their own, got an expanded tensor");
+    }
+  }
+  const Tensor held_lengths = int32_tensor(cache_seqlens, "cache_seqlens", 1, B);
+  const int32_t* lengths = int32_data(held_lengths);
+  OptionalTensor held_table;
+  const int32_t* table = nullptr;
+  int64_t pages = 0;
+  const int64_t page_size = room;
+  if (block_table) {
+    held_table = int32_tensor(*block_table, "block_table", 2, B);
+    table = int32_data(*held_table);
+    pages = held_table->size(1);
+    room = page_size * pages;
+  }
+  for (int64_t b = 0; b < B; ++b) {
+    STD_TORCH_CHECK(lengths[b] >= 0 && lengths[b] + S <= room,
+                    "cache_seqlens: expected lengths that leave room for ", S, " of ", room,
+                    " tokens, got ", lengths[b]);
+    for (int64_t n = S == 0 || !block_table ? pages : lengths[b] / page_size;
+         n < pages && n * page_size < lengths[b] + S; ++n) {
+      const int32_t page = table[b * pages + n];
+      STD_TORCH_CHECK(page >= 0 && page < caches[0].shape.size[0],
+                      "block_table: expected pages in [0, ", caches[0].shape.size[0], "), got ",
+                      page);
+    }
+  }
+  const auto append = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / S / H, h = row / S % H, i = row % S, n = lengths[b] + i;
+      const int64_t at_b = table != nullptr ? table[b * pages + n / page_size] : b;
+      const int64_t at_n = table != nullptr ? n % page_size : n;
+      for (int x = 0; x < 2; ++x) {
+        copy_row(caches[x], caches[x].row(at_b, h, at_n, width), tokens[x],
+                 tokens[x].row(b, h, i, width), width);
+      }
+    }
+  };
+  if (B * H * S <= kRowsAtOnce || forked_from_threads) return append(0, B * H * S);
+  torch::stable::parallel_for(0, B * H * S, kRowsAtOnce, append);
 }
 
 // -- masked softmax -------------------------------------------------------------------------------
@@ -835,6 +1078,9 @@ STABLE_TORCH_LIBRARY(fused_attention, m) {
   m.def(
       "dropout_keep_mask(Tensor philox, float dropout_p, SymInt batch, SymInt heads, "
       "SymInt seqlen_q, SymInt seqlen_k) -> Tensor");
+  m.def(
+      "kv_cache_append_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, "
+      "Tensor cache_seqlens, Tensor? block_table=None) -> ()");
   m.def("masked_softmax_forward(Tensor input, float scale, int causal, bool save, " SOFTMAX_OPTIONS
         ") -> (Tensor, Tensor, Tensor)");
   m.def("masked_softmax_(Tensor(a!) input, float scale, int causal, " SOFTMAX_OPTIONS ") -> ()");
@@ -851,6 +1097,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attention, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&fused_attention::attention_backward));
   m.impl("attention_weights", TORCH_BOX(&fused_attention::attention_weights));
   m.impl("dropout_keep_mask", TORCH_BOX(&fused_attention::dropout_keep_mask));
+  m.impl("kv_cache_append_", TORCH_BOX(&fused_attention::kv_cache_append_));
   m.impl("masked_softmax_forward", TORCH_BOX(&fused_attention::masked_softmax_forward));
   m.impl("masked_softmax_", TORCH_BOX(&fused_attention::masked_softmax_));
   m.impl("masked_softmax_backward", TORCH_BOX(&fused_attention::masked_softmax_backward));

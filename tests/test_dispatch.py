@@ -60,13 +60,18 @@ PAGED = {
     "block_table": torch.tensor([[0, 1], [2, 3]], dtype=int32),
     "seqused_k": torch.tensor([5, 8], dtype=int32),
 }
+# What only the reference serves
+PACKED_GRADIENT = PACKED | {"query": torch.randn(6, 4, 8, requires_grad=True)}
 
 
 @pytest.mark.parametrize("valid", [PACKED, PAGED], ids=["packed", "paged"])
-def test_packed_and_paged_calls_reach_the_reference(valid):
+def test_packed_and_paged_calls_with_gradients_reach_the_reference(valid):
+    valid = valid | {"query": valid["query"].clone().requires_grad_()}
     out, lse = attention(**valid, return_lse=True)
     expected = attention_reference(**valid, return_lse=True)
     torch.testing.assert_close((out, lse), expected, atol=0, rtol=0)
+    out.sum().backward()
+    assert valid["query"].grad.any()
 
 
 def test_causal_true_where_lengths_agree():
@@ -132,18 +137,20 @@ def test_auto_takes_the_first_row_without_a_reason():
     problem = Problem.from_call(**qkv())
     assert CPU.supports(problem) == []
     assert backends.choose(problem) is CPU
-    assert backends.choose(Problem.from_call(**PACKED)) is REFERENCE
+    assert backends.choose(Problem.from_call(**PACKED)) is CPU
+    assert backends.choose(Problem.from_call(**PACKED_GRADIENT)) is REFERENCE
 
 
 def test_every_reason_is_given():
     arguments = qkv(D=600, Dv=513) | {"seqused_k": torch.ones(2, dtype=int32)}
     on_meta = {name: x.to("meta") for name, x in arguments.items()}
+    on_meta["key"].requires_grad_()
     reasons = CPU.supports(Problem.from_call(**on_meta))
     assert [reason.split(":")[0] for reason in reasons] == [
         "device meta",
         "query's head_dim 600",
         "value's head_dim 513",
-        "seqused_k",
+        "gradients with seqused_k",
     ]
 
 
@@ -151,10 +158,11 @@ def test_an_explicit_backend_never_falls_back():
     for name in ("cuda", "triton"):
         with pytest.raises(NotImplementedError, match=f"{name}.*not built yet"):
             attention(**qkv(), backend=name)
-    with pytest.raises(NotImplementedError, match="cpu.*varlen: not built yet"):
-        attention(**PACKED, backend="cpu")
+    with pytest.raises(NotImplementedError, match="cpu.*gradients with varlen: not built yet"):
+        attention(**PACKED_GRADIENT, backend="cpu")
+    wide = qkv(D=600) | {"query": qkv(D=600)["query"].requires_grad_()}
     with pytest.raises(NotImplementedError, match="head_dim 600.*; .*seqused_k: not built yet"):
-        attention(**qkv(D=600), seqused_k=torch.ones(2, dtype=int32), backend="cpu")
+        attention(**wide, seqused_k=torch.ones(2, dtype=int32), backend="cpu")
     arguments = qkv()
     expected = attention_reference(**arguments)
     assert torch.equal(attention(**arguments, backend="reference"), expected)
@@ -164,10 +172,13 @@ def test_an_explicit_backend_never_falls_back():
 def test_the_reference_is_logged_once_per_reason(caplog):
     with caplog.at_level(logging.WARNING, "fused_attention"):
         for _ in range(3):
-            attention(**PACKED)
+            attention(**PACKED_GRADIENT)
         assert len(caplog.records) == 1
         message = caplog.text
-        assert "cpu: varlen: not built yet" in message and "triton: not built yet" in message
+        assert (
+            "cpu: gradients with varlen: not built yet" in message
+            and "triton: not built yet" in message
+        )
         for _ in range(2):
             attention(**qkv(D=513))
         assert len(caplog.records) == 2 and "head_dim 513" in caplog.text
@@ -180,13 +191,14 @@ def test_the_reference_is_logged_once_per_reason(caplog):
 def test_strict_refuses_the_reference(environment):
     environment(STRICT="1")
     with pytest.raises(
-        NotImplementedError, match="STRICT(.|\n)*cuda: (.|\n)*cpu: varlen: not built"
+        NotImplementedError, match="STRICT(.|\n)*cuda: (.|\n)*cpu: gradients with varlen: not built"
     ):
-        attention(**PACKED)
+        attention(**PACKED_GRADIENT)
     attention(**qkv())
-    attention(**PACKED, backend="reference")
-    environment(STRICT="0")
     attention(**PACKED)
+    attention(**PACKED_GRADIENT, backend="reference")
+    environment(STRICT="0")
+    attention(**PACKED_GRADIENT)
 
 
 def test_environment_chooses_the_backend(environment):
@@ -421,9 +433,10 @@ def test_threads_share_plans():
 
 
 def test_explain_tells_backend_isa_kernel_tiles_and_memory(isa):
-    explanation = explain(**qkv())
+    explanation = explain(**qkv(Sq=50))
     assert explanation.backend == "cpu" and explanation.details.isa == isa
     assert explanation.details.kernel.startswith("attention_forward")
+    assert explain(**qkv(Sq=1)).details.kernel == "attention_decode"
     assert explanation.details.block_m > 0 and explanation.details.block_n > 0
     assert explanation.refused == {"cuda": ["not built yet"], "triton": ["not built yet"]}
     text = str(explanation)
@@ -432,10 +445,10 @@ def test_explain_tells_backend_isa_kernel_tiles_and_memory(isa):
 
 
 def test_explain_of_gradients_copies_and_the_reference():
-    arguments = qkv()
+    arguments = qkv(Sq=50)
     with_gradient = explain(**arguments | {"key": arguments["key"].requires_grad_()})
     assert with_gradient.details.kernel == "attention_forward + attention_backward"
-    assert with_gradient.details.extra_bytes > explain(**qkv()).details.extra_bytes
+    assert with_gradient.details.extra_bytes > explain(**qkv(Sq=50)).details.extra_bytes
     spread = torch.stack([qkv()["value"]] * 2, -1)[..., 0]
     copied = explain(**qkv() | {"value": spread})
     assert copied.copied == ("value",) and "value: last stride is not 1" in str(copied)
@@ -448,9 +461,11 @@ def test_explain_of_gradients_copies_and_the_reference():
 
 def test_explain_takes_every_argument_of_attention():
     with torch.autocast("cpu", torch.bfloat16):
-        explanation = explain(**qkv(), bias=randn(5, 7), causal="top_left", return_lse=True)
+        options = {"bias": randn(50, 7), "causal": "top_left", "return_lse": True}
+        explanation = explain(**qkv(Sq=50), **options)
     assert explanation.details.kernel.startswith("attention_forward")
-    assert explain(**PACKED).backend == explain(**PAGED).backend == "reference"
+    assert explain(**PACKED).backend == explain(**PAGED).backend == "cpu"
+    assert explain(**PACKED_GRADIENT).backend == "reference"
     with pytest.raises(NotImplementedError, match="not built yet"):
         explain(**qkv(), backend="cuda")
     with pytest.raises(TypeError, match="nonsense"):

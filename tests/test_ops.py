@@ -26,7 +26,8 @@ FORWARDS = {
 }
 ATTENTION = FORWARDS | {"backward": ops.attention_backward.default}
 ALL = {f"attention_{name}" for name in ATTENTION} | {"dropout_keep_mask", "philox_state"}
-ELSEWHERE = ("masked_softmax_", "attention_weights")  # test_softmax.py, test_modules.py
+# test_softmax.py, test_modules.py, test_cache.py
+ELSEWHERE = ("masked_softmax_", "attention_weights", "kv_cache_")
 
 
 def arguments(name, case):

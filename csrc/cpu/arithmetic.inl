@@ -35,30 +35,29 @@ struct Direct : OnVectors {
   }
 
   template <int kVectors>
-  void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
+  void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                     int64_t rows) const {
     constexpr int kRow = kVectors * kLanes<T>;
     const int64_t width = round_up(p.D, kLanes<T>);
-    load_tile(q, p.query, p.dtype, b, h, m_start, rows, p.D, kRow);
+    load_tile(q, p.query, p.dtype, seq.b, h, seq.q_start + m_start, rows, p.D, kRow);
     transpose_tile(kRow, width, q, width, q_t, kRow);
   }
 
   template <int kVectors>
-  void scores(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start, int64_t columns,
-              T* s) const {
+  void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+              int64_t columns, T* s) const {
     constexpr int kRow = kVectors * kLanes<T>;
-    const Scalars<T> keys = key_rows(p.key, p.dtype, b, h_kv, n_start, columns, p.D, nullptr, k);
+    const Scalars<T> keys = key_rows(p, p.key, seq, h_kv, n_start, columns, p.D, nullptr, k);
     multiply<kVectors, false>(columns, p.D, keys, q_t, kRow, s, kRow);
   }
 
   template <int kVectors>
-  void accumulate(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
+  void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
                   int64_t columns, const uint64_t* visible, const uint64_t* keep, T* weights,
                   const RowState<T>&, T* acc_t) const {
     constexpr int kRow = kVectors * kLanes<T>;
     if (keep != nullptr) drop<T, kVectors>(keep, columns, weights);
-    const Scalars<T> values =
-        key_rows(p.value, p.dtype, b, h_kv, n_start, columns, p.Dv, visible, v);
+    const Scalars<T> values = key_rows(p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, v);
     multiply<kVectors, true>(p.Dv, columns, Scalars<T>{values.data, values.column, values.row},
                              weights, kRow, acc_t, kRow);
   }
@@ -102,21 +101,21 @@ struct Pairs : OnVectors {
   }
 
   template <int kVectors>
-  void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
+  void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                     int64_t rows) const {
     constexpr int kRow = kVectors * kLanes<float>;
-    copy_rows(q, p, p.query, b, h, m_start, rows, kRow);
+    copy_rows(q, p, p.query, seq.b, h, m_start, rows, kRow);
     transpose_tile(kRow, width(p), (const float*)q, width(p), (float*)q_t, kRow);
   }
 
   template <int kVectors>
-  void scores(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start, int64_t columns,
-              float* s) const {
+  void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+              int64_t columns, float* s) const {
     constexpr int kRow = kVectors * kLanes<float>;
-    Scalars<Pair> keys{(const Pair*)row_of(p.key, p.dtype, b, h_kv, n_start), p.key.stride_s / 2,
-                       1};
+    Scalars<Pair> keys{(const Pair*)row_of(p.key, p.dtype, seq.b, h_kv, n_start),
+                       p.key.stride_s / 2, 1};
     if (!in_pairs(p)) {
-      copy_rows(k, p, p.key, b, h_kv, n_start, columns, columns);
+      copy_rows(k, p, p.key, seq.b, h_kv, n_start, columns, columns);
       keys = {k, width(p), 1};
     }
     multiply<kVectors, false>(columns, ceil_div(p.D, 2), keys, q_t, kRow, s, kRow);
@@ -124,7 +123,7 @@ struct Pairs : OnVectors {
 
   // A key that nobody sees, or that is past the end, has a value of 0, whatever it held.
   template <int kVectors>
-  void accumulate(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
+  void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
                   int64_t columns, const uint64_t* visible, const uint64_t* keep, float* weights,
                   const RowState<float>& rows, float* acc_t) const {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
@@ -137,7 +136,7 @@ struct Pairs : OnVectors {
       const bool odd = 2 * j + 1 == columns;
       const bool low_used = visible == nullptr || visible[2 * j] != 0;
       const bool high_used = !odd && (visible == nullptr || visible[2 * j + 1] != 0);
-      const auto* value = (const uint16_t*)row_of(p.value, p.dtype, b, h_kv, n_start + 2 * j);
+      const auto* value = (const uint16_t*)row_of(p.value, p.dtype, seq.b, h_kv, n_start + 2 * j);
       for (int64_t d = 0; d < p.Dv; d += 32) {
         const uint64_t valid = low_bits(p.Dv - d);
         pair_rows(value + d, low_used ? valid : 0, value + d + p.value.stride_s,

@@ -89,24 +89,24 @@ void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_star
 
 // t.p <- the weights as dv meets them, t.ds <- the gradient of the logits, both [key][query].
 template <typename T, int kVectors>
-void score_gradients(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows,
-                     int64_t n_start, int64_t columns, Visible seen, Scalars<T> k, Scalars<T> v,
-                     const BackwardTile<T>& t) {
+void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
+                     int64_t rows, int64_t n_start, int64_t columns, Visible seen, Scalars<T> k,
+                     Scalars<T> v, const BackwardTile<T>& t) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   multiply<kVectors, false>(columns, p.D, k, t.q_t, kRow, t.p, kRow);           // s <- k q^T
   multiply<kVectors, false>(columns, p.Dv, v, t.grad_out_t, kRow, t.ds, kRow);  // dp <- v do^T
-  const double factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n_start, columns, t.p,
+  const double factor = finish_scores<T, kVectors>(p, seq, h, m_start, rows, n_start, columns, t.p,
                                                    t.bias, t.bias_t, t.softcap_slope);
   if (p.weights.data != nullptr) {  // dp <- dp + dw
     const Vec<T> share = broadcast(share_of_weights<T>(p));
-    load_scores(p.weights, b, h, m_start, rows, n_start, columns, t.bias);
+    load_scores(p.weights, seq.b, h, m_start, rows, n_start, columns, t.bias);
     transpose_tile(rows, columns, t.bias, kBlockN, t.bias_t, kRow);
     for (int64_t i = 0; i < columns * kRow; i += W) {
       store(t.ds + i, fma(load(t.bias_t + i), share, load(t.ds + i)));
     }
   }
   const bool dropout = p.dropout_threshold > 0;
-  if (dropout) dropout_keep_bits(p, b, h, m_start, rows, n_start, columns, t.keep);
+  if (dropout) dropout_keep_bits(p, seq.b, h, m_start, rows, n_start, columns, t.keep);
 
   const Vec<T> scale = broadcast((T)factor), zero = broadcast((T)0);
   const Vec<T> kept_scale = broadcast((T)p.dropout_scale), log2e = broadcast(kLog2e<T>);
@@ -242,22 +242,23 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
   constexpr int W = kLanes<T>;
   const int64_t width = round_up(p.D, W), width_v = round_up(p.Dv, W), group = p.Hq / p.Hkv;
   const int64_t columns = min_of(kBlockN, p.Sk - n_start);
-  const Scalars<T> k = key_rows(p.key, p.dtype, b, h_kv, n_start, columns, p.D, nullptr, t.k);
-  const Scalars<T> v = key_rows(p.value, p.dtype, b, h_kv, n_start, columns, p.Dv, nullptr, t.v);
+  const Sequence seq = sequence_of(p, b);
+  const Scalars<T> k = key_rows(p, p.key, seq, h_kv, n_start, columns, p.D, nullptr, t.k);
+  const Scalars<T> v = key_rows(p, p.value, seq, h_kv, n_start, columns, p.Dv, nullptr, t.v);
   fill(t.dk, columns * width, (T)0);
   fill(t.dv, columns * width_v, (T)0);
 
-  const Range queries = visible_queries(p, n_start, n_start + columns);
+  const Range queries = visible_queries(p, seq, n_start, n_start + columns);
   for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
     T* key_sums = t.dbias + (p.dbias.stride_h == 0 ? 0 : h % group) * kBlockN;
     for (int64_t m = queries.begin / kBlockM<T> * kBlockM<T>; m < queries.end; m += kBlockM<T>) {
       const int64_t rows = min_of(kBlockM<T>, queries.end - m);
-      const Visible seen = tile_visibility(p, b, h, m, rows, n_start, columns, t.visible);
+      const Visible seen = tile_visibility(p, seq, h, m, rows, n_start, columns, t.visible);
       if (seen == Visible::kNone) continue;
       with_vectors<T>(rows, [&](auto vectors) {
         constexpr int kVectors = vectors.value, kRow = kVectors * W;
         load_queries<T, kVectors>(p, b, h, m, rows, t);
-        score_gradients<T, kVectors>(p, b, h, m, rows, n_start, columns, seen, k, v, t);
+        score_gradients<T, kVectors>(p, seq, h, m, rows, n_start, columns, seen, k, v, t);
         if (seen == Visible::kSome) clear_blind_queries(rows, columns, width, width_v, t);
         // dv <- dv + p^T do
         multiply_wide<T>(columns, rows, width_v, {t.p, kRow, 1}, t.grad_out, width_v, t.dv,
@@ -340,18 +341,19 @@ void attention_backward_queries(const AttentionParams& p, int64_t b, int64_t h, 
                                 int64_t rows, const BackwardTile<T>& t) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const int64_t width = round_up(p.D, W), h_kv = h / (p.Hq / p.Hkv);
+  const Sequence seq = sequence_of(p, b);
   load_queries<T, kVectors>(p, b, h, m_start, rows, t);
   fill(t.dq_t, width * kRow, (T)0);
 
-  const Range keys = visible_keys(p, m_start, m_start + rows);
+  const Range keys = visible_keys(p, seq, m_start, m_start + rows);
   for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
     const int64_t columns = min_of(kBlockN, keys.end - n);
-    const Visible seen = tile_visibility(p, b, h, m_start, rows, n, columns, t.visible);
+    const Visible seen = tile_visibility(p, seq, h, m_start, rows, n, columns, t.visible);
     if (seen == Visible::kNone) continue;
     const uint64_t* visible = seen == Visible::kSome ? t.visible : nullptr;
-    const Scalars<T> k = key_rows(p.key, p.dtype, b, h_kv, n, columns, p.D, visible, t.k);
-    const Scalars<T> v = key_rows(p.value, p.dtype, b, h_kv, n, columns, p.Dv, nullptr, t.v);
-    score_gradients<T, kVectors>(p, b, h, m_start, rows, n, columns, seen, k, v, t);
+    const Scalars<T> k = key_rows(p, p.key, seq, h_kv, n, columns, p.D, visible, t.k);
+    const Scalars<T> v = key_rows(p, p.value, seq, h_kv, n, columns, p.Dv, nullptr, t.v);
+    score_gradients<T, kVectors>(p, seq, h, m_start, rows, n, columns, seen, k, v, t);
 
     if (p.dbias.data != nullptr && p.dbias.stride_q != 0) {  // dbias <- dbias + ds
       transpose_tile(columns, kRow, t.ds, kRow, t.bias, kBlockN);

@@ -49,28 +49,28 @@ void shrink(int64_t count, const T* alpha, T* values) {
 }
 
 template <int kVectors, typename Arithmetic>
-void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
-                             int64_t rows, ForwardTile<Arithmetic>& t) {
+void attention_forward_block(const AttentionParams& p, const Sequence& seq, int64_t h,
+                             int64_t m_start, int64_t rows, ForwardTile<Arithmetic>& t) {
   using T = typename Arithmetic::T;
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const int64_t width_v = round_up(p.Dv, W);
   const int64_t h_kv = h / (p.Hq / p.Hkv);
 
-  t.products.template load_queries<kVectors>(p, b, h, m_start, rows);
+  t.products.template load_queries<kVectors>(p, seq, h, m_start, rows);
   fill(t.acc_t, width_v * kRow, (T)0);
   start(t.rows, kRow);
   // Weights that are rounded may well be as large as 2^8.
   const T slack = Arithmetic::kRounds ? (T)(8 / kLog2e<T>) : (T)0;
 
-  const Range keys = visible_keys(p, m_start, m_start + rows);
+  const Range keys = visible_keys(p, seq, m_start, m_start + rows);
   for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
     const int64_t columns = min_of(kBlockN, keys.end - n);
-    const Visible seen = tile_visibility(p, b, h, m_start, rows, n, columns, t.visible);
+    const Visible seen = tile_visibility(p, seq, h, m_start, rows, n, columns, t.visible);
     if (seen == Visible::kNone) continue;
 
     // s <- k q^T
-    t.products.template scores<kVectors>(p, b, h_kv, n, columns, t.s);
-    const double factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n, columns, t.s,
+    t.products.template scores<kVectors>(p, seq, h_kv, n, columns, t.s);
+    const double factor = finish_scores<T, kVectors>(p, seq, h, m_start, rows, n, columns, t.s,
                                                      t.bias, t.bias_t, nullptr);
     if (seen == Visible::kSome) hide<T, kVectors>(t.visible, columns, t.s);
 
@@ -81,9 +81,9 @@ void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int
       shrink<T, kVectors>(p.Dv, t.rows.alpha, t.acc_t);
     }
     const bool dropout = p.dropout_threshold > 0;
-    if (dropout) dropout_keep_bits(p, b, h, m_start, rows, n, columns, t.keep);
+    if (dropout) dropout_keep_bits(p, seq.b, h, m_start, rows, n, columns, t.keep);
     // o^T <- o^T + v^T p^T
-    t.products.template accumulate<kVectors>(p, b, h_kv, n, columns,
+    t.products.template accumulate<kVectors>(p, seq, h_kv, n, columns,
                                              seen == Visible::kSome ? t.visible : nullptr,
                                              dropout ? t.keep : nullptr, t.s, t.rows, t.acc_t);
   }
@@ -94,7 +94,7 @@ void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int
     const T* sink = p.sinks ? (const T*)p.sinks + h : nullptr;
     const T max = t.rows.max[i], sum = t.rows.sum[i];
     if (p.lse != nullptr) {
-      ((T*)p.lse)[(b * p.Hq + h) * p.Sq + m_start + i] = log_sum_exp(max, sum, sink);
+      *lse_of<T>(p, seq, h, m_start + i) = log_sum_exp(max, sum, sink);
     }
     // o is divided by the sum of what it is made of; rounding loses a NaN.
     const bool rounded = Arithmetic::kRounds && sum == sum;
@@ -102,8 +102,8 @@ void attention_forward_block(const AttentionParams& p, int64_t b, int64_t h, int
     if (p.dropout_threshold > 0) weight *= (T)p.dropout_scale;
     // A row that saw nothing is zero even beside a visible NaN, which 0 * NaN would not be.
     if (max == -kInf<T>) fill(t.out + i * width_v, p.Dv, (T)0);
-    store_row(row_of(p.out, p.dtype, b, h, m_start + i), p.dtype, t.out + i * width_v, p.Dv,
-              weight);
+    store_row(row_of(p.out, p.dtype, seq.b, h, seq.q_start + m_start + i), p.dtype,
+              t.out + i * width_v, p.Dv, weight);
   }
 }
 
@@ -113,14 +113,13 @@ void attention_forward_tasks(const AttentionParams& p, int64_t begin, int64_t en
   ForwardTile<Arithmetic> tile;
   tile.place(p, memory);
   constexpr int64_t kBlockM = ForwardTile<Arithmetic>::kBlockM;
-  const int64_t blocks = ceil_div(p.Sq, kBlockM);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / blocks / p.Hq, h = task / blocks % p.Hq;
-    // The last queries first: under a causal mask they have the most keys.
-    const int64_t m_start = (blocks - 1 - task % blocks) * kBlockM;
-    const int64_t rows = min_of(kBlockM, p.Sq - m_start);
+    const QueryBlock block = query_block(p, task, kBlockM);
+    const Sequence seq = sequence_of(p, block.b);
+    const int64_t rows = min_of(kBlockM, seq.Sq - block.m_start);
+    if (rows <= 0) continue;
     with_vectors<T, Arithmetic::kQueryVectors>(rows, [&](auto vectors) {
-      attention_forward_block<vectors.value>(p, b, h, m_start, rows, tile);
+      attention_forward_block<vectors.value>(p, seq, block.h, block.m_start, rows, tile);
     });
   }
 }
@@ -129,9 +128,7 @@ template <typename Arithmetic>
 struct AttentionForward {
   using T = typename Arithmetic::T;
   static constexpr int64_t kBlockM = ForwardTile<Arithmetic>::kBlockM;
-  static int64_t num_tasks(const AttentionParams& p) {
-    return p.B * p.Hq * ceil_div(p.Sq, kBlockM);
-  }
+  static int64_t num_tasks(const AttentionParams& p) { return count_query_blocks(p, kBlockM); }
   static TileConfig tiles(const AttentionParams&) { return {kBlockM, kBlockN}; }
   static size_t workspace_bytes(const AttentionParams& p) {
     ForwardTile<Arithmetic> tile;

@@ -75,14 +75,16 @@ FA_INLINE void for_each_weight(const AttentionParams& p, int64_t b, int64_t h, i
                                int64_t rows, int64_t n_start, int64_t columns,
                                const WeightsTile<T>& t, F f) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const Visible seen = tile_visibility(p, b, h, m_start, rows, n_start, columns, t.visible);
+  const Visible seen =
+      tile_visibility(p, sequence_of(p, b), h, m_start, rows, n_start, columns, t.visible);
   if (seen == Visible::kNone) return;
   // s <- k q^T
   const int64_t h_kv = h / (p.Hq / p.Hkv);
-  const Scalars<T> k = key_rows(p.key, p.dtype, b, h_kv, n_start, columns, p.D, nullptr, t.k);
+  const Scalars<T> k =
+      key_rows(p, p.key, sequence_of(p, b), h_kv, n_start, columns, p.D, nullptr, t.k);
   multiply<kVectors, false>(columns, p.D, k, t.q_t, kRow, t.s, kRow);
-  const double factor = finish_scores<T, kVectors>(p, b, h, m_start, rows, n_start, columns, t.s,
-                                                   t.bias, t.bias_t, nullptr);
+  const double factor = finish_scores<T, kVectors>(p, sequence_of(p, b), h, m_start, rows, n_start,
+                                                   columns, t.s, t.bias, t.bias_t, nullptr);
   const bool dropout = p.dropout_threshold > 0;
   if (dropout) dropout_keep_bits(p, b, h, m_start, rows, n_start, columns, t.keep);
 
@@ -111,7 +113,8 @@ void attention_weights_block(const AttentionParams& p, int64_t b, int64_t h_begi
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const Vec<T> zero = broadcast((T)0);
   fill(t.sum, (n_end - n_begin) * kRow, (T)0);
-  const Range keys = intersect(visible_keys(p, m_start, m_start + rows), {n_begin, n_end});
+  const Range keys =
+      intersect(visible_keys(p, sequence_of(p, b), m_start, m_start + rows), {n_begin, n_end});
   for (int64_t h = h_begin; h < h_end && keys.begin < keys.end; ++h) {
     load_weights_queries<T, kVectors>(p, b, h, m_start, rows, t);
     for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
@@ -183,7 +186,7 @@ void attention_weights_delta(const AttentionParams& p, int64_t b, int64_t h, int
     store(delta, add(load(delta), select_bits(kept, product, zero)));
     store(total, add(load(total), select_bits(visible, weight, zero)));
   };
-  const Range keys = visible_keys(p, m_start, m_start + rows);
+  const Range keys = visible_keys(p, sequence_of(p, b), m_start, m_start + rows);
   for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
     const int64_t columns = min_of(kBlockN, keys.end - n);
     load_scores(p.weights, b, h, m_start, rows, n, columns, t.rows);

@@ -13,16 +13,18 @@ FA_INLINE Range intersect(Range a, Range b) {
 
 // Key j is in the window of query i iff i + off - left <= j <= i + off + right.
 // The keys that the queries [m_start, m_end) may see, before masks.
-FA_INLINE Range visible_keys(const AttentionParams& p, int64_t m_start, int64_t m_end) {
-  const int64_t first = p.window_left < 0 ? 0 : m_start + p.diagonal_offset - p.window_left;
-  const int64_t last = p.window_right < 0 ? p.Sk : m_end + p.diagonal_offset + p.window_right;
-  return intersect({0, p.Sk}, {first, last});
+FA_INLINE Range visible_keys(const AttentionParams& p, const Sequence& seq, int64_t m_start,
+                             int64_t m_end) {
+  const int64_t first = p.window_left < 0 ? 0 : m_start + seq.diagonal_offset - p.window_left;
+  const int64_t last = p.window_right < 0 ? seq.Sk : m_end + seq.diagonal_offset + p.window_right;
+  return intersect({0, seq.Sk}, {first, last});
 }
 // The queries that may see one of the keys [n_start, n_end), before masks.
-FA_INLINE Range visible_queries(const AttentionParams& p, int64_t n_start, int64_t n_end) {
-  const int64_t first = p.window_right < 0 ? 0 : n_start - p.diagonal_offset - p.window_right;
-  const int64_t last = p.window_left < 0 ? p.Sq : n_end - p.diagonal_offset + p.window_left;
-  return intersect({0, p.Sq}, {first, last});
+FA_INLINE Range visible_queries(const AttentionParams& p, const Sequence& seq, int64_t n_start,
+                                int64_t n_end) {
+  const int64_t first = p.window_right < 0 ? 0 : n_start - seq.diagonal_offset - p.window_right;
+  const int64_t last = p.window_left < 0 ? seq.Sq : n_end - seq.diagonal_offset + p.window_left;
+  return intersect({0, seq.Sq}, {first, last});
 }
 
 FA_INLINE uint64_t low_bits(int64_t count) {
@@ -32,35 +34,36 @@ FA_INLINE uint64_t low_bits(int64_t count) {
 enum class Visible { kNone, kSome, kAll };
 
 // visible[j] for one tile; left unwritten unless the answer is kSome.
-Visible tile_visibility(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
+Visible tile_visibility(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                         int64_t rows, int64_t n_start, int64_t columns, uint64_t* visible) {
   const uint64_t everybody = low_bits(rows);
   // The diagonal band cuts the tile unless its first query reaches the last key to the right and
   // its last query the first key to the left.
   const bool cut_right =
-      p.window_right >= 0 && n_start + columns - 1 > m_start + p.diagonal_offset + p.window_right;
+      p.window_right >= 0 && n_start + columns - 1 > m_start + seq.diagonal_offset + p.window_right;
   const bool cut_left =
-      p.window_left >= 0 && n_start < m_start + rows - 1 + p.diagonal_offset - p.window_left;
+      p.window_left >= 0 && n_start < m_start + rows - 1 + seq.diagonal_offset - p.window_left;
   if (!cut_right && !cut_left && p.key_padding_mask == nullptr && p.mask.data == nullptr) {
     return Visible::kAll;
   }
   fill(visible, columns, everybody);
   for (int64_t j = 0; cut_right && j < columns; ++j) {
-    visible[j] &= ~low_bits(n_start + j - p.diagonal_offset - p.window_right - m_start);
+    visible[j] &= ~low_bits(n_start + j - seq.diagonal_offset - p.window_right - m_start);
   }
   for (int64_t j = 0; cut_left && j < columns; ++j) {
-    visible[j] &= low_bits(n_start + j - p.diagonal_offset + p.window_left - m_start + 1);
+    visible[j] &= low_bits(n_start + j - seq.diagonal_offset + p.window_left - m_start + 1);
   }
   if (p.key_padding_mask != nullptr) {
     const uint8_t* padding =
-        p.key_padding_mask + b * p.key_padding_stride_b + n_start * p.key_padding_stride_k;
+        p.key_padding_mask + seq.b * p.key_padding_stride_b + n_start * p.key_padding_stride_k;
     for (int64_t j = 0; j < columns; ++j) {
       if (padding[j * p.key_padding_stride_k] != 0) visible[j] = 0;
     }
   }
   if (p.mask.data != nullptr) {
-    const uint8_t* mask = (const uint8_t*)p.mask.data + b * p.mask.stride_b + h * p.mask.stride_h +
-                          m_start * p.mask.stride_q + n_start * p.mask.stride_k;
+    const uint8_t* mask = (const uint8_t*)p.mask.data + seq.b * p.mask.stride_b +
+                          h * p.mask.stride_h + m_start * p.mask.stride_q +
+                          n_start * p.mask.stride_k;
     const int64_t step = p.mask.stride_k;
     if (p.mask.stride_q == 0) {
       for (int64_t j = 0; j < columns; ++j) visible[j] = mask[j * step] ? visible[j] : 0;

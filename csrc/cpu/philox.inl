@@ -50,17 +50,17 @@ FA_INLINE uint64_t transpose_bits(uint64_t x) {
   return x ^ t ^ t << 28;
 }
 
-// For one row, with the lanes over its groups of 8 columns: bit i of keep[w] says whether the
-// weight in column 64 w + i is kept. Written are whole vectors of groups, at most kKeepSlack words
-// too many.
+// For one row from column `first` (a multiple of 8) on, with the lanes over its groups of 8
+// columns: bit i of keep[w] says whether the weight in column first + 64 w + i is kept. Written are
+// whole vectors of groups, at most kKeepSlack words too many.
 constexpr int64_t kKeepSlack = 2;
 void dropout_keep_row(uint64_t seed, uint32_t offset, uint32_t threshold, uint32_t matrix,
-                      uint32_t row, int64_t columns, uint64_t* keep) {
+                      uint32_t row, int64_t first, int64_t columns, uint64_t* keep) {
   constexpr int kAtOnce = kU32Lanes < 8 ? kU32Lanes : 8;
   fill(keep, ceil_div(columns, 64) + kKeepSlack, (uint64_t)0);
   for (int64_t group = 0; group * 8 < columns; group += kU32Lanes) {
-    VecU32 x[4] = {add_u32(broadcast_u32((uint32_t)group), iota_u32()), broadcast_u32(row),
-                   broadcast_u32(matrix), broadcast_u32(offset)};
+    VecU32 x[4] = {add_u32(broadcast_u32((uint32_t)(first / 8 + group)), iota_u32()),
+                   broadcast_u32(row), broadcast_u32(matrix), broadcast_u32(offset)};
     philox4x32(x, seed);
     uint64_t kept[8];  // bit g: column j of group g
     for (int word = 0; word < 4; ++word) {

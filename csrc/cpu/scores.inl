@@ -17,9 +17,9 @@ void load_scores(const ScoreView& view, int64_t b, int64_t h, int64_t m_start, i
 // for plain scores, else 1. It is positive, so that maxima may be taken before it is applied.
 // softcap_slope, if given, gets d logit / d (scale q.k).
 template <typename T, int kVectors>
-double finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows,
-                     int64_t n_start, int64_t columns, T* s, T* bias_staged, T* bias_transposed,
-                     T* softcap_slope) {
+double finish_scores(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
+                     int64_t rows, int64_t n_start, int64_t columns, T* s, T* bias_staged,
+                     T* bias_transposed, T* softcap_slope) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const bool softcap = p.softcap > 0, bias = p.bias.data != nullptr;
   const bool alibi = p.alibi_slopes != nullptr;
@@ -38,7 +38,7 @@ double finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
     for (int64_t i = 0; i < columns * kRow; i += W) store(s + i, mul(load(s + i), factor));
   }
   if (bias && p.bias.stride_q == 0) {  // one value a key
-    load_scores(p.bias, b, h, m_start, 1, n_start, columns, bias_staged);
+    load_scores(p.bias, seq.b, h, m_start, 1, n_start, columns, bias_staged);
     for (int64_t j = 0; j < columns; ++j) {
       const Vec<T> value = broadcast(bias_staged[j]);
       for (int x = 0; x < kVectors; ++x) {
@@ -47,17 +47,17 @@ double finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
       }
     }
   } else if (bias) {
-    load_scores(p.bias, b, h, m_start, rows, n_start, columns, bias_staged);
+    load_scores(p.bias, seq.b, h, m_start, rows, n_start, columns, bias_staged);
     transpose_tile(rows, columns, bias_staged, kBlockN, bias_transposed, kRow);
     for (int64_t i = 0; i < columns * kRow; i += W) {
       store(s + i, add(load(s + i), load(bias_transposed + i)));
     }
   }
   if (alibi) {  // s <- s - slope * |i + off - j|
-    const T slope = (T)p.alibi_slopes[b * p.alibi_stride_b + h];
+    const T slope = (T)p.alibi_slopes[seq.b * p.alibi_stride_b + h];
     const Vec<T> negative_slope = broadcast(-slope), lane = iota(T());
     for (int64_t j = 0; j < columns; ++j) {
-      const int64_t distance = m_start + p.diagonal_offset - (n_start + j);
+      const int64_t distance = m_start + seq.diagonal_offset - (n_start + j);
       for (int x = 0; x < kVectors; ++x) {
         T* at = s + j * kRow + x * W;
         const Vec<T> distances = abs(add(lane, broadcast((T)(distance + x * W))));

@@ -174,6 +174,20 @@ FA_INLINE void transpose(__m256d* r) {
   r[3] = _mm256_permute2f128_pd(b, d, 0x31);
 }
 
+// Lane i: the sum of the lanes of r[i].
+FA_INLINE __m256 sum_lanes(const __m256* r) {
+  // In each half: sums of r[0] ... r[3], of r[4] ... r[7].
+  const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+  const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(r[4], r[5]), _mm256_hadd_ps(r[6], r[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                       _mm256_permute2f128_ps(low, high, 0x31));
+}
+FA_INLINE __m256d sum_lanes(const __m256d* r) {
+  const __m256d low = _mm256_hadd_pd(r[0], r[1]), high = _mm256_hadd_pd(r[2], r[3]);
+  return _mm256_add_pd(_mm256_permute2f128_pd(low, high, 0x20),
+                       _mm256_permute2f128_pd(low, high, 0x31));
+}
+
 FA_INLINE VecU32 broadcast_u32(uint32_t x) { return _mm256_set1_epi32((int)x); }
 FA_INLINE VecU32 iota_u32() { return _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0); }
 FA_INLINE VecU32 add_u32(VecU32 a, VecU32 b) { return _mm256_add_epi32(a, b); }

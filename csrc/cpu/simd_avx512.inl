@@ -169,6 +169,39 @@ FA_INLINE void transpose(__m512d* r) {
   }
 }
 
+// Lane i: the sum of the lanes of r[i].
+FA_INLINE __m512 sum_lanes(const __m512* r) {
+  __m512 pairs[8], fours[4];
+  for (int i = 0; i < 8; ++i) {  // in each quarter: sums of r[2 i], r[2 i + 1], r[2 i], r[2 i + 1]
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]),
+                             _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+  }
+  for (int i = 0; i < 4; ++i) {  // in each quarter: sums of r[4 i] ... r[4 i + 3]
+    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88),
+                                   _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
+  const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88),
+                                    _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
+                       _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+FA_INLINE __m512d sum_lanes(const __m512d* r) {
+  __m512d pairs[4];
+  for (int i = 0; i < 4; ++i) {  // in each quarter: sums of r[2 i], r[2 i + 1]
+    pairs[i] = _mm512_add_pd(_mm512_unpacklo_pd(r[2 * i], r[2 * i + 1]),
+                             _mm512_unpackhi_pd(r[2 * i], r[2 * i + 1]));
+  }
+  const __m512d low = _mm512_add_pd(_mm512_shuffle_f64x2(pairs[0], pairs[1], 0x88),
+                                    _mm512_shuffle_f64x2(pairs[0], pairs[1], 0xdd));
+  const __m512d high = _mm512_add_pd(_mm512_shuffle_f64x2(pairs[2], pairs[3], 0x88),
+                                     _mm512_shuffle_f64x2(pairs[2], pairs[3], 0xdd));
+  return _mm512_add_pd(_mm512_shuffle_f64x2(low, high, 0x88),
+                       _mm512_shuffle_f64x2(low, high, 0xdd));
+}
+
 FA_INLINE VecU32 broadcast_u32(uint32_t x) { return _mm512_set1_epi32((int)x); }
 FA_INLINE VecU32 add_u32(VecU32 a, VecU32 b) { return _mm512_add_epi32(a, b); }
 FA_INLINE VecU32 xor_u32(VecU32 a, VecU32 b) { return _mm512_xor_si512(a, b); }

@@ -220,6 +220,14 @@ FA_INLINE void transpose(Lanes<T, N>* r) {
   }
 }
 
+// Lane i: the sum of the lanes of r[i].
+template <typename T, int N>
+FA_INLINE Lanes<T, N> sum_lanes(const Lanes<T, N>* r) {
+  Lanes<T, N> out;
+  for (int i = 0; i < N; ++i) out.lane[i] = reduce_add(r[i]);
+  return out;
+}
+
 FA_INLINE VecU32 broadcast_u32(uint32_t x) { return {{x, x, x, x}}; }
 FA_INLINE VecU32 iota_u32() { return {{0, 1, 2, 3}}; }
 FA_INLINE VecU32 add_u32(VecU32 a, VecU32 b) { return add(a, b); }

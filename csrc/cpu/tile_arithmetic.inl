@@ -244,10 +244,11 @@ struct Tiles {
   }
 
   template <int kVectors>
-  void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows) {
+  void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
+                    int64_t rows) {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
     const int64_t width = round_up(p.D, W), depth = Head::depth(p);
-    direct.template load_queries<kVectors>(p, b, h, m_start, rows);
+    direct.template load_queries<kVectors>(p, seq, h, m_start, rows);
     q_finite = all_finite(direct.q_t, width * kRow);
     q_pairs.row = p_pairs.row = kRow;
     for (int64_t d = 0; d < depth; d += 2) {
@@ -263,11 +264,11 @@ struct Tiles {
   }
 
   template <int kVectors>
-  void scores(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start, int64_t columns,
-              float* s) const {
+  void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+              int64_t columns, float* s) const {
     constexpr int kRow = kVectors * kLanes<float>;
-    const Head head(p, b, h_kv);
-    if (!q_finite) return direct.template scores<kVectors>(p, b, h_kv, n_start, columns, s);
+    const Head head(p, seq.b, h_kv);
+    if (!q_finite) return direct.template scores<kVectors>(p, seq, h_kv, n_start, columns, s);
     const PlanesOf<uint16_t> k = head.k.at(n_start);
     const Part part = {{k.data, k.row, k.plane}, Head::depth(p)};
     multiply_tiles<kPlanes, kScoreOrders, kVectors, false>(
@@ -275,9 +276,9 @@ struct Tiles {
         kRow);
     if (kPlanes == 1 || head.k_finite[n_start / kBlockN]) return;
     for (int64_t j = 0; j < columns; ++j) {
-      load_tile(direct.q, p.key, p.dtype, b, h_kv, n_start + j, 1, p.D, 1);
+      load_tile(direct.q, p.key, p.dtype, seq.b, h_kv, n_start + j, 1, p.D, 1);
       if (all_finite(direct.q, round_up(p.D, kLanes<float>))) continue;
-      direct.template scores<kVectors>(p, b, h_kv, n_start + j, 1, s + j * kRow);
+      direct.template scores<kVectors>(p, seq, h_kv, n_start + j, 1, s + j * kRow);
     }
   }
 
@@ -292,13 +293,13 @@ struct Tiles {
   }
 
   // The columns of one tile of v, or false if a visible one is not finite.
-  bool columns_of_v(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
+  bool columns_of_v(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
                     int64_t columns, const uint64_t* visible, PlanesOf<uint16_t>* out) const {
-    const Head head(p, b, h_kv);
+    const Head head(p, seq.b, h_kv);
     *out = {head.v_t.data + n_start, head.v_t.row, head.v_t.plane};
     if (head.v_finite[n_start / kBlockN]) return true;
     const int64_t width = Head::depth_v(p);
-    load_tile(v, p.value, p.dtype, b, h_kv, n_start, columns, p.Dv, kBlockN);
+    load_tile(v, p.value, p.dtype, seq.b, h_kv, n_start, columns, p.Dv, kBlockN);
     for (int64_t j = 0; visible != nullptr && j < columns; ++j) {
       if (visible[j] == 0) fill(v + j * width, width, 0.0f);
     }
@@ -309,7 +310,7 @@ struct Tiles {
   }
 
   template <int kVectors>
-  void accumulate(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
+  void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
                   int64_t columns, const uint64_t* visible, const uint64_t* keep, float* weights,
                   const RowState<float>& rows, float* acc_t) {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
@@ -317,7 +318,7 @@ struct Tiles {
     __m512 sum[kVectors];
     for (int x = 0; x < kVectors; ++x) sum[x] = load(rows.rounded_sum + x * W);
     PlanesOf<uint16_t> values;
-    if (columns_of_v(p, b, h_kv, n_start, columns, visible, &values)) {
+    if (columns_of_v(p, seq, h_kv, n_start, columns, visible, &values)) {
       const auto split_weights = [&](int64_t j, int x, __m512i(&planes)[kPlanes]) {
         split(j < columns ? load(weights + j * kRow + x * W) : broadcast(0.0f), planes);
         // before dropout: the denominator is that of all weights
@@ -344,7 +345,7 @@ struct Tiles {
         for (int x = 0; x < kVectors; ++x) sum[x] = add(sum[x], load(weights + j * kRow + x * W));
       }
       flush<kVectors>(p, acc_t);
-      direct.template accumulate<kVectors>(p, b, h_kv, n_start, columns, visible, keep, weights,
+      direct.template accumulate<kVectors>(p, seq, h_kv, n_start, columns, visible, keep, weights,
                                            rows, acc_t);
     }
     for (int x = 0; x < kVectors; ++x) store(rows.rounded_sum + x * W, sum[x]);

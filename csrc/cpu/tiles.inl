@@ -261,26 +261,3 @@ void load_tile(T* dst, const TensorView& view, DType dtype, int64_t b, int64_t h
     fill(row + valid, width - valid, (T)0);
   }
 }
-
-// The rows of K or V of one head, for reading scalars: in place where they are of type T already,
-// else converted; rows whose visibility word is 0 (nobody may see them) are zero, whatever they
-// held, since 0 * NaN would not be. `visible` is null when every row is seen.
-template <typename T>
-Scalars<T> key_rows(const TensorView& view, DType dtype, int64_t b, int64_t h, int64_t start,
-                    int64_t rows, int64_t columns, const uint64_t* visible, T* scratch) {
-  bool hidden = false;
-  for (int64_t r = 0; visible != nullptr && r < rows; ++r) hidden |= visible[r] == 0;
-  const bool same_type = dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
-  if (same_type && !hidden) {
-    return {(const T*)row_of(view, dtype, b, h, start), view.stride_s, 1};
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    T* row = scratch + r * columns;
-    if (hidden && visible[r] == 0) {
-      fill(row, columns, (T)0);
-    } else {
-      load_row(row, row_of(view, dtype, b, h, start + r), dtype, columns);
-    }
-  }
-  return {scratch, columns, 1};
-}

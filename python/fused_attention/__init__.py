@@ -31,6 +31,7 @@ from .attention import (
     scaled_dot_product_attention,
 )
 from .backends import explain
+from .cache import kv_cache_append_
 from .errors import ArgumentTypeError, ArgumentValueError
 from .modules import MultiheadAttention, replace_multihead_attention
 from .patch import patch_sdpa
@@ -56,6 +57,7 @@ __all__ = [
     "attention",
     "dropout_mask",
     "explain",
+    "kv_cache_append_",
     "masked_softmax",
     "masked_softmax_",
     "merge_attention_states",

@@ -20,7 +20,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import ops
 from .backends import MAX_PLANS, PLANS, choose
-from .errors import ArgumentValueError
+from .errors import ArgumentValueError, message_of_operator
 from .problem import (
     DTYPES,
     Plan,
@@ -194,9 +194,12 @@ def attention(
         torch.manual_seed, or philox_seed (an int, or an int64 tensor (seed, offset)); the same on
         every backend, and not those of torch's own dropout. `dropout_mask` gives the mask.
     cu_seqlens_q, cu_seqlens_k: int32 [B + 1], packed sequences: query [Tq, Hq, D], key
-        [Tk, Hkv, D], value [Tk, Hkv, Dv], lse [Hq, Tq]. max_seqlen_q, max_seqlen_k: hints.
-    seqused_k: int32 [B], only so many keys are used. block_table: int32 [B, max_pages]; key and
-        value are pages [pages, page_size, Hkv, D or Dv] then.
+        [Tk, Hkv, D], value [Tk, Hkv, Dv], lse [Hq, Tq]. Sequence b is tokens cu[b] to cu[b + 1];
+        those behind the last give 0 (lse: -inf). max_seqlen_q, max_seqlen_k: hints.
+    seqused_k: int32 [B], only so many keys are used, and Sk in `off` is this length.
+    block_table: int32 [B, max_pages]; key and value are pages [pages, page_size, Hkv, D or Dv] of
+        any size then: key n of sequence b is row n % page_size of page block_table[b, n //
+        page_size]. Numbers of pages past those in use may be anything. See `kv_cache_append_`.
     return_lse: also lse [B, Hq, Sq], float32 (float64 for float64): the natural logarithm of the
         denominator, sinks included; differentiable.
     precision: of float32 products, "highest", "high" or "medium"; None is
@@ -217,8 +220,11 @@ def attention(
         cu_seqlens_q is None and cu_seqlens_k is None and seqused_k is None and block_table is None
     )
     tensors = (mask, bias, key_padding_mask, alibi_slopes, sinks, philox_seed)
+    packed: tuple[Any, ...] = ()
     kind = None
-    if is_dense and not compiling:
+    if not is_dense:
+        packed = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table)
+    if not compiling:
         options: tuple[Any, ...] = (causal, window_size, scale, precision, backend)
         if (
             mask is not None
@@ -231,12 +237,15 @@ def attention(
             or dropout_p != 0.0
         ):
             options += (softcap, dropout_p, bool(return_lse), *map(_kind_of_option, tensors))
+        if not is_dense:
+            options += (cu_seqlens_q is cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            options += tuple(map(_kind_of_option, packed))
         try:
             kind = _kind(query, key, value, options)
             operator, numbers, is_plain, _ = plan = PLANS[kind]
             if is_plain:
                 return operator(query, key, value, *numbers)
-            return _run(plan, query, key, value, *tensors, softcap, dropout_p)
+            return _run(plan, query, key, value, *tensors, softcap, dropout_p, packed)
         except _VALIDATE:
             pass
     plan = _make_plan(
@@ -265,8 +274,14 @@ def attention(
         precision=precision,
     )
     _remember(kind, plan)
-    packed = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table)
-    return _run(plan, query, key, value, *tensors, softcap, dropout_p, () if is_dense else packed)
+    if compiling or is_dense:
+        return _run(plan, query, key, value, *tensors, softcap, dropout_p, packed)
+    try:  # lengths and pages are values, which only the operator sees
+        return _run(plan, query, key, value, *tensors, softcap, dropout_p, packed)
+    except RuntimeError as error:
+        if type(error) is RuntimeError and "ops.cpp" in str(error):
+            raise ArgumentValueError(message_of_operator(error)) from None
+        raise
 
 
 # -- scaled_dot_product_attention --------------------------------------------------------

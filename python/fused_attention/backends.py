@@ -48,6 +48,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = ()
     head_dims: range = range(0)
     features: frozenset[str] = frozenset()
+    forward_only: frozenset[str] = frozenset()  # of these: served where nothing is differentiated
     plan: Callable[[Problem], Plan] | None = None
     details: Callable[[Problem], Details] | None = None
 
@@ -66,6 +67,11 @@ class Backend:
                 reasons.append(f"{name}'s head_dim {size}: only {sizes}")
         missing = problem.features - self.features
         reasons += [f"{name}: not built yet" for name in FEATURES if name in missing]
+        if problem.differentiable:
+            forward_only = problem.features & self.forward_only
+            reasons += [
+                f"gradients with {name}: not built yet" for name in FEATURES if name in forward_only
+            ]
         return reasons
 
 
@@ -148,7 +154,8 @@ CPU = Backend(
     devices=frozenset({"cpu"}),
     dtypes=DTYPES,
     head_dims=range(1, 513),
-    features=frozenset(FEATURES) - {"varlen", "seqused_k", "block_table"},
+    features=frozenset(FEATURES),
+    forward_only=frozenset({"varlen", "seqused_k", "block_table"}),
     plan=autograd.plan,
     details=_cpu_details,
 )
@@ -182,13 +189,17 @@ def feature_table() -> str:
     def devices(row: Backend) -> str:
         return "any" if row.devices is None else ", ".join(sorted(row.devices))
 
+    def feature(row: Backend, name: str) -> str:
+        if name in row.forward_only:
+            return "forward"
+        return "yes" if name in row.features else "–"
+
     lines = [line(["", *NAMES]), line(["---"] * (1 + len(BACKENDS)))]
     for title, cell in (("device", devices), ("dtype", dtypes), ("head_dim", head_dims)):
         cells = [cell(row) if row.plan else "not built yet" for row in BACKENDS]
         lines.append(line([title, *cells]))
     for name, meaning in FEATURES.items():
-        cells = ["yes" if name in row.features else "–" for row in BACKENDS]
-        lines.append(line([meaning, *cells]))
+        lines.append(line([meaning, *(feature(row, name) for row in BACKENDS)]))
     return "\n".join(lines)
 
 

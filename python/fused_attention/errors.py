@@ -24,3 +24,9 @@ def describe_error(name: str, expected: str, got: Any, hint: str = "") -> str:
     """One sentence: which argument, what was expected, what came, and what to do."""
     message = f"{name}: expected {expected}, got {got}"
     return f"{message}. Hint: {hint}" if hint else message
+
+
+def message_of_operator(error: RuntimeError) -> str:
+    """What an operator found wrong with values, without the place in its source that goes before:
+    "function, csrc/ops.cpp:123, message"."""
+    return str(error).split("\n")[0].split(", ", 2)[-1]

@@ -138,6 +138,12 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     check_devices(query, key, value, *options, *named_options.values())
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    if query.dim() == 3:  # packed sequences, [Tq, Hq, D]
+        tokens, heads, _ = query.shape
+        return (
+            query.new_empty((tokens, heads, value.shape[-1])),
+            query.new_empty((heads, tokens), dtype=lse_dtype),
+        )
     return empty_like_layout(query, value.shape[-1]), query.new_empty(
         query.shape[:-1], dtype=lse_dtype
     )
@@ -173,7 +179,19 @@ def _fake_philox_state(like: Tensor, call_site: int) -> Tensor:
     return like.new_empty(2, dtype=torch.int64)
 
 
+kv_cache_append = torch.ops.fused_attention.kv_cache_append_.default
+
+
+@torch.library.register_fake("fused_attention::kv_cache_append_")
+def _fake_kv_cache_append(*args: Any, **kwargs: Any) -> None:
+    check_devices(*args, *kwargs.values())
+
+
 # -- vmap --------------------------------------------------------------------------------
+
+
+# Where sequences of different lengths lie
+SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table")
 
 
 class _OneCallPerSample(Exception):
@@ -216,6 +234,8 @@ def _vmap_rule(op: Any, batched_outputs: int) -> Callable[..., Any]:
         try:
             if call.get("bias_grad") or call.get("sinks_grad"):
                 raise _OneCallPerSample  # their gradients are sums over the batch of one sample
+            if any(call.get(name) is not None for name in SEQUENCES):
+                raise _OneCallPerSample
             folded = {
                 name: _fold(name, x, dims.get(name), samples, batch) for name, x in call.items()
             }

@@ -169,6 +169,18 @@ Array contiguous(Sizes sizes, DType dtype) {
   return x;
 }
 
+// The phases of the kernel that serves the call.
+void run_forward(AttentionParams& p, const Array& out, const Array& lse) {
+  const ForwardKernel& forward = choose_forward(kernel_table(), p);
+  std::vector<char> shared(forward.shared_bytes ? forward.shared_bytes(p) + 63 : 0);
+  p.shared = (void*)(((uintptr_t)shared.data() + 63) / 64 * 64);
+  std::vector<std::function<void(int)>> phases;
+  for (const Phase& phase : forward.phases) {
+    if (phase.run != nullptr) phases.push_back([&](int count) { run(phase, p, count); });
+  }
+  run_all(phases, {&out, &lse});
+}
+
 void attention_case(Random& random) {
   AttentionParams p;
   p.dtype = any_type(random);
@@ -201,6 +213,7 @@ void attention_case(Random& random) {
   p.query = view(q), p.key = view(k), p.value = view(v), p.out = view(out);
   p.grad_out = view(grad_out), p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
   p.delta = delta.data;
+  p.lse_stride_b = Hq * Sq, p.lse_stride_h = Sq;
   const bool backward = random.chance(80);
   if (backward || random.chance(50)) p.lse = lse.data;
   const bool through_lse = backward && random.chance(50);
@@ -214,7 +227,7 @@ void attention_case(Random& random) {
   p.scale = (double)random.range(-60, 100) / 100;
   if (random.chance(20)) p.softcap = 2;
   const bool causal = random.chance(40);
-  if (random.chance(50)) p.diagonal_offset = Sk - Sq;
+  p.bottom_right = random.chance(50);
   if (causal) p.window_right = 0;
   if (random.chance(30)) p.window_left = random.range(0, 60);
   if (!causal && random.chance(30)) p.window_right = random.range(0, 60);
@@ -291,7 +304,7 @@ void attention_case(Random& random) {
     const double sink = sunk ? sinks(h) : -INFINITY;
     double top = sink;
     for (int64_t j = 0; j < Sk; ++j) {
-      const int64_t ahead = j - i - p.diagonal_offset;
+      const int64_t ahead = j - i - (p.bottom_right ? Sk - Sq : 0);
       const bool seen = (p.window_left < 0 || ahead >= -p.window_left) &&
                         (p.window_right < 0 || ahead <= p.window_right) &&
                         !(masked && !*mask.at(b, h, i, j)) && !(padded && *padding.at(b, j));
@@ -344,18 +357,11 @@ void attention_case(Random& random) {
     if (sunk) dsinks_(h) -= exp(sink - lse_(b, h, i)) * delta_;
   }
 
+  run_forward(p, out, lse);
   const KernelTable& kernels = kernel_table();
   const auto bound = [&](const Phase& phase) {
     return [&phase, &p](int count) { run(phase, p, count); };
   };
-  const ForwardKernel& forward = choose_forward(kernels, p);
-  std::vector<char> shared(forward.shared_bytes ? forward.shared_bytes(p) + 63 : 0);
-  p.shared = (void*)(((uintptr_t)shared.data() + 63) / 64 * 64);
-  std::vector<std::function<void(int)>> forward_phases;
-  for (const Phase& phase : forward.phases) {
-    if (phase.run != nullptr) forward_phases.push_back(bound(phase));
-  }
-  run_all(forward_phases, {&out, &lse});
   compare("out", out, out_, type);
   if (p.lse != nullptr) compare("lse", lse, lse_, accumulated);
   if (weighed) {
@@ -375,6 +381,146 @@ void attention_case(Random& random) {
   // The operator sets dbias to zero where there is no score: no task may own it.
   if (bias_gradient && Sq * Sk > 0) compare("dbias", dbias, dbias_, coarser(type, bias.dtype));
   if (sunk) compare("dsinks", dsinks, dsinks_, type);
+}
+
+// Forward with sequences of their own lengths: packed, with used lengths, in pages, in any
+// combination. What no sequence uses is NaN, and the tensors of lengths end where they have to.
+void sequences_case(Random& random) {
+  AttentionParams p;
+  p.dtype = any_type(random);
+  const DType type = p.dtype, accumulated = wide(type);
+  const bool packed = random.chance(60), paged = random.chance(50), used = random.chance(50);
+  const bool few = random.chance(50), many_keys = few && random.chance(30);
+  p.B = random.range(packed ? 0 : 1, 4);
+  p.Hkv = random.range(1, 2);
+  p.Hq = p.Hkv * random.range(1, 3);
+  p.D = many_keys ? random.range(100, 140) : random.range(1, 40);
+  p.Dv = random.chance(50) ? p.D : random.range(1, 40);
+  const int64_t B = p.B, Hq = p.Hq, Hkv = p.Hkv, D = p.D, Dv = p.Dv;
+
+  std::vector<int32_t> Sq, Sk, seqused, cu_q{0}, cu_k{0};  // Sk: with what is not in use
+  const auto length = [&] { return (int32_t)random.range(0, few ? 3 : 110); };
+  const int32_t common = length();
+  int64_t longest_q = 0, longest_k = 0, room = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    Sq.push_back(packed ? length() : common);
+    seqused.push_back((int32_t)random.range(0, many_keys ? 2500 : 210));
+    if (!packed && !used && b > 0) seqused[(size_t)b] = seqused[0];
+    Sk.push_back(seqused.back() + (used ? (int32_t)random.range(0, 9) : 0));
+    cu_q.push_back(cu_q.back() + Sq.back());
+    cu_k.push_back(cu_k.back() + Sk.back());
+    longest_q = std::max<int64_t>(longest_q, Sq.back());
+    longest_k = std::max<int64_t>(longest_k, seqused.back());
+    room = std::max<int64_t>(room, Sk.back());
+  }
+  p.Sq = longest_q, p.Sk = longest_k;
+  const int64_t page_size = random.chance(50) ? random.range(1, 20) : random.range(60, 100);
+  const int64_t max_pages = (room + page_size - 1) / page_size, num_pages = B * max_pages + 1;
+  std::vector<int32_t> table;
+  for (int64_t n = 0; n < B * max_pages; ++n) table.push_back((int32_t)n);
+  for (size_t n = table.size(); n-- > 1;) {
+    std::swap(table[n], table[(size_t)random.range(0, (int64_t)n)]);
+  }
+  const auto tokens = [&](int64_t H, int64_t width) {  // queries
+    return packed ? Sizes{1, H, cu_q.back(), width} : Sizes{B, H, common, width};
+  };
+  const auto keys = [&](int64_t width) {
+    if (paged) return Sizes{num_pages, Hkv, page_size, width};
+    return packed ? Sizes{1, Hkv, cu_k.back(), width} : Sizes{B, Hkv, room, width};
+  };
+  Array q(random, tokens(Hq, D), type, Last::kDense),
+      out(random, tokens(Hq, Dv), type, Last::kDense);
+  Array k(random, keys(D), type, Last::kDense), v(random, keys(Dv), type, Last::kDense);
+  q.randomise(random);
+  Array lse = contiguous(packed ? Sizes{Hq, cu_q.back()} : Sizes{B, Hq, common}, accumulated);
+  const auto key_at = [&](const Array& x, int64_t b, int64_t g, int64_t n, int64_t d) {
+    if (paged) return x.at(table[(size_t)(b * max_pages + n / page_size)], g, n % page_size, d);
+    return packed ? x.at(0, g, cu_k[(size_t)b] + n, d) : x.at(b, g, n, d);
+  };
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t g = 0; g < Hkv; ++g) {
+      for (int64_t n = 0; n < seqused[(size_t)b]; ++n) {
+        for (int64_t d = 0; d < D; ++d) set(key_at(k, b, g, n, d), type, random.value());
+        for (int64_t d = 0; d < Dv; ++d) set(key_at(v, b, g, n, d), type, random.value());
+      }
+    }
+    for (int64_t n = (seqused[(size_t)b] + page_size - 1) / page_size; n < max_pages; ++n) {
+      if (paged) table[(size_t)(b * max_pages + n)] = -1;  // not in use: anything
+    }
+  }
+  p.query = view(q), p.key = view(k), p.value = view(v), p.out = view(out);
+  if (packed) {
+    p.cu_seqlens_q = cu_q.data();
+    p.query.stride_b = p.out.stride_b = 0;
+    if (!paged) p.key.stride_b = p.value.stride_b = 0;
+    if (!paged || !used) p.cu_seqlens_k = cu_k.data();
+  }
+  if (used || (paged && !packed)) p.seqused_k = seqused.data();
+  if (paged) {
+    p.block_table = table.data();
+    p.block_table_stride_b = max_pages;
+    p.page_size = page_size;
+  }
+  if (random.chance(80)) p.lse = lse.data;
+  p.lse_stride_b = packed ? 0 : Hq * common;
+  p.lse_stride_h = packed ? cu_q.back() : common;
+
+  p.scale = (double)random.range(-60, 100) / 100;
+  p.bottom_right = random.chance(50);
+  if (random.chance(30)) p.window_left = random.range(0, 60);
+  if (random.chance(50)) p.window_right = random.chance(50) ? 0 : random.range(0, 60);
+  Array sinks = contiguous({Hq}, accumulated);
+  sinks.randomise(random);
+  const bool sunk = random.chance(30);
+  if (sunk) p.sinks = sinks.data;
+  choose_dropout(random, p);
+
+  what += " sequences B" + std::to_string(B) + " Hq" + std::to_string(Hq) + " Hkv" +
+          std::to_string(Hkv) + " Sq" + std::to_string(p.Sq) + " Sk" + std::to_string(p.Sk) + " D" +
+          std::to_string(D) + " Dv" + std::to_string(Dv) + " dtype " + std::to_string((int)type) +
+          (packed ? " packed" : "") + (used ? " used" : "") +
+          (paged ? " pages of " + std::to_string(page_size) : "") + (sunk ? " sinks" : "") +
+          (p.dropout_threshold ? " dropout" : "") + " window " + std::to_string(p.window_left) +
+          " " + std::to_string(p.window_right);
+
+  Expected out_(out), lse_(lse);
+  std::vector<double> logit((size_t)longest_k);
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t queries = Sq[(size_t)b], used_keys = seqused[(size_t)b];
+    const int64_t at_b = packed ? 0 : b, first = packed ? cu_q[(size_t)b] : 0;
+    for (int64_t row = 0; row < Hq * queries; ++row) {
+      const int64_t h = row / queries, i = row % queries, g = h / (Hq / Hkv);
+      double top = sunk ? sinks(h) : -INFINITY, sum = 0;
+      for (int64_t j = 0; j < used_keys; ++j) {
+        const int64_t ahead = j - i - (p.bottom_right ? used_keys - queries : 0);
+        double s = -INFINITY;
+        if ((p.window_left < 0 || ahead >= -p.window_left) &&
+            (p.window_right < 0 || ahead <= p.window_right)) {
+          s = 0;
+          for (int64_t d = 0; d < D; ++d) {
+            s += q(at_b, h, first + i, d) * get(key_at(k, b, g, j, d), type);
+          }
+          s *= p.scale;
+        }
+        logit[(size_t)j] = s;
+        top = std::max(top, s);
+      }
+      double& row_lse = packed ? lse_(h, first + i) : lse_(b, h, i);
+      row_lse = -INFINITY;
+      if (top == -INFINITY) continue;
+      for (int64_t j = 0; j < used_keys; ++j) sum += exp(logit[(size_t)j] - top);
+      row_lse = top + log(sum + (sunk ? exp(sinks(h) - top) : 0));
+      for (int64_t j = 0; j < used_keys; ++j) {
+        const double weight = exp(logit[(size_t)j] - row_lse) * dropout_factor(p, b * Hq + h, i, j);
+        for (int64_t d = 0; d < Dv && weight != 0; ++d) {
+          out_(at_b, h, first + i, d) += weight * get(key_at(v, b, g, j, d), type);
+        }
+      }
+    }
+  }
+  run_forward(p, out, lse);
+  compare("out", out, out_, type);
+  if (p.lse != nullptr) compare("lse", lse, lse_, accumulated);
 }
 
 void dropout_case(Random& random) {
@@ -592,6 +738,10 @@ int main(int argc, char** argv) {
       case 2:
       case 3:
         softmax_case(random);
+        break;
+      case 4:
+      case 5:
+        sequences_case(random);
         break;
       default:
         attention_case(random);

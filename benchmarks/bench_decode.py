@@ -1,0 +1,151 @@
+"""Generation and packed sequences beside PyTorch: results/decode.json.
+
+Decoding: one query a head, 32 heads on 8 key heads, D 128, one sequence; dense, and from pages in
+random order. Its ceiling is reading the keys and values once: in each round a sum over as many
+bytes, torch.sum of float32, says what the memory gives at that moment. Variable length: 32
+sequences of 16 to 2048 tokens, packed, against the same tokens padded and masked, and against the
+rate of a dense call of 1024 tokens.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from fused_attention import _native, attention
+from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.benchmark.peers import flex
+from fused_attention.benchmark.shapes import Case, Inputs
+from fused_attention.testing import num_threads
+
+RESULTS = Path(__file__).resolve().parent / "results" / "decode.json"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OURS, PYTORCH, READ = "fused_attention", "PyTorch SDPA", "reading once"
+Calls = dict[str, Callable[[], object]]
+
+
+def in_pages(x: torch.Tensor, page_size: int, order: torch.Tensor) -> torch.Tensor:
+    """x [1, H, S, D] as pages [pages, page_size, H, D], of which order[n] is the n-th."""
+    pages = x[0].transpose(0, 1).unflatten(0, (-1, page_size))
+    return torch.empty_like(pages).index_copy_(0, order, pages)
+
+
+def decode_calls(Sq: int, Sk: int, dtype: torch.dtype, with_flex: bool) -> tuple[Calls, int]:
+    """What is timed, and the bytes of keys and values."""
+    query = torch.randn(1, 32, Sq, 128).to(dtype)
+    key, value = (torch.randn(1, 8, Sk, 128).to(dtype) for _ in range(2))
+    size = 2 * key.numel() * key.element_size()
+    words = torch.randn(size // 4)
+    calls: Calls = {
+        OURS: lambda: attention(query, key, value),
+        PYTORCH: lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=True),
+        READ: lambda: words.sum(),
+    }
+    for page_size in (16, 256):
+        if page_size > Sk:
+            continue
+        order = torch.randperm(Sk // page_size)
+        table = order.to(torch.int32).unsqueeze(0)
+        pages = [in_pages(x, page_size, order) for x in (key, value)]
+
+        def paged(pages=pages, table=table) -> object:
+            return attention(query, *pages, block_table=table)
+
+        calls[f"{OURS}, pages of {page_size}"] = paged
+    if with_flex:
+        case = Case("decode", 1, 32, 8, Sq, Sk, 128, 128, dtype=dtype)
+        calls["FlexAttention"] = flex(case, Inputs(query, key, value, None, None, None, ()))
+    return calls, size
+
+
+def varlen_calls(lengths: list[int], dtype: torch.dtype) -> Calls:
+    """Sequences of 8 heads, D 64; `dense` is one of 1024 tokens."""
+    heads, head_dim, dense_length = 8, 64, 1024
+    query, key, value = (torch.randn(sum(lengths), heads, head_dim).to(dtype) for _ in range(3))
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    places = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    dense = [torch.randn(1, heads, dense_length, head_dim).to(dtype) for _ in range(3)]
+
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        parts = torch.nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True)
+        return parts.transpose(1, 2).contiguous()
+
+    wide = [padded(x) for x in (query, key, value)]
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1))[:, None, None]
+    return {
+        OURS: lambda: attention(query, key, value, **places),
+        "dense": lambda: attention(*dense),
+        f"{PYTORCH}, padded": lambda: F.scaled_dot_product_attention(*wide, attn_mask=mask),
+    }
+
+
+def report(title: str, timings: dict, ratios: dict[str, float]) -> None:
+    disturbed = any(timing.disturbed for timing in timings.values())
+    times = f"{timings[OURS].median:8.3f} ms"
+    text = "  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+    print(title, times, text, "(disturbed)" if disturbed else "", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=3.0, help="seconds a case")
+    parser.add_argument("--flex", action="store_true", help="also FlexAttention: compiles, slowly")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    decode, varlen = [], []
+    with num_threads(options.threads), real_time_priority() as real_time, torch.no_grad():
+        for dtype in DTYPES:
+            name = str(dtype).removeprefix("torch.")
+            for Sq, Sk in ((1, 64), (1, 512), (1, 4096), (1, 16384), (4, 4096)):
+                calls, size = decode_calls(Sq, Sk, dtype, options.flex)
+                timings = interleave(calls, budget=options.budget)
+                ours = timings[OURS].median
+                ratios = {
+                    f"{peer} / ours": timing.median / ours
+                    for peer, timing in timings.items()
+                    if peer not in (OURS, READ)
+                }
+                ratios["share of the bandwidth"] = timings[READ].median / ours
+                bandwidth = {
+                    who: size / timings[who].median / 1e6 for who in (OURS, READ)
+                }  # bytes in a millisecond, to GB/s
+                decode.append(
+                    {
+                        "dtype": name, "Sq": Sq, "Sk": Sk, "bytes": size, "GB/s": bandwidth,
+                        "ratios": ratios, "timings_ms": as_json(timings),
+                    }
+                )  # fmt: skip
+                report(f"decode {name:8} Sq {Sq} Sk {Sk:5}", timings, ratios)
+            lengths = torch.logspace(4, 11, 32, base=2).round().int().tolist()
+            timings = interleave(varlen_calls(lengths, dtype), budget=options.budget)
+            work = sum(n * n for n in lengths) / 1024**2
+            ratios = {
+                "padded / ours": timings[f"{PYTORCH}, padded"].median / timings[OURS].median,
+                "ours / work at the dense rate": timings[OURS].median
+                / (work * timings["dense"].median),
+            }
+            varlen.append(
+                {
+                    "dtype": name, "lengths": lengths, "ratios": ratios,
+                    "timings_ms": as_json(timings),
+                }
+            )  # fmt: skip
+            report(f"32 sequences {name:8}", timings, ratios)
+    result = {
+        "real_time": real_time,
+        "threads": options.threads,
+        "isa": _native.active_isa(),
+        "machine": machine(),
+        "decode": decode,
+        "varlen": varlen,
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print("saved", RESULTS.name)
+
+
+if __name__ == "__main__":
+    main()

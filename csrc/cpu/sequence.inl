@@ -1,0 +1,105 @@
+// One sequence of a call: how long it is, and where its tokens lie. Everything that may differ
+// between the entries of a batch (packed sequences, used lengths, pages) is decided here, once a
+// task.
+
+struct Sequence {
+  int64_t b;                 // its number, in what has a batch dimension
+  int64_t Sq, Sk;            // its queries; its keys, those in use
+  int64_t q_start, k_start;  // its first token among all tokens, 0 unless they are packed
+  int64_t diagonal_offset;   // key j meets query i at j = i + diagonal_offset
+  const int32_t* pages;      // the numbers of the pages its keys lie in, or null
+};
+
+FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
+  Sequence seq = {b, p.Sq, p.Sk, 0, 0, 0, nullptr};
+  if (p.cu_seqlens_q != nullptr) {
+    seq.q_start = p.cu_seqlens_q[b];
+    seq.Sq = p.cu_seqlens_q[b + 1] - seq.q_start;
+  }
+  if (p.cu_seqlens_k != nullptr) {
+    seq.k_start = p.cu_seqlens_k[b];
+    seq.Sk = p.cu_seqlens_k[b + 1] - seq.k_start;
+  }
+  if (p.seqused_k != nullptr) seq.Sk = p.seqused_k[b];
+  if (p.block_table != nullptr) seq.pages = p.block_table + b * p.block_table_stride_b;
+  if (p.bottom_right) seq.diagonal_offset = seq.Sk - seq.Sq;
+  return seq;
+}
+
+// A block of at most `size` queries of one head of one sequence. Those of packed sequences may be
+// empty: m_start is beyond the last query then.
+struct QueryBlock {
+  int64_t b, h, m_start;
+};
+// Packed: the blocks of sequence b, which starts at token t, are those from t / size + b on. That
+// is room for all, since ceil(n / size) <= (t + n) / size - t / size + 1.
+FA_INLINE int64_t count_query_blocks(const AttentionParams& p, int64_t size) {
+  if (p.cu_seqlens_q == nullptr) return p.B * p.Hq * ceil_div(p.Sq, size);
+  return p.Hq * (p.cu_seqlens_q[p.B] / size + p.B);
+}
+// Of each head the last queries first: under a causal mask they have the most keys.
+FA_INLINE QueryBlock query_block(const AttentionParams& p, int64_t number, int64_t size) {
+  if (p.cu_seqlens_q == nullptr) {
+    const int64_t blocks = ceil_div(p.Sq, size), head = number / blocks;
+    return {head / p.Hq, head % p.Hq, (blocks - 1 - number % blocks) * size};
+  }
+  const int64_t blocks = count_query_blocks(p, size) / p.Hq;
+  const int64_t block = blocks - 1 - number % blocks;
+  int64_t low = 0, high = p.B;  // the last sequence whose first block is not beyond this one
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (p.cu_seqlens_q[middle] / size + middle <= block ? low : high) = middle;
+  }
+  return {low, number / blocks, (block - p.cu_seqlens_q[low] / size - low) * size};
+}
+
+// The log-sum-exp of query i of head h.
+template <typename T>
+FA_INLINE T* lse_of(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i) {
+  return (T*)p.lse + seq.b * p.lse_stride_b + h * p.lse_stride_h + seq.q_start + i;
+}
+// Where the row of key n of head h lies.
+FA_INLINE const char* key_row(const AttentionParams& p, const TensorView& view, const Sequence& seq,
+                              int64_t h, int64_t n) {
+  if (seq.pages == nullptr) return (char*)row_of(view, p.dtype, seq.b, h, seq.k_start + n);
+  return (char*)row_of(view, p.dtype, seq.pages[n / p.page_size], h, n % p.page_size);
+}
+// How many keys from n on, at most `columns`, lie at one distance from each other.
+FA_INLINE int64_t keys_in_a_row(const AttentionParams& p, const Sequence& seq, int64_t n,
+                                int64_t columns) {
+  return seq.pages == nullptr ? columns : min_of(columns, p.page_size - n % p.page_size);
+}
+// at[j] <- where the row of key n + j lies, for j < columns.
+void key_addresses(const AttentionParams& p, const TensorView& view, const Sequence& seq, int64_t h,
+                   int64_t n, int64_t columns, const char** at) {
+  const int64_t step = view.stride_s * element_size(p.dtype);
+  for (int64_t j = 0; j < columns;) {
+    const char* row = key_row(p, view, seq, h, n + j);
+    const int64_t end = j + keys_in_a_row(p, seq, n + j, columns - j);
+    for (; j < end; ++j, row += step) at[j] = row;
+  }
+}
+
+// The rows of K or V of one head, for reading scalars: in place where they are of type T already,
+// else converted; rows whose visibility word is 0 (nobody may see them) are zero, whatever they
+// held, since 0 * NaN would not be. `visible` is null when every row is seen.
+template <typename T>
+Scalars<T> key_rows(const AttentionParams& p, const TensorView& view, const Sequence& seq,
+                    int64_t h, int64_t start, int64_t rows, int64_t columns,
+                    const uint64_t* visible, T* scratch) {
+  bool hidden = false;
+  for (int64_t r = 0; visible != nullptr && r < rows; ++r) hidden |= visible[r] == 0;
+  const bool same_type = p.dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
+  if (same_type && !hidden && keys_in_a_row(p, seq, start, rows) == rows) {
+    return {(const T*)key_row(p, view, seq, h, start), view.stride_s, 1};
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    T* row = scratch + r * columns;
+    if (hidden && visible[r] == 0) {
+      fill(row, columns, (T)0);
+    } else {
+      load_row(row, key_row(p, view, seq, h, start + r), p.dtype, columns);
+    }
+  }
+  return {scratch, columns, 1};
+}

@@ -1,0 +1,94 @@
+"""Key/value caches: where generation keeps the keys and values of the tokens that were before.
+
+A cache is dense, [B, Hkv, room, D], or paged (PagedAttention, Kwon et al. 2023, section 4): pages
+[pages, page_size, Hkv, D] that a block table [B, max_pages] hands out.
+`kv_cache_append_` writes new tokens into it, in place; `attention(..., seqused_k=, block_table=)`
+reads it. Time and traffic O(new tokens).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import ArgumentValueError, message_of_operator
+from .problem import (
+    DTYPES,
+    check_dtype,
+    check_lengths,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    shape_of,
+    wrong_value,
+)
+
+
+def kv_cache_append_(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+) -> None:
+    """Writes new keys and values behind those that are in a cache, in place.
+
+    key [B, Hkv, S, D], value [B, Hkv, S, Dv]: S new tokens of each sequence. cache_seqlens: int32
+    [B], how many tokens each has in the cache; token i of sequence b becomes its token
+    cache_seqlens[b] + i. cache_seqlens itself is left as it is: what `attention` takes as
+    seqused_k afterwards is cache_seqlens + S.
+
+    key_cache [B, Hkv, room, D] and value_cache [B, Hkv, room, Dv]; with block_table (int32
+    [B, max_pages]) pages [pages, page_size, Hkv, D or Dv] of any page_size: token n of sequence b
+    is row n % page_size of page block_table[b, n // page_size]. Any strides; one dtype out of
+    float32, bfloat16, float16 and float64; CPU. What flash_attn_with_kvcache does with k and v,
+    whose layout is the transpose(1, 2) of this one. Sequences that share the page of a new token
+    overwrite one another. Not differentiable.
+
+    Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
+    RuntimeError) for arguments that do not fit together, tokens that have no room and pages that do
+    not exist; nothing is written then.
+    """
+    tensors = {
+        "key_cache": key_cache, "value_cache": value_cache, "key": key, "value": value
+    }  # fmt: skip
+    for name, x in tensors.items():
+        check_tensor(name, x)
+        if x.dim() != 4:
+            pages = block_table is not None and name.endswith("cache")
+            layout = "[pages, page_size, Hkv, D]" if pages else "[B, Hkv, S, D]"
+            wrong_value(name, f"4 dimensions {layout}", f"{x.dim()}: {shape_of(x)}")
+        if key.dtype not in DTYPES:
+            wrong_value("key", f"a dtype out of {', '.join(map(str, DTYPES))}", key.dtype)
+        check_dtype(name, x, key.dtype, "as key has")
+        check_same_device(name, x, key)
+        if torch.is_grad_enabled() and x.requires_grad:
+            hint = "detach() it, or append under torch.no_grad()"
+            wrong_value(name, "no requires_grad", "a tensor that requires it", hint)
+    batch, heads, seqlen, head_dim = key.shape
+    head_dim_v = value.shape[-1]
+    check_shape("value", value, "[B, Hkv, S, Dv]", (batch, heads, seqlen, head_dim_v))
+    check_lengths("cache_seqlens", cache_seqlens, key, 1)
+    check_shape("cache_seqlens", cache_seqlens, "[B]", (batch,))
+    if block_table is None:
+        room = key_cache.shape[2]
+        meaning, front = "[B, Hkv, room, {}]", (batch, heads, room)
+    else:
+        check_lengths("block_table", block_table, key, 2)
+        max_pages = block_table.shape[1]
+        check_shape("block_table", block_table, "[B, max_pages]", (batch, max_pages))
+        meaning, front = "[pages, page_size, Hkv, {}]", (*key_cache.shape[:2], heads)
+    check_shape("key_cache", key_cache, meaning.format("D"), (*front, head_dim))
+    check_shape("value_cache", value_cache, meaning.format("Dv"), (*front, head_dim_v))
+    if key.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(f"kv_cache_append_: device {key.device}: not built yet")
+    if torch.compiler.is_compiling():
+        return ops.kv_cache_append(key_cache, value_cache, key, value, cache_seqlens, block_table)
+    try:
+        ops.kv_cache_append(key_cache, value_cache, key, value, cache_seqlens, block_table)
+    except RuntimeError as error:
+        if type(error) is RuntimeError and "ops.cpp" in str(error):
+            raise ArgumentValueError(message_of_operator(error)) from None
+        raise
