@@ -121,7 +121,8 @@ def keys_meet_queries(
         delta_i = tl.load(delta + first + offs_m, mask=in_m, other=0.0)[None, :]
         keep = None
         if call.dropout is not None:
-            kept = dropout_keep(call.dropout, matrix, m_start, n_start, BLOCK_M, BLOCK_N)
+            row = m_start + tl.arange(0, BLOCK_M)[:, None]
+            kept = dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
             keep = tl.trans(kept)
 
         # -- s^T <- k q^T, dp^T <- v do^T, ds <- p * (dp - delta) --
@@ -218,7 +219,8 @@ def queries_meet_keys(
         v_tile = load_tile(v, b, h_kv, n_start, offs_n, offs_dv, rows, DV, BLOCK_DV)
         keep = None
         if call.dropout is not None:
-            keep = dropout_keep(call.dropout, matrix, m_start, n_start, BLOCK_M, BLOCK_N)
+            row = m_start + tl.arange(0, BLOCK_M)[:, None]
+            keep = dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
 
         # -- s <- q k^T, dp <- do v^T, ds <- p * (dp - delta) --
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -333,7 +335,8 @@ def attention_dbias_kernel(
             delta_i = tl.load(delta + at, mask=rows, other=0.0)[:, None]
             keep = None
             if call.dropout is not None:
-                keep = dropout_keep(call.dropout, matrix, m_start, n_start, BLOCK_M, BLOCK_N)
+                row = m_start + tl.arange(0, BLOCK_M)[:, None]
+                keep = dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
             dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
             _, _, dlogit = score_gradients(

@@ -55,7 +55,8 @@ def attend(
         )
         if call.dropout is not None:  # after the sum: the denominator is that of all weights
             matrix = b * call.Hq + h
-            keep = dropout_keep(call.dropout, matrix, m_start, n_start, BLOCK_M, BLOCK_N)
+            row = m_start + tl.arange(0, BLOCK_M)[:, None]
+            keep = dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
             p = tl.where(keep, p, 0.0)
 
         # -- acc <- acc + p v --

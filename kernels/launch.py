@@ -7,6 +7,7 @@ that it is tested without a GPU, and so that the compile tests compile just what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import attention_backward
+from . import attention_backward, masked_softmax
 from .attention_forward import attention_forward_kernel
+from .masked_softmax import RowCall, RowOperand
 from .primitives import (
     Call,
     Dropout,
@@ -26,7 +28,15 @@ from .primitives import (
     Slopes,
     dropout_keep_mask_kernel,
 )
-from .tiles import Arch, Tiles, attention_tiles, padded_head_dim
+from .tiles import (
+    MAX_SOFTMAX_BLOCK,
+    Arch,
+    RowTiles,
+    Tiles,
+    attention_tiles,
+    padded_head_dim,
+    softmax_tiles,
+)
 
 LIMIT = 2**31
 
@@ -351,3 +361,148 @@ def keep_mask_launch(keep: Tensor, dropout: Dropout | None) -> Launch:
         4,
         1,
     )
+
+
+# -- Masked softmax ------------------------------------------------------------------------
+
+
+def row_operand(x: Tensor, shape: Sequence[int]) -> RowOperand:
+    """x broadcasts to `shape`, of at least two dimensions, the last of which are the columns."""
+    missing = len(shape) - x.dim()
+    strides = [0] * missing + [
+        0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
+    ]
+    return RowOperand(x, tuple(strides[:-1]), strides[-1])
+
+
+def row_call(
+    shape: Sequence[int],
+    scale: float,
+    causal: int,
+    sinks: Tensor | None = None,
+    philox: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> RowCall:
+    """shape: of the rows and columns, at least two dimensions."""
+    columns, queries = shape[-1], shape[-2]
+    return RowCall(
+        sizes=tuple(shape[:-1]),
+        rows=math.prod(shape[:-1]),
+        columns=columns,
+        queries=queries,
+        heads=shape[-3] if len(shape) > 2 else 1,
+        scale=float(scale),
+        offset=None if causal == 0 else columns - queries if causal == 2 else 0,
+        sinks=sinks,
+        dropout=dropout_of(dropout_p, philox),
+    )
+
+
+def _row_launch(kernel: Any, call: RowCall, args: tuple[Any, ...], max_block: int) -> Launch:
+    tiles = softmax_tiles(call.columns, max_block)
+    constants = {
+        "ROWS": tiles.rows,
+        "BLOCK": tiles.block,
+        "ONE_BLOCK": call.columns <= tiles.block,
+    }
+    return Launch(kernel, (ceil_div(call.rows, tiles.rows),), args, constants, tiles.num_warps, 1)
+
+
+def softmax_launch(
+    input: Tensor,
+    out: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sink_weight: Tensor | None,
+    call: RowCall,
+    max_block: int = MAX_SOFTMAX_BLOCK,
+) -> Launch:
+    """input and out: [..., columns] of the same shape, at least two dimensions."""
+    shape = input.shape
+    operands = (
+        row_operand(input, shape),
+        row_operand(out, shape),
+        weights,
+        None if mask is None else row_operand(mask.view(torch.uint8), shape),
+        None if bias is None else row_operand(bias, shape),
+        sink_weight,
+    )
+    return _row_launch(masked_softmax.masked_softmax_kernel, call, (*operands, call), max_block)
+
+
+def softmax_backward_launch(
+    weights: Tensor,
+    grad_out: Tensor,
+    dx: Tensor,
+    delta: Tensor | None,
+    sink_weight: Tensor | None,
+    sink_terms: Tensor | None,
+    call: RowCall,
+    max_block: int = MAX_SOFTMAX_BLOCK,
+) -> Launch:
+    operands = [row_operand(x, weights.shape) for x in (weights, grad_out, dx)]
+    args = (*operands, delta, sink_weight, sink_terms, call)
+    return _row_launch(masked_softmax.masked_softmax_backward_kernel, call, args, max_block)
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """The rows in another order: those that share a row of dbias are neighbours."""
+
+    order: tuple[int, ...]  # of the dimensions
+    groups: int
+    group_rows: int
+    width: int  # columns of dbias: all, or 1
+    chunks: int  # parts of a group, so that there are about DBIAS_PROGRAMS programs
+
+    @staticmethod
+    def of(bias: Tensor, shape: Sequence[int], block: int) -> RowGroups:
+        own = (1,) * (len(shape) - bias.dim()) + tuple(bias.shape)
+        dims = range(len(shape) - 1)
+        kept = [d for d in dims if own[d] == shape[d]]
+        summed = [d for d in dims if own[d] != shape[d]]
+        groups = math.prod(shape[d] for d in kept)
+        group_rows = math.prod(shape[d] for d in summed)
+        programs = max(1, groups * ceil_div(own[-1], block))
+        chunks = max(1, min(group_rows, DBIAS_PROGRAMS // programs))
+        return RowGroups((*kept, *summed), groups, group_rows, own[-1], chunks)
+
+
+def softmax_dbias_launch(
+    weights: Tensor,
+    grad_out: Tensor,
+    delta: Tensor,
+    dbias: Tensor,
+    work: RowGroups,
+    call: RowCall,
+    tiles: RowTiles,
+) -> Launch:
+    """dbias: [groups, width], or [chunks, groups, width] in float32, to be summed."""
+    shape = weights.shape
+    numbers = torch.empty(shape[:-1], device="meta").stride()
+
+    def ordered(strides: Sequence[int]) -> tuple[int, ...]:
+        return tuple(strides[d] for d in work.order)
+
+    def operand(x: Tensor) -> RowOperand:
+        own = row_operand(x, shape)
+        return RowOperand(x, ordered(own.strides), own.stride_k)
+
+    args = (
+        *(operand(weights), operand(grad_out)),
+        *(RowOperand(None, ordered(numbers), None), delta, dbias),
+        *(call._replace(sizes=ordered(call.sizes)), work.group_rows, work.chunks, work.width),
+        work.groups * work.width,
+    )
+    narrow = work.width == 1 and call.columns > 1
+    constants = {"ROWS": tiles.rows, "BLOCK": tiles.block, "SUM_COLUMNS": narrow}
+    grid = (work.groups * work.chunks * ceil_div(work.width, tiles.block),)
+    return Launch(
+        masked_softmax.masked_softmax_dbias_kernel, grid, args, constants, tiles.num_warps, 1
+    )
+
+
+def softmax_dsinks_launch(sink_terms: Tensor, dsinks: Tensor, call: RowCall) -> Launch:
+    kernel = masked_softmax.masked_softmax_dsinks_kernel
+    return Launch(kernel, (call.heads,), (sink_terms, dsinks, call), {"BLOCK": 1024}, 4, 1)

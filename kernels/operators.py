@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .tiles import Tiles, arch_of, attention_tiles
+from .tiles import MAX_SOFTMAX_BLOCK, Tiles, arch_of, attention_tiles, softmax_tiles
 
-# For tests: small tiles, so that small problems have several blocks in each direction.
+# Tests set these: with small tiles, small problems have several blocks in each direction.
 OVERRIDE: Tiles | None = None
+MAX_BLOCK = MAX_SOFTMAX_BLOCK
 
 
 def empty_like_layout(like: Tensor, last: int) -> Tensor:
@@ -183,3 +184,95 @@ def dropout_keep_mask(
     if dropout_p > 0.0 and keep.numel():
         launch.keep_mask_launch(keep, launch.dropout_of(dropout_p, philox)).run()
     return keep
+
+
+# -- Masked softmax ------------------------------------------------------------------------
+
+
+def _two_dimensional(x: Tensor) -> Tensor:
+    return x if x.dim() > 1 else x.unsqueeze(0)
+
+
+def masked_softmax_forward(
+    input: Tensor,
+    scale: float,
+    causal: int,
+    save: bool,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    philox: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty_like(input, memory_format=torch.contiguous_format)
+    save_weights, save_sinks = save and dropout_p > 0.0, save and sinks is not None
+    weights = torch.empty_like(out) if save_weights else out.new_empty(0)
+    sink_weight = out.new_empty(out.shape[:-1] if save_sinks else 0, dtype=torch.float32)
+    rows = _two_dimensional(input)
+    call = launch.row_call(rows.shape, scale, causal, sinks, philox, dropout_p)
+    launch.softmax_launch(
+        rows,
+        _two_dimensional(out),
+        weights if save_weights else None,
+        mask,
+        bias,
+        sink_weight if save_sinks else None,
+        call,
+        MAX_BLOCK,
+    ).run()
+    return out, weights, sink_weight
+
+
+def masked_softmax_(
+    input: Tensor,
+    scale: float,
+    causal: int,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    philox: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> None:
+    rows = _two_dimensional(input)
+    call = launch.row_call(rows.shape, scale, causal, sinks, philox, dropout_p)
+    launch.softmax_launch(rows, rows, None, mask, bias, None, call, MAX_BLOCK).run()
+
+
+def masked_softmax_backward(
+    grad_out: Tensor,
+    weights: Tensor,
+    scale: float,
+    causal: int,
+    bias: Tensor | None = None,
+    sink_weight: Tensor | None = None,
+    philox: Tensor | None = None,
+    dropout_p: float = 0.0,
+    bias_grad: bool = False,
+    sinks_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    rows, grads = _two_dimensional(weights), _two_dimensional(grad_out)
+    call = launch.row_call(rows.shape, scale, causal, None, philox, dropout_p)
+    float32 = {"dtype": torch.float32}
+    delta = dx.new_empty(call.rows, **float32) if bias_grad else None
+    terms = dx.new_empty(call.rows, **float32) if sinks_grad else None
+    launch.softmax_backward_launch(
+        rows, grads, _two_dimensional(dx), delta, sink_weight, terms, call, MAX_BLOCK
+    ).run()
+    dbias, dsinks = dx.new_empty(0), dx.new_empty(0, **float32)
+    if terms is not None:
+        dsinks = dx.new_empty(call.heads, **float32)
+        launch.softmax_dsinks_launch(terms, dsinks, call).run()
+    if delta is not None:
+        assert bias is not None
+        dbias = bias.new_zeros(bias.shape)
+        if rows.numel():
+            sizes = softmax_tiles(call.columns, MAX_BLOCK)
+            work = launch.RowGroups.of(bias, rows.shape, sizes.block)
+            several = work.chunks > 1
+            parts = dbias
+            if several:
+                parts = dx.new_empty((work.chunks, *bias.shape), **float32)
+            launch.softmax_dbias_launch(rows, grads, delta, parts, work, call, sizes).run()
+            dbias = parts.sum(0).to(bias.dtype) if several else dbias
+    return dx, dbias, dsinks

@@ -274,16 +274,18 @@ def halves_kept(word, threshold):
 
 
 @triton.jit
-def dropout_keep(dropout, matrix, m_start, n_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which weights of the tile are kept, bool [BLOCK_M, BLOCK_N]; n_start is a multiple of 8."""
-    row = m_start + tl.arange(0, BLOCK_M)[:, None]
-    group = n_start // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
+def dropout_keep(dropout, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which weights are kept of the rows [ROWS, 1], columns n_start + [0, COLUMNS): bool.
+
+    n_start is a multiple of 8; matrix is a number, or one for each row, [ROWS, 1].
+    """
+    group = n_start // 8 + tl.arange(0, COLUMNS // 8)[None, :]
     c0, c1, c2, c3 = philox_words(dropout, matrix, row, group)
-    # [M, N / 8, 2, 2, 2]: word / 2, word % 2, half; in memory order these are 8 columns
+    # [rows, columns / 8, 2, 2, 2]: word / 2, word % 2, half; in memory order these are 8 columns
     even = tl.join(halves_kept(c0, dropout.threshold), halves_kept(c2, dropout.threshold))
     odd = tl.join(halves_kept(c1, dropout.threshold), halves_kept(c3, dropout.threshold))
     words = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2))
-    return tl.reshape(words, (BLOCK_M, BLOCK_N)) != 0
+    return tl.reshape(words, (ROWS, COLUMNS)) != 0
 
 
 @triton.jit
@@ -294,7 +296,7 @@ def dropout_keep_mask_kernel(keep, dropout, Sq, Sk, BLOCK_M: tl.constexpr, BLOCK
     i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     base = keep + tl.cast(matrix, tl.int64) * Sq * Sk + tl.cast(m_start, tl.int64) * Sk
     for n_start in tl.range(0, Sk, BLOCK_N):
-        kept = dropout_keep(dropout, matrix, m_start, n_start, BLOCK_M, BLOCK_N)
+        kept = dropout_keep(dropout, matrix, m_start + i, n_start, BLOCK_M, BLOCK_N)
         inside = (m_start + i < Sq) & (n_start + j < Sk)
         pointers = base + i.to(tl.int64) * Sk + n_start + j
         tl.store(pointers, kept.to(tl.int8), mask=inside)
