@@ -253,15 +253,14 @@ def masked_softmax_backward(
     dx = torch.empty_like(weights, memory_format=torch.contiguous_format)
     rows, grads = _two_dimensional(weights), _two_dimensional(grad_out)
     call = launch.row_call(rows.shape, scale, causal, None, philox, dropout_p)
-    float32 = {"dtype": torch.float32}
-    delta = dx.new_empty(call.rows, **float32) if bias_grad else None
-    terms = dx.new_empty(call.rows, **float32) if sinks_grad else None
+    delta = dx.new_empty(call.rows, dtype=torch.float32) if bias_grad else None
+    terms = dx.new_empty(call.rows, dtype=torch.float32) if sinks_grad else None
     launch.softmax_backward_launch(
         rows, grads, _two_dimensional(dx), delta, sink_weight, terms, call, MAX_BLOCK
     ).run()
-    dbias, dsinks = dx.new_empty(0), dx.new_empty(0, **float32)
+    dbias, dsinks = dx.new_empty(0), dx.new_empty(0, dtype=torch.float32)
     if terms is not None:
-        dsinks = dx.new_empty(call.heads, **float32)
+        dsinks = dx.new_empty(call.heads, dtype=torch.float32)
         launch.softmax_dsinks_launch(terms, dsinks, call).run()
     if delta is not None:
         assert bias is not None
@@ -272,7 +271,7 @@ def masked_softmax_backward(
             several = work.chunks > 1
             parts = dbias
             if several:
-                parts = dx.new_empty((work.chunks, *bias.shape), **float32)
+                parts = dx.new_empty((work.chunks, *bias.shape), dtype=torch.float32)
             launch.softmax_dbias_launch(rows, grads, delta, parts, work, call, sizes).run()
             dbias = parts.sum(0).to(bias.dtype) if several else dbias
     return dx, dbias, dsinks

@@ -52,9 +52,9 @@ def blocks(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_row_lengths(blocks, dtype):
-    for N in (17, 31, 33, 64, 70):
+    for N in (17, 33, 70):
         mask = torch.rand(3, N) > 0.3
-        assert not check(randn(2, 3, N, dtype=dtype), mask, scale=0.7), N
+        assert not check(randn(3, N, dtype=dtype), mask, scale=0.7), N
 
 
 def test_rows_longer_than_the_largest_block():
@@ -66,15 +66,15 @@ def test_rows_longer_than_the_largest_block():
     assert not check(randn(1, 1, 1))
 
 
-SHAPE = (2, 3, 5, 40)
+SHAPE = (2, 2, 3, 20)
 BROADCASTS = [
     tuple(size if full else 1 for size, full in zip(SHAPE, bits, strict=True))
     for bits in itertools.product((False, True), repeat=4)
 ]
 
 
-@pytest.mark.parametrize("shape", [*BROADCASTS, (40,), (5, 1), (3, 5, 40), (1,), ()], ids=str)
-def test_every_broadcast_shape(blocks, shape):
+@pytest.mark.parametrize("shape", [*BROADCASTS, (20,), (3, 1), (2, 3, 20), (1,), ()], ids=str)
+def test_every_broadcast_shape(shape):
     x = randn(*SHAPE, dtype=torch.bfloat16)
     assert not check(x, torch.rand(shape) > 0.4)
     assert not check(x, bias=torch.randn(shape, dtype=torch.float32))
@@ -83,17 +83,21 @@ def test_every_broadcast_shape(blocks, shape):
 @pytest.mark.parametrize("programs", [1, 7, 512])
 def test_gradient_of_a_bias_in_any_number_of_parts(monkeypatch, programs):
     monkeypatch.setattr(launch, "DBIAS_PROGRAMS", programs)
-    for shape in ((40,), (5, 1), (1, 1), (3, 1, 1), (3, 5, 40)):
+    for shape in ((20,), (3, 1), (1, 1), (2, 1, 1), (2, 3, 20)):
         assert not check(randn(*SHAPE), bias=randn(*shape), causal="top_left", scale=0.3)
+
+
+def fewer(shape):
+    return tuple(10 if size == 40 else size for size in shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_features_together(blocks, dtype):
-    for mask, bias, sinks, causal, dropout_p, scale in random.Random(3).sample(CASES, 8):
+    for mask, bias, sinks, causal, dropout_p, scale in random.Random(3).sample(CASES, 5):
         wrong = check(
-            randn(2, 3, 40, 50, dtype=dtype),
-            None if mask is None else torch.rand(mask) > 0.4,
-            None if bias is None else randn(*bias, dtype=dtype),
+            randn(2, 3, 10, 50, dtype=dtype),
+            None if mask is None else torch.rand(fewer(mask)) > 0.4,
+            None if bias is None else randn(*fewer(bias), dtype=dtype),
             randn(3) if sinks else None,
             causal=causal,
             dropout_p=dropout_p,

@@ -138,7 +138,7 @@ def test_as_a_command_with_somebody_else_s(tmp_path):
         (["--impl", "torch._C._nn:scaled_dot_product_attention"], "give --signature"),
         (["--impl", "math:exp", "--isa", "baseline"], "without --backend and --isa"),
         (["--backend", "abacus"], "--backend: expected one of"),
-        (["--backend", "triton"], "not built yet"),
+        (["--backend", "cuda"], "cannot run here: not built yet"),
         (["--isa", "z80"], "--isa: expected one of"),
         (["--isa", "baseline", "--backend", "reference"], "only the backend cpu has any"),
     ],

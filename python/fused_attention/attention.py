@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import ops
-from .backends import MAX_PLANS, PLANS, choose
+from .backends import MAX_PLANS, PLANS, TRITON, choose
 from .errors import ArgumentValueError
 from .problem import (
     Plan,
@@ -487,7 +487,7 @@ def dropout_mask(
     like = torch.empty(0, device=device)
     check_philox_seed(philox_seed, like.device)
     philox = ops.philox_state(like, like, like, philox_seed)
-    if like.device.type == "cpu":
+    if like.device.type == "cpu" or (like.device.type == "cuda" and not TRITON.missing()):
         return ops.dropout_keep_mask(philox, dropout_p, *sizes)
     from .reference import dropout_keep_mask
 

@@ -163,6 +163,27 @@ def _fake_philox_state(like: Tensor, call_site: int) -> Tensor:
     return like.new_empty(2, dtype=torch.int64)
 
 
+# -- CUDA and HIP: the Triton kernels ----------------------------------------------------
+
+
+def _register_triton(name: str) -> None:
+    """The kernels, and with them Triton, are imported by the first call."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        from .kernels import operators
+
+        return getattr(operators, name)(*args, **kwargs)
+
+    _library.impl(name, call, "CUDA")
+
+
+for _name in (
+    *("attention_forward_plain", "attention_forward_plain_lse", "attention_forward"),
+    *("attention_backward", "dropout_keep_mask", "masked_softmax_forward", "masked_softmax_"),
+    "masked_softmax_backward",
+):
+    _register_triton(_name)
+
 # -- vmap --------------------------------------------------------------------------------
 
 

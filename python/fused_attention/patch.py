@@ -156,7 +156,8 @@ class _State:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.devices = {device for row in BACKENDS if row.plan for device in row.devices or ()}
+        usable = [row for row in BACKENDS if row.plan and not row.missing()]
+        self.devices = {device for row in usable for device in row.devices or ()}
         self.on = False  # not read off `patches`: compiled code guards on it
         self.patches = 0
         self.original: Any = F.scaled_dot_product_attention

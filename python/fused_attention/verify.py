@@ -76,9 +76,10 @@ def own_targets(backend: str | None = None, isa: str | None = None) -> list[Targ
 
     targets = []
     for row in BACKENDS:
-        if row.plan is None:
+        missing = row.missing() if row.plan else "not built yet"
+        if missing:
             if row.name == backend:
-                raise ArgumentValueError(f"--backend: {backend!r} is not built yet")
+                raise ArgumentValueError(f"--backend: {backend!r} cannot run here: {missing}")
         elif row.name == "cpu" and backend in (None, "cpu"):
             isas = [isa] if isa else _native.isas()
             targets += [Target(f"cpu, {name}", call_of("cpu"), isa=name) for name in isas]
