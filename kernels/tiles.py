@@ -61,7 +61,8 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# kernel, architecture or "any", bits of the dtype: {largest padded head size: tiles}
+# kernel, architecture or "any", bits of the dtype: {padded head size, 64 also for less: tiles}. What
+# an architecture says goes before what "any" says.
 _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
     ("forward", "any", 16): {
         64: Tiles(128, 64, 4, 3),
@@ -78,11 +79,16 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
         128: Tiles(64, 64, 8, 1),
         256: Tiles(32, 32, 8, 1),
     },
+    ("forward", "sm_90", 16): {64: Tiles(128, 64, 8, 3)},
+    ("forward", "sm_100", 16): {64: Tiles(128, 64, 8, 3)},
+    ("forward", "sm_120", 16): {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2)},
+    ("forward", "gfx950", 16): {128: Tiles(128, 64, 8, 1)},
     ("forward", "any", 32): {
         64: Tiles(32, 32, 4, 1),
         128: Tiles(32, 32, 8, 1),
         256: Tiles(32, 16, 8, 1),
     },
+    ("dkdv", "sm_90", 16): {128: Tiles(32, 64, 8, 1)},
     ("dkdv", "any", 32): {
         64: Tiles(32, 32, 8, 1),
         128: Tiles(16, 32, 8, 1),
@@ -99,9 +105,8 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
 def attention_tiles(kernel: str, arch: Arch, dtype: torch.dtype, head_dim: int) -> Tiles:
     """kernel: "forward", "dkdv" or "dq"; head_dim: the larger one of query's and value's."""
     bits = 8 * dtype.itemsize
-    rows = _TABLE.get((kernel, arch.name, bits)) or _TABLE[kernel, "any", bits]
-    width = padded_head_dim(head_dim)
-    return next(tiles for limit, tiles in rows.items() if width <= limit)
+    rows = _TABLE[kernel, "any", bits] | _TABLE.get((kernel, arch.name, bits), {})
+    return rows[max(64, padded_head_dim(head_dim))]
 
 
 class RowTiles(NamedTuple):

@@ -675,8 +675,9 @@ def test_state_of_dropout_follows_the_generator():
 # -- Triton --------------------------------------------------------------------------------
 
 
-def test_importing_the_package_does_not_import_triton():
-    code = "import sys, fused_attention; assert 'triton' not in sys.modules"
+def test_importing_the_package_imports_no_triton_kernel():
+    """Nor Triton itself, but PyTorch may."""
+    code = "import sys, fused_attention; assert not any('.kernels' in x for x in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
