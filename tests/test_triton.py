@@ -21,7 +21,7 @@ from fused_attention.kernels import launch, operators, tiles
 from fused_attention.kernels.primitives import visible_block_range
 from fused_attention.testing import Case
 from test_features import case_id
-from triton_interpreter import repaired_bfloat16
+from triton_interpreter import quick_calls, repaired_bfloat16
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INF, NAN = math.inf, math.nan
@@ -31,14 +31,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, abou
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bfloat16():
-    with repaired_bfloat16():
+def interpreter():
+    with repaired_bfloat16(), quick_calls():
         yield
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(operators, "OVERRIDE", SMALL)
+    monkeypatch.setattr(launch, "DBIAS_PROGRAMS", 8)
 
 
 def arguments(inputs: testing.Inputs, precision: int = 0):

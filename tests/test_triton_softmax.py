@@ -13,15 +13,15 @@ import fused_attention as fa
 from fused_attention import ops, reference
 from fused_attention.kernels import launch, masked_softmax, operators, tiles
 from test_softmax import CASES, PHILOX, check, randn
-from triton_interpreter import repaired_bfloat16
+from triton_interpreter import quick_calls, repaired_bfloat16
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, about log(0) and 1/0
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bfloat16():
-    with repaired_bfloat16():
+def interpreter():
+    with repaired_bfloat16(), quick_calls():
         yield
 
 
@@ -31,6 +31,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(ops, "softmax_forward", operators.masked_softmax_forward)
     monkeypatch.setattr(ops, "softmax_backward", operators.masked_softmax_backward)
     monkeypatch.setattr(ops, "softmax_in_place", operators.masked_softmax_)
+    monkeypatch.setattr(launch, "DBIAS_PROGRAMS", 8)
 
 
 @pytest.fixture(params=["one block", "several blocks"])

