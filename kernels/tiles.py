@@ -6,6 +6,7 @@ The table follows from what compiles without spills and fits the shared memory o
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ INTERPRETER = Arch("interpreter", 2**31)
 SMALLEST = Arch("sm_86", 64 * 1024)
 
 
+@functools.cache
 def arch_of(device: torch.device) -> Arch:
     """The architecture of a CUDA or HIP device; a CPU is Triton's interpreter."""
     if device.type == "cpu":
@@ -61,8 +63,8 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# kernel, architecture or "any", bits of the dtype: {padded head size, 64 also for less: tiles}. What
-# an architecture says goes before what "any" says.
+# kernel, architecture or "any", bits of the dtype: {padded head size, 64 also for less: tiles}.
+# What an architecture says goes before what "any" says.
 _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
     ("forward", "any", 16): {
         64: Tiles(128, 64, 4, 3),

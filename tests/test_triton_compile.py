@@ -1,9 +1,9 @@
 """The Triton kernels through the real compiler, for every target, without a GPU.
 
 The interpreter accepts what the compiler refuses, and knows nothing of registers and shared memory.
-Kernels for {target, kernel, dtype, head size, features} must compile and fit: with --full a covering
-set, in which every two values of two axes meet, else the part of it that covers most. The main
-configurations must not spill, and use the matrix and copy instructions that the target has.
+Kernels for {target, kernel, dtype, head size, features} must compile and fit: with --full a
+covering set, in which every two values of two axes meet, else the part of it that covers most. The
+main configurations must not spill, and use the matrix and copy instructions of the target.
 """
 
 import itertools

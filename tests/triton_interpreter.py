@@ -86,7 +86,7 @@ def repaired_bfloat16():
 
 @contextlib.contextmanager
 def quick_calls():
-    """A call of one device function by another patches the language again: once a launch will do."""
+    """Calls between device functions patch the language each time: once a launch will do."""
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched = set()
 

@@ -172,7 +172,10 @@ def _register_triton(name: str) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         from .kernels import operators
 
-        return getattr(operators, name)(*args, **kwargs)
+        # Triton launches on the current device, which need not be that of the tensors.
+        inputs = (*args, *kwargs.values())
+        with torch.cuda.device(next(x.device for x in inputs if isinstance(x, Tensor))):
+            return getattr(operators, name)(*args, **kwargs)
 
     _library.impl(name, call, "CUDA")
 
