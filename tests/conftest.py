@@ -1,5 +1,10 @@
 """Options and parameters that every test file shares."""
 
+import os
+
+# Before anything imports Triton, which decides then whether its own functions are interpreted.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 import torch
 

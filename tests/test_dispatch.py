@@ -1,7 +1,11 @@
 """How a call finds its backend: validation, choice, environment, remembered plans, explain."""
 
+import dataclasses
+import importlib.util
 import itertools
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -155,9 +159,10 @@ def test_every_reason_is_given():
 
 
 def test_an_explicit_backend_never_falls_back():
-    for name in ("cuda", "triton"):
-        with pytest.raises(NotImplementedError, match=f"{name}.*not built yet"):
-            attention(**qkv(), backend=name)
+    with pytest.raises(NotImplementedError, match="cuda.*not built yet"):
+        attention(**qkv(), backend="cuda")
+    with pytest.raises(NotImplementedError, match="triton.*device cpu: only cuda"):
+        attention(**qkv(), backend="triton")
     with pytest.raises(NotImplementedError, match="cpu.*gradients with varlen: not built yet"):
         attention(**PACKED_GRADIENT, backend="cpu")
     wide = qkv(D=600) | {"query": qkv(D=600)["query"].requires_grad_()}
@@ -175,10 +180,8 @@ def test_the_reference_is_logged_once_per_reason(caplog):
             attention(**PACKED_GRADIENT)
         assert len(caplog.records) == 1
         message = caplog.text
-        assert (
-            "cpu: gradients with varlen: not built yet" in message
-            and "triton: not built yet" in message
-        )
+        assert "cpu: gradients with varlen: not built yet" in message
+        assert "cuda: not built yet" in message
         for _ in range(2):
             attention(**qkv(D=513))
         assert len(caplog.records) == 2 and "head_dim 513" in caplog.text
@@ -209,7 +212,7 @@ def test_environment_chooses_the_backend(environment):
     assert explain(**arguments).backend == "reference"
     assert explain(**arguments, backend="cpu").backend == "cpu"
     environment(BACKEND="triton")
-    with pytest.raises(NotImplementedError, match="triton.*not built yet"):
+    with pytest.raises(NotImplementedError, match="triton.*device cpu: only cuda"):
         attention(**arguments)
     attention(**arguments, backend="cpu")
     environment(BACKEND="nonsense")
@@ -438,7 +441,8 @@ def test_explain_tells_backend_isa_kernel_tiles_and_memory(isa):
     assert explanation.details.kernel.startswith("attention_forward")
     assert explain(**qkv(Sq=1)).details.kernel == "attention_decode"
     assert explanation.details.block_m > 0 and explanation.details.block_n > 0
-    assert explanation.refused == {"cuda": ["not built yet"], "triton": ["not built yet"]}
+    assert explanation.refused["cuda"] == ["not built yet"]
+    assert explanation.refused["triton"][-1] == "device cpu: only cuda"
     text = str(explanation)
     for word in ("cpu", isa, "attention_forward", "MiB", "queries", "not cuda"):
         assert word in text
@@ -537,3 +541,82 @@ def test_state_of_dropout_follows_the_generator():
     torch.manual_seed(1)
     assert torch.equal(ops.philox_state(query, query, query), first)
     assert first.dtype == torch.int64 and first.shape == (2,) and not torch.equal(first, second)
+
+
+# -- Triton --------------------------------------------------------------------------------
+
+
+def test_importing_the_package_imports_no_triton_kernel():
+    """Nor Triton itself, but PyTorch may."""
+    code = "import sys, fused_attention; assert not any('.kernels' in x for x in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_triton_gives_its_reasons(monkeypatch):
+    from fused_attention.backends import TRITON
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    TRITON.missing.cache_clear()
+    try:
+        problem = Problem.from_call(**{k: x.double() for k, x in qkv(D=320, Dv=20).items()})
+        first, *others = TRITON.supports(problem)
+        assert first in ("no CUDA device", "triton not installed")
+        assert [reason.split(":")[0] for reason in others] == [
+            "device cpu",
+            "dtype torch.float64",
+            "query's head_dim 320",
+        ]
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        TRITON.missing.cache_clear()
+        assert TRITON.missing() == "triton not installed"
+    finally:
+        TRITON.missing.cache_clear()
+
+
+def test_triton_serves_what_is_on_a_gpu(monkeypatch):
+    """By the row alone: a tensor on a GPU that this machine may not have."""
+    from fused_attention.backends import TRITON
+    from fused_attention.kernels.tiles import ARCHS
+
+    TRITON.missing.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        if TRITON.missing():
+            pytest.skip("triton not installed")
+        problem = Problem.from_call(**qkv())
+        on_gpu = dataclasses.replace(problem, device=torch.device("cuda"))
+        assert TRITON.supports(on_gpu) == [] and backends.choose(on_gpu) is TRITON
+        assert "device cpu: only cuda" in TRITON.supports(problem)
+        monkeypatch.setattr("fused_attention.kernels.tiles.arch_of", lambda device: ARCHS["sm_90"])
+        details = TRITON.details(on_gpu)
+        assert details.isa == "sm_90" and details.block_m > 0 and details.block_n > 0
+    finally:
+        TRITON.missing.cache_clear()
+
+
+def test_fake_cuda_tensors_go_through_the_operators():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from fused_attention import ops
+
+    with FakeTensorMode():
+        query = torch.empty(2, 4, 5, 16, device="cuda", dtype=torch.float16)
+        key = torch.empty(2, 2, 7, 16, device="cuda", dtype=torch.float16)
+        out, lse = ops.forward(query, key, key, 0.25, 0, -1, -1, 0)
+        assert out.shape == query.shape and out.device.type == "cuda"
+        assert lse.shape == (2, 4, 5) and lse.dtype == torch.float32
+        dq, dk, dv, _, _ = ops.backward(out, None, query, key, key, out, lse, 0.25, 0, -1, -1, 0)
+        assert dq.shape == query.shape and dk.shape == dv.shape == key.shape
+
+
+def test_every_operator_has_kernels_for_both_devices():
+    names = [name for name in dir(torch.ops.fused_attention) if not name.startswith("_")]
+    for name in (
+        *("attention_forward_plain", "attention_forward_plain_lse", "attention_forward"),
+        *("attention_backward", "dropout_keep_mask", "masked_softmax_forward"),
+        *("masked_softmax_", "masked_softmax_backward"),
+    ):
+        assert name in names
+        for key in ("CPU", "CUDA"):
+            has = torch._C._dispatch_has_kernel_for_dispatch_key
+            assert has(f"fused_attention::{name}", key), (name, key)

@@ -13,7 +13,13 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from fused_attention import MultiheadAttention, attention, modules, replace_multihead_attention
+from fused_attention import (
+    MultiheadAttention,
+    attention,
+    modules,
+    replace_multihead_attention,
+    testing,
+)
 from fused_attention.testing import cpu_isa
 
 N, L, S, E, HEADS = 3, 5, 7, 24, 4
@@ -161,6 +167,11 @@ def test_forward_and_gradients(construction, inputs_are):
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_precision(dtype, need_weights):
     """No worse than the original, by the distance from float64."""
+    assert not testing.luck_aside(lambda draw: imprecise(dtype, need_weights, draw))
+
+
+def imprecise(dtype, need_weights, draw):
+    torch.manual_seed(draw)
     exact, _ = pair(batch_first=True)
     exact = exact.to(dtype).double()
     theirs = nn.MultiheadAttention(E, HEADS, batch_first=True, dtype=dtype)
@@ -177,11 +188,14 @@ def test_precision(dtype, need_weights):
     want, torch_got, got = (
         results(module, d) for module, d in ((exact, torch.float64), (theirs, dtype), (ours, dtype))
     )
+    ratios = {}
     for name, x in want.items():
         assert got[name].dtype == torch_got[name].dtype == dtype
         error, torch_error = ((y[name].double() - x).abs().max() for y in (got, torch_got))
         floor = 4 * torch.finfo(dtype).eps * x.abs().max()
-        assert error <= 2 * torch_error + floor, name
+        ratios[name] = error / (2 * torch_error + floor) if error else 0.0
+    wrong = [f"{name}: {ratio} of what is allowed" for name, ratio in ratios.items() if ratio > 1]
+    return None if wrong and max(ratios.values()) <= testing.CHANCE else wrong
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

@@ -230,7 +230,8 @@ def test_compiled_code(calls, backend):
         gradients = torch.autograd.grad(out.square().sum(), tensors)
     assert calls["function"] > 0  # while it was traced
     torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(gradients, expected_gradients)
+    # Two float32 computations of numbers near 10: 1e-5 of them apart at most
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
     calls["function"] = 0
     assert torch.equal(compiled(*tensors), expected)
     assert calls["function"] == 0

@@ -55,10 +55,13 @@ def run(inputs, average):
 
 
 def mismatches(case, average):
-    inputs = weights_inputs(case, average)
-    exact = as_weights(testing.exact(inputs), average)
-    naive = tuple(as_weights(x, average) for x in testing.naive(inputs))
-    return testing.mismatches(run(inputs, average), exact, naive)
+    def answer(case):
+        inputs = weights_inputs(case, average)
+        exact = as_weights(testing.exact(inputs), average)
+        naive = tuple(as_weights(x, average) for x in testing.naive(inputs))
+        return run(inputs, average), exact, naive
+
+    return testing.check_answers(case, answer)
 
 
 @pytest.mark.parametrize("average", [True, False])

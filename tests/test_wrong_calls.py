@@ -558,7 +558,27 @@ MERGE = [
 ]
 
 
+CACHE = {
+    "key_cache": torch.zeros(2, 2, 9, 5),
+    "value_cache": torch.zeros(2, 2, 9, 7),
+    "key": torch.zeros(2, 2, 4, 5),
+    "value": torch.zeros(2, 2, 4, 7),
+    "cache_seqlens": torch.zeros(2, dtype=int32),
+}
+# More of them, with what is written then: test_cache.py
+KV_CACHE_APPEND = [
+    ({"cache_seqlens": torch.zeros(2)}, VALUE, "cache_seqlens: .*int32.*float32"),
+    ({"cache_seqlens": torch.tensor([0, 6], dtype=int32)}, VALUE, "cache_seqlens: .*got 6"),
+    ({"key": torch.zeros(2, 2, 4, 6)}, VALUE, "key"),
+    ({"value": 1.0}, TYPE, "value: .*Tensor, got float"),
+    ({"key_cache": torch.zeros(2, 2, 9, 5).half()}, VALUE, "key"),
+]
+
+
 def companion_rows():
+    for changes, error, message in KV_CACHE_APPEND:
+        call = functools.partial(fa.kv_cache_append_, **CACHE | changes)
+        yield Row("kv_cache_append_", call, error, message)
     for arguments, error, message in DROPOUT_MASK:
         call = functools.partial(fa.dropout_mask, *arguments)
         yield Row("dropout_mask", call, error, message)
@@ -635,7 +655,7 @@ COMMANDS = [
         r"without --backend and --isa",
     ),
     (["verify", "--quick", "--backend", "abacus"], r"--backend: expected one of"),
-    (["verify", "--quick", "--backend", "triton"], r"not built yet"),
+    (["verify", "--quick", "--backend", "triton"], r"cannot run here: "),
     (["verify", "--quick", "--isa", "z80"], r"--isa: expected one of"),
     (
         ["verify", "--quick", "--isa", "baseline", "--backend", "reference"],

@@ -219,8 +219,9 @@ struct Tiles {
   Direct<float> direct;        // with the queries as numbers
   PlanesOf<uint32_t> q_pairs;  // [depth / 2][queries]
   PlanesOf<uint32_t> p_pairs;  // the weights that wait: [kPending * kBlockN / 2][queries]
-  bool q_finite;
-  Part parts[kPending];  // the columns of v that they wait for
+  uint64_t odd_queries;        // one bit for each that is not finite
+  float* odd_scores;           // [kBlockN][queries]
+  Part parts[kPending];        // the columns of v that they wait for
   int pending = 0;
   int64_t pending_keys = 0;
   float *v, *v_t;               // values [kBlockN][Dv] without those hidden, transposed
@@ -238,6 +239,7 @@ struct Tiles {
     p_pairs.plane = kPending * kBlockN / 2 * M;
     p_pairs.data = arena.take<uint32_t>(kPlanes * p_pairs.plane);
     const int64_t size = Head::depth_v(p) * kBlockN;
+    odd_scores = arena.take<float>(kBlockN * M);
     v = arena.take<float>(size);
     v_t = arena.take<float>(size);
     v_planes = {arena.take<uint16_t>(kPending * kPlanes * size), kBlockN, size};
@@ -249,7 +251,10 @@ struct Tiles {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
     const int64_t width = round_up(p.D, W), depth = Head::depth(p);
     direct.template load_queries<kVectors>(p, seq, h, m_start, rows);
-    q_finite = all_finite(direct.q_t, width * kRow);
+    odd_queries = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      odd_queries |= (uint64_t)!all_finite(direct.q + i * width, width) << i;
+    }
     q_pairs.row = p_pairs.row = kRow;
     for (int64_t d = 0; d < depth; d += 2) {
       for (int x = 0; x < kVectors; ++x) {
@@ -266,16 +271,26 @@ struct Tiles {
   template <int kVectors>
   void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
               int64_t columns, float* s) const {
-    constexpr int kRow = kVectors * kLanes<float>;
+    constexpr int W = kLanes<float>, kRow = kVectors * W;
     const Head head(p, seq.b, h_kv);
-    if (!q_finite) return direct.template scores<kVectors>(p, seq, h_kv, n_start, columns, s);
     const PlanesOf<uint16_t> k = head.k.at(n_start);
     const Part part = {{k.data, k.row, k.plane}, Head::depth(p)};
     multiply_tiles<kPlanes, kScoreOrders, kVectors, false>(
         round_up(columns, kTileRows), &part, 1, {q_pairs.data, q_pairs.row, q_pairs.plane}, s,
         kRow);
-    if (kPlanes == 1 || head.k_finite[n_start / kBlockN]) return;
-    for (int64_t j = 0; j < columns; ++j) {
+    if (kPlanes == 1) return;
+    if (odd_queries != 0) {
+      direct.template scores<kVectors>(p, seq, h_kv, n_start, columns, odd_scores);
+      for (int64_t j = 0; j < columns; ++j) {
+        for (int x = 0; x < kVectors; ++x) {
+          float* at = s + j * kRow + x * W;
+          store(at,
+                select_bits(odd_queries >> (x * W), load(odd_scores + j * kRow + x * W), load(at)));
+        }
+      }
+    }
+    const bool k_finite = head.k_finite[n_start / kBlockN];
+    for (int64_t j = 0; !k_finite && j < columns; ++j) {
       load_tile(direct.q, p.key, p.dtype, seq.b, h_kv, n_start + j, 1, p.D, 1);
       if (all_finite(direct.q, round_up(p.D, kLanes<float>))) continue;
       direct.template scores<kVectors>(p, seq, h_kv, n_start + j, 1, s + j * kRow);

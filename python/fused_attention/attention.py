@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import ops
-from .backends import MAX_PLANS, PLANS, choose
+from .backends import MAX_PLANS, PLANS, TRITON, choose
 from .errors import ArgumentValueError, message_of_operator
 from .problem import (
     DTYPES,
@@ -513,7 +513,7 @@ def dropout_mask(
         wrong_type("philox_seed", "an int or an int64 tensor", "NoneType")
     check_philox_seed(philox_seed, like.device)
     philox = ops.philox_state(like, like, like, philox_seed)
-    if like.device.type == "cpu":
+    if like.device.type == "cpu" or (like.device.type == "cuda" and not TRITON.missing()):
         return ops.dropout_keep_mask(philox, dropout_p, *sizes)
     from .reference import dropout_keep_mask
 

@@ -12,6 +12,8 @@ FUSED_ATTENTION_STRICT=1  refuse a call that only the reference serves, with the
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -41,7 +43,10 @@ class Details(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """One row. `plan` and `details` are None where nothing is built."""
+    """One row. `plan` and `details` are None where nothing is built.
+
+    missing: what this machine lacks, or "".
+    """
 
     name: str
     devices: frozenset[str] | None = None  # None: any
@@ -51,12 +56,13 @@ class Backend:
     forward_only: frozenset[str] = frozenset()  # of these: served where nothing is differentiated
     plan: Callable[[Problem], Plan] | None = None
     details: Callable[[Problem], Details] | None = None
+    missing: Callable[[], str] = str
 
     def supports(self, problem: Problem) -> list[str]:
         """Every reason why this backend cannot serve `problem`; empty if it can."""
         if self.plan is None:
             return ["not built yet"]
-        reasons = []
+        reasons = [self.missing()] if self.missing() else []
         if self.devices is not None and problem.device.type not in self.devices:
             reasons.append(f"device {problem.device}: only {', '.join(sorted(self.devices))}")
         if problem.dtype not in self.dtypes:
@@ -112,6 +118,33 @@ def _cpu_details(problem: Problem) -> Details:
     )
 
 
+# -- Triton ------------------------------------------------------------------------------
+
+
+@functools.cache
+def _triton_missing() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton not installed"
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+def _triton_details(problem: Problem) -> Details:
+    from .kernels.tiles import arch_of, attention_tiles
+
+    arch, head_dim = arch_of(problem.device), max(problem.head_dim, problem.head_dim_v)
+    tiles = attention_tiles("forward", arch, problem.dtype, head_dim)
+    backward = "gradients" in problem.features
+    plain = problem.is_plain and not problem.differentiable
+    lse_bytes = 4 * problem.batch * problem.heads_q * problem.seqlen_q
+    return Details(
+        kernel=f"attention_forward{' + attention_backward' * backward}",
+        extra_bytes=lse_bytes * (not plain) + lse_bytes * backward + problem.copied_bytes,
+        isa=arch.name,
+        block_m=tiles.block_m,
+        block_n=tiles.block_n,
+    )
+
+
 # -- Reference ---------------------------------------------------------------------------
 
 
@@ -148,7 +181,16 @@ def _reference_details(problem: Problem) -> Details:
 # -- The table ---------------------------------------------------------------------------
 
 CUDA = Backend("cuda")
-TRITON = Backend("triton")
+TRITON = Backend(
+    "triton",
+    devices=frozenset({"cuda"}),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    head_dims=range(1, 257),
+    features=frozenset(FEATURES) - {"varlen", "seqused_k", "block_table"},
+    plan=autograd.plan,
+    details=_triton_details,
+    missing=_triton_missing,
+)
 CPU = Backend(
     "cpu",
     devices=frozenset({"cpu"}),

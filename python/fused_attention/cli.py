@@ -66,9 +66,7 @@ def why_unusable(row: backends.Backend) -> str:
     """Empty if the backend serves calls on this machine."""
     if row.plan is None:
         return "not built yet"
-    if row.devices == frozenset({"cuda"}) and not torch.cuda.is_available():
-        return "no CUDA device"
-    return ""
+    return row.missing()
 
 
 def print_diagnosis(report: dict[str, Any]) -> None:

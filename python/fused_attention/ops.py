@@ -187,6 +187,30 @@ def _fake_kv_cache_append(*args: Any, **kwargs: Any) -> None:
     check_devices(*args, *kwargs.values())
 
 
+# -- CUDA and HIP: the Triton kernels ----------------------------------------------------
+
+
+def _register_triton(name: str) -> None:
+    """The kernels, and with them Triton, are imported by the first call."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        from .kernels import operators
+
+        # Triton launches on the current device, which need not be that of the tensors.
+        inputs = (*args, *kwargs.values())
+        with torch.cuda.device(next(x.device for x in inputs if isinstance(x, Tensor))):
+            return getattr(operators, name)(*args, **kwargs)
+
+    _library.impl(name, call, "CUDA")
+
+
+for _name in (
+    *("attention_forward_plain", "attention_forward_plain_lse", "attention_forward"),
+    *("attention_backward", "dropout_keep_mask", "masked_softmax_forward", "masked_softmax_"),
+    "masked_softmax_backward",
+):
+    _register_triton(_name)
+
 # -- vmap --------------------------------------------------------------------------------
 
 

@@ -156,7 +156,7 @@ class _State:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        fast = [row for row in BACKENDS if row.plan and row is not REFERENCE]
+        fast = [row for row in BACKENDS if row.plan and not row.missing() and row is not REFERENCE]
         self.devices = {device for row in fast for device in row.devices or ()}
         self.on = False  # not read off `patches`: compiled code guards on it
         self.patches = 0

@@ -181,6 +181,14 @@ def _options(
     )
 
 
+def _has_kernel(input: Tensor) -> bool:
+    from .backends import TRITON
+
+    if input.device.type == "cuda":
+        return not TRITON.missing() and input.dtype in TRITON.dtypes
+    return input.device.type in ("cpu", "meta")
+
+
 def _reference(input: Tensor, scale: float, causal: int, options: tuple[Any, ...]) -> Tensor:
     """On a device without a kernel."""
     from .reference import masked_softmax_reference
@@ -188,7 +196,7 @@ def _reference(input: Tensor, scale: float, causal: int, options: tuple[Any, ...
     kind = input.device.type
     if not torch.compiler.is_compiling() and kind not in _logged:
         _logged.add(kind)
-        logger.warning("masked_softmax: no kernel for %s yet, the slow reference serves it", kind)
+        logger.warning("masked_softmax: no kernel for %s, the slow reference serves it", kind)
     mask, bias, sinks, philox, dropout_p = options
     return masked_softmax_reference(
         input,
@@ -234,7 +242,8 @@ def masked_softmax(
     bits they hold; a visible NaN or +inf makes every visible element of its row NaN. A NaN or
     infinity in the gradient that arrives for a weight of exactly 0 is ignored. Under autocast input
     and mask are cast first, and computed with in float32. Deterministic, for any number of threads.
-    CUDA tensors are served by the reference. Double backward and forward mode raise.
+    A GPU is served by the Triton kernels, float64 there by the reference. Double backward and
+    forward mode raise.
 
     Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
     RuntimeError) for wrong arguments, NotImplementedError on other devices.
@@ -244,7 +253,7 @@ def masked_softmax(
     _check(input, mask, scale, causal, dropout_p, sinks, philox_seed)
     diagonal = _causal_number(causal, input)
     options = _options(input, mask, dropout_p, sinks, philox_seed)
-    if input.device.type not in ("cpu", "meta"):
+    if not _has_kernel(input):
         return _reference(input, scale, diagonal, options)
     gradients = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in (input, mask, sinks)
@@ -284,7 +293,7 @@ def masked_softmax_(
     if not torch.compiler.is_compiling() and _overlaps(input):
         got = f"strides {tuple(input.stride())} for sizes {shape_of(input)}"
         wrong_value("input", "memory of its own for each element", got, "clone it")
-    if transform_is_active() or input.device.type not in ("cpu", "meta"):
+    if transform_is_active() or not _has_kernel(input):
         with torch.autocast(input.device.type, enabled=False):
             out = masked_softmax(
                 input,

@@ -28,12 +28,10 @@ from .backends import BACKENDS, NAMES
 from .console import Progress, table
 from .errors import ArgumentValueError
 from .implementations import Implementation, NotOffered
-from .testing import Case, Error, Inputs, Results
+from .testing import CHANCE, DRAWS, Case, Error, Inputs, Results
 
 RANDOM_CASES = 2000  # of the whole matrix; --quick has none
 RANDOM_FACTOR = 4.0  # of the naive error, instead of 2: see testing.errors
-# An error up to CHANCE times the allowed one may be one by chance: other inputs are drawn.
-CHANCE, DRAWS = 3.0, 3
 IMITATED = 0.1  # an imitation is this much closer to the result than the truth is
 
 Call = Callable[..., Any]  # as `attention()`; raises NotOffered
@@ -76,9 +74,10 @@ def own_targets(backend: str | None = None, isa: str | None = None) -> list[Targ
 
     targets = []
     for row in BACKENDS:
-        if row.plan is None:
+        missing = row.missing() if row.plan else "not built yet"
+        if missing:
             if row.name == backend:
-                raise ArgumentValueError(f"--backend: {backend!r} is not built yet")
+                raise ArgumentValueError(f"--backend: {backend!r} cannot run here: {missing}")
         elif row.name == "cpu" and backend in (None, "cpu"):
             isas = [isa] if isa else _native.isas()
             targets += [Target(f"cpu, {name}", call_of("cpu"), isa=name) for name in isas]

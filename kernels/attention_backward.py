@@ -1,0 +1,377 @@
+"""Attention backward from the saved log-sum-exp (Dao 2023, FlashAttention-2, Algorithm 2), without
+ever holding more than BLOCK_M x BLOCK_N scores and without a float that two programs add to:
+
+    delta = rowsum(do * o) - dlse          attention_delta_kernel, a block of queries
+    p  = exp(s - lse)                      recomputed in each of the next
+    dp = do vᵀ
+    ds = p * (dp - delta)
+    dv = pᵀ do,  dk = scale dsᵀ q          attention_dkdv_kernel, a block of keys
+    dq = scale ds k                        attention_dq_kernel, a block of queries
+    dbias = ds, summed where broadcast     attention_dbias_kernel, a block of the bias
+    dsinks = -Σ exp(sink - lse) delta      attention_dsinks_kernel, a head
+
+Dropout replaces p by z * p in dv and dp by z * dp in ds, z the kept weights' scale (delta is
+unchanged, for do * o already holds it). Seven products a score instead of the five of one kernel
+with atomics, nine with dbias: the price of the same bits every time.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    LOG2E,
+    dropout_keep,
+    load_tile,
+    logits,
+    score_pointers,
+    somebody,
+    store_tile,
+    visible_block_range,
+    visible_tile,
+)
+
+
+@triton.jit
+def attention_delta_kernel(
+    out, grad_out, delta, grad_lse, Hq, Sq,
+    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """delta [B, Hq, Sq]. One program: BLOCK_M queries of one head. grad_lse: Rows [B, Hq, Sq]."""
+    blocks = tl.cdiv(Sq, BLOCK_M)
+    m_start = tl.program_id(0) % blocks * BLOCK_M
+    matrix = (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = matrix // Hq, matrix % Hq
+    offs_m, offs_dv = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_DV)
+    rows = m_start + offs_m < Sq
+    o = load_tile(out, b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV).to(tl.float32)
+    do = load_tile(grad_out, b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV).to(tl.float32)
+    # delta <- rowsum(do * o) - dlse
+    value = tl.sum(o * do, 1)
+    if grad_lse is not None:
+        base = grad_lse.data + b * grad_lse.stride_b + h * grad_lse.stride_h
+        base += tl.cast(m_start, tl.int64) * grad_lse.stride_s
+        value -= tl.load(base + offs_m * grad_lse.stride_s, mask=rows, other=0.0)
+    tl.store(delta + matrix * Sq + m_start + offs_m, value, mask=rows)
+
+
+@triton.jit
+def score_gradients(
+    s, dp, lse, delta, seen, keep, call, b, h, m_start, n_start, i, j, PLAIN: tl.constexpr
+):
+    """From s = q·k and dp = do·v: the weights that dv meets, ds, and d logit. seen, keep: or None.
+
+    lse and delta are shaped as i is. ds is the gradient of scale * q·k.
+    """
+    slope = 1.0
+    # p <- exp(s - lse)
+    if PLAIN:
+        p = tl.exp2(s * (call.scale * LOG2E) - lse * LOG2E)
+    else:
+        s, slope = logits(s, call, b, h, m_start, n_start, i, j)
+        p = tl.exp2((s - lse) * LOG2E)
+    if seen is not None:
+        p = tl.where(seen, p, 0.0)
+    dropped = p
+    if keep is not None:
+        dropped = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp * call.dropout.scale, 0.0)
+    # ds <- p * (dp - delta); hidden again after it, for dp and slope may be NaN there
+    dlogit = p * (dp - delta)
+    ds = dlogit * slope
+    if seen is not None:
+        dlogit, ds = tl.where(seen, dlogit, 0.0), tl.where(seen, ds, 0.0)
+    return dropped, ds, dlogit
+
+
+@triton.jit
+def load_lse(pointer, rows):
+    """A query that saw nothing, and one past the end, has p = exp(s - inf) = 0."""
+    lse = tl.load(pointer, mask=rows, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+# -- dk and dv -----------------------------------------------------------------------------
+
+
+@triton.jit
+def keys_meet_queries(
+    dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, b, h, n_start, m_begin, m_end,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The keys of a tile against the queries [m_begin, m_end) of one head, in transposed tiles."""
+    offs_m, offs_n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    i, j = offs_m[None, :], offs_n[:, None]
+    matrix = b * call.Hq + h
+    for m_start in tl.range(m_begin, m_end, BLOCK_M):
+        if MASKED:
+            seen = visible_tile(call, b, h, m_start, n_start, i, j)
+            rows = somebody(seen, 0)
+        else:
+            seen, rows = None, None
+        q_tile = load_tile(q, b, h, m_start, offs_m, offs_d, rows, D, BLOCK_D)
+        do = load_tile(grad_out, b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV)
+        first = matrix * call.Sq + m_start
+        in_m = offs_m < call.Sq - m_start
+        if rows is not None:
+            in_m = rows
+        lse_i = load_lse(lse + first + offs_m, in_m)[None, :]
+        delta_i = tl.load(delta + first + offs_m, mask=in_m, other=0.0)[None, :]
+        keep = None
+        if call.dropout is not None:
+            row = m_start + tl.arange(0, BLOCK_M)[:, None]
+            kept = dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
+            keep = tl.trans(kept)
+
+        # -- s^T <- k q^T, dp^T <- v do^T, ds <- p * (dp - delta) --
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        dp = tl.dot(v_tile, tl.trans(do), input_precision=PRECISION)
+        p, ds, _ = score_gradients(
+            s, dp, lse_i, delta_i, seen, keep, call, b, h, m_start, n_start, i, j, PLAIN
+        )
+        # -- dv <- dv + p^T do, dk <- dk + ds^T q --
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def attention_dkdv_kernel(
+    q, k, v, grad_out, lse, delta, dk, dv, call, Hkv,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one key head, for the query heads that share it, in order."""
+    blocks = tl.cdiv(call.Sk, BLOCK_N)
+    n_start = tl.program_id(0) % blocks * BLOCK_N
+    matrix = (tl.program_id(0) // blocks).to(tl.int64)
+    b, h_kv = matrix // Hkv, matrix % Hkv
+    offs_n, offs_d = tl.arange(0, BLOCK_N).to(INDEX), tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    in_k = n_start + offs_n < call.Sk
+    k_tile = load_tile(k, b, h_kv, n_start, offs_n, offs_d, in_k, D, BLOCK_D)
+    v_tile = load_tile(v, b, h_kv, n_start, offs_n, offs_dv, in_k, DV, BLOCK_DV)
+    dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    n_end = tl.minimum(n_start + BLOCK_N, call.Sk)
+    begin, full_begin, full_end, end = visible_block_range(
+        n_start, n_end, -call.offset, call.right, call.left, call.Sq, BLOCK_M
+    )
+    for in_group in tl.range(0, call.group):
+        h = h_kv * call.group + in_group
+        if call.mask is not None or call.key_padding is not None:
+            dk_tile, dv_tile = keys_meet_queries(
+                dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse, delta, call, b, h, n_start,
+                begin, end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION,
+                True,
+            )  # fmt: skip
+        else:
+            if call.right is not None:
+                dk_tile, dv_tile = keys_meet_queries(
+                    dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse, delta, call, b, h, n_start,
+                    begin, full_begin, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX,
+                    PRECISION, True,
+                )  # fmt: skip
+            dk_tile, dv_tile = keys_meet_queries(
+                dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse, delta, call, b, h, n_start,
+                full_begin, full_end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX,
+                PRECISION, False,
+            )  # fmt: skip
+            if not EVEN_M or call.left is not None:
+                dk_tile, dv_tile = keys_meet_queries(
+                    dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse, delta, call, b, h, n_start,
+                    full_end, end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX,
+                    PRECISION, True,
+                )  # fmt: skip
+
+    if call.dropout is not None:
+        dv_tile *= call.dropout.scale
+    store_tile(dk, b, h_kv, n_start, offs_n, offs_d, in_k, D, dk_tile * call.scale)
+    store_tile(dv, b, h_kv, n_start, offs_n, offs_dv, in_k, DV, dv_tile)
+
+
+# -- dq ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def queries_meet_keys(
+    dq, q_tile, do, lse_i, delta_i, k, v, call, b, h, m_start, n_begin, n_end,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The queries of a tile against the keys [n_begin, n_end), in blocks."""
+    offs_m, offs_n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    i, j = offs_m[:, None], offs_n[None, :]
+    matrix, h_kv = b * call.Hq + h, h // call.group
+    for n_start in tl.range(n_begin, n_end, BLOCK_N):
+        if MASKED:
+            seen = visible_tile(call, b, h, m_start, n_start, i, j)
+            rows = somebody(seen, 0)
+        else:
+            seen, rows = None, None
+        k_tile = load_tile(k, b, h_kv, n_start, offs_n, offs_d, rows, D, BLOCK_D)
+        v_tile = load_tile(v, b, h_kv, n_start, offs_n, offs_dv, rows, DV, BLOCK_DV)
+        keep = None
+        if call.dropout is not None:
+            row = m_start + tl.arange(0, BLOCK_M)[:, None]
+            keep = dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
+
+        # -- s <- q k^T, dp <- do v^T, ds <- p * (dp - delta) --
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
+        _, ds, _ = score_gradients(
+            s, dp, lse_i, delta_i, seen, keep, call, b, h, m_start, n_start, i, j, PLAIN
+        )
+        # -- dq <- dq + ds k --
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def attention_dq_kernel(
+    q, k, v, grad_out, lse, delta, dq, call,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head."""
+    blocks = tl.cdiv(call.Sq, BLOCK_M)
+    m_start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    matrix = (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = matrix // call.Hq, matrix % call.Hq
+    offs_m, offs_d = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    in_q = m_start + offs_m < call.Sq
+    q_tile = load_tile(q, b, h, m_start, offs_m, offs_d, in_q, D, BLOCK_D)
+    do = load_tile(grad_out, b, h, m_start, offs_m, offs_dv, in_q, DV, BLOCK_DV)
+    lse_i = load_lse(lse + matrix * call.Sq + m_start + offs_m, in_q)[:, None]
+    delta_i = tl.load(delta + matrix * call.Sq + m_start + offs_m, mask=in_q, other=0.0)[:, None]
+    dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    m_end = tl.minimum(m_start + BLOCK_M, call.Sq)
+    begin, full_begin, full_end, end = visible_block_range(
+        m_start, m_end, call.offset, call.left, call.right, call.Sk, BLOCK_N
+    )
+    if call.mask is not None or call.key_padding is not None:
+        dq_tile = queries_meet_keys(
+            dq_tile, q_tile, do, lse_i, delta_i, k, v, call, b, h, m_start, begin, end,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+        )  # fmt: skip
+    else:
+        if call.left is not None:
+            dq_tile = queries_meet_keys(
+                dq_tile, q_tile, do, lse_i, delta_i, k, v, call, b, h, m_start, begin, full_begin,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+            )  # fmt: skip
+        dq_tile = queries_meet_keys(
+            dq_tile, q_tile, do, lse_i, delta_i, k, v, call, b, h, m_start, full_begin, full_end,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, False,
+        )  # fmt: skip
+        if not EVEN_N or call.right is not None:
+            dq_tile = queries_meet_keys(
+                dq_tile, q_tile, do, lse_i, delta_i, k, v, call, b, h, m_start, full_end, end,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+            )  # fmt: skip
+    store_tile(dq, b, h, m_start, offs_m, offs_d, in_q, D, dq_tile * call.scale)
+
+
+# -- dbias ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def attention_dbias_kernel(
+    q, k, v, grad_out, lse, delta, dbias, call, B, kept, chunks, chunk_stride,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    SUM_M: tl.constexpr, SUM_N: tl.constexpr,
+):  # fmt: skip
+    """One program: a block of dbias, and one of the `chunks` parts of the scores it is the sum of.
+
+    dbias: Scores, strides 0 where broadcast, [chunks, ...] if there are several. kept: along
+    (B, Hq, blocks of queries, blocks of keys), the number of parts that dbias tells apart. SUM_M,
+    SUM_N: it has one value for all queries, for all keys.
+    """
+    m_blocks, n_blocks = tl.cdiv(call.Sq, BLOCK_M), tl.cdiv(call.Sk, BLOCK_N)
+    # this program's place in dbias
+    pid = tl.program_id(0)
+    chunk, pid = pid % chunks, pid // chunks
+    n_own, pid = pid % kept[3], pid // kept[3]
+    m_own, pid = pid % kept[2], pid // kept[2]
+    h_own, b_own = pid % kept[1], pid // kept[1]
+    # the tiles that share it, in order: those of this chunk
+    sum_n, sum_m = n_blocks // kept[3], m_blocks // kept[2]
+    sum_h, sum_b = call.Hq // kept[1], B // kept[0]
+    total = tl.cast(sum_n, tl.int64) * sum_m * sum_h * sum_b
+    first, last = total * chunk // chunks, total * (chunk + 1) // chunks
+
+    offs_m, offs_n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    i, j = offs_m[:, None], offs_n[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for number in tl.range(first, last):
+        t = tl.cast(number, tl.int64)
+        n_start = (n_own + t % sum_n) * BLOCK_N
+        m_start = (m_own + t // sum_n % sum_m) * BLOCK_M
+        h = h_own + t // sum_n // sum_m % sum_h
+        b = b_own + t // sum_n // sum_m // sum_h
+        seen = visible_tile(call, b, h, m_start, n_start, i, j)
+        rows, columns = somebody(seen, 1), somebody(seen, 0)
+        if tl.max(rows.to(tl.int32), 0) != 0:
+            q_tile = load_tile(q, b, h, m_start, offs_m, offs_d, rows, D, BLOCK_D)
+            do = load_tile(grad_out, b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV)
+            h_kv = h // call.group
+            k_tile = load_tile(k, b, h_kv, n_start, offs_n, offs_d, columns, D, BLOCK_D)
+            v_tile = load_tile(v, b, h_kv, n_start, offs_n, offs_dv, columns, DV, BLOCK_DV)
+            matrix = b * call.Hq + h
+            at = matrix * call.Sq + m_start + offs_m
+            lse_i = load_lse(lse + at, rows)[:, None]
+            delta_i = tl.load(delta + at, mask=rows, other=0.0)[:, None]
+            keep = None
+            if call.dropout is not None:
+                row = m_start + tl.arange(0, BLOCK_M)[:, None]
+                keep = dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
+            _, _, dlogit = score_gradients(
+                s, dp, lse_i, delta_i, seen, keep, call, b, h, m_start, n_start, i, j, PLAIN
+            )
+            acc += dlogit
+
+    m_start, n_start = m_own * BLOCK_M, n_own * BLOCK_N
+    if SUM_M:
+        acc, i = tl.sum(acc, 0, keep_dims=True), tl.zeros([1, 1], INDEX)
+    if SUM_N:
+        acc, j = tl.sum(acc, 1, keep_dims=True), tl.zeros([1, 1], INDEX)
+    pointers = score_pointers(dbias, b_own, h_own, m_start, n_start, i, j)
+    pointers += tl.cast(chunk, tl.int64) * chunk_stride
+    inside = (m_start + i < call.Sq) & (n_start + j < call.Sk)
+    tl.store(pointers, acc.to(dbias.data.dtype.element_ty), mask=inside)
+
+
+# -- dsinks --------------------------------------------------------------------------------
+
+
+@triton.jit
+def attention_dsinks_kernel(lse, delta, sinks, dsinks, B, Hq, Sq, BLOCK: tl.constexpr):
+    """dsink = Σ p_sink * (0 - delta), p_sink = exp(sink - lse). One program: one head."""
+    h = tl.program_id(0)
+    sink = tl.load(sinks + h)
+    offs = tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for b in tl.range(0, B):
+        first = (tl.cast(b, tl.int64) * Hq + h) * Sq
+        for start in tl.range(0, Sq, BLOCK):
+            inside = start + offs < Sq
+            lse_i = tl.load(lse + first + start + offs, mask=inside, other=float("inf"))
+            delta_i = tl.load(delta + first + start + offs, mask=inside, other=0.0)
+            # lse = -inf: and so is the sink, which has no weight then
+            weight = tl.exp2((sink - lse_i) * LOG2E)
+            acc -= tl.where(lse_i == float("-inf"), 0.0, weight * delta_i)
+    tl.store(dsinks + h, tl.sum(acc, 0))

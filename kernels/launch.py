@@ -1,0 +1,508 @@
+"""From tensors to launches: pure functions, which allocate and start nothing.
+
+A `Launch` is what one kernel is started with. Everything that decides about code and memory is
+computed here (grid, tiles, strides, which paths are compiled in), from shapes and strides alone, so
+that it is tested without a GPU, and so that the compile tests compile just what would run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import attention_backward, masked_softmax
+from .attention_forward import attention_forward_kernel
+from .masked_softmax import RowCall, RowOperand
+from .primitives import (
+    Call,
+    Dropout,
+    Padding,
+    Rows,
+    Scores,
+    Slopes,
+    dropout_keep_mask_kernel,
+)
+from .tiles import (
+    MAX_SOFTMAX_BLOCK,
+    Arch,
+    RowTiles,
+    Tiles,
+    attention_tiles,
+    padded_head_dim,
+    softmax_tiles,
+)
+
+LIMIT = 2**31
+
+# How float32 products are computed for "highest", "high" and "medium". bf16x6: both factors as sums
+# of three bfloat16, 24 bits in all, and the six products that count; its accuracy is float32's, and
+# unlike plain multiply-adds it runs on the matrix units. The interpreter computes exactly.
+INPUT_PRECISION = {
+    "sm": ("bf16x6", "tf32x3", "tf32"),
+    "gfx": ("bf16x6", "bf16x6", "bf16x3"),
+    "interpreter": ("ieee", "ieee", "ieee"),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`kernel[grid](*args, **constants, num_warps=..., num_stages=...)`."""
+
+    kernel: Any
+    grid: tuple[int]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # Triton 3.10 no longer fuses multiply-adds by itself.
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+    def run(self) -> None:
+        if self.grid[0] > 0:
+            self.kernel[self.grid](*self.args, **self.constants, **self.options)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# -- Operands ------------------------------------------------------------------------------
+
+
+def rows(x: Tensor) -> Rows:
+    """[B, H, S, D] whose last stride is 1, or [B, H, S]."""
+    return Rows(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+def scores(x: Tensor | None, data: Tensor | None = None) -> Scores | None:
+    """A tensor of four dimensions; those of size 1 are broadcast. data: its elements, if not x."""
+    if x is None:
+        return None
+    strides = [0 if x.shape[i] == 1 else x.stride(i) for i in range(4)]
+    return Scores(x if data is None else data, *strides)
+
+
+def is_wide(tiles: Tiles, *operands: Any) -> bool:
+    """Whether an offset inside a tile, the largest of any operand, needs 64 bits."""
+    longest = max(tiles.block_m, tiles.block_n)
+    last = 0
+    for x in operands:
+        if isinstance(x, Rows):
+            last = max(last, longest * abs(x.stride_s) + 256)
+        elif isinstance(x, Scores):
+            last = max(last, tiles.block_m * abs(x.stride_q) + tiles.block_n * abs(x.stride_k))
+        elif isinstance(x, Padding):
+            last = max(last, tiles.block_n * abs(x.stride_k))
+    return last >= LIMIT
+
+
+def dropout_of(dropout_p: float, philox: Tensor | None) -> Dropout | None:
+    if dropout_p == 0.0:
+        return None
+    threshold = round(dropout_p * 65536)
+    kept = 65536 - threshold
+    return Dropout(philox, threshold, 65536 / kept if kept else 0.0)
+
+
+def describe(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    philox: Tensor | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+) -> Call:
+    """The arguments of the operators, as kernels take them."""
+    Hq, Sq, Hkv, Sk = query.shape[1], query.shape[2], key.shape[1], key.shape[2]
+
+    def window(tokens: int) -> int | None:  # beyond the sequence it hides nothing
+        return None if tokens < 0 or tokens > Sq + Sk else tokens
+
+    padding = slopes = None
+    if key_padding_mask is not None:
+        strides = key_padding_mask.stride()
+        padding = Padding(key_padding_mask.view(torch.uint8), *strides)
+    if alibi_slopes is not None:
+        slopes = Slopes(alibi_slopes, alibi_slopes.shape[-1] if alibi_slopes.dim() == 2 else 0)
+    return Call(
+        Hq=Hq,
+        group=Hq // max(Hkv, 1),
+        Sq=Sq,
+        Sk=Sk,
+        scale=float(scale),
+        softcap=float(softcap) if softcap else None,
+        offset=Sk - Sq if causal == 2 else 0,
+        left=window(window_left),
+        right=0 if causal else window(window_right),
+        mask=scores(mask, None if mask is None else mask.view(torch.uint8)),
+        bias=scores(bias),
+        key_padding=padding,
+        alibi=slopes,
+        sinks=sinks,
+        dropout=dropout_of(dropout_p, philox),
+    )
+
+
+# -- Attention -----------------------------------------------------------------------------
+
+
+def _constants(
+    call: Call, tiles: Tiles, arch: Arch, query: Tensor, DV: int, precision: int, wide: bool
+) -> dict[str, Any]:
+    D = query.shape[-1]
+    products = INPUT_PRECISION[arch.name.rstrip("0123456789_")]
+    plain = call.softcap is None and call.bias is None and call.alibi is None and call.scale > 0
+    return {
+        "D": D,
+        "DV": DV,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_D": padded_head_dim(D),
+        "BLOCK_DV": padded_head_dim(DV),
+        "PLAIN": plain,
+        "EVEN_N": call.Sk % tiles.block_n == 0,
+        "INDEX": tl.int64 if wide else tl.int32,
+        "PRECISION": products[precision] if query.dtype == torch.float32 else "ieee",
+    }
+
+
+def forward_launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    call: Call,
+    precision: int,
+    arch: Arch,
+    tiles: Tiles | None = None,
+) -> Launch:
+    """query, key and value have a last stride of 1; tiles: those of the table, unless given."""
+    B, Hq, Sq, D = query.shape
+    DV = value.shape[-1]
+    tiles = tiles or attention_tiles("forward", arch, query.dtype, max(D, DV))
+    q, k, v, o = (rows(x) for x in (query, key, value, out))
+    wide = is_wide(tiles, q, k, v, o, call.mask, call.bias, call.key_padding)
+    return Launch(
+        attention_forward_kernel,
+        (B * Hq * ceil_div(Sq, tiles.block_m),),
+        (q, k, v, o, lse, call),
+        _constants(call, tiles, arch, query, DV, precision, wide),
+        tiles.num_warps,
+        tiles.num_stages,
+    )
+
+
+# A bias gradient that is a long sum is cut into parts, so that there are about so many programs.
+DBIAS_PROGRAMS = 512
+
+
+@dataclass(frozen=True)
+class BiasGradient:
+    """How the work on dbias is divided: see attention_dbias_kernel."""
+
+    kept: tuple[int, int, int, int]
+    chunks: int
+
+    @staticmethod
+    def of(shape: Sequence[int], B: int, Hq: int, m_blocks: int, n_blocks: int) -> BiasGradient:
+        full = (B, Hq, m_blocks, n_blocks)
+        own = [1 if size == 1 else whole for size, whole in zip(shape, full, strict=True)]
+        programs = own[0] * own[1] * own[2] * own[3]
+        total = B * Hq * m_blocks * n_blocks // max(programs, 1)
+        chunks = max(1, min(total, DBIAS_PROGRAMS // max(programs, 1)))
+        return BiasGradient((own[0], own[1], own[2], own[3]), chunks)
+
+
+def backward_launches(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dsinks: Tensor | None,
+    call: Call,
+    precision: int,
+    arch: Arch,
+    tiles: Tiles | None = None,
+) -> list[Launch]:
+    """In order: delta, dk and dv, dq, and dsinks if asked for."""
+    B, Hq, Sq, D = query.shape
+    Hkv, Sk, DV = key.shape[1], key.shape[2], value.shape[-1]
+    q, k, v, o, do = (rows(x) for x in (query, key, value, out, grad_out))
+    gradients = [rows(x) for x in (dq, dk, dv)]
+    dlse = None if grad_lse is None else rows(grad_lse)
+
+    def plan(kernel: str) -> tuple[Tiles, dict[str, Any]]:
+        own = tiles or attention_tiles(kernel, arch, query.dtype, max(D, DV))
+        operands = (q, k, v, o, do, *gradients, dlse, call.mask, call.bias, call.key_padding)
+        wide = is_wide(own, *operands)
+        constants = _constants(call, own, arch, query, DV, precision, wide)
+        return own, constants | {"EVEN_M": Sq % own.block_m == 0}
+
+    (keys, key_constants), (queries, query_constants) = plan("dkdv"), plan("dq")
+    m_blocks, n_blocks = ceil_div(Sq, queries.block_m), ceil_div(Sk, keys.block_n)
+    names = ("DV", "BLOCK_M", "BLOCK_DV", "INDEX")
+    delta_constants = {name: query_constants[name] for name in names}
+    launches = [
+        Launch(
+            attention_backward.attention_delta_kernel,
+            (B * Hq * m_blocks,),
+            (o, do, delta, dlse, Hq, Sq),
+            delta_constants,
+            queries.num_warps,
+            1,
+        ),
+        Launch(
+            attention_backward.attention_dkdv_kernel,
+            (B * Hkv * n_blocks,),
+            (q, k, v, do, lse, delta, gradients[1], gradients[2], call, Hkv),
+            key_constants,
+            keys.num_warps,
+            keys.num_stages,
+        ),
+        Launch(
+            attention_backward.attention_dq_kernel,
+            (B * Hq * m_blocks,),
+            (q, k, v, do, lse, delta, gradients[0], call),
+            query_constants,
+            queries.num_warps,
+            queries.num_stages,
+        ),
+    ]
+    if dsinks is not None:
+        args = (lse, delta, call.sinks, dsinks, B, Hq, Sq)
+        grid = (Hq if B > 0 else 0,)
+        launches.append(
+            Launch(attention_backward.attention_dsinks_kernel, grid, args, {"BLOCK": 1024}, 4, 1)
+        )
+    return launches
+
+
+def dbias_launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dbias: Tensor,
+    chunks: int,
+    call: Call,
+    precision: int,
+    arch: Arch,
+    tiles: Tiles | None = None,
+) -> Launch:
+    """dbias: contiguous, in bias' shape; if chunks > 1 [chunks, *shape] float32, to be summed."""
+    B, Hq, Sq, D = query.shape
+    Sk, DV = key.shape[2], value.shape[-1]
+    tiles = tiles or attention_tiles("dq", arch, query.dtype, max(D, DV))
+    operands = [rows(x) for x in (query, key, value, grad_out)]
+    first = dbias[0] if chunks > 1 else dbias
+    target = scores(first)
+    assert target is not None
+    m_blocks, n_blocks = ceil_div(Sq, tiles.block_m), ceil_div(Sk, tiles.block_n)
+    work = BiasGradient.of(first.shape, B, Hq, m_blocks, n_blocks)
+    wide = is_wide(tiles, *operands, target, call.mask, call.bias, call.key_padding)
+    constants = _constants(call, tiles, arch, query, DV, precision, wide)
+    constants |= {
+        "EVEN_M": Sq % tiles.block_m == 0,
+        "SUM_M": first.shape[2] == 1,
+        "SUM_N": first.shape[3] == 1,
+    }
+    programs = work.kept[0] * work.kept[1] * work.kept[2] * work.kept[3]
+    empty = B * Hq * Sq * Sk == 0
+    return Launch(
+        attention_backward.attention_dbias_kernel,
+        (0 if empty else programs * chunks,),
+        (*operands, lse, delta, target, call, B, work.kept, chunks, first.numel()),
+        constants,
+        tiles.num_warps,
+        tiles.num_stages,
+    )
+
+
+def keep_mask_launch(keep: Tensor, dropout: Dropout | None) -> Launch:
+    """keep: bool [B, Hq, Sq, Sk], contiguous."""
+    B, Hq, Sq, Sk = keep.shape
+    block_m, block_n = 16, 128
+    return Launch(
+        dropout_keep_mask_kernel,
+        (B * Hq * ceil_div(Sq, block_m),),
+        (keep.view(torch.uint8), dropout, Sq, Sk),
+        {"BLOCK_M": block_m, "BLOCK_N": block_n},
+        4,
+        1,
+    )
+
+
+# -- Masked softmax ------------------------------------------------------------------------
+
+
+def row_operand(x: Tensor, shape: Sequence[int]) -> RowOperand:
+    """x broadcasts to `shape`, of at least two dimensions, the last of which are the columns."""
+    missing = len(shape) - x.dim()
+    strides = [0] * missing + [
+        0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
+    ]
+    return RowOperand(x, tuple(strides[:-1]), strides[-1])
+
+
+def row_call(
+    shape: Sequence[int],
+    scale: float,
+    causal: int,
+    sinks: Tensor | None = None,
+    philox: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> RowCall:
+    """shape: of the rows and columns, at least two dimensions."""
+    columns, queries = shape[-1], shape[-2]
+    return RowCall(
+        sizes=tuple(shape[:-1]),
+        rows=math.prod(shape[:-1]),
+        columns=columns,
+        queries=queries,
+        heads=shape[-3] if len(shape) > 2 else 1,
+        scale=float(scale),
+        offset=None if causal == 0 else columns - queries if causal == 2 else 0,
+        sinks=sinks,
+        dropout=dropout_of(dropout_p, philox),
+    )
+
+
+def _row_launch(kernel: Any, call: RowCall, args: tuple[Any, ...], max_block: int) -> Launch:
+    tiles = softmax_tiles(call.columns, max_block)
+    constants = {
+        "ROWS": tiles.rows,
+        "BLOCK": tiles.block,
+        "ONE_BLOCK": call.columns <= tiles.block,
+    }
+    return Launch(kernel, (ceil_div(call.rows, tiles.rows),), args, constants, tiles.num_warps, 1)
+
+
+def softmax_launch(
+    input: Tensor,
+    out: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sink_weight: Tensor | None,
+    call: RowCall,
+    max_block: int = MAX_SOFTMAX_BLOCK,
+) -> Launch:
+    """input and out: [..., columns] of the same shape, at least two dimensions."""
+    shape = input.shape
+    operands = (
+        row_operand(input, shape),
+        row_operand(out, shape),
+        weights,
+        None if mask is None else row_operand(mask.view(torch.uint8), shape),
+        None if bias is None else row_operand(bias, shape),
+        sink_weight,
+    )
+    return _row_launch(masked_softmax.masked_softmax_kernel, call, (*operands, call), max_block)
+
+
+def softmax_backward_launch(
+    weights: Tensor,
+    grad_out: Tensor,
+    dx: Tensor,
+    delta: Tensor | None,
+    sink_weight: Tensor | None,
+    sink_terms: Tensor | None,
+    call: RowCall,
+    max_block: int = MAX_SOFTMAX_BLOCK,
+) -> Launch:
+    operands = [row_operand(x, weights.shape) for x in (weights, grad_out, dx)]
+    args = (*operands, delta, sink_weight, sink_terms, call)
+    return _row_launch(masked_softmax.masked_softmax_backward_kernel, call, args, max_block)
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """The rows in another order: those that share a row of dbias are neighbours."""
+
+    order: tuple[int, ...]  # of the dimensions
+    groups: int
+    group_rows: int
+    width: int  # columns of dbias: all, or 1
+    chunks: int  # parts of a group, so that there are about DBIAS_PROGRAMS programs
+
+    @staticmethod
+    def of(bias: Tensor, shape: Sequence[int], block: int) -> RowGroups:
+        own = (1,) * (len(shape) - bias.dim()) + tuple(bias.shape)
+        dims = range(len(shape) - 1)
+        kept = [d for d in dims if own[d] == shape[d]]
+        summed = [d for d in dims if own[d] != shape[d]]
+        groups = math.prod(shape[d] for d in kept)
+        group_rows = math.prod(shape[d] for d in summed)
+        programs = max(1, groups * ceil_div(own[-1], block))
+        chunks = max(1, min(group_rows, DBIAS_PROGRAMS // programs))
+        return RowGroups((*kept, *summed), groups, group_rows, own[-1], chunks)
+
+
+def softmax_dbias_launch(
+    weights: Tensor,
+    grad_out: Tensor,
+    delta: Tensor,
+    dbias: Tensor,
+    work: RowGroups,
+    call: RowCall,
+    tiles: RowTiles,
+) -> Launch:
+    """dbias: [groups, width], or [chunks, groups, width] in float32, to be summed."""
+    shape = weights.shape
+    numbers = torch.empty(shape[:-1], device="meta").stride()
+
+    def ordered(strides: Sequence[int]) -> tuple[int, ...]:
+        return tuple(strides[d] for d in work.order)
+
+    def operand(x: Tensor) -> RowOperand:
+        own = row_operand(x, shape)
+        return RowOperand(x, ordered(own.strides), own.stride_k)
+
+    args = (
+        *(operand(weights), operand(grad_out)),
+        *(RowOperand(None, ordered(numbers), None), delta, dbias),
+        *(call._replace(sizes=ordered(call.sizes)), work.group_rows, work.chunks, work.width),
+        work.groups * work.width,
+    )
+    narrow = work.width == 1 and call.columns > 1
+    constants = {"ROWS": tiles.rows, "BLOCK": tiles.block, "SUM_COLUMNS": narrow}
+    grid = (work.groups * work.chunks * ceil_div(work.width, tiles.block),)
+    return Launch(
+        masked_softmax.masked_softmax_dbias_kernel, grid, args, constants, tiles.num_warps, 1
+    )
+
+
+def softmax_dsinks_launch(sink_terms: Tensor, dsinks: Tensor, call: RowCall) -> Launch:
+    kernel = masked_softmax.masked_softmax_dsinks_kernel
+    return Launch(kernel, (call.heads,), (sink_terms, dsinks, call), {"BLOCK": 1024}, 4, 1)

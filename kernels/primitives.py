@@ -1,0 +1,302 @@
+"""What the attention kernels share, on the device: operands, block ranges, masking, logits, softmax
+and dropout.
+
+Indices: `m_start` and `n_start` are the first query and key of a tile, `i` and `j` index tensors
+inside it, shaped so that they broadcast to the tile: [M, 1] and [1, N], or [1, M] and [N, 1] in a
+transposed tile. A scalar part of an offset is 64 bits wide; the part inside a tile has the width of
+`i` and `j`, which the launcher chooses (`launch.is_wide`).
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# -- Operands: strides in elements; None where a call has no such thing --------------------
+
+
+class Rows(NamedTuple):
+    """[B, H, S, D], last stride 1."""
+
+    data: Any
+    stride_b: Any
+    stride_h: Any
+    stride_s: Any
+
+
+class Scores(NamedTuple):
+    """Broadcast against the scores [B, Hq, Sq, Sk]: a stride is 0 where it is broadcast."""
+
+    data: Any
+    stride_b: Any
+    stride_h: Any
+    stride_q: Any
+    stride_k: Any
+
+
+class Padding(NamedTuple):
+    """[B, Sk], nonzero = hidden."""
+
+    data: Any
+    stride_b: Any
+    stride_k: Any
+
+
+class Slopes(NamedTuple):
+    """float32 [Hq], or [B, Hq]; stride_b is 0 for the former."""
+
+    data: Any
+    stride_b: Any
+
+
+class Dropout(NamedTuple):
+    """Keep iff the 16-bit value >= threshold; scale is 65536 / (65536 - threshold), or 0."""
+
+    philox: Any  # int64 [2]: seed, offset
+    threshold: Any
+    scale: Any
+
+
+class Call(NamedTuple):
+    """Everything about a call beyond query, key and value."""
+
+    Hq: Any
+    group: Any  # query heads per key head
+    Sq: Any
+    Sk: Any
+    scale: Any
+    softcap: Any
+    offset: Any  # query i is aligned with key i + offset
+    left: Any  # of the window, in tokens; None = unlimited
+    right: Any  # 0 if causal
+    mask: Any  # Scores of bytes, nonzero = may attend
+    bias: Any  # Scores
+    key_padding: Any
+    alibi: Any
+    sinks: Any  # float32 [Hq]
+    dropout: Any
+
+
+@triton.jit
+def load_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows start + offs_s of x: [len(offs_s), BLOCK_D], 0 where `rows` (None = all) is False."""
+    base = x.data + b * x.stride_b + h * x.stride_h + tl.cast(start, tl.int64) * x.stride_s
+    pointers = base + offs_s[:, None] * x.stride_s + offs_d[None, :]
+    if rows is None:
+        if D == BLOCK_D:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(offs_d < D)[None, :], other=0.0)
+    else:
+        if D == BLOCK_D:
+            tile = tl.load(pointers, mask=rows[:, None], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=rows[:, None] & (offs_d < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, tile):
+    base = x.data + b * x.stride_b + h * x.stride_h + tl.cast(start, tl.int64) * x.stride_s
+    pointers = base + offs_s[:, None] * x.stride_s + offs_d[None, :]
+    value = tile.to(x.data.dtype.element_ty)
+    tl.store(pointers, value, mask=rows[:, None] & (offs_d < D)[None, :])
+
+
+@triton.jit
+def score_pointers(x, b, h, m_start, n_start, i, j):
+    base = x.data + b * x.stride_b + h * x.stride_h
+    base += tl.cast(m_start, tl.int64) * x.stride_q + tl.cast(n_start, tl.int64) * x.stride_k
+    return base + i * x.stride_q + j * x.stride_k
+
+
+# -- Who sees whom -------------------------------------------------------------------------
+
+
+@triton.jit
+def visible_block_range(start, end, offset, left, right, length, BLOCK: tl.constexpr):
+    """Where the keys are that queries [start, end) may see: (begin, full_begin, full_end, stop).
+
+    Query i sees key j iff i + offset - left <= j <= i + offset + right. Every query sees all of the
+    keys [full_begin, full_end), which are whole blocks; in [begin, full_begin) and [full_end, stop)
+    somebody may see some. Exchanged, left for right and with -offset: the queries that see keys.
+    """
+    begin, full_begin = 0, 0
+    stop, full_end = length, length
+    if left is not None:
+        begin = tl.maximum(start + offset - left, 0)
+        full_begin = tl.maximum(end - 1 + offset - left, 0)
+    if right is not None:
+        stop = tl.maximum(tl.minimum(end + offset + right, length), 0)
+        full_end = tl.maximum(tl.minimum(start + offset + right + 1, length), 0)
+    begin = begin // BLOCK * BLOCK
+    full_begin = tl.minimum((full_begin + BLOCK - 1) // BLOCK * BLOCK, tl.maximum(stop, begin))
+    full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
+    return begin, full_begin, full_end, stop
+
+
+@triton.jit
+def visible_tile(call, b, h, m_start, n_start, i, j):
+    """Which queries of a tile see which of its keys."""
+    query, key = m_start + i, n_start + j
+    seen = (query < call.Sq) & (key < call.Sk)
+    if call.left is not None:
+        seen = seen & (key >= query + call.offset - call.left)
+    if call.right is not None:
+        seen = seen & (key <= query + call.offset + call.right)
+    if call.key_padding is not None:
+        padding = call.key_padding
+        base = padding.data + b * padding.stride_b + tl.cast(n_start, tl.int64) * padding.stride_k
+        seen = seen & (tl.load(base + j * padding.stride_k, mask=key < call.Sk, other=1) == 0)
+    if call.mask is not None:
+        pointers = score_pointers(call.mask, b, h, m_start, n_start, i, j)
+        seen = seen & (tl.load(pointers, mask=seen, other=0) != 0)
+    return seen
+
+
+@triton.jit
+def somebody(seen, axis: tl.constexpr):
+    """Along `axis`, is there anyone who sees? Tiles of others are read as 0: 0 * NaN is NaN."""
+    return tl.max(seen.to(tl.int32), axis) != 0
+
+
+# -- Logits --------------------------------------------------------------------------------
+
+
+@triton.jit
+def tanh(x):
+    """Max error 2 ULP. Odd polynomial below 0.625, beyond it 1 - 2 / (e^2|x| + 1)."""
+    square, magnitude = x * x, tl.abs(x)
+    # (tanh(x) / x - 1) / x^2 in x^2 on [0, 0.625^2]: a Chebyshev fit, relative error 1.7e-8
+    poly = 0.020997178999074751 - 0.0060967141659081976 * square
+    poly = -0.053850909578513581 + poly * square
+    poly = 0.13332769736976328 + poly * square
+    poly = -0.33333328944134255 + poly * square
+    small = x + x * (square * poly)
+    large = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
+    large = tl.where(x < 0.0, -large, large)
+    return tl.where(magnitude < 0.625, small, large)
+
+
+@triton.jit
+def logits(s, call, b, h, m_start, n_start, i, j):
+    """s = q·k to what the softmax sees before masking, and d logit / d (scale q·k)."""
+    s = s * call.scale
+    slope = 1.0
+    if call.softcap is not None:
+        # s <- cap * tanh(s / cap)
+        t = tanh(s / call.softcap)
+        s = t * call.softcap
+        slope = 1.0 - t * t
+    if call.bias is not None:
+        inside = (m_start + i < call.Sq) & (n_start + j < call.Sk)
+        pointers = score_pointers(call.bias, b, h, m_start, n_start, i, j)
+        s += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    if call.alibi is not None:
+        # s <- s - slope * |i + offset - j|
+        distance = tl.abs(m_start + i + call.offset - (n_start + j)).to(tl.float32)
+        s -= tl.load(call.alibi.data + b * call.alibi.stride_b + h) * distance
+    return s, slope
+
+
+# -- Softmax -------------------------------------------------------------------------------
+
+
+@triton.jit
+def online_softmax_update(acc, row_max, row_sum, s, scale, PLAIN: tl.constexpr):
+    """One block of scores into the running softmax (Milakov & Gimelshein 2018, Algorithm 3).
+
+    PLAIN: logits are scale * s, and row_max is in powers of two, so that a weight costs one
+    fused multiply-add. Else s are logits, whose difference is taken before it is multiplied by
+    log2 e: a logit of -FLT_MAX, which hides keys in many models, would overflow.
+    Returns acc * alpha, row_max, row_sum, p.
+    """
+    if PLAIN:
+        # m <- max(m, rowmax(s))
+        new_max = tl.maximum(row_max, tl.max(s, 1) * (scale * LOG2E))
+        # -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0
+        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+        # p <- exp(s - m), alpha <- exp(m_old - m)
+        p = tl.exp2(s * (scale * LOG2E) - origin[:, None])
+        alpha = tl.exp2(row_max - origin)
+    else:
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2((s - origin[:, None]) * LOG2E)
+        alpha = tl.exp2((row_max - origin) * LOG2E)
+    # l <- alpha l + rowsum(p), acc <- alpha acc
+    row_sum = row_sum * alpha + tl.sum(p, 1)
+    return acc * alpha[:, None], new_max, row_sum, p
+
+
+# -- Dropout -------------------------------------------------------------------------------
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, seed):
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    m0 = tl.full((), 0xD2511F53, tl.uint32)
+    m1 = tl.full((), 0xCD9E8D57, tl.uint32)
+    w0 = tl.full((), 0x9E3779B9, tl.uint32)
+    w1 = tl.full((), 0xBB67AE85, tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, m0), tl.mul(c0, m0, sanitize_overflow=False)
+        high1, low1 = tl.umulhi(c2, m1), tl.mul(c2, m1, sanitize_overflow=False)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 = tl.add(k0, w0, sanitize_overflow=False)
+        k1 = tl.add(k1, w1, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def philox_words(dropout, matrix, row, group):
+    """The 128 bits of a group of 8 columns, as four words of group's and row's common shape.
+
+    counter = (column // 8, row, batch * Hq + head, offset), key = seed.
+    """
+    seed = tl.load(dropout.philox)
+    offset = (tl.load(dropout.philox + 1) & 0xFFFFFFFF).to(tl.uint32)
+    group, row = tl.broadcast(group.to(tl.uint32), row.to(tl.uint32))
+    zero = group ^ group
+    return philox4x32(group, row, zero + matrix.to(tl.uint32), zero + offset, seed)
+
+
+@triton.jit
+def halves_kept(word, threshold):
+    """Of a word's two 16-bit values, the low one first: [..., 2]."""
+    low, high = (word & 0xFFFF).to(tl.int32), (word >> 16).to(tl.int32)
+    return tl.join((low >= threshold).to(tl.int8), (high >= threshold).to(tl.int8))
+
+
+@triton.jit
+def dropout_keep(dropout, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which weights are kept of the rows [ROWS, 1], columns n_start + [0, COLUMNS): bool.
+
+    n_start is a multiple of 8; matrix is a number, or one for each row, [ROWS, 1].
+    """
+    group = n_start // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+    c0, c1, c2, c3 = philox_words(dropout, matrix, row, group)
+    # [rows, columns / 8, 2, 2, 2]: word / 2, word % 2, half; in memory order these are 8 columns
+    even = tl.join(halves_kept(c0, dropout.threshold), halves_kept(c2, dropout.threshold))
+    odd = tl.join(halves_kept(c1, dropout.threshold), halves_kept(c3, dropout.threshold))
+    words = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2))
+    return tl.reshape(words, (ROWS, COLUMNS)) != 0
+
+
+@triton.jit
+def dropout_keep_mask_kernel(keep, dropout, Sq, Sk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The mask itself, bytes [B, Hq, Sq, Sk]. One program: BLOCK_M rows of one head."""
+    blocks = tl.cdiv(Sq, BLOCK_M)
+    matrix, m_start = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
+    i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    base = keep + tl.cast(matrix, tl.int64) * Sq * Sk + tl.cast(m_start, tl.int64) * Sk
+    for n_start in tl.range(0, Sk, BLOCK_N):
+        kept = dropout_keep(dropout, matrix, m_start + i, n_start, BLOCK_M, BLOCK_N)
+        inside = (m_start + i < Sq) & (n_start + j < Sk)
+        pointers = base + i.to(tl.int64) * Sk + n_start + j
+        tl.store(pointers, kept.to(tl.int8), mask=inside)

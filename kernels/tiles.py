@@ -1,0 +1,130 @@
+"""Tile sizes and launch options, and nothing else: by kernel, architecture, dtype and head size.
+
+The table follows from what compiles without spills and fits the shared memory of a block
+(tests/test_triton_compile.py checks both); no entry has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """A tile of block_m queries and block_n keys, computed by num_warps warps."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class Arch(NamedTuple):
+    """What a table entry is chosen by; `shared_bytes` is the most that one block may use."""
+
+    name: str
+    shared_bytes: int
+
+
+# NVIDIA by compute capability, AMD by name. KiB from the vendors' documents.
+ARCHS = {
+    "sm_80": Arch("sm_80", 163 * 1024),
+    "sm_86": Arch("sm_86", 99 * 1024),
+    "sm_89": Arch("sm_86", 99 * 1024),
+    "sm_90": Arch("sm_90", 227 * 1024),
+    "sm_100": Arch("sm_100", 227 * 1024),
+    "sm_103": Arch("sm_100", 227 * 1024),
+    "sm_120": Arch("sm_120", 99 * 1024),
+    "sm_121": Arch("sm_120", 99 * 1024),
+    "gfx942": Arch("gfx942", 64 * 1024),
+    "gfx950": Arch("gfx950", 160 * 1024),
+}
+# TRITON_INTERPRET=1, on CPU tensors.
+INTERPRETER = Arch("interpreter", 2**31)
+# Of a GPU that is not listed: what every one of them can run.
+SMALLEST = Arch("sm_86", 64 * 1024)
+
+
+@functools.cache
+def arch_of(device: torch.device) -> Arch:
+    """The architecture of a CUDA or HIP device; a CPU is Triton's interpreter."""
+    if device.type == "cpu":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return ARCHS.get(properties.gcnArchName.split(":")[0], SMALLEST)
+    return ARCHS.get(f"sm_{properties.major}{properties.minor}", SMALLEST)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """A power of two, of at least 16: the smallest depth of a matrix instruction."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+# kernel, architecture or "any", bits of the dtype: {padded head size, 64 also for less: tiles}.
+# What an architecture says goes before what "any" says.
+_TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
+    ("forward", "any", 16): {
+        64: Tiles(128, 64, 4, 3),
+        128: Tiles(128, 64, 8, 2),
+        256: Tiles(64, 32, 8, 2),
+    },
+    ("dkdv", "any", 16): {
+        64: Tiles(32, 64, 4, 2),
+        128: Tiles(64, 64, 8, 1),
+        256: Tiles(32, 32, 8, 1),
+    },
+    ("dq", "any", 16): {
+        64: Tiles(64, 64, 4, 2),
+        128: Tiles(64, 64, 8, 1),
+        256: Tiles(32, 32, 8, 1),
+    },
+    ("forward", "sm_90", 16): {64: Tiles(128, 64, 8, 3)},
+    ("forward", "sm_100", 16): {64: Tiles(128, 64, 8, 3)},
+    ("forward", "sm_120", 16): {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2)},
+    ("forward", "gfx950", 16): {128: Tiles(128, 64, 8, 1)},
+    ("forward", "any", 32): {
+        64: Tiles(32, 32, 4, 1),
+        128: Tiles(32, 32, 8, 1),
+        256: Tiles(32, 16, 8, 1),
+    },
+    ("dkdv", "sm_90", 16): {128: Tiles(32, 64, 8, 1)},
+    ("dkdv", "any", 32): {
+        64: Tiles(32, 32, 8, 1),
+        128: Tiles(16, 32, 8, 1),
+        256: Tiles(16, 16, 8, 1),
+    },
+    ("dq", "any", 32): {
+        64: Tiles(32, 32, 8, 1),
+        128: Tiles(32, 16, 8, 1),
+        256: Tiles(16, 16, 8, 1),
+    },
+}
+
+
+def attention_tiles(kernel: str, arch: Arch, dtype: torch.dtype, head_dim: int) -> Tiles:
+    """kernel: "forward", "dkdv" or "dq"; head_dim: the larger one of query's and value's."""
+    bits = 8 * dtype.itemsize
+    rows = _TABLE[kernel, "any", bits] | _TABLE.get((kernel, arch.name, bits), {})
+    return rows[max(64, padded_head_dim(head_dim))]
+
+
+class RowTiles(NamedTuple):
+    """Tiles of masked softmax: `rows` rows of up to `block` columns at a time."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+# A longer row is taken in blocks of this size.
+MAX_SOFTMAX_BLOCK = 8192
+
+
+def softmax_tiles(columns: int, max_block: int = MAX_SOFTMAX_BLOCK) -> RowTiles:
+    """About 4096 elements a program, or one row; one warp for each 512 of them."""
+    block = min(max_block, max(16, 1 << (columns - 1).bit_length()))
+    rows = max(1, min(16, 1024 // block))
+    return RowTiles(rows, block, min(16, max(1, rows * block // 512)))

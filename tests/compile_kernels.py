@@ -1,0 +1,210 @@
+"""Compiles Triton kernels ahead of time, without a GPU. Run as a program: it answers requests.
+
+A request is a line of JSON: {"target": ..., "kernel": ..., and the fields of `Request`}. The answer
+is a line with what the compiler made of it: registers, spills, shared memory, instructions. Apart
+from the tests' own process, where Triton interprets kernels instead. Triton keeps what it compiled
+by the hash of the sources and options, so that only what has changed is compiled again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# Of the assembly, by what is counted. A cubin is not disassembled: PTX names them too.
+INSTRUCTIONS = {
+    "mma": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "cp.async": r"\bcp\.async\.c[ag]\.shared",
+    "mfma": r"\bv_mfma",
+    "tf32": r"\.tf32\.",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One compilation: a kernel for a target, and the call that it serves."""
+
+    target: str  # a key of tiles.ARCHS
+    kernel: str  # the name of the function
+    dtype: str = "float16"
+    D: int = 64
+    Dv: int = 0  # 0: D
+    Hkv: int = 4  # of 4 query heads
+    Sq: int = 1024
+    Sk: int = 1024
+    causal: int = 0
+    window: tuple[int, int] = (-1, -1)
+    mask: str = ""  # a broadcast shape such as "B1QK"
+    bias: str = ""
+    key_padding: bool = False
+    softcap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
+    dropout_p: float = 0.0
+    scale: float = 0.125
+    precision: int = 0
+
+
+def launches(request: Request) -> list[Any]:
+    """What a call like this would start, from tensors without memory."""
+    import torch
+
+    from fused_attention.kernels import launch, tiles
+
+    arch, dtype = tiles.ARCHS[request.target], getattr(torch, request.dtype)
+    B, Hq, D, Dv = 2, 4, request.D, request.Dv or request.D
+    sizes = {"B": B, "H": Hq, "Q": request.Sq, "K": request.Sk, "1": 1}
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def broadcast(letters: str, dtype: torch.dtype) -> torch.Tensor | None:
+        return meta(*(sizes[x] for x in letters), dtype=dtype) if letters else None
+
+    if "softmax" in request.kernel:
+        x, columns = meta(B, Hq, request.Sq, request.Sk), request.Sk
+        mask, bias = broadcast(request.mask, torch.bool), broadcast(request.bias, dtype)
+        heads, rows = meta(Hq, dtype=torch.float32), meta(B * Hq * request.Sq, dtype=torch.float32)
+        philox, p = meta(2, dtype=torch.int64), request.dropout_p
+        sinks = heads if request.sinks else None
+        call = launch.row_call(x.shape, request.scale, request.causal, sinks, philox, p)
+        weights = x if p else None
+        sink_weight = rows if request.sinks else None
+        started = [
+            launch.softmax_launch(x, x, weights, mask, bias, sink_weight, call),
+            launch.softmax_backward_launch(x, x, x, rows, sink_weight, sink_weight, call),
+            launch.softmax_dsinks_launch(rows, heads, call),
+        ]
+        if bias is not None:
+            row_tiles = tiles.softmax_tiles(columns)
+            work = launch.RowGroups.of(bias, x.shape, row_tiles.block)
+            parts = meta(work.chunks, *bias.shape, dtype=torch.float32)
+            started.append(launch.softmax_dbias_launch(x, x, rows, parts, work, call, row_tiles))
+        return started
+    query, out = meta(B, Hq, request.Sq, D), meta(B, Hq, request.Sq, Dv)
+    key, value = meta(B, request.Hkv, request.Sk, D), meta(B, request.Hkv, request.Sk, Dv)
+    lse, heads = meta(B, Hq, request.Sq, dtype=torch.float32), meta(Hq, dtype=torch.float32)
+    bias = broadcast(request.bias, dtype)
+    call = launch.describe(
+        query,
+        key,
+        request.scale,
+        request.causal,
+        *request.window,
+        broadcast(request.mask, torch.bool),
+        bias,
+        meta(B, request.Sk, dtype=torch.bool) if request.key_padding else None,
+        heads if request.alibi else None,
+        heads if request.sinks else None,
+        meta(2, dtype=torch.int64),
+        request.softcap,
+        request.dropout_p,
+    )
+    rest = (call, request.precision, arch)
+    dsinks = heads if request.sinks else None
+    started = [
+        launch.forward_launch(query, key, value, out, lse, *rest),
+        *launch.backward_launches(
+            query, key, value, out, out, lse, lse, lse, query, key, value, dsinks, *rest
+        ),
+    ]
+    if bias is not None:
+        parts = meta(2, *bias.shape, dtype=torch.float32)
+        started.append(launch.dbias_launch(query, key, value, out, lse, lse, parts, 2, *rest))
+    if request.dropout_p:
+        keep = meta(B, Hq, request.Sq, request.Sk, dtype=torch.bool)
+        started.append(launch.keep_mask_launch(keep, call.dropout))
+    return started
+
+
+def compiled(request: Request) -> dict[str, Any]:
+    """Compiles as the JIT would at the launch, and measures."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    is_amd = request.target.startswith("gfx")
+    target = (
+        GPUTarget("hip", request.target, 64)
+        if is_amd
+        else GPUTarget("cuda", int(request.target.removeprefix("sm_")), 32)
+    )
+    one = next(x for x in launches(request) if x.kernel.__name__ == request.kernel)
+    function, backend = one.kernel, make_backend(target)
+    keywords = one.constants | one.options
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    bound, specialization, _ = bind(*one.args, **keywords)
+    options, signature, constants, attributes = function._pack_args(
+        backend, keywords, bound, specialization, None
+    )
+    source = ASTSource(function, signature, constants, attributes)
+    kernel = triton.compile(source, target=target, options=options.__dict__)
+    assembly = kernel.asm["amdgcn" if is_amd else "ptx"]
+    measured = {"shared": kernel.metadata.shared, "tiles": one.constants, "warps": one.num_warps}
+    measured["tiles"] = {k: v for k, v in one.constants.items() if isinstance(v, int)}
+    for name, pattern in INSTRUCTIONS.items():
+        measured[name] = len(re.findall(pattern, assembly))
+    if is_amd:
+        measured["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1])
+        measured["spills"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1])
+    else:
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [tool, "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        measured["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+        measured["spills"] = sum(
+            int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("STACK", "LOCAL")
+        )
+    return measured
+
+
+class Compiler:
+    """The program, from the other side."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def __call__(self, request: Request) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(asdict(request)) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def main() -> None:
+    for line in sys.stdin:
+        try:
+            answer = compiled(Request(**json.loads(line)))
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"[-2000:]}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The Triton kernels through the real compiler, for every target, without a GPU.
+
+The interpreter accepts what the compiler refuses, and knows nothing of registers and shared memory.
+Kernels for {target, kernel, dtype, head size, features} must compile and fit: with --full a
+covering set, in which every two values of two axes meet, else the part of it that covers most. The
+main configurations must not spill, and use the matrix and copy instructions of the target.
+"""
+
+import itertools
+import os
+import random
+
+import pytest
+import torch
+
+from compile_kernels import Compiler, Request
+
+pytest.importorskip("triton")
+
+from fused_attention.kernels import tiles
+
+TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
+ATTENTION = ["attention_forward_kernel", "attention_dkdv_kernel", "attention_dq_kernel"]
+
+pytestmark = pytest.mark.timeout(900)  # a cold cache on a busy machine
+
+
+@pytest.fixture(scope="module")
+def compile():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    compiler = Compiler(environment | {"TRITON_DEFAULT_FP_FUSION": "1"})
+    yield compiler
+    compiler.close()
+
+
+def fits(target: str, result) -> bool:
+    return result["shared"] <= tiles.ARCHS[target].shared_bytes
+
+
+# -- The main configurations ---------------------------------------------------------------
+
+MAIN = [
+    Request(target, kernel, dtype, D, causal=1)
+    for target in ("sm_80", "sm_90")
+    for kernel in ATTENTION
+    for dtype, D in (("float16", 64), ("bfloat16", 128))
+] + [
+    Request(target, "attention_forward_kernel", "bfloat16", D, causal=1)
+    for target in ("sm_100", "sm_120", "gfx942", "gfx950")
+    for D in (64, 128)
+]
+
+
+def request_id(request: Request) -> str:
+    default = Request("", "")
+    changed = {
+        name: value for name, value in vars(request).items() if value != getattr(default, name)
+    }
+    return ",".join(str(value).removesuffix("_kernel") for value in changed.values())
+
+
+@pytest.mark.parametrize("request_", MAIN, ids=request_id)
+def test_main_configurations(compile, request_):
+    """No spills, and the instructions that make it fast."""
+    result = compile(request_)
+    assert fits(request_.target, result), result
+    assert result["spills"] == 0, result
+    must_have = {
+        "sm_80": ["mma"],
+        "sm_90": ["wgmma"],
+        "sm_100": ["tcgen05"],
+        "sm_120": ["mma"],
+    }.get(request_.target, ["mfma"])
+    if request_.kernel == "attention_forward_kernel" and request_.target.startswith("sm_"):
+        must_have.append("cp.async")
+    for name in must_have:
+        assert result[name] > 0, (name, result)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_highest_precision_of_float32_uses_no_tf32(compile, target):
+    highest = compile(Request(target, "attention_forward_kernel", "float32", 64))
+    assert highest["tf32"] == 0 and highest["mma"] + highest["wgmma"] > 0
+    medium = compile(Request(target, "attention_forward_kernel", "float32", 64, precision=2))
+    assert medium["tf32"] > 0
+
+
+# -- The covering set ----------------------------------------------------------------------
+
+KERNELS = [
+    *ATTENTION,
+    *("attention_delta_kernel", "attention_dbias_kernel", "attention_dsinks_kernel"),
+    "dropout_keep_mask_kernel",
+]
+SOFTMAX = [
+    *("masked_softmax_kernel", "masked_softmax_backward_kernel"),
+    *("masked_softmax_dbias_kernel", "masked_softmax_dsinks_kernel"),
+]
+FEATURES = {
+    "plain": {},
+    "causal": {"causal": 2, "Sq": 1000},
+    "window": {"window": (100, 50), "Sk": 777},
+    "mask": {"mask": "B1QK"},
+    "key padding, gqa": {"key_padding": True, "Hkv": 2},
+    "bias": {"bias": "1HQK", "causal": 1},
+    "bias of keys, softcap": {"bias": "BH1K", "softcap": 20.0},
+    "alibi, sinks": {"alibi": True, "sinks": True},
+    "dropout": {"dropout_p": 0.1, "causal": 1},
+    "everything": {
+        **{"mask": "BHQK", "bias": "1HQ1", "key_padding": True, "causal": 2, "softcap": 20.0},
+        **{"alibi": True, "sinks": True, "dropout_p": 0.1, "window": (100, -1), "scale": -1.0},
+    },
+}
+NEEDED = {
+    "attention_dbias_kernel": {"bias": "11QK"},
+    "attention_dsinks_kernel": {"sinks": True},
+    "dropout_keep_mask_kernel": {"dropout_p": 0.1},
+    "masked_softmax_dbias_kernel": {"bias": "1H1K"},
+}
+AXES = {
+    "target": TARGETS,
+    "kernel": KERNELS,
+    "dtype": ["float16", "bfloat16", "float32"],
+    "D": [64, 128, 40, 256],
+    "features": list(FEATURES),
+}
+
+
+def pairs(row: dict) -> set:
+    return set(itertools.combinations(row.items(), 2))
+
+
+def covering(axes: dict[str, list], seed: int) -> list[dict]:
+    """Rows such that every two values of two axes meet; greedy, deterministic."""
+    choose, names = random.Random(seed), list(axes)
+    missing = {
+        ((a, x), (b, y))
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+        for x in axes[a]
+        for y in axes[b]
+    }
+    rows = []
+    while missing:
+        candidates = [{n: choose.choice(axes[n]) for n in names} for _ in range(50)]
+        (a, x), (b, y) = min(missing, key=str)
+        candidates = [row | {a: x, b: y} for row in candidates]
+
+        best = max(candidates, key=lambda row: len(pairs(row) & missing))
+        missing -= pairs(best)
+        rows.append(best)
+    return rows
+
+
+def request_of(row: dict) -> Request:
+    features = FEATURES[row["features"]] | NEEDED.get(row["kernel"], {})
+    return Request(row["target"], row["kernel"], row["dtype"], row["D"], **features)
+
+
+def softmax_request(row: dict) -> Request:
+    options = {"mask": "B1QK", "causal": 2, "dropout_p": 0.1, "sinks": True} if row["all"] else {}
+    options |= NEEDED.get(row["kernel"], {})
+    sizes = {"Sq": 1024, "Sk": row["columns"]}
+    return Request(row["target"], row["kernel"], row["dtype"], **sizes, **options)
+
+
+SOFTMAX_AXES = {
+    "target": TARGETS,
+    "kernel": SOFTMAX,
+    "dtype": ["bfloat16", "float32"],
+    "columns": [100, 4096, 20000],
+    "all": [False, True],
+}
+ALL = [request_of(row) for row in covering(AXES, seed=1)]
+ALL_SOFTMAX = [softmax_request(row) for row in covering(SOFTMAX_AXES, seed=1)]
+
+
+def is_cheap(request: Request) -> bool:
+    """Float32 with many products in a tile takes the compiler up to half a minute."""
+    return request.dtype != "float32" or request.kernel not in (
+        *ATTENTION,
+        "attention_dbias_kernel",
+    )
+
+
+DEFAULT = [request for request in ALL if is_cheap(request)][:28] + [
+    Request("sm_80", kernel, "float32", 64) for kernel in ATTENTION
+]
+
+
+@pytest.mark.parametrize("request_", DEFAULT + ALL_SOFTMAX[:10], ids=request_id)
+def test_covering_set(compile, request_):
+    result = compile(request_)
+    assert fits(request_.target, result), result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("request_", [*ALL, *ALL_SOFTMAX], ids=request_id)
+def test_all_pairs(compile, request_):
+    result = compile(request_)
+    assert fits(request_.target, result), result
+
+
+def test_the_table_has_an_entry_for_every_call():
+    for arch in {*tiles.ARCHS.values(), tiles.SMALLEST, tiles.INTERPRETER}:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for head_dim in range(1, 257):
+                for kernel in ("forward", "dkdv", "dq"):
+                    entry = tiles.attention_tiles(kernel, arch, dtype, head_dim)
+                    assert min(entry.block_m, entry.block_n) >= 16
