@@ -8,10 +8,12 @@ and adding a backend nothing.
 
 import contextlib
 import dataclasses
+from dataclasses import replace
 
 import pytest
+import torch
 
-from fused_attention import _native, testing
+from fused_attention import _native, attention, testing
 from fused_attention.backends import BACKENDS
 from fused_attention.problem import FEATURES, Problem
 from fused_attention.testing import Case
@@ -94,6 +96,23 @@ def test_every_tail_of_queries_and_keys(isa, seqlen):
         for seqlen_k in (1, seqlen, 95 + seqlen):
             case = Case(dtype=dtype, Sq=seqlen, Sk=seqlen_k, D=9, Dv=21, window_size=(30, 4))
             assert not testing.check(case, backend="cpu"), (dtype, seqlen_k)
+
+
+@pytest.mark.skipif("amx_emulated" not in _native.isas(), reason="needs AVX-512")
+@pytest.mark.parametrize("case", [case for case in PAIRS if case.Sk >= 128], ids=case_id)
+def test_float32_on_tiles(case):
+    """Without the lse, which keeps float32 off the tiles"""
+    inputs = testing.make_inputs(replace(case, dtype=torch.float32, sinks=False))
+    want = testing.exact(inputs)["out"]
+    plain = testing.naive(inputs)
+    with testing.cpu_isa("amx_emulated"), torch.no_grad():
+        for precision, allowed in (("highest", None), ("high", 1e-4), ("medium", 3e-2)):
+            keywords = inputs.keywords | {"precision": precision, "backend": "cpu"}
+            out = attention(**inputs.tensors, **keywords)
+            if allowed is None:
+                assert not testing.mismatches({"out": out}, {"out": want}, plain)
+            else:
+                assert (out - want).abs().max() <= allowed * max(1.0, want.abs().max())
 
 
 def test_table_declares_known_features_only():

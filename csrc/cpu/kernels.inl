@@ -106,7 +106,9 @@ bool is_dense(const AttentionParams& p) {
 }
 #endif
 #ifdef FUSED_ATTENTION_TILES
-bool many_keys(const AttentionParams& p) { return p.Sk >= 128; }
+// Enough keys to make up for splitting them, and no lse: what follows from it computes the scores
+// again, in float, whose rounding is another.
+bool many_keys(const AttentionParams& p) { return p.Sk >= 128 && p.lse == nullptr; }
 template <int kPlanes, int kScoreOrders = kPlanes>
 constexpr ForwardKernel tiles_forward(const char* reason, bool (*serves)(const AttentionParams&)) {
   return {"attention_forward on tiles",
