@@ -247,17 +247,33 @@ const OptionalTensor& no_tensor() {
   return none;
 }
 
+// How many samples a call has, whose philox [n, 2] and sinks [n, heads] have a row for each; 0
+// where they are [2] and [heads]. `batch` is what they share out among them.
+int64_t count_samples(const OptionalTensor& philox, const OptionalTensor& sinks, int64_t batch) {
+  const bool many = (philox && philox->dim() == 2) || (sinks && sinks->dim() == 2);
+  if (!many) return 0;
+  const int64_t samples = philox && philox->dim() == 2 ? philox->size(0) : sinks->size(0);
+  STD_TORCH_CHECK(
+      samples > 0 && batch % samples == 0 && (!philox || philox->dim() == 2) &&
+          (!sinks || (sinks->dim() == 2 && sinks->size(0) == samples)),
+      "philox, sinks: expected a row for each of as many samples in both, a divisor of ", batch);
+  return samples;
+}
+
 // Both kinds of params hold the state of dropout under the same names.
 template <typename Params>
-void describe_dropout(Params& p, double dropout_p, const OptionalTensor& philox) {
+void describe_dropout(Params& p, double dropout_p, const OptionalTensor& philox,
+                      int64_t samples = 0) {
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1, got ", dropout_p);
   if (dropout_p == 0) return;
-  STD_TORCH_CHECK(philox.has_value() && philox->is_cpu() && philox->numel() == 2 &&
+  STD_TORCH_CHECK(philox.has_value() && philox->is_cpu() &&
+                      philox->numel() == (samples > 1 ? samples : 1) * 2 &&
                       philox->scalar_type() == ScalarType::Long && philox->is_contiguous(),
-                  "philox: expected an int64 CPU tensor [2] of seed and offset");
+                  "philox: expected an int64 CPU tensor [2] of seed and offset, or [samples, 2]");
   const int64_t* state = (const int64_t*)philox->data_ptr();
   p.philox_seed = (uint64_t)state[0];
   p.philox_offset = (uint32_t)state[1];
+  if (samples > 0) p.philox_states = state;
   p.dropout_threshold = (uint32_t)std::nearbyint(dropout_p * 65536);
   const uint32_t kept = 65536 - p.dropout_threshold;
   p.dropout_scale = kept == 0 ? 0.0 : 65536.0 / kept;
@@ -409,7 +425,9 @@ void describe_options(AttentionParams& p, const Options& o) {
   p.scale = o.scale;
   p.softcap = o.softcap;
   p.precision = o.precision;
-  describe_dropout(p, o.dropout_p, o.philox);
+  const int64_t samples = count_samples(o.philox, o.sinks, p.B);
+  p.sample_heads = samples > 0 ? p.B / samples * p.Hq : 0;
+  describe_dropout(p, o.dropout_p, o.philox, samples);
   if (o.mask) {
     STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool, "mask: expected bool");
     p.mask = score_view(*o.mask, "mask", p);
@@ -441,10 +459,11 @@ void describe_options(AttentionParams& p, const Options& o) {
   if (o.sinks) {
     const Tensor& sinks = *o.sinks;
     const bool wide = p.dtype == DType::kFloat64;
-    STD_TORCH_CHECK(
-        sinks.is_cpu() && sinks.dim() == 1 && sinks.size(0) == p.Hq && sinks.is_contiguous() &&
-            sinks.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-        "sinks: expected a contiguous ", wide ? "float64" : "float32", " CPU tensor [", p.Hq, "]");
+    STD_TORCH_CHECK(sinks.is_cpu() && (sinks.dim() == 1 || samples > 0) && sinks.size(-1) == p.Hq &&
+                        sinks.is_contiguous() &&
+                        sinks.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                    "sinks: expected a contiguous ", wide ? "float64" : "float32", " CPU tensor [",
+                    p.Hq, "], or [samples, ", p.Hq, "]");
     p.sinks = sinks.data_ptr();
   }
 }
@@ -640,7 +659,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     p.dbias.dtype = p.bias.dtype;
   }
   if (sinks_grad) {
-    dsinks = empty({p.Hq}, lse_dtype(p));
+    dsinks = empty(sinks->sizes(), lse_dtype(p));
     if (p.B == 0) torch::stable::zero_(dsinks);
     p.dsinks = dsinks.data_ptr();
   }
@@ -705,11 +724,12 @@ struct TangentInputs {
     check_lse(p, *tensor, name);
     return hold(*tensor);
   }
-  const void* sinks(const AttentionParams& p, const OptionalTensor& tensor) {
+  const void* like_sinks(const AttentionParams& p, const OptionalTensor& tensor,
+                         const OptionalTensor& sinks) {
     if (!tensor) return nullptr;
-    STD_TORCH_CHECK((p.sinks != nullptr || p.Hq == 0) && tensor->is_cpu() && tensor->dim() == 1 &&
-                        tensor->size(0) == p.Hq && tensor->scalar_type() == lse_dtype(p),
-                    "tangent_sinks: expected [", p.Hq, "] in the dtype of sinks, beside them");
+    STD_TORCH_CHECK(sinks && tensor->is_cpu() && tensor->scalar_type() == lse_dtype(p) &&
+                        std::ranges::equal(tensor->sizes(), sinks->sizes()),
+                    "tangent_sinks: expected the shape and dtype of sinks, beside them");
     return hold(*tensor);
   }
   void* hold(const Tensor& tensor) {
@@ -725,7 +745,8 @@ struct TangentInputs {
 void describe_tangents(AttentionParams& p, TangentInputs& tangents, const Input& q, const Input& k,
                        const Input& v, const OptionalTensor& tangent_query,
                        const OptionalTensor& tangent_key, const OptionalTensor& tangent_value,
-                       const OptionalTensor& tangent_bias, const OptionalTensor& tangent_sinks) {
+                       const OptionalTensor& tangent_bias, const OptionalTensor& tangent_sinks,
+                       const OptionalTensor& sinks) {
   p.tangent.query = tangents.view(tangent_query, q.shape, "tangent_query");
   p.tangent.key = tangents.view(tangent_key, k.shape, "tangent_key");
   p.tangent.value = tangents.view(tangent_value, v.shape, "tangent_value");
@@ -733,7 +754,7 @@ void describe_tangents(AttentionParams& p, TangentInputs& tangents, const Input&
     p.tangent.bias = score_view(*tangent_bias, "tangent_bias", p);
     p.tangent.bias.dtype = dtype_of(*tangent_bias, "tangent_bias");
   }
-  p.tangent.sinks = tangents.sinks(p, tangent_sinks);
+  p.tangent.sinks = tangents.like_sinks(p, tangent_sinks, sinks);
 }
 
 void refuse_sequences(const Options& o) {
@@ -768,7 +789,7 @@ std::tuple<Tensor, Tensor> attention_jvp(
   const ScalarType dtype = query.scalar_type();
   TangentInputs tangents(dtype);
   describe_tangents(p, tangents, q, k, v, tangent_query, tangent_key, tangent_value, tangent_bias,
-                    tangent_sinks);
+                    tangent_sinks, sinks);
   p.out = tangents.view(out, {{p.B, p.Hq, p.Sq, p.Dv}, {}}, "out");
   const Tensor kept_lse = dense_lse(p, lse);
   Tensor tangent_out = empty_like_layout(q.given, p.Sq, p.Dv, dtype);
@@ -809,7 +830,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
   const ScalarType dtype = query.scalar_type();
   TangentInputs tangents(dtype);
   describe_tangents(p, tangents, q, k, v, tangent_query, tangent_key, tangent_value, tangent_bias,
-                    tangent_sinks);
+                    tangent_sinks, sinks);
   const Shape like_out = {{p.B, p.Hq, p.Sq, p.Dv}, {}};
   p.out = tangents.view(out, like_out, "out");
   p.grad_out = tangents.view(grad_out, like_out, "grad_out");
@@ -837,7 +858,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
     p.dbias.dtype = p.bias.dtype;
   }
   if (sinks_grad) {
-    dsinks = empty({p.Hq}, lse_dtype(p));
+    dsinks = empty(sinks->sizes(), lse_dtype(p));
     if (p.B == 0) torch::stable::zero_(dsinks);
     p.dsinks = dsinks.data_ptr();
   }
@@ -854,7 +875,9 @@ Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, 
                   "batch, heads, seqlen_q, seqlen_k: expected sizes");
   AttentionParams p;
   p.B = batch, p.Hq = heads, p.Sq = seqlen_q, p.Sk = seqlen_k;
-  describe_dropout(p, dropout_p, philox);
+  const int64_t samples = count_samples(philox, no_tensor(), batch);
+  p.sample_heads = samples > 0 ? batch / samples * heads : 0;
+  describe_dropout(p, dropout_p, philox, samples);
   Tensor keep = empty({batch, heads, seqlen_q, seqlen_k}, ScalarType::Bool);
   p.dropout_keep = (uint8_t*)keep.data_ptr();
   run(kernel_table().dropout_keep_mask, p);
@@ -1049,11 +1072,21 @@ Tensor dense_rows(const Tensor& tensor) {
 void describe_sinks(SoftmaxParams& p, const OptionalTensor& sinks, int64_t dims) {
   if (!sinks) return;
   STD_TORCH_CHECK(dims >= 3, "sinks: expected an input of at least 3 dimensions, [..., H, M, N]");
-  STD_TORCH_CHECK(sinks->is_cpu() && sinks->dim() == 1 && sinks->size(0) == p.heads &&
-                      sinks->is_contiguous() && sinks->scalar_type() == accumulation_dtype(p),
-                  "sinks: expected a contiguous CPU tensor [", p.heads, "] in ",
-                  p.dtype == DType::kFloat64 ? "float64" : "float32");
+  STD_TORCH_CHECK(sinks->is_cpu() && (sinks->dim() == 1 || sinks->dim() == 2) &&
+                      sinks->size(-1) == p.heads && sinks->is_contiguous() &&
+                      sinks->scalar_type() == accumulation_dtype(p),
+                  "sinks: expected a contiguous CPU tensor [", p.heads, "] or [samples, ", p.heads,
+                  "] in ", p.dtype == DType::kFloat64 ? "float64" : "float32");
   p.sinks = sinks->data_ptr();
+}
+
+// Returns how many samples there are, see count_samples.
+int64_t describe_samples(SoftmaxParams& p, const OptionalTensor& philox,
+                         const OptionalTensor& sinks) {
+  const int64_t matrices = p.queries > 0 ? p.groups / p.queries : 0;
+  const int64_t samples = count_samples(philox, sinks, p.heads > 0 ? matrices / p.heads : 0);
+  p.sample_heads = samples > 0 ? matrices / samples : 0;
+  return samples;
 }
 
 // Everything but where the results go.
@@ -1077,7 +1110,7 @@ SoftmaxParams describe_softmax(const Tensor& input, double scale, int64_t causal
     p.bias = bias->data_ptr();
   }
   describe_sinks(p, sinks, (int64_t)sizes.size());
-  describe_dropout(p, dropout_p, philox);
+  describe_dropout(p, dropout_p, philox, describe_samples(p, philox, sinks));
   return p;
 }
 
@@ -1164,7 +1197,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_backward(
   const Tensor dense_weights = dense_rows(weights), dense_grad = dense_rows(grad_out);
   SoftmaxParams p = describe_rows(dense_weights, "weights", causal);
   p.scale = scale;
-  describe_dropout(p, dropout_p, philox);
+  describe_dropout(p, dropout_p, philox, describe_samples(p, philox, no_tensor()));
   Tensor dx = empty(sizes, weights.scalar_type());
   describe_operand(p, SoftmaxParams::kInput, dense_weights, "weights", sizes, false);
   describe_operand(p, SoftmaxParams::kGradOut, dense_grad, "grad_out", sizes, false);

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import ops
+from .problem import check_transforms
 
 _BLOCK = 1 << 17  # elements: a few of them fit a second-level cache
 Index = tuple[slice, ...]
@@ -499,9 +500,26 @@ def _gradients(*inputs: Any) -> Three:
     )
 
 
+def gradients_of_samples(call: dict[str, Any], dims: dict[str, int | None]) -> Three:
+    """masked_softmax_backward with sinks_grad, vectorized: its sums are those of each sample."""
+    inputs = ("weights", "sink_weight", "philox", "dropout_p", "scale", "grad_out", "bias")
+    bias_grad = call["bias_grad"]
+
+    def of_sample(*inputs: Any) -> Three:
+        *first, grad_out, bias = inputs
+        bias = bias if bias_grad else None
+        operands = _operands(*first)
+        return _with_sums(gradients(*operands, grad_out, None, None, bias, True), True)
+
+    in_dims = tuple(dims.get(name) for name in inputs)
+    dinput, dbias, dsinks = torch.vmap(of_sample, in_dims)(*(call[name] for name in inputs))
+    return dinput, dbias if bias_grad else dinput.new_empty(0), dsinks
+
+
 def softmax_gradients(*inputs: Any) -> Three:
     """The gradients of input, bias and sinks, part of a graph where somebody may differentiate
     again: with create_graph=True, always under torch.func, and where forward mode is on."""
+    check_transforms("masked_softmax")
     differentiable = torch.is_grad_enabled() or forward_ad._current_level >= 0
     if differentiable and not torch.compiler.is_compiling():
         return SoftmaxGradients.apply(*inputs)
