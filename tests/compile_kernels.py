@@ -1,21 +1,19 @@
-"""Compiles Triton kernels ahead of time, without a GPU. Run as a program: it answers requests.
+"""Compiles Triton kernels ahead of time, without a GPU, as the JIT would for a call.
 
-A request is a line of JSON: {"target": ..., "kernel": ..., and the fields of `Request`}. The answer
-is a line with what the compiler made of it: registers, spills, shared memory, instructions. Apart
-from the tests' own process, where Triton interprets kernels instead. Triton keeps what it compiled
-by the hash of the sources and options, so that only what has changed is compiled again.
+`measured(request)` tells what the compiler made of it: registers, spills, shared memory,
+instructions.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
-import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from triton_process import compiling
 
 # Of the assembly, by what is counted. A cubin is not disassembled: PTX names them too.
 INSTRUCTIONS = {
@@ -125,8 +123,12 @@ def launches(request: Request) -> list[Any]:
     return started
 
 
-def compiled(request: Request) -> dict[str, Any]:
-    """Compiles as the JIT would at the launch, and measures."""
+def measured(request: Request) -> dict[str, Any]:
+    """Of the kernel as the JIT would compile it at the launch. RuntimeError if it cannot."""
+    return compiling(_measured, request)
+
+
+def _measured(request: Request) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -149,7 +151,7 @@ def compiled(request: Request) -> dict[str, Any]:
     source = ASTSource(function, signature, constants, attributes)
     kernel = triton.compile(source, target=target, options=options.__dict__)
     assembly = kernel.asm["amdgcn" if is_amd else "ptx"]
-    measured = {"shared": kernel.metadata.shared, "tiles": one.constants, "warps": one.num_warps}
+    measured = {"shared": kernel.metadata.shared, "warps": one.num_warps}
     measured["tiles"] = {k: v for k, v in one.constants.items() if isinstance(v, int)}
     for name, pattern in INSTRUCTIONS.items():
         measured[name] = len(re.findall(pattern, assembly))
@@ -168,43 +170,3 @@ def compiled(request: Request) -> dict[str, Any]:
             int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("STACK", "LOCAL")
         )
     return measured
-
-
-class Compiler:
-    """The program, from the other side."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def __call__(self, request: Request) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(asdict(request)) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def main() -> None:
-    for line in sys.stdin:
-        try:
-            answer = compiled(Request(**json.loads(line)))
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"[-2000:]}
-        print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()

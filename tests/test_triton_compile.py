@@ -7,13 +7,12 @@ main configurations must not spill, and use the matrix and copy instructions of 
 """
 
 import itertools
-import os
 import random
 
 import pytest
 import torch
 
-from compile_kernels import Compiler, Request
+from compile_kernels import Request, measured
 
 pytest.importorskip("triton")
 
@@ -23,14 +22,6 @@ TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
 ATTENTION = ["attention_forward_kernel", "attention_dkdv_kernel", "attention_dq_kernel"]
 
 pytestmark = pytest.mark.timeout(900)  # a cold cache on a busy machine
-
-
-@pytest.fixture(scope="module")
-def compile():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    compiler = Compiler(environment | {"TRITON_DEFAULT_FP_FUSION": "1"})
-    yield compiler
-    compiler.close()
 
 
 def fits(target: str, result) -> bool:
@@ -60,9 +51,9 @@ def request_id(request: Request) -> str:
 
 
 @pytest.mark.parametrize("request_", MAIN, ids=request_id)
-def test_main_configurations(compile, request_):
+def test_main_configurations(request_):
     """No spills, and the instructions that make it fast."""
-    result = compile(request_)
+    result = measured(request_)
     assert fits(request_.target, result), result
     assert result["spills"] == 0, result
     must_have = {
@@ -78,10 +69,10 @@ def test_main_configurations(compile, request_):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_the_highest_precision_of_float32_uses_no_tf32(compile, target):
-    highest = compile(Request(target, "attention_forward_kernel", "float32", 64))
+def test_the_highest_precision_of_float32_uses_no_tf32(target):
+    highest = measured(Request(target, "attention_forward_kernel", "float32", 64))
     assert highest["tf32"] == 0 and highest["mma"] + highest["wgmma"] > 0
-    medium = compile(Request(target, "attention_forward_kernel", "float32", 64, precision=2))
+    medium = measured(Request(target, "attention_forward_kernel", "float32", 64, precision=2))
     assert medium["tf32"] > 0
 
 
@@ -189,15 +180,15 @@ DEFAULT = [request for request in ALL if is_cheap(request)][:28] + [
 
 
 @pytest.mark.parametrize("request_", DEFAULT + ALL_SOFTMAX[:10], ids=request_id)
-def test_covering_set(compile, request_):
-    result = compile(request_)
+def test_covering_set(request_):
+    result = measured(request_)
     assert fits(request_.target, result), result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("request_", [*ALL, *ALL_SOFTMAX], ids=request_id)
-def test_all_pairs(compile, request_):
-    result = compile(request_)
+def test_all_pairs(request_):
+    result = measured(request_)
     assert fits(request_.target, result), result
 
 
