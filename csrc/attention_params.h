@@ -55,6 +55,8 @@ struct AttentionParams {
   int64_t window_right = -1;  // causal is window_right = 0
 
   ScoreView mask;  // bool, nonzero = may attend
+  // What the mask does block by block, see masking.inl; null where it is looked at tile by tile.
+  uint8_t* mask_blocks = nullptr;
   ScoreView bias;
   const uint8_t* key_padding_mask = nullptr;  // [B, Sk], nonzero = hidden
   int64_t key_padding_stride_b = 0, key_padding_stride_k = 0;

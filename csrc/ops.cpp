@@ -491,7 +491,19 @@ struct Shared {
   Tensor tensor;
 };
 
+// Notes once what a mask does that several heads share. The memory is the caller's to keep.
+std::optional<Shared> note_mask_blocks(AttentionParams& p) {
+  const KernelTable& kernels = kernel_table();
+  const size_t bytes = kernels.mask_blocks_bytes(p);
+  if (bytes == 0) return {};
+  std::optional<Shared> blocks(bytes);
+  p.mask_blocks = (uint8_t*)blocks->data();
+  run(kernels.mask_blocks, p);
+  return blocks;
+}
+
 void run_forward(AttentionParams& p) {
+  const std::optional<Shared> mask_blocks = note_mask_blocks(p);
   const ForwardKernel& kernel = choose_forward(kernel_table(), p);
   const size_t shared_bytes = kernel.shared_bytes != nullptr ? kernel.shared_bytes(p) : 0;
   std::optional<Shared> shared;
@@ -646,6 +658,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   }
   if (grad_weights) describe_weights(p, *grad_weights, "grad_weights", average);
   if (p.B * p.Hq == 0) return {dq, dk, dv, dbias, dsinks};
+  const std::optional<Shared> mask_blocks = note_mask_blocks(p);
   const KernelTable& kernels = kernel_table();
   run(kernels.attention_backward_delta, p);
   run(kernels.attention_weights_delta, p);
@@ -681,6 +694,7 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
   if (p.Hq == 0) {
     torch::stable::zero_(weights);
   } else {
+    const std::optional<Shared> mask_blocks = note_mask_blocks(p);
     run(kernel_table().attention_weights, p);
   }
   return weights;

@@ -33,6 +33,8 @@ enum class MathFunction { kExp2, kTanh };
 // The kernels of one instruction set. One constant table per isa_*.cpp.
 struct KernelTable {
   const char* isa;
+  Phase mask_blocks;                                    // before the others, into p.mask_blocks
+  size_t (*mask_blocks_bytes)(const AttentionParams&);  // 0: leave p.mask_blocks null, and it out
   ForwardKernel attention_forward[kMaxForwardKernels];  // best first, the last serves every call
   Phase attention_backward_delta;
   Phase attention_backward_sinks;

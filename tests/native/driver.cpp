@@ -357,8 +357,13 @@ void attention_case(Random& random) {
     if (sunk) dsinks_(h) -= exp(sink - lse_(b, h, i)) * delta_;
   }
 
-  run_forward(p, out, lse);
   const KernelTable& kernels = kernel_table();
+  std::vector<uint8_t> mask_blocks(kernels.mask_blocks_bytes(p));
+  if (!mask_blocks.empty()) {
+    p.mask_blocks = mask_blocks.data();
+    run(kernels.mask_blocks, p, threads);
+  }
+  run_forward(p, out, lse);
   const auto bound = [&](const Phase& phase) {
     return [&phase, &p](int count) { run(phase, p, count); };
   };
