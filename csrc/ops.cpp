@@ -216,7 +216,9 @@ struct Input {
   Shape shape;
 };
 
-TensorView view_of(const Tensor& output) { return Input(output, "output").view(); }
+TensorView view_of(const Tensor& output, Layout layout = Layout::kDense) {
+  return Input(output, "output", layout).view();
+}
 
 // A tensor that broadcasts against the scores: each size 1 or full, stride 0 where it is 1.
 ScoreView score_view(const Tensor& tensor, const char* name, const AttentionParams& p) {
@@ -454,10 +456,13 @@ ScalarType lse_dtype(const AttentionParams& p) {
 }
 
 void check_lse(const AttentionParams& p, const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 3 && tensor.size(0) == p.B &&
-                      tensor.size(1) == p.Hq && tensor.size(2) == p.Sq &&
-                      tensor.scalar_type() == lse_dtype(p),
-                  name, ": expected [", p.B, ", ", p.Hq, ", ", p.Sq, "] in lse's dtype");
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t heads = packed ? 0 : 1;  // their dimension
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == heads + 2 &&
+                      (packed || tensor.size(0) == p.B) && tensor.size(heads) == p.Hq &&
+                      tensor.size(heads + 1) == p.Sq && tensor.scalar_type() == lse_dtype(p),
+                  name, ": expected ", packed ? "[Hq, Tq]" : "[B, Hq, Sq]", " with B ", p.B,
+                  ", Hq ", p.Hq, ", ", packed ? "Tq " : "Sq ", p.Sq, " in lse's dtype");
 }
 
 // As the kernels read it.
@@ -513,6 +518,20 @@ void run_forward(AttentionParams& p) {
   }
 }
 
+Layout layout_of_queries(const Options& o) {
+  return o.cu_seqlens_q ? Layout::kPacked : Layout::kDense;
+}
+Layout layout_of_keys(const Options& o) {
+  return o.block_table ? Layout::kPaged : layout_of_queries(o);
+}
+
+// In the memory order of the input, dense.
+Tensor empty_gradient(const Tensor& tensor, const Input& input, Layout layout) {
+  const Shape& shape = input.given;
+  if (layout != Layout::kDense) return empty(tensor.sizes(), tensor.scalar_type());
+  return empty_like_layout(shape, shape.size[2], shape.size[3], tensor.scalar_type());
+}
+
 // Tokens behind the last packed sequence: out 0, lse -inf.
 template <typename T>
 void clear_rest(const AttentionParams& p, int64_t Tq, T* lse) {
@@ -525,8 +544,7 @@ void clear_rest(const AttentionParams& p, int64_t Tq, T* lse) {
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
                Tensor* lse) {
-  const Layout layout = options.cu_seqlens_q ? Layout::kPacked : Layout::kDense;
-  const Layout kv_layout = options.block_table ? Layout::kPaged : layout;
+  const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   AttentionParams p;
   describe_inputs(p, q, k, v);
@@ -603,43 +621,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
     const OptionalTensor& block_table, bool bias_grad, bool sinks_grad,
     const OptionalTensor& grad_weights, bool average) {
-  STD_TORCH_CHECK(!cu_seqlens_q && !cu_seqlens_k && !seqused_k && !block_table,
-                  "cu_seqlens, seqused_k and block_table: their gradients are not built yet");
-  const Input q(query, "query"), k(key, "key"), v(value, "value");
-  const Input o(out, "out"), grad_o(grad_out, "grad_out");
-  AttentionParams p;
-  describe_inputs(p, q, k, v);
   const Options options = {scale,     causal,     window_left,      window_right, precision,
                            mask,      bias,       key_padding_mask, alibi_slopes, sinks,
                            philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
                            seqused_k, block_table};
-  describe_sequences(p, options, k);
+  const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
+  const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
+  const Input o(out, "out", layout), grad_o(grad_out, "grad_out", layout);
+  AttentionParams p;
+  describe_inputs(p, q, k, v);
+  const Sequences held = describe_sequences(p, options, k);
   describe_options(p, options);
   for (const Input* x : {&o, &grad_o}) {
     const int64_t* size = x->shape.size;
-    STD_TORCH_CHECK(x->dense.scalar_type() == query.scalar_type() && size[0] == p.B &&
+    STD_TORCH_CHECK(x->dense.scalar_type() == query.scalar_type() && size[0] == q.shape.size[0] &&
                         size[1] == p.Hq && size[2] == p.Sq && size[3] == p.Dv,
-                    "grad_out, out: expected [", p.B, ", ", p.Hq, ", ", p.Sq, ", ", p.Dv,
-                    "] in query's dtype");
+                    "grad_out, out: expected query's shape with ", p.Dv,
+                    " for head_dim, and query's dtype");
   }
   p.grad_out = grad_o.view();
   p.out = o.view();
   const Tensor kept_lse = dense_lse(p, lse);
   if (grad_lse) {
     check_lse(p, *grad_lse, "grad_lse");
+    const bool packed = layout == Layout::kPacked;
     p.grad_lse = grad_lse->data_ptr();
-    p.grad_lse_stride_b = grad_lse->stride(0);
-    p.grad_lse_stride_h = grad_lse->stride(1);
-    p.grad_lse_stride_s = grad_lse->stride(2);
+    p.grad_lse_stride_b = packed ? 0 : grad_lse->stride(0);
+    p.grad_lse_stride_h = grad_lse->stride(packed ? 0 : 1);
+    p.grad_lse_stride_s = grad_lse->stride(packed ? 1 : 2);
   }
-  Tensor delta = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
-  p.delta = delta.data_ptr();
-
   const ScalarType dtype = query.scalar_type();
-  Tensor dq = empty_like_layout(q.given, p.Sq, p.D, dtype);
-  Tensor dk = empty_like_layout(k.given, p.Sk, p.D, dtype);
-  Tensor dv = empty_like_layout(v.given, p.Sk, p.Dv, dtype);
-  p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
+  Tensor delta = empty(kept_lse.sizes(), lse_dtype(p));
+  p.delta = delta.data_ptr();
+  Tensor dq = empty_gradient(query, q, layout);
+  Tensor dk = empty_gradient(key, k, kv_layout), dv = empty_gradient(value, v, kv_layout);
+  p.dq = view_of(dq, layout);
+  if (cu_seqlens_q) torch::stable::zero_(dq);  // tokens behind the last sequence
+  if (cu_seqlens_k || seqused_k || block_table) {
+    torch::stable::zero_(dk);
+    torch::stable::zero_(dv);
+  }
+  Tensor whole_dk = dk, whole_dv = dv;  // of each sequence
+  if (block_table) {
+    whole_dk = empty({p.B, p.Hkv, p.Sk, p.D}, dtype);
+    whole_dv = empty({p.B, p.Hkv, p.Sk, p.Dv}, dtype);
+    p.page_dk = view_of(dk, kv_layout), p.page_dv = view_of(dv, kv_layout);
+  }
+  const Layout whole = block_table ? Layout::kDense : kv_layout;
+  p.dk = view_of(whole_dk, whole), p.dv = view_of(whole_dv, whole);
   STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
   STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
   Tensor dbias = empty({0}, dtype), dsinks = empty({0}, lse_dtype(p));
@@ -656,6 +685,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     if (p.B == 0) torch::stable::zero_(dsinks);
     p.dsinks = dsinks.data_ptr();
   }
+  STD_TORCH_CHECK(!grad_weights || !(cu_seqlens_q || seqused_k || block_table),
+                  "grad_weights: expected none beside cu_seqlens_q, seqused_k and block_table");
   if (grad_weights) describe_weights(p, *grad_weights, "grad_weights", average);
   if (p.B * p.Hq == 0) return {dq, dk, dv, dbias, dsinks};
   const std::optional<Shared> mask_blocks = note_mask_blocks(p);
@@ -664,6 +695,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   run(kernels.attention_weights_delta, p);
   run(kernels.attention_backward_sinks, p);
   run(kernels.attention_backward_keys, p);
+  run(kernels.attention_backward_pages, p);
   run(kernels.attention_backward_queries, p);
   return {dq, dk, dv, dbias, dsinks};
 }

@@ -11,7 +11,8 @@
 // Dropout replaces p by z * p in dv and dp by z * dp in ds, z the kept weights' scale (delta is
 // unchanged, for do * o already holds it). dbias = ds, summed where the bias is broadcast: by the
 // owner of the queries, or by the owner of the keys if it is broadcast over the queries. An owner
-// takes all heads and batches that share its part of the bias, in order.
+// takes all heads and batches that share its part of the bias, in order. Keys in pages have their
+// gradients in one piece for each sequence first; a page gets the sum of those it serves, in order.
 //
 // Where the weights w = z * p were returned too, their gradient dw adds to do v^T, and
 // rowsum(w * dw) to delta (attention_weights.inl).
@@ -66,13 +67,13 @@ struct BackwardTile {
 // q and do of a block of queries, as they are and transposed, with lse and delta. Queries past the
 // end and queries that saw nothing have p = exp(s - inf) = 0 and are zero, whatever they held.
 template <typename T, int kVectors>
-void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows,
-                  const BackwardTile<T>& t) {
+void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
+                  int64_t rows, const BackwardTile<T>& t) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const int64_t width = round_up(p.D, W), width_v = round_up(p.Dv, W);
-  load_tile(t.q, p.query, p.dtype, b, h, m_start, rows, p.D, kRow);
-  load_tile(t.grad_out, p.grad_out, p.dtype, b, h, m_start, rows, p.Dv, kRow);
-  const int64_t first = (b * p.Hq + h) * p.Sq + m_start;
+  load_tile(t.q, p.query, p.dtype, seq.b, h, seq.q_start + m_start, rows, p.D, kRow);
+  load_tile(t.grad_out, p.grad_out, p.dtype, seq.b, h, seq.q_start + m_start, rows, p.Dv, kRow);
+  const int64_t first = row_number(p, seq, h, m_start);
   for (int64_t i = 0; i < kRow; ++i) {
     const T lse = i < rows ? ((const T*)p.lse)[first + i] : -kInf<T>;
     const bool empty = lse == -kInf<T>;
@@ -150,22 +151,21 @@ void apply_softcap_slope(const AttentionParams& p, int64_t columns, const Backwa
 
 template <typename T>
 struct AttentionBackwardDelta {
-  static int64_t num_tasks(const AttentionParams& p) {
-    return p.B * p.Hq * ceil_div(p.Sq, kBlockM<T>);
-  }
+  static int64_t num_tasks(const AttentionParams& p) { return count_query_blocks(p, kBlockM<T>); }
   static size_t workspace_bytes(const AttentionParams& p) {
     return 2 * kBlockM<T> * sizeof(T) * (size_t)round_up(p.Dv, kLanes<T>);
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
     constexpr int W = kLanes<T>;
-    const int64_t width = round_up(p.Dv, W), blocks = ceil_div(p.Sq, kBlockM<T>);
+    const int64_t width = round_up(p.Dv, W);
     T *out = (T*)workspace, *grad_out = out + kBlockM<T> * width;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / blocks / p.Hq, h = task / blocks % p.Hq;
-      const int64_t m_start = task % blocks * kBlockM<T>;
-      const int64_t rows = min_of(kBlockM<T>, p.Sq - m_start);
-      load_tile(out, p.out, p.dtype, b, h, m_start, rows, p.Dv, rows);
-      load_tile(grad_out, p.grad_out, p.dtype, b, h, m_start, rows, p.Dv, rows);
+      const Block block = query_block(p, task, kBlockM<T>);
+      const Sequence seq = sequence_of(p, block.b);
+      const int64_t rows = min_of(kBlockM<T>, seq.Sq - block.start);
+      const int64_t token = seq.q_start + block.start;
+      load_tile(out, p.out, p.dtype, block.b, block.h, token, rows, p.Dv, rows);
+      load_tile(grad_out, p.grad_out, p.dtype, block.b, block.h, token, rows, p.Dv, rows);
       for (int64_t i = 0; i < rows; ++i) {
         Vec<T> products = broadcast((T)0);
         for (int64_t d = 0; d < width; d += W) {
@@ -175,10 +175,11 @@ struct AttentionBackwardDelta {
         store(lanes, products);
         for (int l = 0; l < W; ++l) delta += lanes[l];
         if (p.grad_lse != nullptr) {
-          delta -= ((const T*)p.grad_lse)[b * p.grad_lse_stride_b + h * p.grad_lse_stride_h +
-                                          (m_start + i) * p.grad_lse_stride_s];
+          delta -=
+              ((const T*)p.grad_lse)[block.b * p.grad_lse_stride_b + block.h * p.grad_lse_stride_h +
+                                     (token + i) * p.grad_lse_stride_s];
         }
-        ((T*)p.delta)[(b * p.Hq + h) * p.Sq + m_start + i] = delta;
+        ((T*)p.delta)[row_number(p, seq, block.h, block.start + i)] = delta;
       }
     }
   }
@@ -193,8 +194,9 @@ struct AttentionBackwardSinks {
     for (int64_t h = begin; h < end; ++h) {
       double sum = 0;
       for (int64_t b = 0; b < p.B; ++b) {
-        for (int64_t i = 0; i < p.Sq; ++i) {
-          const int64_t row = (b * p.Hq + h) * p.Sq + i;
+        const Sequence seq = sequence_of(p, b);
+        for (int64_t i = 0; i < seq.Sq; ++i) {
+          const int64_t row = row_number(p, seq, h, i);
           const double lse = ((const T*)p.lse)[row], sink = ((const T*)p.sinks)[h];
           if (lse == -__builtin_inf()) continue;  // and so is the sink: it has no weight
           sum -= __builtin_exp(sink - lse) * (double)((const T*)p.delta)[row];
@@ -241,8 +243,9 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
                              const BackwardTile<T>& t) {
   constexpr int W = kLanes<T>;
   const int64_t width = round_up(p.D, W), width_v = round_up(p.Dv, W), group = p.Hq / p.Hkv;
-  const int64_t columns = min_of(kBlockN, p.Sk - n_start);
   const Sequence seq = sequence_of(p, b);
+  const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
+  if (columns <= 0) return;
   const Scalars<T> k = key_rows(p, p.key, seq, h_kv, n_start, columns, p.D, nullptr, t.k);
   const Scalars<T> v = key_rows(p, p.value, seq, h_kv, n_start, columns, p.Dv, nullptr, t.v);
   fill(t.dk, columns * width, (T)0);
@@ -257,7 +260,7 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
       if (seen == Visible::kNone) continue;
       with_vectors<T>(rows, [&](auto vectors) {
         constexpr int kVectors = vectors.value, kRow = kVectors * W;
-        load_queries<T, kVectors>(p, b, h, m, rows, t);
+        load_queries<T, kVectors>(p, seq, h, m, rows, t);
         score_gradients<T, kVectors>(p, seq, h, m, rows, n_start, columns, seen, k, v, t);
         if (seen == Visible::kSome) clear_blind_queries(rows, columns, width, width_v, t);
         // dv <- dv + p^T do
@@ -273,9 +276,9 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
     }
   }
   for (int64_t j = 0; j < columns; ++j) {
-    store_row(row_of(p.dk, p.dtype, b, h_kv, n_start + j), p.dtype, t.dk + j * width, p.D,
-              (T)p.scale);
-    store_row(row_of(p.dv, p.dtype, b, h_kv, n_start + j), p.dtype, t.dv + j * width_v, p.Dv, (T)1);
+    const int64_t token = seq.k_start + n_start + j;
+    store_row(row_of(p.dk, p.dtype, b, h_kv, token), p.dtype, t.dk + j * width, p.D, (T)p.scale);
+    store_row(row_of(p.dv, p.dtype, b, h_kv, token), p.dtype, t.dv + j * width_v, p.Dv, (T)1);
   }
 }
 
@@ -284,6 +287,7 @@ struct AttentionBackwardKeys {
   // How far the work splits: all of it, or less where tasks would share a part of dbias.
   struct Split {
     bool by_batch, by_head, by_block;
+    bool is_full() const { return by_batch && by_head && by_block; }
   };
   static Split split(const AttentionParams& p) {
     if (p.dbias.data == nullptr || p.dbias.stride_q != 0) return {true, true, true};
@@ -291,6 +295,7 @@ struct AttentionBackwardKeys {
   }
   static int64_t num_tasks(const AttentionParams& p) {
     const Split s = split(p);
+    if (s.is_full()) return count_key_blocks(p, kBlockN);
     return (s.by_batch ? p.B : 1) * (s.by_head ? p.Hkv : 1) *
            (s.by_block ? ceil_div(p.Sk, kBlockN) : 1);
   }
@@ -307,11 +312,13 @@ struct AttentionBackwardKeys {
     const bool owns_dbias = p.dbias.data != nullptr && p.dbias.stride_q == 0;
     const int64_t owned_heads = p.dbias.stride_h == 0 ? 1 : group;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n_task = task % blocks * kBlockN;
-      const int64_t h_task = task / blocks % heads, b_task = task / blocks / heads;
-      const Range ns = s.by_block ? Range{n_task, min_of(n_task + kBlockN, p.Sk)} : Range{0, p.Sk};
-      const Range hs = s.by_head ? Range{h_task, h_task + 1} : Range{0, p.Hkv};
-      const Range bs = s.by_batch ? Range{b_task, b_task + 1} : Range{0, p.B};
+      const Block block = s.is_full() ? key_block(p, task, kBlockN)
+                                      : Block{task / blocks / heads, task / blocks % heads,
+                                              task % blocks * kBlockN};
+      const Range ns =
+          s.by_block ? Range{block.start, min_of(block.start + kBlockN, p.Sk)} : Range{0, p.Sk};
+      const Range hs = s.by_head ? Range{block.h, block.h + 1} : Range{0, p.Hkv};
+      const Range bs = s.by_batch ? Range{block.b, block.b + 1} : Range{0, p.B};
       if (owns_dbias) fill(tile.dbias, owned_heads * kBlockN, (T)0);
       for (int64_t n = ns.begin; n < ns.end; n += kBlockN) {
         for (int64_t b = bs.begin; b < bs.end; ++b) {
@@ -334,15 +341,45 @@ struct AttentionBackwardKeys {
   }
 };
 
+// Pages <- the gradients of the sequences they serve. Task: one key head.
+template <typename T>
+struct AttentionBackwardPages {
+  static int64_t num_tasks(const AttentionParams& p) {
+    return p.block_table != nullptr ? p.Hkv : 0;
+  }
+  static size_t workspace_bytes(const AttentionParams& p) {
+    return 2 * sizeof(T) * (size_t)max_of(p.D, p.Dv);
+  }
+  static void add(const AttentionParams& p, const TensorView& pages, const TensorView& gradients,
+                  const Sequence& seq, int64_t h, int64_t width, T* sum, T* term) {
+    for (int64_t n = 0; n < seq.Sk; ++n) {
+      void* to = (void*)key_row(p, pages, seq, h, n);
+      load_row(sum, to, p.dtype, width);
+      load_row(term, row_of(gradients, p.dtype, seq.b, h, n), p.dtype, width);
+      for (int64_t d = 0; d < width; ++d) sum[d] += term[d];
+      store_row(to, p.dtype, sum, width, (T)1);
+    }
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    T *sum = (T*)workspace, *term = sum + max_of(p.D, p.Dv);
+    for (int64_t h = begin; h < end; ++h) {
+      for (int64_t b = 0; b < p.B; ++b) {
+        const Sequence seq = sequence_of(p, b);
+        add(p, p.page_dk, p.dk, seq, h, p.D, sum, term);
+        add(p, p.page_dv, p.dv, seq, h, p.Dv, sum, term);
+      }
+    }
+  }
+};
+
 // -- phase 3: dq. Task: kBlockM queries of one head ----------------------------------------------
 
 template <typename T, int kVectors>
-void attention_backward_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
-                                int64_t rows, const BackwardTile<T>& t) {
+void attention_backward_queries(const AttentionParams& p, const Sequence& seq, int64_t h,
+                                int64_t m_start, int64_t rows, const BackwardTile<T>& t) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const int64_t width = round_up(p.D, W), h_kv = h / (p.Hq / p.Hkv);
-  const Sequence seq = sequence_of(p, b);
-  load_queries<T, kVectors>(p, b, h, m_start, rows, t);
+  load_queries<T, kVectors>(p, seq, h, m_start, rows, t);
   fill(t.dq_t, width * kRow, (T)0);
 
   const Range keys = visible_keys(p, seq, m_start, m_start + rows);
@@ -371,7 +408,8 @@ void attention_backward_queries(const AttentionParams& p, int64_t b, int64_t h, 
   }
   transpose_tile(width, kRow, t.dq_t, kRow, t.dq, width);
   for (int64_t i = 0; i < rows; ++i) {
-    store_row(row_of(p.dq, p.dtype, b, h, m_start + i), p.dtype, t.dq + i * width, p.D, (T)p.scale);
+    store_row(row_of(p.dq, p.dtype, seq.b, h, seq.q_start + m_start + i), p.dtype, t.dq + i * width,
+              p.D, (T)p.scale);
   }
 }
 
@@ -387,33 +425,42 @@ struct AttentionBackwardQueries {
     return owns_dbias(p) && p.dbias.stride_h == 0 ? 1 : p.Hq;
   }
   static int64_t num_tasks(const AttentionParams& p) {
+    if (!owns_dbias(p)) return count_query_blocks(p, kBlockM<T>);
     return batches(p) * heads(p) * ceil_div(p.Sq, kBlockM<T>);
   }
   static size_t workspace_bytes(const AttentionParams& p) {
     BackwardTile<T> tile;
     return tile.place(p, nullptr);
   }
+  static void run_block(const AttentionParams& p, const Block& block, const BackwardTile<T>& tile) {
+    const Sequence seq = sequence_of(p, block.b);
+    const int64_t rows = min_of(kBlockM<T>, seq.Sq - block.start);
+    if (rows <= 0) return;
+    with_vectors<T>(rows, [&](auto vectors) {
+      attention_backward_queries<T, vectors.value>(p, seq, block.h, block.start, rows, tile);
+    });
+  }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
     BackwardTile<T> tile;
     tile.place(p, workspace);
     const int64_t blocks = ceil_div(p.Sq, kBlockM<T>);
+    const int64_t dbias_columns = p.dbias.stride_k == 0 ? 1 : p.Sk;
+    const int64_t dbias_row = p.dbias.stride_k == 0 ? 1 : round_up(p.Sk, kBlockN);
     for (int64_t task = begin; task < end; ++task) {
+      if (!owns_dbias(p)) {
+        run_block(p, query_block(p, task, kBlockM<T>), tile);
+        continue;
+      }
       const int64_t m_start = (blocks - 1 - task % blocks) * kBlockM<T>;
       const int64_t rows = min_of(kBlockM<T>, p.Sq - m_start);
       const int64_t h_task = task / blocks % heads(p), b_task = task / blocks / heads(p);
       const Range hs = heads(p) == p.Hq ? Range{h_task, h_task + 1} : Range{0, p.Hq};
       const Range bs = batches(p) == p.B ? Range{b_task, b_task + 1} : Range{0, p.B};
-      const int64_t dbias_columns = p.dbias.stride_k == 0 ? 1 : p.Sk;
-      const int64_t dbias_row = p.dbias.stride_k == 0 ? 1 : round_up(p.Sk, kBlockN);
-      if (owns_dbias(p)) fill(tile.dbias, rows * dbias_row, (T)0);
+      fill(tile.dbias, rows * dbias_row, (T)0);
       for (int64_t b = bs.begin; b < bs.end; ++b) {
-        for (int64_t h = hs.begin; h < hs.end; ++h) {
-          with_vectors<T>(rows, [&](auto vectors) {
-            attention_backward_queries<T, vectors.value>(p, b, h, m_start, rows, tile);
-          });
-        }
+        for (int64_t h = hs.begin; h < hs.end; ++h) run_block(p, {b, h, m_start}, tile);
       }
-      for (int64_t i = 0; owns_dbias(p) && i < rows; ++i) {
+      for (int64_t i = 0; i < rows; ++i) {
         const int64_t offset = bs.begin * p.dbias.stride_b + hs.begin * p.dbias.stride_h +
                                (m_start + i) * p.dbias.stride_q;
         store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype,

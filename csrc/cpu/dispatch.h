@@ -39,6 +39,7 @@ struct KernelTable {
   Phase attention_backward_delta;
   Phase attention_backward_sinks;
   Phase attention_backward_keys;
+  Phase attention_backward_pages;
   Phase attention_backward_queries;
   Phase dropout_keep_mask;
   SoftmaxPhase masked_softmax_forward;

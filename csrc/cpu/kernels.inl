@@ -176,6 +176,7 @@ constexpr KernelTable kKernels = {
     phase<ByType<AttentionBackwardDelta>>(),
     phase<ByType<AttentionBackwardSinks>>(),
     phase<ByType<AttentionBackwardKeys>>(),
+    phase<ByType<AttentionBackwardPages>>(),
     phase<ByType<AttentionBackwardQueries>>(),
     phase<DropoutKeepMask>(),
     phase<ByType<MaskedSoftmax, SoftmaxParams>, SoftmaxParams>(),

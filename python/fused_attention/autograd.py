@@ -23,7 +23,7 @@ _NOT_PACKED = (None,) * 6  # cu_seqlens_q, ... block_table
 
 
 class Attention(Function):
-    """(out, lse). Inputs: those of attention_forward, without those of packed sequences."""
+    """(out, lse). Inputs: those of attention_forward; the last six only where one is in use."""
 
     generate_vmap_rule = True
 
@@ -33,13 +33,19 @@ class Attention(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:3], *output, *inputs[8:14])
+        cu_seqlens_q, cu_seqlens_k, *max_seqlens, seqused_k, block_table = (
+            inputs[16:] or _NOT_PACKED
+        )
+        sequences = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[8:14], *sequences)
         ctx.numbers, ctx.softcap_and_dropout = inputs[3:8], inputs[14:16]
+        ctx.max_seqlens = max_seqlens
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, *options = ctx.saved_tensors
+        *options, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table = options
         grad_out, grad_lse = grads
         needed = ctx.needs_input_grad
         bias_grad, sinks_grad = needed[9], needed[12]
@@ -49,7 +55,7 @@ class Attention(Function):
             *ctx.numbers,
             *options,
             *ctx.softcap_and_dropout,
-            *_NOT_PACKED,
+            *(cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens, seqused_k, block_table),
             bias_grad,
             sinks_grad,
         )

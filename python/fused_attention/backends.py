@@ -53,7 +53,6 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = ()
     head_dims: range = range(0)
     features: frozenset[str] = frozenset()
-    forward_only: frozenset[str] = frozenset()  # of these: served where nothing is differentiated
     plan: Callable[[Problem], Plan] | None = None
     details: Callable[[Problem], Details] | None = None
     missing: Callable[[], str] = str
@@ -73,11 +72,6 @@ class Backend:
                 reasons.append(f"{name}'s head_dim {size}: only {sizes}")
         missing = problem.features - self.features
         reasons += [f"{name}: not built yet" for name in FEATURES if name in missing]
-        if problem.differentiable:
-            forward_only = problem.features & self.forward_only
-            reasons += [
-                f"gradients with {name}: not built yet" for name in FEATURES if name in forward_only
-            ]
         return reasons
 
 
@@ -197,7 +191,6 @@ CPU = Backend(
     dtypes=DTYPES,
     head_dims=range(1, 513),
     features=frozenset(FEATURES),
-    forward_only=frozenset({"varlen", "seqused_k", "block_table"}),
     plan=autograd.plan,
     details=_cpu_details,
 )
@@ -232,8 +225,6 @@ def feature_table() -> str:
         return "any" if row.devices is None else ", ".join(sorted(row.devices))
 
     def feature(row: Backend, name: str) -> str:
-        if name in row.forward_only:
-            return "forward"
         return "yes" if name in row.features else "–"
 
     lines = [line(["", *NAMES]), line(["---"] * (1 + len(BACKENDS)))]

@@ -154,7 +154,14 @@ def _fake_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, T
     check_devices(*args, *kwargs.values())
     call = arguments(backward, args, kwargs)
     query, bias, sinks = call["query"], call["bias"], call["sinks"]
-    dq, dk, dv = (empty_like_layout(x, x.shape[-1]) for x in (query, call["key"], call["value"]))
+
+    def like(x: Tensor) -> Tensor:
+        in_pages = x is not query and call["block_table"] is not None
+        return (
+            x.new_empty(x.shape) if x.dim() == 3 or in_pages else empty_like_layout(x, x.shape[-1])
+        )
+
+    dq, dk, dv = (like(x) for x in (query, call["key"], call["value"]))
     dbias = bias.new_empty(bias.shape) if call["bias_grad"] else query.new_empty(0)
     dsinks = call["lse"].new_empty(sinks.shape if call["sinks_grad"] else 0)
     return dq, dk, dv, dbias, dsinks
