@@ -109,8 +109,8 @@ def lengths_k(lengths):
 
 def with_dirt(parts, dim=0):
     """Along `dim`, with three tokens behind the last sequence, of none."""
-    dirt = torch.full_like(parts[2].narrow(dim, 0, 1), NAN)
-    return torch.cat([*parts, dirt, dirt, dirt], dim)
+    shape = [3 if i == dim else size for i, size in enumerate(parts[0].shape)]
+    return torch.cat([*parts, parts[0].new_full(shape, NAN)], dim)
 
 
 @pytest.mark.parametrize("page_size", [None, 7, 64])
