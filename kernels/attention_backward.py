@@ -12,7 +12,8 @@ ever holding more than BLOCK_M x BLOCK_N scores and without a float that two pro
 
 Dropout replaces p by z * p in dv and dp by z * dp in ds, z the kept weights' scale (delta is
 unchanged, for do * o already holds it). Seven products a score instead of the five of one kernel
-with atomics, nine with dbias: the price of the same bits every time.
+with atomics, nine with dbias: the price of the same bits every time. Where the weights were
+returned too, their gradient adds to dp, and its part of delta is that of attention_weights.py.
 """
 
 import triton
@@ -24,8 +25,8 @@ from .primitives import (
     dropout_keep_at,
     from_token,
     key_block,
+    load_lse,
     load_tile,
-    logits,
     place_of_keys,
     query_block,
     row_number,
@@ -35,6 +36,8 @@ from .primitives import (
     store_tile,
     visible_block_range,
     visible_tile,
+    weights_gradient,
+    weights_of,
 )
 
 
@@ -69,15 +72,9 @@ def score_gradients(
 
     lse and delta are shaped as i is. ds is the gradient of scale * q·k.
     """
-    slope = 1.0
-    # p <- exp(s - lse)
-    if PLAIN:
-        p = tl.exp2(s * (call.scale * LOG2E) - lse * LOG2E)
-    else:
-        s, slope = logits(s, call, seq, h, m_start, n_start, i, j)
-        p = tl.exp2((s - lse) * LOG2E)
-    if seen is not None:
-        p = tl.where(seen, p, 0.0)
+    p, slope = weights_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, PLAIN)
+    if call.weights is not None:
+        dp += weights_gradient(call, seq, h, m_start, n_start, i, j)
     dropped = p
     if keep is not None:
         dropped = tl.where(keep, p, 0.0)
@@ -88,13 +85,6 @@ def score_gradients(
     if seen is not None:
         dlogit, ds = tl.where(seen, dlogit, 0.0), tl.where(seen, ds, 0.0)
     return dropped, ds, dlogit
-
-
-@triton.jit
-def load_lse(pointer, rows):
-    """A query that saw nothing, and one past the end, has p = exp(s - inf) = 0."""
-    lse = tl.load(pointer, mask=rows, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 # -- dk and dv -----------------------------------------------------------------------------

@@ -16,9 +16,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import attention_backward, attention_decode, masked_softmax
+from . import attention_backward, attention_decode, attention_weights, masked_softmax
 from . import tiles as tables
 from .attention_forward import attention_forward_kernel
+from .kv_cache import Elements, kv_cache_append_kernel
 from .masked_softmax import RowCall, RowOperand
 from .primitives import (
     Call,
@@ -28,6 +29,7 @@ from .primitives import (
     Rows,
     Scores,
     Slopes,
+    WeightsGradient,
     dropout_keep_mask_kernel,
 )
 from .tiles import (
@@ -185,6 +187,7 @@ def describe(
         alibi=slopes,
         sinks=sinks,
         dropout=dropout_of(dropout_p, philox),
+        weights=None,
     )
 
 
@@ -372,7 +375,10 @@ def backward_launches(
     tiles: Tiles | None = None,
     users: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
 ) -> list[Launch]:
-    """In order: delta, dk and dv, dq, and dsinks if asked for. users: of pages, `page_users`."""
+    """In order: delta, with the part of returned weights; dk and dv, dq, and dsinks if asked for.
+
+    users: of pages, as `operators.page_users` gives them.
+    """
     B, Hq, Sq, D = query.shape
     Hkv, DV = key.shape[1], value.shape[-1]
     q, k, v, o, do = (rows(x) for x in (query, key, value, out, grad_out))
@@ -382,6 +388,7 @@ def backward_launches(
     def plan(kernel: str) -> tuple[Tiles, dict[str, Any]]:
         own = tiles or attention_tiles(kernel, arch, query.dtype, max(D, DV))
         operands = (q, k, v, o, do, *gradients, dlse, call.mask, call.bias, call.key_padding)
+        operands += (call.weights.dw if call.weights else None,)
         wide = is_wide(own, *operands)
         constants = _constants(call, own, arch, query, DV, precision, wide)
         return own, constants | {"EVEN_M": call.cu_seqlens_q is None and Sq % own.block_m == 0}
@@ -397,7 +404,20 @@ def backward_launches(
             delta_constants,
             queries.num_warps,
             1,
-        ),
+        )
+    ]
+    if call.weights is not None:
+        launches.append(
+            Launch(
+                attention_weights.attention_weights_delta_kernel,
+                (Hq * query_blocks(call, queries.block_m),),
+                (q, k, lse, delta, call),
+                {name: query_constants[name] for name in WEIGHTS_CONSTANTS},
+                queries.num_warps,
+                queries.num_stages,
+            )
+        )
+    launches += [
         Launch(
             attention_backward.attention_dkdv_kernel,
             (Hkv * key_blocks(call, keys.block_n),),
@@ -470,6 +490,43 @@ def dbias_launch(
     )
 
 
+WEIGHTS_CONSTANTS = ("D", "BLOCK_M", "BLOCK_N", "BLOCK_D", "PLAIN", "INDEX", "PRECISION")
+
+
+def weights_gradient(grad_weights: Tensor | None, average: bool, Hq: int) -> WeightsGradient | None:
+    if grad_weights is None:
+        return None
+    dw = scores(grad_weights.unsqueeze(1) if average else grad_weights)
+    return WeightsGradient(dw, 1.0 / max(Hq, 1) if average else 1.0)
+
+
+def weights_launch(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    weights: Tensor,
+    call: Call,
+    precision: int,
+    arch: Arch,
+    tiles: Tiles | None = None,
+) -> Launch:
+    """weights: [B, Hq, Sq, Sk], averaged [B, 1, Sq, Sk]."""
+    D, heads = query.shape[-1], weights.shape[1]
+    tiles = tiles or attention_tiles("dq", arch, query.dtype, D)
+    q, k, w = rows(query), rows(key), scores(weights)
+    wide = is_wide(tiles, q, k, w, call.mask, call.bias, call.key_padding)
+    constants = _constants(call, tiles, arch, query, D, precision, wide)
+    blocks = ceil_div(call.Sq, tiles.block_m) * ceil_div(call.Sk, tiles.block_n)
+    return Launch(
+        attention_weights.attention_weights_kernel,
+        (call.B * heads * blocks,),
+        (q, k, lse, w, call, heads),
+        {name: constants[name] for name in WEIGHTS_CONSTANTS},
+        tiles.num_warps,
+        tiles.num_stages,
+    )
+
+
 def keep_mask_launch(keep: Tensor, dropout: Dropout | None) -> Launch:
     """keep: bool [B, Hq, Sq, Sk], contiguous."""
     B, Hq, Sq, Sk = keep.shape
@@ -479,6 +536,37 @@ def keep_mask_launch(keep: Tensor, dropout: Dropout | None) -> Launch:
         (B * Hq * ceil_div(Sq, block_m),),
         (keep.view(torch.uint8), dropout, Sq, Sk),
         {"BLOCK_M": block_m, "BLOCK_N": block_n},
+        4,
+        1,
+    )
+
+
+def cache_append_launch(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+) -> Launch:
+    """Of integers. key, value: [B, Hkv, S, D or Dv]; caches [B, Hkv, room, ...], or pages [pages,
+    Hkv, page size, ...]; cache_seqlens and the rows of block_table contiguous."""
+    B, H, S, D = key.shape
+    count, _, room, _ = key_cache.shape
+    pages = None
+    if block_table is not None:
+        pages = Pages(block_table, block_table.stride(0), room, count, None)
+        room *= block_table.shape[1]
+    tensors = (key_cache, value_cache, key, value)
+    block_s, block_d = 16, 128
+    return Launch(
+        kv_cache_append_kernel,
+        (B * H * ceil_div(S, block_s),),
+        (
+            *(Elements(x, *x.stride()) for x in tensors),
+            *(cache_seqlens, pages, H, S, room, D, value.shape[-1]),
+        ),
+        {"BLOCK_S": block_s, "BLOCK_D": block_d},
         4,
         1,
     )

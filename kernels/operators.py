@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentValueError, describe_error
 from . import launch
 from .tiles import MAX_SOFTMAX_BLOCK, Tiles, arch_of, attention_tiles, softmax_tiles
 
 # Tests set these: with small tiles, small problems have several blocks in each direction.
 OVERRIDE: Tiles | None = None
 MAX_BLOCK = MAX_SOFTMAX_BLOCK
+
+HIGHEST = 0  # of the precisions of float32 products
 
 
 def empty_like_layout(like: Tensor, last: int) -> Tensor:
@@ -184,8 +187,6 @@ def attention_backward(
     grad_weights: Tensor | None = None,
     average_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if grad_weights is not None:
-        raise NotImplementedError("grad_weights: only the CPU kernels return attention weights")
     layout = Layout(cu_seqlens_q is not None, block_table is not None)
     grad_query = layout.new(query, query.shape[-1])
     grad_key, grad_value = layout.new_keys(key), layout.new_keys(value)
@@ -208,6 +209,8 @@ def attention_backward(
     lengths = map(contiguous, (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table))
     numbers = (scale, causal, window_left, window_right)
     call = launch.describe(query, key, *numbers, *options, *lengths)
+    weights = launch.weights_gradient(grad_weights, average_weights, call.Hq)
+    call = call._replace(weights=weights)
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     dsinks = lse.new_empty(0)
@@ -265,6 +268,37 @@ def _bias_gradient(
     return parts.sum(0).to(bias.dtype) if chunks > 1 else dbias
 
 
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    average: bool,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    philox: Tensor | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    query, key = dense(query), dense(key)
+    masks = (mask, bias, key_padding_mask, alibi_slopes)
+    options: tuple[Any, ...] = (*masks, None, philox, softcap, dropout_p)
+    call = launch.describe(query, key, scale, causal, window_left, window_right, *options)
+    weights = query.new_empty((call.B, 1 if average else call.Hq, call.Sq, call.Sk))
+    if call.Hq == 0:
+        weights.zero_()
+    else:
+        arch = arch_of(query.device)
+        operands = (query, key, lse.contiguous(), weights, call)
+        launch.weights_launch(*operands, HIGHEST, arch, OVERRIDE).run()
+    return weights.squeeze(1) if average else weights
+
+
 def dropout_keep_mask(
     philox: Tensor, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int
 ) -> Tensor:
@@ -272,6 +306,24 @@ def dropout_keep_mask(
     if dropout_p > 0.0 and keep.numel():
         launch.keep_mask_launch(keep, launch.dropout_of(dropout_p, philox)).run()
     return keep
+
+
+def kv_cache_append_(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+) -> None:
+    for name, x in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            expected, got = "elements with memory of their own", "an expanded tensor"
+            raise ArgumentValueError(describe_error(name, expected, got))
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[key.dtype.itemsize]
+    caches = [Layout(paged=block_table is not None).keys(x) for x in (key_cache, value_cache)]
+    tensors = (x.view(bits) for x in (*caches, key, value))
+    launch.cache_append_launch(*tensors, *map(contiguous, (cache_seqlens, block_table))).run()
 
 
 # -- Masked softmax ------------------------------------------------------------------------

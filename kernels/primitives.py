@@ -63,6 +63,13 @@ class Dropout(NamedTuple):
     scale: Any
 
 
+class WeightsGradient(NamedTuple):
+    """Of the returned weights: dw, Scores, of which each head takes `share`."""
+
+    dw: Any
+    share: Any  # 1 / Hq if they were averaged
+
+
 class Pages(NamedTuple):
     """Key n of sequence b is row n % size of page table[b, n // size]."""
 
@@ -96,6 +103,7 @@ class Call(NamedTuple):
     alibi: Any
     sinks: Any  # float32 [Hq]
     dropout: Any
+    weights: Any  # WeightsGradient, in a backward
 
 
 # -- Sequences -----------------------------------------------------------------------------
@@ -371,6 +379,42 @@ def logits(s, call, seq, h, m_start, n_start, i, j):
         distance = tl.abs(m_start + i + seq.offset - (n_start + j)).to(tl.float32)
         s -= tl.load(call.alibi.data + seq.b * call.alibi.stride_b + h) * distance
     return s, slope
+
+
+# -- Weights, from the log-sum-exp ----------------------------------------------------------
+
+
+@triton.jit
+def load_lse(pointer, rows):
+    """A query that saw nothing, and one past the end, has p = exp(s - inf) = 0."""
+    lse = tl.load(pointer, mask=rows, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def weights_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, PLAIN: tl.constexpr):
+    """From s = q·k the weights before dropout, and d logit / d (scale q·k).
+
+    lse: as load_lse gives it, in the shape of i. seen: None where all is visible.
+    """
+    slope = 1.0
+    # p <- exp(s - lse)
+    if PLAIN:
+        p = tl.exp2(s * (call.scale * LOG2E) - lse * LOG2E)
+    else:
+        s, slope = logits(s, call, seq, h, m_start, n_start, i, j)
+        p = tl.exp2((s - lse) * LOG2E)
+    if seen is not None:
+        p = tl.where(seen, p, 0.0)
+    return p, slope
+
+
+@triton.jit
+def weights_gradient(call, seq, h, m_start, n_start, i, j):
+    """What each weight of a tile receives for its having been returned."""
+    inside = (m_start + i < seq.Sq) & (n_start + j < seq.Sk)
+    pointers = score_pointers(call.weights.dw, seq.b, h, m_start, n_start, i, j)
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * call.weights.share
 
 
 # -- Softmax -------------------------------------------------------------------------------
