@@ -1,5 +1,5 @@
-"""What the attention kernels share, on the device: operands, block ranges, masking, logits, softmax
-and dropout.
+"""What the attention kernels share, on the device: operands, sequences, block ranges, masking,
+logits, softmax and dropout.
 
 Indices: `m_start` and `n_start` are the first query and key of a tile, `i` and `j` index tensors
 inside it, shaped so that they broadcast to the tile: [M, 1] and [1, N], or [1, M] and [N, 1] in a
@@ -19,7 +19,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 class Rows(NamedTuple):
-    """[B, H, S, D], last stride 1."""
+    """[B, H, S, D], last stride 1. Packed sequences: [1, H, T, D]; pages: [pages, H, page size, D].
+
+    stride_b is 0 where the first size is 1.
+    """
 
     data: Any
     stride_b: Any
@@ -60,16 +63,38 @@ class Dropout(NamedTuple):
     scale: Any
 
 
+class WeightsGradient(NamedTuple):
+    """Of the returned weights: dw, Scores, of which each head takes `share`."""
+
+    dw: Any
+    share: Any  # 1 / Hq if they were averaged
+
+
+class Pages(NamedTuple):
+    """Key n of sequence b is row n % size of page table[b, n // size]."""
+
+    table: Any  # int32 [B, pages of a sequence], last stride 1
+    stride_b: Any
+    size: Any
+    count: Any  # of the pages that there are
+    whole: Any  # 1 if no tile of keys crosses from one page to the next, else None
+
+
 class Call(NamedTuple):
     """Everything about a call beyond query, key and value."""
 
+    B: Any  # sequences
     Hq: Any
     group: Any  # query heads per key head
-    Sq: Any
-    Sk: Any
+    Sq: Any  # packed: all tokens
+    Sk: Any  # packed: all tokens; pages: as many as a sequence has room for
+    cu_seqlens_q: Any  # int32 [B + 1], or None: each sequence has Sq queries
+    cu_seqlens_k: Any
+    seqused_k: Any  # int32 [B]
+    pages: Any
     scale: Any
     softcap: Any
-    offset: Any  # query i is aligned with key i + offset
+    offset: Any  # query i is aligned with key i + offset; None: Sk - Sq of each sequence
     left: Any  # of the window, in tokens; None = unlimited
     right: Any  # 0 if causal
     mask: Any  # Scores of bytes, nonzero = may attend
@@ -78,11 +103,159 @@ class Call(NamedTuple):
     alibi: Any
     sinks: Any  # float32 [Hq]
     dropout: Any
+    weights: Any  # WeightsGradient, in a backward
+
+
+# -- Sequences -----------------------------------------------------------------------------
+
+
+class Sequence(NamedTuple):
+    """One sequence of a call: how long it is, and where its tokens lie."""
+
+    b: Any  # its number, in what has a batch dimension
+    Sq: Any
+    Sk: Any  # of its keys, those in use
+    room: Any  # for its keys, in use or not
+    q_start: Any  # its first token among all tokens, 0 unless they are packed
+    k_start: Any
+    offset: Any  # query i is aligned with key i + offset
+
+
+@triton.jit
+def between(x, low, high):
+    """Lengths and places that make no sense must not lead out of the tensors."""
+    return tl.maximum(tl.minimum(x, high), low)
+
+
+@triton.jit
+def sequence_of(call, b):
+    """Sequence b. Of packed ones there is one more, that of the tokens of none: it sees no key."""
+    Sq, Sk, room, q_start, k_start = call.Sq, call.Sk, call.Sk, 0, 0
+    if call.cu_seqlens_q is not None:
+        q_start = between(tl.load(call.cu_seqlens_q + b), 0, call.Sq)
+        q_end = tl.load(call.cu_seqlens_q + b + 1, mask=b < call.B, other=call.Sq)
+        Sq = between(q_end, q_start, call.Sq) - q_start
+    if call.cu_seqlens_k is not None:
+        first = tl.load(call.cu_seqlens_k + b)
+        last = tl.load(call.cu_seqlens_k + b + 1, mask=b < call.B, other=call.Sk)
+        if call.pages is None:
+            k_start = between(first, 0, call.Sk)
+            Sk = between(last, k_start, call.Sk) - k_start
+            room = Sk
+        else:  # it tells the lengths only
+            Sk = between(last - first, 0, call.Sk)
+    if call.seqused_k is not None:
+        Sk = between(tl.load(call.seqused_k + b, mask=b < call.B, other=0), 0, room)
+    if call.cu_seqlens_q is not None:
+        Sk = tl.where(b < call.B, Sk, 0)
+    offset = call.offset
+    if offset is None:
+        offset = Sk - Sq
+    return Sequence(b=b, Sq=Sq, Sk=Sk, room=room, q_start=q_start, k_start=k_start, offset=offset)
+
+
+@triton.jit
+def packed_block(cu_seqlens, B, block, BLOCK: tl.constexpr):
+    """Whose tokens the block has, and which is its first: beyond the last one if it has none.
+
+    The blocks of sequence b, which starts at token t, are those from t // BLOCK + b on. That is
+    room for all, since ceil(n / BLOCK) <= (t + n) // BLOCK - t // BLOCK + 1.
+    """
+    b = -1
+    for first in tl.range(0, B + 1, 128):
+        number = first + tl.arange(0, 128)
+        start = tl.load(cu_seqlens + number, mask=number <= B, other=0)
+        begins = (number <= B) & (start // BLOCK + number <= block)
+        b += tl.sum(begins.to(tl.int32), 0)
+    b = tl.maximum(b, 0)
+    start = tl.maximum(block - tl.load(cu_seqlens + b) // BLOCK - b, 0) * BLOCK
+    return b.to(tl.int64), start
+
+
+@triton.jit
+def query_block(call, BLOCK_M: tl.constexpr):
+    """This program's sequence, head and first query.
+
+    The last queries first: under a causal mask they have the most keys.
+    """
+    if call.cu_seqlens_q is None:
+        blocks = tl.cdiv(call.Sq, BLOCK_M)
+        m_start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+        matrix = (tl.program_id(0) // blocks).to(tl.int64)
+        b, h = matrix // call.Hq, matrix % call.Hq
+    else:
+        blocks = call.Sq // BLOCK_M + call.B + 1
+        block = blocks - 1 - tl.program_id(0) % blocks
+        h = (tl.program_id(0) // blocks).to(tl.int64)
+        b, m_start = packed_block(call.cu_seqlens_q, call.B, block, BLOCK_M)
+    return sequence_of(call, b), h, m_start
+
+
+@triton.jit
+def key_block(call, Hkv, BLOCK_N: tl.constexpr):
+    """This program's sequence, key head and first key, of keys that do not lie in pages."""
+    if call.cu_seqlens_k is None:
+        blocks = tl.cdiv(call.Sk, BLOCK_N)
+        n_start = tl.program_id(0) % blocks * BLOCK_N
+        matrix = (tl.program_id(0) // blocks).to(tl.int64)
+        b, h_kv = matrix // Hkv, matrix % Hkv
+    else:
+        blocks = call.Sk // BLOCK_N + call.B + 1
+        h_kv = (tl.program_id(0) // blocks).to(tl.int64)
+        block = tl.program_id(0) % blocks
+        b, n_start = packed_block(call.cu_seqlens_k, call.B, block, BLOCK_N)
+    return sequence_of(call, b), h_kv, n_start
+
+
+@triton.jit
+def row_number(call, seq, h):
+    """Where lse and delta have the first query of head h: in [B, Hq, Sq], packed [Hq, Tq]."""
+    if call.cu_seqlens_q is None:
+        number = (seq.b * call.Hq + h) * call.Sq
+    else:
+        number = h * call.Sq + seq.q_start
+    return number
+
+
+@triton.jit
+def from_token(x, first):
+    """The rows of x from `first` on: where the tokens of a packed sequence lie."""
+    data = x.data + tl.cast(first, tl.int64) * x.stride_s
+    return Rows(data=data, stride_b=x.stride_b, stride_h=x.stride_h, stride_s=x.stride_s)
+
+
+@triton.jit
+def place_of_keys(call, seq, n_start, offs_n, rows):
+    """Where the keys n_start + offs_n lie, as load_tile takes it: b, start and offs_s.
+
+    Of keys that do not lie in pages, from seq.k_start on.
+    """
+    pages = call.pages
+    if pages is None:
+        b, start, offs = seq.b, n_start, offs_n
+    else:
+        numbers = pages.table + seq.b * pages.stride_b
+        if pages.whole is not None:
+            page = tl.load(numbers + n_start // pages.size)
+            b = between(page, 0, pages.count - 1).to(tl.int64)
+            start, offs = n_start % pages.size, offs_n
+        else:
+            n = n_start + offs_n
+            page = tl.load(numbers + n // pages.size, mask=rows)
+            b = between(page, 0, pages.count - 1).to(tl.int64)[:, None]
+            start, offs = 0, n % pages.size
+    return b, start, offs
+
+
+# -- Tiles ---------------------------------------------------------------------------------
 
 
 @triton.jit
 def load_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start + offs_s of x: [len(offs_s), BLOCK_D], 0 where `rows` (None = all) is False."""
+    """Rows start + offs_s of x: [len(offs_s), BLOCK_D], 0 where `rows` (None = all) is False.
+
+    b and h are numbers, or one for each row, [len(offs_s), 1].
+    """
     base = x.data + b * x.stride_b + h * x.stride_h + tl.cast(start, tl.int64) * x.stride_s
     pointers = base + offs_s[:, None] * x.stride_s + offs_d[None, :]
     if rows is None:
@@ -123,7 +296,9 @@ def visible_block_range(start, end, offset, left, right, length, BLOCK: tl.const
     Query i sees key j iff i + offset - left <= j <= i + offset + right. Every query sees all of the
     keys [full_begin, full_end), which are whole blocks; in [begin, full_begin) and [full_end, stop)
     somebody may see some. Exchanged, left for right and with -offset: the queries that see keys.
+    Where there are no queries, end <= start, there are no keys either.
     """
+    length = tl.where(start < end, length, 0)
     begin, full_begin = 0, 0
     stop, full_end = length, length
     if left is not None:
@@ -139,20 +314,21 @@ def visible_block_range(start, end, offset, left, right, length, BLOCK: tl.const
 
 
 @triton.jit
-def visible_tile(call, b, h, m_start, n_start, i, j):
+def visible_tile(call, seq, h, m_start, n_start, i, j):
     """Which queries of a tile see which of its keys."""
     query, key = m_start + i, n_start + j
-    seen = (query < call.Sq) & (key < call.Sk)
+    seen = (query < seq.Sq) & (key < seq.Sk)
     if call.left is not None:
-        seen = seen & (key >= query + call.offset - call.left)
+        seen = seen & (key >= query + seq.offset - call.left)
     if call.right is not None:
-        seen = seen & (key <= query + call.offset + call.right)
+        seen = seen & (key <= query + seq.offset + call.right)
     if call.key_padding is not None:
         padding = call.key_padding
-        base = padding.data + b * padding.stride_b + tl.cast(n_start, tl.int64) * padding.stride_k
-        seen = seen & (tl.load(base + j * padding.stride_k, mask=key < call.Sk, other=1) == 0)
+        base = padding.data + seq.b * padding.stride_b
+        base += tl.cast(n_start, tl.int64) * padding.stride_k
+        seen = seen & (tl.load(base + j * padding.stride_k, mask=key < seq.Sk, other=1) == 0)
     if call.mask is not None:
-        pointers = score_pointers(call.mask, b, h, m_start, n_start, i, j)
+        pointers = score_pointers(call.mask, seq.b, h, m_start, n_start, i, j)
         seen = seen & (tl.load(pointers, mask=seen, other=0) != 0)
     return seen
 
@@ -182,8 +358,11 @@ def tanh(x):
 
 
 @triton.jit
-def logits(s, call, b, h, m_start, n_start, i, j):
-    """s = q·k to what the softmax sees before masking, and d logit / d (scale q·k)."""
+def logits(s, call, seq, h, m_start, n_start, i, j):
+    """s = q·k to what the softmax sees before masking, and d logit / d (scale q·k).
+
+    h is a number, or one for each query, in the shape of i.
+    """
     s = s * call.scale
     slope = 1.0
     if call.softcap is not None:
@@ -192,14 +371,50 @@ def logits(s, call, b, h, m_start, n_start, i, j):
         s = t * call.softcap
         slope = 1.0 - t * t
     if call.bias is not None:
-        inside = (m_start + i < call.Sq) & (n_start + j < call.Sk)
-        pointers = score_pointers(call.bias, b, h, m_start, n_start, i, j)
+        inside = (m_start + i < seq.Sq) & (n_start + j < seq.Sk)
+        pointers = score_pointers(call.bias, seq.b, h, m_start, n_start, i, j)
         s += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     if call.alibi is not None:
         # s <- s - slope * |i + offset - j|
-        distance = tl.abs(m_start + i + call.offset - (n_start + j)).to(tl.float32)
-        s -= tl.load(call.alibi.data + b * call.alibi.stride_b + h) * distance
+        distance = tl.abs(m_start + i + seq.offset - (n_start + j)).to(tl.float32)
+        s -= tl.load(call.alibi.data + seq.b * call.alibi.stride_b + h) * distance
     return s, slope
+
+
+# -- Weights, from the log-sum-exp ----------------------------------------------------------
+
+
+@triton.jit
+def load_lse(pointer, rows):
+    """A query that saw nothing, and one past the end, has p = exp(s - inf) = 0."""
+    lse = tl.load(pointer, mask=rows, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def weights_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, PLAIN: tl.constexpr):
+    """From s = q·k the weights before dropout, and d logit / d (scale q·k).
+
+    lse: as load_lse gives it, in the shape of i. seen: None where all is visible.
+    """
+    slope = 1.0
+    # p <- exp(s - lse)
+    if PLAIN:
+        p = tl.exp2(s * (call.scale * LOG2E) - lse * LOG2E)
+    else:
+        s, slope = logits(s, call, seq, h, m_start, n_start, i, j)
+        p = tl.exp2((s - lse) * LOG2E)
+    if seen is not None:
+        p = tl.where(seen, p, 0.0)
+    return p, slope
+
+
+@triton.jit
+def weights_gradient(call, seq, h, m_start, n_start, i, j):
+    """What each weight of a tile receives for its having been returned."""
+    inside = (m_start + i < seq.Sq) & (n_start + j < seq.Sk)
+    pointers = score_pointers(call.weights.dw, seq.b, h, m_start, n_start, i, j)
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * call.weights.share
 
 
 # -- Softmax -------------------------------------------------------------------------------
@@ -230,6 +445,37 @@ def online_softmax_update(acc, row_max, row_sum, s, scale, PLAIN: tl.constexpr):
     # l <- alpha l + rowsum(p), acc <- alpha acc
     row_sum = row_sum * alpha + tl.sum(p, 1)
     return acc * alpha[:, None], new_max, row_sum, p
+
+
+@triton.jit
+def sinks_of(call, h, token):
+    """The sinks of head h, for the rows `token` among all; a token of no sequence has none."""
+    sink = tl.load(call.sinks + h)
+    if call.cu_seqlens_q is not None:
+        sink = tl.where(token < tl.load(call.cu_seqlens_q + call.B), sink, float("-inf"))
+    return sink
+
+
+@triton.jit
+def finish_softmax(acc, row_max, row_sum, call, sink, PLAIN: tl.constexpr):
+    """Of rows that have met all their keys: out and lse. sink: of the rows, or None."""
+    blind = row_sum == 0.0  # and so is acc, unless it met a NaN that others see
+    if PLAIN:
+        row_max = row_max * LN2
+    factor = 1.0
+    if sink is not None:
+        # One more logit, without a value: it only joins the denominator.
+        top = tl.maximum(row_max, sink)
+        origin = tl.where(top == float("-inf"), 0.0, top)
+        factor = tl.exp2((row_max - origin) * LOG2E)
+        row_sum = row_sum * factor + tl.exp2((sink - origin) * LOG2E)
+        row_max = top
+    if call.dropout is not None:
+        factor = factor * call.dropout.scale
+    # out <- acc / l, lse <- m + log(l)
+    factor = tl.where(blind, 0.0, factor / row_sum)
+    out = tl.where(blind[:, None], 0.0, acc * factor[:, None])
+    return out, tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log(row_sum))
 
 
 # -- Dropout -------------------------------------------------------------------------------
@@ -286,6 +532,16 @@ def dropout_keep(dropout, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.
     odd = tl.join(halves_kept(c1, dropout.threshold), halves_kept(c3, dropout.threshold))
     words = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2))
     return tl.reshape(words, (ROWS, COLUMNS)) != 0
+
+
+@triton.jit
+def dropout_keep_at(dropout, matrix, row, column):
+    """As dropout_keep, for any columns, each of which draws the bits of all eight of its group."""
+    c0, c1, c2, c3 = philox_words(dropout, matrix, row, column // 8)
+    place = column % 8
+    word = tl.where(place < 4, tl.where(place < 2, c0, c1), tl.where(place < 6, c2, c3))
+    half = tl.where(place % 2 == 0, word & 0xFFFF, word >> 16)
+    return half.to(tl.int32) >= dropout.threshold
 
 
 @triton.jit

@@ -85,6 +85,16 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
     ("forward", "sm_100", 16): {64: Tiles(128, 64, 8, 3)},
     ("forward", "sm_120", 16): {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2)},
     ("forward", "gfx950", 16): {128: Tiles(128, 64, 8, 1)},
+    ("decode", "any", 16): {
+        64: Tiles(16, 128, 4, 3),
+        128: Tiles(16, 64, 4, 3),
+        256: Tiles(16, 32, 4, 3),
+    },
+    ("decode", "any", 32): {
+        64: Tiles(16, 32, 4, 2),
+        128: Tiles(16, 32, 4, 2),
+        256: Tiles(16, 16, 4, 2),
+    },
     ("forward", "any", 32): {
         64: Tiles(32, 32, 4, 1),
         128: Tiles(32, 32, 8, 1),
@@ -105,10 +115,24 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
 
 
 def attention_tiles(kernel: str, arch: Arch, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """kernel: "forward", "dkdv" or "dq"; head_dim: the larger one of query's and value's."""
+    """kernel: "forward", "decode", "dkdv", "dq"; head_dim: the larger of query's and value's."""
     bits = 8 * dtype.itemsize
     rows = _TABLE[kernel, "any", bits] | _TABLE.get((kernel, arch.name, bits), {})
     return rows[max(64, padded_head_dim(head_dim))]
+
+
+# Few queries against many keys: so many rows at most (queries of heads that share their keys) go to
+# attention_decode, which cuts the keys until there are about so many programs, but no finer.
+MAX_DECODE_ROWS = 64
+DECODE_PROGRAMS = 256
+MIN_SPLIT_KEYS = 256
+
+
+def decode_tiles(arch: Arch, dtype: torch.dtype, head_dim: int, rows: int) -> Tiles:
+    """Tiles of `attention_decode`, of one block of rows if that is possible."""
+    tiles = attention_tiles("decode", arch, dtype, head_dim)
+    block_m = max(tiles.block_m, 1 << (min(rows, MAX_DECODE_ROWS) - 1).bit_length())
+    return tiles._replace(block_m=block_m)
 
 
 class RowTiles(NamedTuple):

@@ -214,7 +214,7 @@ def _register_triton(name: str) -> None:
 for _name in (
     *("attention_forward_plain", "attention_forward_plain_lse", "attention_forward"),
     *("attention_backward", "dropout_keep_mask", "masked_softmax_forward", "masked_softmax_"),
-    "masked_softmax_backward",
+    *("masked_softmax_backward", "attention_weights", "kv_cache_append_"),
 ):
     _register_triton(_name)
 
