@@ -201,7 +201,10 @@ if __name__ == "__main__":  # tests/native/sanitize.py reads the flags
             "fused_attention": "python/fused_attention",
             "fused_attention.kernels": "kernels",
         },
-        package_data={"fused_attention": ["py.typed", "*.pyi"]},
+        package_data={
+            "fused_attention": ["py.typed", "*.pyi"],
+            "fused_attention.models": ["page.html"],
+        },
         ext_modules=[Extension("fused_attention._native", sources=[])],
         cmdclass={"build_ext": BuildNative, "dist_info": MetadataNeedsTorch},
     )
