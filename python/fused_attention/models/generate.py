@@ -50,12 +50,14 @@ def generate(
     beams: int = 1,
     length_penalty: float = 0.6,
     forbidden: Sequence[int] = (),
+    forbidden_first: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
     """What comes after each prompt: new tokens only, without `end`, at most max_new_tokens.
 
     prompts: B sequences of at least one token. memory: of an encoder-decoder, what it read, B
-    sequences. end: the token that ends a sequence. forbidden: tokens that never come.
+    sequences. end: the token that ends a sequence. forbidden: tokens that never come;
+    forbidden_first: that do not come first.
     """
     if not prompts or not all(prompts):
         wrong_value("prompts", "sequences of at least one token", prompts)
@@ -71,6 +73,7 @@ def generate(
     tokens, layout = pad(prompts)
     cache = model.start(memory, len(prompts), tokens.shape[1] + max_new_tokens)
     logits = model.step(tokens, cache, layout.lengths)
+    logits = logits.index_fill(-1, torch.tensor(forbidden_first, dtype=torch.long), -math.inf)
     hide = torch.tensor(forbidden, dtype=torch.long)
     if beams > 1:
         return _beam_search(model, cache, logits, max_new_tokens, end, beams, length_penalty, hide)
