@@ -378,7 +378,7 @@ void attention_case(Random& random) {
   if (!backward) return;
   run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_weights_delta),
            bound(kernels.attention_backward_sinks), bound(kernels.attention_backward_keys),
-           bound(kernels.attention_backward_queries)},
+           bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads)},
           {&delta, &dq, &dk, &dv, &dbias, &dsinks});
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);
@@ -569,7 +569,8 @@ void sequences_case(Random& random) {
   };
   run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_backward_sinks),
            clear_pages, bound(kernels.attention_backward_keys),
-           bound(kernels.attention_backward_pages), bound(kernels.attention_backward_queries)},
+           bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads),
+           bound(kernels.attention_backward_pages)},
           {&delta, &dq, &dk, &dv, &dsinks});
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);
