@@ -61,7 +61,8 @@ def calls_of(shape, options, with_forward, dtype) -> dict[str, Callable[[], obje
         if with_forward:
             calls[name] = lambda forward=forward: backward(forward())
         else:
-            calls[name] = lambda out=forward(): backward(out)
+            out = forward()
+            calls[name] = lambda out=out: backward(out)
     return calls
 
 
@@ -71,7 +72,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=3.0, help="seconds a case")
     options = parser.parse_args()
-    held = HELD[options.isa] | ({"FUSED_ATTENTION_CPU_ISA": options.isa} if options.isa != "auto" else {})
+    held = HELD[options.isa] | (
+        {"FUSED_ATTENTION_CPU_ISA": options.isa} if options.isa != "auto" else {}
+    )
     if any(os.environ.get(name) != value for name, value in held.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | held)
 

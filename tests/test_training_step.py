@@ -51,9 +51,7 @@ def train(model, batch, seed):
 
 def worker(rank, port, dropout, results):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = DistributedDataParallel(make_model(dropout))
     half = [x.chunk(2)[rank] for x in make_batch()]
     results[rank] = {name: x.numpy() for name, x in train(model, half, 10 * rank).items()}
@@ -106,19 +104,20 @@ def test_checkpointed_training_is_the_same(use_reentrant):
     decoder.multihead_attn = Checkpointed(decoder.multihead_attn, use_reentrant)
     # What nn.TransformerEncoderLayer reads of its attention
     again.encoder.layers[0].self_attn.batch_first = True
+    source, target, *rest = make_batch()
+    batch = (source.requires_grad_(), target.requires_grad_(), *rest)
     results = []
     for model in (plain, again):
         torch.manual_seed(5)
-        loss = loss_of(model, *make_batch())
+        loss = loss_of(model, *batch)
         torch.rand(7)  # whoever draws between forward and backward
         loss.backward()
-        gradients = {
-            name.replace(".layer.", "."): x.grad for name, x in model.named_parameters()
-        }
+        gradients = {name.replace(".layer.", "."): x.grad for name, x in model.named_parameters()}
         results.append((loss, gradients))
     (loss, gradients), (loss_again, gradients_again) = results
     assert torch.equal(loss, loss_again)
     for name, x in gradients.items():
-        assert torch.equal(x, gradients_again[name]), name
+        # Not to the bit: reentrant checkpointing adds up what flows into x in another order.
+        torch.testing.assert_close(x, gradients_again[name])
     torch.manual_seed(6)
-    assert not torch.equal(loss_of(plain, *make_batch()), loss)
+    assert not torch.equal(loss_of(plain, *batch), loss)
