@@ -42,8 +42,8 @@ MAIN = [
 ]
 MAIN += [
     Request(target, "attention_decode_kernel", "bfloat16", 128, Hkv=1, Sq=1, Sk=4096, **places)
-    for target in TARGETS
-    for places in ({}, {"used": True, "page_size": 16})
+    for places, targets in (({}, TARGETS), ({"used": True, "page_size": 16}, ["sm_90", "gfx942"]))
+    for target in targets
 ]
 
 
