@@ -31,10 +31,11 @@ from .primitives import (
     query_block,
     row_number,
     score_pointers,
+    seeing_blocks,
+    seen_blocks,
     sequence_of,
     somebody,
     store_tile,
-    visible_block_range,
     visible_tile,
     weights_gradient,
     weights_of,
@@ -145,10 +146,7 @@ def keys_meet_all_queries(
 ):  # fmt: skip
     """The keys of a tile against the queries of a sequence, head by head of the group, in order."""
     q, grad_out = from_token(q, seq.q_start), from_token(grad_out, seq.q_start)
-    n_end = tl.minimum(n_start + BLOCK_N, seq.Sk)
-    begin, full_begin, full_end, end = visible_block_range(
-        n_start, n_end, -seq.offset, call.right, call.left, seq.Sq, BLOCK_M
-    )
+    begin, full_begin, full_end, end = seeing_blocks(call, seq, n_start, BLOCK_M, BLOCK_N)
     for in_group in tl.range(0, call.group):
         h = h_kv * call.group + in_group
         if call.mask is not None or call.key_padding is not None:
@@ -301,10 +299,7 @@ def attention_dq_kernel(
     delta_i = tl.load(delta + at, mask=in_q, other=0.0)[:, None]
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    m_end = tl.minimum(m_start + BLOCK_M, seq.Sq)
-    begin, full_begin, full_end, end = visible_block_range(
-        m_start, m_end, seq.offset, call.left, call.right, seq.Sk, BLOCK_N
-    )
+    begin, full_begin, full_end, end = seen_blocks(call, seq, m_start, BLOCK_M, BLOCK_N)
     if call.mask is not None or call.key_padding is not None:
         dq_tile = queries_meet_keys(
             dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, begin, end,

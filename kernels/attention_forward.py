@@ -18,10 +18,10 @@ from .primitives import (
     place_of_keys,
     query_block,
     row_number,
+    seen_blocks,
     sinks_of,
     somebody,
     store_tile,
-    visible_block_range,
     visible_tile,
 )
 
@@ -97,10 +97,7 @@ def attention_forward_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    m_end = tl.minimum(m_start + BLOCK_M, seq.Sq)
-    begin, full_begin, full_end, end = visible_block_range(
-        m_start, m_end, seq.offset, call.left, call.right, seq.Sk, BLOCK_N
-    )
+    begin, full_begin, full_end, end = seen_blocks(call, seq, m_start, BLOCK_M, BLOCK_N)
     if call.mask is not None or call.key_padding is not None:
         full_begin, full_end = begin, begin
     else:

@@ -296,9 +296,7 @@ def visible_block_range(start, end, offset, left, right, length, BLOCK: tl.const
     Query i sees key j iff i + offset - left <= j <= i + offset + right. Every query sees all of the
     keys [full_begin, full_end), which are whole blocks; in [begin, full_begin) and [full_end, stop)
     somebody may see some. Exchanged, left for right and with -offset: the queries that see keys.
-    Where there are no queries, end <= start, there are no keys either.
     """
-    length = tl.where(start < end, length, 0)
     begin, full_begin = 0, 0
     stop, full_end = length, length
     if left is not None:
@@ -311,6 +309,26 @@ def visible_block_range(start, end, offset, left, right, length, BLOCK: tl.const
     full_begin = tl.minimum((full_begin + BLOCK - 1) // BLOCK * BLOCK, tl.maximum(stop, begin))
     full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
     return begin, full_begin, full_end, stop
+
+
+@triton.jit
+def seen_blocks(call, seq, m_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """visible_block_range of BLOCK_M queries."""
+    Sk = seq.Sk
+    if call.cu_seqlens_q is not None:  # of which there may be none
+        Sk = tl.where(m_start < seq.Sq, Sk, 0)
+    m_end = tl.minimum(m_start + BLOCK_M, seq.Sq)
+    return visible_block_range(m_start, m_end, seq.offset, call.left, call.right, Sk, BLOCK_N)
+
+
+@triton.jit
+def seeing_blocks(call, seq, n_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """visible_block_range of BLOCK_N keys: the queries that see them."""
+    Sq = seq.Sq
+    if call.cu_seqlens_k is not None or call.seqused_k is not None:  # none may be in use
+        Sq = tl.where(n_start < seq.Sk, Sq, 0)
+    n_end = tl.minimum(n_start + BLOCK_N, seq.Sk)
+    return visible_block_range(n_start, n_end, -seq.offset, call.right, call.left, Sq, BLOCK_M)
 
 
 @triton.jit

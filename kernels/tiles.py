@@ -86,9 +86,9 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
     ("forward", "sm_120", 16): {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2)},
     ("forward", "gfx950", 16): {128: Tiles(128, 64, 8, 1)},
     ("decode", "any", 16): {
-        64: Tiles(16, 128, 4, 3),
-        128: Tiles(16, 64, 4, 3),
-        256: Tiles(16, 32, 4, 3),
+        64: Tiles(16, 64, 4, 3),
+        128: Tiles(16, 32, 4, 3),
+        256: Tiles(16, 32, 4, 2),
     },
     ("decode", "any", 32): {
         64: Tiles(16, 32, 4, 2),

@@ -49,13 +49,17 @@ class Request:
     dropout_p: float = 0.0
     scale: float = 0.125
     precision: int = 0
+    packed: bool = False
+    used: bool = False  # seqused_k
+    page_size: int = 0
+    weights: bool = False  # returned, with a gradient
 
 
 def launches(request: Request) -> list[Any]:
     """What a call like this would start, from tensors without memory."""
     import torch
 
-    from fused_attention.kernels import launch, tiles
+    from fused_attention.kernels import launch, operators, tiles
 
     arch, dtype = tiles.ARCHS[request.target], getattr(torch, request.dtype)
     B, Hq, D, Dv = 2, 4, request.D, request.Dv or request.D
@@ -87,9 +91,31 @@ def launches(request: Request) -> list[Any]:
             parts = meta(work.chunks, *bias.shape, dtype=torch.float32)
             started.append(launch.softmax_dbias_launch(x, x, rows, parts, work, call, row_tiles))
         return started
-    query, out = meta(B, Hq, request.Sq, D), meta(B, Hq, request.Sq, Dv)
-    key, value = meta(B, request.Hkv, request.Sk, D), meta(B, request.Hkv, request.Sk, Dv)
-    lse, heads = meta(B, Hq, request.Sq, dtype=torch.float32), meta(Hq, dtype=torch.float32)
+    if "kv_cache" in request.kernel:
+        new, lengths = meta(B, Hq, request.Sq, D), meta(B, dtype=torch.int32)
+        cache, table = meta(B, Hq, request.Sk, D), None
+        if request.page_size:
+            cache = meta(99, request.page_size, Hq, D).transpose(1, 2)
+            table = meta(B, 9, dtype=torch.int32)
+        return [launch.cache_append_launch(cache, cache, new, new, lengths, table)]
+    lengths = meta(B + 1, dtype=torch.int32) if request.packed else None
+    used = meta(B, dtype=torch.int32) if request.used else None
+    layout = operators.Layout(request.packed)
+    query, out, key, value = (
+        layout.queries(meta(B * S, H, width) if request.packed else meta(B, H, S, width))
+        for H, S, width in (
+            *((Hq, request.Sq, D), (Hq, request.Sq, Dv)),
+            *((request.Hkv, request.Sk, D), (request.Hkv, request.Sk, Dv)),
+        )
+    )
+    table, users = None, (None, None)
+    if request.page_size:
+        key, value = (
+            meta(99, request.page_size, request.Hkv, width).transpose(1, 2) for width in (D, Dv)
+        )
+        table = meta(B, request.Sk // request.page_size, dtype=torch.int32)
+        users = (meta(99, dtype=torch.int64), meta(100, dtype=torch.int64))
+    lse, heads = meta(*query.shape[:3], dtype=torch.float32), meta(Hq, dtype=torch.float32)
     bias = broadcast(request.bias, dtype)
     call = launch.describe(
         query,
@@ -105,15 +131,28 @@ def launches(request: Request) -> list[Any]:
         meta(2, dtype=torch.int64),
         request.softcap,
         request.dropout_p,
+        *(lengths, lengths, used, table),
     )
     rest = (call, request.precision, arch)
     dsinks = heads if request.sinks else None
-    started = [
-        launch.forward_launch(query, key, value, out, lse, *rest),
-        *launch.backward_launches(
-            query, key, value, out, out, lse, lse, lse, query, key, value, dsinks, *rest
-        ),
-    ]
+    started = []
+    if request.weights:
+        weights = meta(B, 1, request.Sq, request.Sk)
+        started.append(launch.weights_launch(query, key, lse, weights, *rest))
+        gradient = launch.weights_gradient(weights[:, 0], True, Hq)
+        rest = (call._replace(weights=gradient), *rest[1:])
+    splits = launch.decode_splits(B, Hq, request.Hkv, request.Sq, request.Sk, request.window)
+    if splits == 0:
+        started.append(launch.forward_launch(query, key, value, out, lse, *rest))
+    else:
+        parts = (meta(splits, lse.numel(), Dv, dtype=torch.float32),) + (lse,) * 2
+        parts = parts if splits > 1 else (None,) * 3
+        operands = (query, key, value, out, lse, splits, parts, request.Sq)
+        started += launch.decode_launches(*operands, *rest)
+    gradients = (query, key, value, dsinks)
+    started += launch.backward_launches(
+        query, key, value, out, out, lse, lse, lse, *gradients, *rest, users=users
+    )
     if bias is not None:
         parts = meta(2, *bias.shape, dtype=torch.float32)
         started.append(launch.dbias_launch(query, key, value, out, lse, lse, parts, 2, *rest))

@@ -590,6 +590,17 @@ def test_triton_serves_what_is_on_a_gpu(monkeypatch):
         monkeypatch.setattr("fused_attention.kernels.tiles.arch_of", lambda device: ARCHS["sm_90"])
         details = TRITON.details(on_gpu)
         assert details.isa == "sm_90" and details.block_m > 0 and details.block_n > 0
+        assert details.kernel == "attention_decode" and "in 1 splits" in details.reason
+        long = dataclasses.replace(on_gpu, seqlen_q=1, seqlen_k=100_000)
+        parts = TRITON.details(long).extra_bytes
+        lse_bytes = 4 * long.batch * long.heads_q
+        assert parts > 2 * lse_bytes * long.head_dim_v and parts % lse_bytes == 0
+        prompt = dataclasses.replace(on_gpu, seqlen_q=1000)
+        assert TRITON.details(prompt).kernel == "attention_forward"
+        packed = {"query": randn(9, 4, 8), "key": randn(9, 2, 8), "value": randn(9, 2, 8)}
+        cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+        problem = Problem.from_call(**packed, cu_seqlens_q=cu, cu_seqlens_k=cu, seqused_k=cu[1:])
+        assert TRITON.supports(dataclasses.replace(problem, device=torch.device("cuda"))) == []
     finally:
         TRITON.missing.cache_clear()
 
@@ -614,7 +625,7 @@ def test_every_operator_has_kernels_for_both_devices():
     for name in (
         *("attention_forward_plain", "attention_forward_plain_lse", "attention_forward"),
         *("attention_backward", "dropout_keep_mask", "masked_softmax_forward"),
-        *("masked_softmax_", "masked_softmax_backward"),
+        *("masked_softmax_", "masked_softmax_backward", "attention_weights", "kv_cache_append_"),
     ):
         assert name in names
         for key in ("CPU", "CUDA"):
