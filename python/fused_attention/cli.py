@@ -1,10 +1,12 @@
-"""python -m fused_attention doctor | explain | features | verify | bench.
+"""python -m fused_attention doctor | explain | features | verify | bench, and those of models.
 
 doctor    what this machine has and what is in force; 0 if a fast backend is usable here, else 1
 explain   how a call of a given shape is served, and why not faster
 features  the capability table, in Markdown
 verify    the correctness matrix, of ours or somebody else's; 0 if all is right, else 1
 bench     ours, PyTorch's, FlexAttention and somebody else's on the table of shapes
+
+fetch, train, translate, summarize, generate, transcribe and embed are in models/commands.py.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from . import __version__, _native, backends
 from .backends import BACKENDS, REFERENCE, explain, feature_table
 from .errors import ArgumentTypeError, ArgumentValueError
+from .models.commands import CommandError, add_commands
 from .problem import DTYPES
 
 ENVIRONMENT_VARIABLES = (
@@ -311,6 +314,8 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=threads, help="default: as torch")
     add_implementation(command)
     command.set_defaults(run=bench)
+
+    add_commands(commands)
     return top
 
 
@@ -321,3 +326,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments)
     except (ArgumentValueError, ArgumentTypeError, NotImplementedError) as error:
         top.exit(2, f"{top.prog}: {error}\n")
+    except CommandError as error:
+        top.exit(1, f"{top.prog}: {error}\n")
