@@ -511,27 +511,7 @@ def test_states_of_parts_merge_to_the_whole():
             torch.testing.assert_close(a, b)
 
 
-# -- What is not built yet raises --------------------------------------------------------
-
-
-def test_double_backward_and_forward_mode_raise():
-    x = randn(1, 2, 3, 4, requires_grad=True)
-
-    def attend(x, **options):
-        return attention(x, x, x, **options).sin().sum()
-
-    for options in ({}, {"softcap": 2.0}):
-        (grad,) = torch.autograd.grad(attend(x, **options), x, create_graph=True)
-        with pytest.raises(NotImplementedError, match="double backward.*reference"):
-            grad.sum().backward()
-        with pytest.raises(NotImplementedError, match="double backward"):
-            inner = torch.func.grad(lambda x, options=options: attend(x, **options))
-            torch.func.grad(lambda x, inner=inner: inner(x).sum())(x.detach())
-        with pytest.raises(NotImplementedError, match="forward-mode.*reference"):
-            torch.func.jvp(attend, (x.detach(),), (x.detach(),))
-    (grad,) = torch.autograd.grad(attend(x, backend="reference"), x, create_graph=True)
-    assert torch.autograd.grad(grad.sum(), x)[0].abs().sum() > 0
-    assert torch.func.jvp(lambda x: attend(x, backend="reference"), (x.detach(),), (x.detach(),))
+# -- Dropout -----------------------------------------------------------------------------
 
 
 def test_state_of_dropout_follows_the_generator():

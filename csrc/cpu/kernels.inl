@@ -18,6 +18,7 @@
 #include "attention_decode.inl"
 #include "attention_weights.inl"
 #include "attention_backward.inl"
+#include "attention_tangents.inl"
 #include "masked_softmax.inl"
 // clang-format on
 
@@ -185,4 +186,8 @@ constexpr KernelTable kKernels = {
     multiply_registers,
     phase<ByType<AttentionWeights>>(),
     phase<ByType<AttentionWeightsDelta>>(),
+    phase<ByType<AttentionJvp>>(),
+    {phase<ByType<TangentDelta>>(), phase<ByType<TangentSinks>>(),
+     phase<ByType<AttentionTangentKeys>>(), phase<ByType<AttentionTangentQueries>>(),
+     phase<ByType<AttentionTangentBias>>()},
 };
