@@ -7,20 +7,19 @@ instructions.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from triton_process import compiling
+import main_loop
+from compile_launch import CompiledLaunch, compile_launch
 
-# Of the assembly, by what is counted. A cubin is not disassembled: PTX names them too.
+# Of the assembly, by what is counted.
 INSTRUCTIONS = {
     "mma": r"\bmma\.sync",
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma",
     "cp.async": r"\bcp\.async\.c[ag]\.shared",
+    "tma": r"\bcp\.async\.bulk\.tensor",
     "mfma": r"\bv_mfma",
     "tf32": r"\.tf32\.",
 }
@@ -162,50 +161,27 @@ def launches(request: Request) -> list[Any]:
     return started
 
 
+def compiled(request: Request) -> tuple[Any, CompiledLaunch]:
+    """The launch, and what it is compiled to. RuntimeError if it cannot be."""
+    one = next(x for x in launches(request) if x.kernel.fn.__name__ == request.kernel)
+    return one, compile_launch(request.target, one)
+
+
+def instruction_counts(assembly: str) -> dict[str, int]:
+    return {name: len(re.findall(pattern, assembly)) for name, pattern in INSTRUCTIONS.items()}
+
+
 def measured(request: Request) -> dict[str, Any]:
     """Of the kernel as the JIT would compile it at the launch. RuntimeError if it cannot."""
-    return compiling(_measured, request)
-
-
-def _measured(request: Request) -> dict[str, Any]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
+    one, code = compiled(request)
     is_amd = request.target.startswith("gfx")
-    target = (
-        GPUTarget("hip", request.target, 64)
-        if is_amd
-        else GPUTarget("cuda", int(request.target.removeprefix("sm_")), 32)
+    resources = (
+        main_loop.gcn_resources(code.assembly) if is_amd else main_loop.resources(code.binary)
     )
-    one = next(x for x in launches(request) if x.kernel.__name__ == request.kernel)
-    function, backend = one.kernel, make_backend(target)
-    keywords = one.constants | one.options
-    bind = create_function_from_signature(function.signature, function.params, backend)
-    bound, specialization, _ = bind(*one.args, **keywords)
-    options, signature, constants, attributes = function._pack_args(
-        backend, keywords, bound, specialization, None
-    )
-    source = ASTSource(function, signature, constants, attributes)
-    kernel = triton.compile(source, target=target, options=options.__dict__)
-    assembly = kernel.asm["amdgcn" if is_amd else "ptx"]
-    measured = {"shared": kernel.metadata.shared, "warps": one.num_warps}
-    measured["tiles"] = {k: v for k, v in one.constants.items() if isinstance(v, int)}
-    for name, pattern in INSTRUCTIONS.items():
-        measured[name] = len(re.findall(pattern, assembly))
-    if is_amd:
-        measured["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1])
-        measured["spills"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1])
-    else:
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            command = [tool, "--dump-resource-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        measured["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
-        measured["spills"] = sum(
-            int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("STACK", "LOCAL")
-        )
-    return measured
+    return {
+        "shared": code.shared,
+        "warps": one.num_warps,
+        "tiles": {k: v for k, v in one.constants.items() if isinstance(v, int)},
+        **resources,
+        **instruction_counts(code.assembly),
+    }
