@@ -29,6 +29,18 @@ struct ScoreView {
   int64_t stride_b = 0, stride_h = 0, stride_q = 0, stride_k = 0;
 };
 
+// Of a direction (attention_tangents.inl): views like those of the tensors of the same name, null
+// where the tangent is zero.
+struct Tangents {
+  TensorView query, key, value, grad_out;
+  ScoreView bias;
+  const void* sinks = nullptr;     // [Hq] contiguous
+  const void* grad_lse = nullptr;  // [B, Hq, Sq] contiguous, as the others of a row
+  TensorView out;                  // results of attention_jvp,
+  void* lse = nullptr;             // which attention_backward_jvp reads
+  void* delta = nullptr;
+};
+
 struct AttentionParams {
   DType dtype = DType::kFloat32;
   int64_t B = 0, Hq = 0, Hkv = 0, Sq = 0, Sk = 0, D = 0, Dv = 0;
@@ -84,6 +96,9 @@ struct AttentionParams {
   // gradient, any strides. Averaged over the heads: stride_h is 0.
   ScoreView weights;
   bool average_weights = false;
+
+  // attention_jvp and attention_backward_jvp, whose results are dq, dk, dv, dbias and dsinks.
+  Tangents tangent;
 };
 
 // masked_softmax: rows of `columns` neighbouring elements, at any strides. `size` are the

@@ -735,6 +735,168 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
   return weights;
 }
 
+// -- tangents -------------------------------------------------------------------------------------
+
+// A tangent as kernels read it: in place, or in a copy that is held here.
+struct TangentInputs {
+  explicit TangentInputs(ScalarType type) : dtype(type) {}
+  TensorView view(const OptionalTensor& tensor, const Shape& like, const char* name) {
+    if (!tensor) return {};
+    const Input& input = inputs[count++].emplace(*tensor, name);
+    const int64_t *size = input.shape.size, *want = like.size;
+    STD_TORCH_CHECK(tensor->scalar_type() == dtype && std::equal(size, size + 4, want), name,
+                    ": expected [", want[0], ", ", want[1], ", ", want[2], ", ", want[3],
+                    "] in query's dtype");
+    return input.view();
+  }
+  void* rows(const AttentionParams& p, const OptionalTensor& tensor, const char* name) {
+    if (!tensor) return nullptr;
+    check_lse(p, *tensor, name);
+    return hold(*tensor);
+  }
+  const void* sinks(const AttentionParams& p, const OptionalTensor& tensor) {
+    if (!tensor) return nullptr;
+    STD_TORCH_CHECK((p.sinks != nullptr || p.Hq == 0) && tensor->is_cpu() && tensor->dim() == 1 &&
+                        tensor->size(0) == p.Hq && tensor->scalar_type() == lse_dtype(p),
+                    "tangent_sinks: expected [", p.Hq, "] in the dtype of sinks, beside them");
+    return hold(*tensor);
+  }
+  void* hold(const Tensor& tensor) {
+    held[kept] = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    return held[kept++]->data_ptr();
+  }
+  ScalarType dtype;
+  std::optional<Input> inputs[8];
+  OptionalTensor held[5];
+  int count = 0, kept = 0;
+};
+
+void describe_tangents(AttentionParams& p, TangentInputs& tangents, const Input& q, const Input& k,
+                       const Input& v, const OptionalTensor& tangent_query,
+                       const OptionalTensor& tangent_key, const OptionalTensor& tangent_value,
+                       const OptionalTensor& tangent_bias, const OptionalTensor& tangent_sinks) {
+  p.tangent.query = tangents.view(tangent_query, q.shape, "tangent_query");
+  p.tangent.key = tangents.view(tangent_key, k.shape, "tangent_key");
+  p.tangent.value = tangents.view(tangent_value, v.shape, "tangent_value");
+  if (tangent_bias) {
+    p.tangent.bias = score_view(*tangent_bias, "tangent_bias", p);
+    p.tangent.bias.dtype = dtype_of(*tangent_bias, "tangent_bias");
+  }
+  p.tangent.sinks = tangents.sinks(p, tangent_sinks);
+}
+
+void refuse_sequences(const Options& o) {
+  STD_TORCH_CHECK(
+      !o.cu_seqlens_q && !o.cu_seqlens_k && !o.seqused_k && !o.block_table,
+      "cu_seqlens, seqused_k and block_table: their second derivatives and forward-mode "
+      "derivatives are not built yet");
+}
+
+// (tangent_out, tangent_lse)
+std::tuple<Tensor, Tensor> attention_jvp(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& lse, const OptionalTensor& tangent_query, const OptionalTensor& tangent_key,
+    const OptionalTensor& tangent_value, const OptionalTensor& tangent_bias,
+    const OptionalTensor& tangent_sinks, double scale, int64_t causal, int64_t window_left,
+    int64_t window_right, int64_t precision, const OptionalTensor& mask, const OptionalTensor& bias,
+    const OptionalTensor& key_padding_mask, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, const OptionalTensor& philox, double softcap, double dropout_p,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    std::optional<int64_t> /*max_seqlen_q*/, std::optional<int64_t> /*max_seqlen_k*/,
+    const OptionalTensor& seqused_k, const OptionalTensor& block_table) {
+  const Options options = {scale,     causal,     window_left,      window_right, precision,
+                           mask,      bias,       key_padding_mask, alibi_slopes, sinks,
+                           philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
+                           seqused_k, block_table};
+  refuse_sequences(options);
+  const Input q(query, "query"), k(key, "key"), v(value, "value");
+  AttentionParams p;
+  describe_inputs(p, q, k, v);
+  describe_sequences(p, options, k);
+  describe_options(p, options);
+  const ScalarType dtype = query.scalar_type();
+  TangentInputs tangents(dtype);
+  describe_tangents(p, tangents, q, k, v, tangent_query, tangent_key, tangent_value, tangent_bias,
+                    tangent_sinks);
+  p.out = tangents.view(out, {{p.B, p.Hq, p.Sq, p.Dv}, {}}, "out");
+  const Tensor kept_lse = dense_lse(p, lse);
+  Tensor tangent_out = empty_like_layout(q.given, p.Sq, p.Dv, dtype);
+  Tensor tangent_lse = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
+  p.tangent.out = view_of(tangent_out);
+  p.tangent.lse = tangent_lse.data_ptr();
+  if (p.B * p.Hq > 0) run(kernel_table().attention_jvp, p);
+  return {tangent_out, tangent_lse};
+}
+
+// The tangents of what attention_backward returns.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& out, const Tensor& lse,
+    const OptionalTensor& tangent_grad_out, const OptionalTensor& tangent_grad_lse,
+    const OptionalTensor& tangent_query, const OptionalTensor& tangent_key,
+    const OptionalTensor& tangent_value, const Tensor& tangent_out, const Tensor& tangent_lse,
+    const OptionalTensor& tangent_bias, const OptionalTensor& tangent_sinks, double scale,
+    int64_t causal, int64_t window_left, int64_t window_right, int64_t precision,
+    const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
+    double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
+    std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
+    const OptionalTensor& block_table, bool bias_grad, bool sinks_grad) {
+  const Options options = {scale,     causal,     window_left,      window_right, precision,
+                           mask,      bias,       key_padding_mask, alibi_slopes, sinks,
+                           philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
+                           seqused_k, block_table};
+  refuse_sequences(options);
+  STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
+  STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
+  const Input q(query, "query"), k(key, "key"), v(value, "value");
+  AttentionParams p;
+  describe_inputs(p, q, k, v);
+  describe_sequences(p, options, k);
+  describe_options(p, options);
+  const ScalarType dtype = query.scalar_type();
+  TangentInputs tangents(dtype);
+  describe_tangents(p, tangents, q, k, v, tangent_query, tangent_key, tangent_value, tangent_bias,
+                    tangent_sinks);
+  const Shape like_out = {{p.B, p.Hq, p.Sq, p.Dv}, {}};
+  p.out = tangents.view(out, like_out, "out");
+  p.grad_out = tangents.view(grad_out, like_out, "grad_out");
+  p.tangent.out = tangents.view(tangent_out, like_out, "tangent_out");
+  p.tangent.grad_out = tangents.view(tangent_grad_out, like_out, "tangent_grad_out");
+  p.lse = tangents.rows(p, lse, "lse");
+  p.grad_lse = tangents.rows(p, grad_lse, "grad_lse");
+  p.tangent.lse = tangents.rows(p, tangent_lse, "tangent_lse");
+  p.tangent.grad_lse = tangents.rows(p, tangent_grad_lse, "tangent_grad_lse");
+
+  Tensor delta = empty({p.B, p.Hq, p.Sq}, lse_dtype(p)),
+         tangent_delta = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
+  p.delta = delta.data_ptr();
+  p.tangent.delta = tangent_delta.data_ptr();
+  Tensor dq = empty_like_layout(q.given, p.Sq, p.D, dtype);
+  Tensor dk = empty_like_layout(k.given, p.Sk, p.D, dtype);
+  Tensor dv = empty_like_layout(v.given, p.Sk, p.Dv, dtype);
+  p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
+  Tensor dbias = empty({0}, dtype), dsinks = empty({0}, lse_dtype(p));
+  if (bias_grad) {
+    const auto size = bias->sizes();
+    dbias = empty(size, bias->scalar_type());
+    if (p.B * p.Hq * p.Sq * p.Sk == 0) torch::stable::zero_(dbias);
+    p.dbias = score_view(dbias, "dbias", p);
+    p.dbias.dtype = p.bias.dtype;
+  }
+  if (sinks_grad) {
+    dsinks = empty({p.Hq}, lse_dtype(p));
+    if (p.B == 0) torch::stable::zero_(dsinks);
+    p.dsinks = dsinks.data_ptr();
+  }
+  if (p.B * p.Hq == 0) return {dq, dk, dv, dbias, dsinks};
+  for (const Phase& phase : kernel_table().attention_backward_jvp) run(phase, p);
+  return {dq, dk, dv, dbias, dsinks};
+}
+
+// -- dropout --------------------------------------------------------------------------------------
+
 Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, int64_t heads,
                          int64_t seqlen_q, int64_t seqlen_k) {
   STD_TORCH_CHECK(batch >= 0 && heads >= 0 && seqlen_q >= 0 && seqlen_k >= 0,
@@ -1120,6 +1282,18 @@ STABLE_TORCH_LIBRARY(fused_attention, m) {
       ", bool bias_grad=False, bool sinks_grad=False, Tensor? grad_weights=None, "
       "bool average_weights=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "attention_jvp(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+      "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_bias, "
+      "Tensor? tangent_sinks, " SCALARS ", " FORWARD_OPTIONS ") -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward_jvp(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
+      "Tensor value, Tensor out, Tensor lse, Tensor? tangent_grad_out, Tensor? tangent_grad_lse, "
+      "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor tangent_out, "
+      "Tensor tangent_lse, Tensor? tangent_bias, Tensor? tangent_sinks, " SCALARS
+      ", " FORWARD_OPTIONS
+      ", bool bias_grad=False, bool sinks_grad=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "attention_weights(Tensor query, Tensor key, Tensor lse, float scale, int causal, "
       "SymInt window_left, SymInt window_right, bool average, Tensor? mask=None, "
       "Tensor? bias=None, Tensor? key_padding_mask=None, Tensor? alibi_slopes=None, "
@@ -1144,6 +1318,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attention, CPU, m) {
   m.impl("attention_forward_plain_lse", TORCH_BOX(&fused_attention::attention_forward_plain_lse));
   m.impl("attention_forward", TORCH_BOX(&fused_attention::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fused_attention::attention_backward));
+  m.impl("attention_jvp", TORCH_BOX(&fused_attention::attention_jvp));
+  m.impl("attention_backward_jvp", TORCH_BOX(&fused_attention::attention_backward_jvp));
   m.impl("attention_weights", TORCH_BOX(&fused_attention::attention_weights));
   m.impl("dropout_keep_mask", TORCH_BOX(&fused_attention::dropout_keep_mask));
   m.impl("kv_cache_append_", TORCH_BOX(&fused_attention::kv_cache_append_));

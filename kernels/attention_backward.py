@@ -31,10 +31,13 @@ from .primitives import (
     query_block,
     row_number,
     score_pointers,
+    seeing_blocks,
+    seeing_queries,
+    seen_blocks,
+    seen_keys,
     sequence_of,
     somebody,
     store_tile,
-    visible_block_range,
     visible_tile,
     weights_gradient,
     weights_of,
@@ -73,17 +76,18 @@ def score_gradients(
     lse and delta are shaped as i is. ds is the gradient of scale * q·k.
     """
     p, slope = weights_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, PLAIN)
+    dropped, difference = p, dp
     if call.weights is not None:
-        dp += weights_gradient(call, seq, h, m_start, n_start, i, j)
-    dropped = p
+        difference += weights_gradient(call, seq, h, m_start, n_start, i, j)
     if keep is not None:
         dropped = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * call.dropout.scale, 0.0)
-    # ds <- p * (dp - delta); hidden again after it, for dp and slope may be NaN there
-    dlogit = p * (dp - delta)
+        difference = tl.where(keep, difference * call.dropout.scale, 0.0)
+    difference -= delta
+    if seen is not None:  # dp and delta may be NaN where it is hidden
+        difference = tl.where(seen, difference, 0.0)
+    # ds <- p * (dp - delta)
+    dlogit = p * difference
     ds = dlogit * slope
-    if seen is not None:
-        dlogit, ds = tl.where(seen, dlogit, 0.0), tl.where(seen, ds, 0.0)
     return dropped, ds, dlogit
 
 
@@ -103,18 +107,19 @@ def keys_meet_queries(
     i, j = offs_m[None, :], offs_n[:, None]
     matrix, first = seq.b * call.Hq + h, row_number(call, seq, h)
     for m_start in tl.range(m_begin, m_end, BLOCK_M):
-        if MASKED:
+        seen, rows = None, None
+        if MASKED and (call.mask is not None or call.key_padding is not None):
             seen = visible_tile(call, seq, h, m_start, n_start, i, j)
-            rows = somebody(seen, 0)
-        else:
-            seen, rows = None, None
+        if MASKED:
+            rows = seeing_queries(call, seq, seen, m_start, n_start, offs_m, BLOCK_N)
         q_tile = load_tile(q, seq.b, h, m_start, offs_m, offs_d, rows, D, BLOCK_D)
         do = load_tile(grad_out, seq.b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV)
-        in_m = offs_m < seq.Sq - m_start
-        if rows is not None:
-            in_m = rows
-        lse_i = load_lse(lse + first + m_start + offs_m, in_m)[None, :]
-        delta_i = tl.load(delta + first + m_start + offs_m, mask=in_m, other=0.0)[None, :]
+        at = first + m_start + offs_m
+        if MASKED:
+            lse_i = load_lse(lse + at, rows)[None, :]
+            delta_i = tl.load(delta + at, mask=rows, other=0.0)[None, :]
+        else:  # each of them sees keys, and is within its sequence
+            lse_i, delta_i = tl.load(lse + at)[None, :], tl.load(delta + at)[None, :]
         keep = None
         if call.dropout is not None:
             if call.pages is None:
@@ -127,6 +132,8 @@ def keys_meet_queries(
         # -- s^T <- k q^T, dp^T <- v do^T, ds <- p * (dp - delta) --
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         dp = tl.dot(v_tile, tl.trans(do), input_precision=PRECISION)
+        if MASKED and seen is None:
+            seen = visible_tile(call, seq, h, m_start, n_start, i, j)
         p, ds, _ = score_gradients(
             s, dp, lse_i, delta_i, seen, keep, call, seq, h, m_start, n_start, i, j, PLAIN
         )
@@ -145,10 +152,7 @@ def keys_meet_all_queries(
 ):  # fmt: skip
     """The keys of a tile against the queries of a sequence, head by head of the group, in order."""
     q, grad_out = from_token(q, seq.q_start), from_token(grad_out, seq.q_start)
-    n_end = tl.minimum(n_start + BLOCK_N, seq.Sk)
-    begin, full_begin, full_end, end = visible_block_range(
-        n_start, n_end, -seq.offset, call.right, call.left, seq.Sq, BLOCK_M
-    )
+    begin, full_begin, full_end, end = seeing_blocks(call, seq, n_start, BLOCK_M, BLOCK_N)
     for in_group in tl.range(0, call.group):
         h = h_kv * call.group + in_group
         if call.mask is not None or call.key_padding is not None:
@@ -254,12 +258,13 @@ def queries_meet_keys(
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     i, j = offs_m[:, None], offs_n[None, :]
     matrix, h_kv = seq.b * call.Hq + h, h // call.group
+    m_end = tl.minimum(m_start + BLOCK_M, seq.Sq)
     for n_start in tl.range(n_begin, n_end, BLOCK_N):
-        if MASKED:
+        seen, rows = None, None
+        if MASKED and (call.mask is not None or call.key_padding is not None):
             seen = visible_tile(call, seq, h, m_start, n_start, i, j)
-            rows = somebody(seen, 0)
-        else:
-            seen, rows = None, None
+        if MASKED:
+            rows = seen_keys(call, seq, seen, m_start, m_end, n_start, offs_n)
         b, first, offs = place_of_keys(call, seq, n_start, offs_n, rows)
         k_tile = load_tile(k, b, h_kv, first, offs, offs_d, rows, D, BLOCK_D)
         v_tile = load_tile(v, b, h_kv, first, offs, offs_dv, rows, DV, BLOCK_DV)
@@ -271,6 +276,8 @@ def queries_meet_keys(
         # -- s <- q k^T, dp <- do v^T, ds <- p * (dp - delta) --
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
+        if MASKED and seen is None:
+            seen = visible_tile(call, seq, h, m_start, n_start, i, j)
         _, ds, _ = score_gradients(
             s, dp, lse_i, delta_i, seen, keep, call, seq, h, m_start, n_start, i, j, PLAIN
         )
@@ -301,10 +308,7 @@ def attention_dq_kernel(
     delta_i = tl.load(delta + at, mask=in_q, other=0.0)[:, None]
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    m_end = tl.minimum(m_start + BLOCK_M, seq.Sq)
-    begin, full_begin, full_end, end = visible_block_range(
-        m_start, m_end, seq.offset, call.left, call.right, seq.Sk, BLOCK_N
-    )
+    begin, full_begin, full_end, end = seen_blocks(call, seq, m_start, BLOCK_M, BLOCK_N)
     if call.mask is not None or call.key_padding is not None:
         dq_tile = queries_meet_keys(
             dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, begin, end,

@@ -63,8 +63,8 @@ def attention_decode_kernel(
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q_tile, k, v, call, seq, h[:, None], h_kv, 0, i[:, None], begin,
-            end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+            acc, row_max, row_sum, q_tile, k, v, call, seq, h[:, None], h_kv, 0, seq.Sq, i[:, None],
+            begin, end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True, None,
         )  # fmt: skip
         row = row_number(call, seq, h) + i
         if split_acc is None:

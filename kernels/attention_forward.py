@@ -18,35 +18,37 @@ from .primitives import (
     place_of_keys,
     query_block,
     row_number,
+    seen_blocks,
+    seen_keys,
     sinks_of,
-    somebody,
     store_tile,
-    visible_block_range,
     visible_tile,
 )
 
 
 @triton.jit
 def attend(
-    acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, i, n_begin, n_end,
+    acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, m_end, i, n_begin, n_end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, INDEX: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The queries m_start + i, [M, 1], against the keys [n_begin, n_end) of h_kv, in blocks.
 
-    h: their head, or that of each, [M, 1].
+    They are among [m_start, m_end). h: their head, or that of each, [M, 1]. STAGES: of the
+    pipeline, None: those of the launch.
     """
     BLOCK_M: tl.constexpr = q_tile.shape[0]
     offs_n = tl.arange(0, BLOCK_N).to(INDEX)
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     j = offs_n[None, :]
-    for n_start in tl.range(n_begin, n_end, BLOCK_N):
-        if MASKED:
+    for n_start in tl.range(n_begin, n_end, BLOCK_N, num_stages=STAGES):
+        seen, in_k, in_v = None, None, None
+        if MASKED and (call.mask is not None or call.key_padding is not None):
             seen = visible_tile(call, seq, h, m_start, n_start, i, j)
-            in_k, in_v = n_start + offs_n < seq.Sk, somebody(seen, 0)
-        else:
-            in_k, in_v = None, None
+        if MASKED:
+            in_k = n_start + offs_n < seq.Sk
+            in_v = seen_keys(call, seq, seen, m_start, m_end, n_start, offs_n)
         b, first, offs = place_of_keys(call, seq, n_start, offs_n, in_k)
 
         # -- s <- q k^T --
@@ -55,11 +57,13 @@ def attend(
         if not PLAIN:
             s, _ = logits(s, call, seq, h, m_start, n_start, i, j)
         if MASKED:
+            if seen is None:
+                seen = visible_tile(call, seq, h, m_start, n_start, i, j)
             s = tl.where(seen, s, float("-inf"))
 
         # -- p <- exp(s - m), l <- alpha l + rowsum(p), acc <- alpha acc --
         acc, row_max, row_sum, p = online_softmax_update(
-            acc, row_max, row_sum, s, call.scale, PLAIN
+            acc, row_max, row_sum, s, call.scale, PLAIN, MASKED
         )
         if call.dropout is not None:  # after the sum: the denominator is that of all weights
             matrix = seq.b * call.Hq + h
@@ -98,20 +102,22 @@ def attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     m_end = tl.minimum(m_start + BLOCK_M, seq.Sq)
-    begin, full_begin, full_end, end = visible_block_range(
-        m_start, m_end, seq.offset, call.left, call.right, seq.Sk, BLOCK_N
-    )
+    begin, full_begin, full_end, end = seen_blocks(call, seq, m_start, BLOCK_M, BLOCK_N)
+    # The few blocks at the rim of what is seen are not worth a pipeline, nor its registers.
+    RIM_STAGES: tl.constexpr = None if call.mask is not None or call.key_padding is not None else 1
     if call.mask is not None or call.key_padding is not None:
         full_begin, full_end = begin, begin
     else:
         if call.left is not None:
             acc, row_max, row_sum = attend(
-                acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, i, begin,
-                full_begin, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+                acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, m_end, i,
+                begin, full_begin, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+                1,
             )  # fmt: skip
         acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, i, full_begin,
-            full_end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, False,
+            acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, m_end, i,
+            full_begin, full_end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, False,
+            None,
         )  # fmt: skip
     if (
         not EVEN_N
@@ -120,8 +126,9 @@ def attention_forward_kernel(
         or call.key_padding is not None
     ):
         acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, i, full_end, end,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+            acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, m_end, i,
+            full_end, end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+            RIM_STAGES,
         )  # fmt: skip
 
     sink = None

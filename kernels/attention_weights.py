@@ -21,9 +21,9 @@ from .primitives import (
     query_block,
     row_number,
     score_pointers,
+    seen_blocks,
     sequence_of,
     somebody,
-    visible_block_range,
     visible_tile,
     weights_gradient,
     weights_of,
@@ -62,9 +62,7 @@ def attention_weights_kernel(
     m_start, matrix = pid % m_blocks * BLOCK_M, (pid // m_blocks).to(tl.int64)
     seq, group = sequence_of(call, matrix // heads), call.Hq // heads
     offs_m, offs_n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
-    begin, _, _, end = visible_block_range(
-        m_start, m_start + BLOCK_M, seq.offset, call.left, call.right, seq.Sk, BLOCK_N
-    )
+    begin, _, _, end = seen_blocks(call, seq, m_start, BLOCK_M, BLOCK_N)
     first = matrix % heads * group
     last = tl.where((n_start >= begin) & (n_start < end), first + group, first)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -100,10 +98,7 @@ def attention_weights_delta_kernel(
     lse_i = load_lse(lse + at, in_q)
     i, j = offs_m[:, None], offs_n[None, :]
     total, product = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    m_end = tl.minimum(m_start + BLOCK_M, seq.Sq)
-    begin, _, _, end = visible_block_range(
-        m_start, m_end, seq.offset, call.left, call.right, seq.Sk, BLOCK_N
-    )
+    begin, _, _, end = seen_blocks(call, seq, m_start, BLOCK_M, BLOCK_N)
     for n_start in tl.range(begin, end, BLOCK_N):
         p, kept = weights_tile(
             q_tile, k, lse_i[:, None], call, seq, h, m_start, n_start, offs_m, offs_n,

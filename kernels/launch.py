@@ -65,14 +65,17 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    # Whether the compiler may fuse multiplications and additions. Not where a sum of products goes
+    # through a warp: each lane would add its neighbour's rounded product to its own exact one, and
+    # which of the lanes' different results is used would be left to the hardware.
+    fusion: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
-        # Triton 3.10 no longer fuses multiply-adds by itself.
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": self.fusion,
         }
 
     def run(self) -> None:
@@ -222,6 +225,11 @@ def key_blocks(call: Call, block_n: int) -> int:
 # -- Attention -----------------------------------------------------------------------------
 
 
+def is_per_score(call: Call) -> bool:
+    """Whether the call has something of its own for each score."""
+    return any(x is not None for x in (call.mask, call.bias, call.dropout, call.weights))
+
+
 def _constants(
     call: Call, tiles: Tiles, arch: Arch, query: Tensor, DV: int, precision: int, wide: bool
 ) -> dict[str, Any]:
@@ -257,7 +265,8 @@ def forward_launch(
 ) -> Launch:
     """query, key and value have a last stride of 1; tiles: those of the table, unless given."""
     D, DV = query.shape[-1], value.shape[-1]
-    tiles = tiles or attention_tiles("forward", arch, query.dtype, max(D, DV))
+    head_dim = max(D, DV)
+    tiles = tiles or attention_tiles("forward", arch, query.dtype, head_dim, is_per_score(call))
     q, k, v, o = (rows(x) for x in (query, key, value, out))
     wide = is_wide(tiles, q, k, v, o, call.mask, call.bias, call.key_padding)
     return Launch(
@@ -386,7 +395,8 @@ def backward_launches(
     dlse = None if grad_lse is None else rows(grad_lse)
 
     def plan(kernel: str) -> tuple[Tiles, dict[str, Any]]:
-        own = tiles or attention_tiles(kernel, arch, query.dtype, max(D, DV))
+        head_dim = max(D, DV)
+        own = tiles or attention_tiles(kernel, arch, query.dtype, head_dim, is_per_score(call))
         operands = (q, k, v, o, do, *gradients, dlse, call.mask, call.bias, call.key_padding)
         operands += (call.weights.dw if call.weights else None,)
         wide = is_wide(own, *operands)
@@ -404,6 +414,7 @@ def backward_launches(
             delta_constants,
             queries.num_warps,
             1,
+            fusion=False,
         )
     ]
     if call.weights is not None:
@@ -461,10 +472,10 @@ def dbias_launch(
     """dbias: contiguous, in bias' shape; if chunks > 1 [chunks, *shape] float32, to be summed."""
     B, Hq, Sq, D = query.shape
     Sk, DV = call.Sk, value.shape[-1]
-    tiles = tiles or attention_tiles("dq", arch, query.dtype, max(D, DV))
+    tiles = tiles or attention_tiles("dq", arch, query.dtype, max(D, DV), is_per_score(call))
     operands = [rows(x) for x in (query, key, value, grad_out)]
     first = dbias[0] if chunks > 1 else dbias
-    target = scores(first)
+    target = scores(first, dbias)
     assert target is not None
     m_blocks, n_blocks = ceil_div(Sq, tiles.block_m), ceil_div(Sk, tiles.block_n)
     work = BiasGradient.of(first.shape, B, Hq, m_blocks, n_blocks)
@@ -607,14 +618,17 @@ def row_call(
     )
 
 
-def _row_launch(kernel: Any, call: RowCall, args: tuple[Any, ...], max_block: int) -> Launch:
+def _row_launch(
+    kernel: Any, call: RowCall, args: tuple[Any, ...], max_block: int, fusion: bool = True
+) -> Launch:
     tiles = softmax_tiles(call.columns, max_block)
     constants = {
         "ROWS": tiles.rows,
         "BLOCK": tiles.block,
         "ONE_BLOCK": call.columns <= tiles.block,
     }
-    return Launch(kernel, (ceil_div(call.rows, tiles.rows),), args, constants, tiles.num_warps, 1)
+    grid = (ceil_div(call.rows, tiles.rows),)
+    return Launch(kernel, grid, args, constants, tiles.num_warps, 1, fusion)
 
 
 def softmax_launch(
@@ -652,7 +666,8 @@ def softmax_backward_launch(
 ) -> Launch:
     operands = [row_operand(x, weights.shape) for x in (weights, grad_out, dx)]
     args = (*operands, delta, sink_weight, sink_terms, call)
-    return _row_launch(masked_softmax.masked_softmax_backward_kernel, call, args, max_block)
+    kernel = masked_softmax.masked_softmax_backward_kernel
+    return _row_launch(kernel, call, args, max_block, fusion=False)
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,8 @@ def _bias_gradient(
     if B * Hq * Sq * Sk == 0:
         return bias.new_zeros(bias.shape)
     arch = arch_of(query.device)
-    tiles = OVERRIDE or attention_tiles("dq", arch, query.dtype, max(D, value.shape[-1]))
+    head_dim = max(D, value.shape[-1])
+    tiles = OVERRIDE or attention_tiles("dq", arch, query.dtype, head_dim, per_score=True)
     blocks = (launch.ceil_div(Sq, tiles.block_m), launch.ceil_div(Sk, tiles.block_n))
     chunks = launch.BiasGradient.of(bias.shape, B, Hq, *blocks).chunks
     dbias = bias.new_empty(bias.shape)

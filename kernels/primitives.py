@@ -257,7 +257,7 @@ def load_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, BLOCK_D: tl
     b and h are numbers, or one for each row, [len(offs_s), 1].
     """
     base = x.data + b * x.stride_b + h * x.stride_h + tl.cast(start, tl.int64) * x.stride_s
-    pointers = base + offs_s[:, None] * x.stride_s + offs_d[None, :]
+    pointers = base + (offs_s[:, None] * x.stride_s + offs_d[None, :])
     if rows is None:
         if D == BLOCK_D:
             tile = tl.load(pointers)
@@ -274,7 +274,7 @@ def load_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, BLOCK_D: tl
 @triton.jit
 def store_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, tile):
     base = x.data + b * x.stride_b + h * x.stride_h + tl.cast(start, tl.int64) * x.stride_s
-    pointers = base + offs_s[:, None] * x.stride_s + offs_d[None, :]
+    pointers = base + (offs_s[:, None] * x.stride_s + offs_d[None, :])
     value = tile.to(x.data.dtype.element_ty)
     tl.store(pointers, value, mask=rows[:, None] & (offs_d < D)[None, :])
 
@@ -283,7 +283,7 @@ def store_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, tile):
 def score_pointers(x, b, h, m_start, n_start, i, j):
     base = x.data + b * x.stride_b + h * x.stride_h
     base += tl.cast(m_start, tl.int64) * x.stride_q + tl.cast(n_start, tl.int64) * x.stride_k
-    return base + i * x.stride_q + j * x.stride_k
+    return base + (i * x.stride_q + j * x.stride_k)
 
 
 # -- Who sees whom -------------------------------------------------------------------------
@@ -296,9 +296,7 @@ def visible_block_range(start, end, offset, left, right, length, BLOCK: tl.const
     Query i sees key j iff i + offset - left <= j <= i + offset + right. Every query sees all of the
     keys [full_begin, full_end), which are whole blocks; in [begin, full_begin) and [full_end, stop)
     somebody may see some. Exchanged, left for right and with -offset: the queries that see keys.
-    Where there are no queries, end <= start, there are no keys either.
     """
-    length = tl.where(start < end, length, 0)
     begin, full_begin = 0, 0
     stop, full_end = length, length
     if left is not None:
@@ -314,22 +312,48 @@ def visible_block_range(start, end, offset, left, right, length, BLOCK: tl.const
 
 
 @triton.jit
+def seen_blocks(call, seq, m_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """visible_block_range of BLOCK_M queries."""
+    Sk = seq.Sk
+    if call.cu_seqlens_q is not None:  # of which there may be none
+        Sk = tl.where(m_start < seq.Sq, Sk, 0)
+    m_end = tl.minimum(m_start + BLOCK_M, seq.Sq)
+    return visible_block_range(m_start, m_end, seq.offset, call.left, call.right, Sk, BLOCK_N)
+
+
+@triton.jit
+def seeing_blocks(call, seq, n_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """visible_block_range of BLOCK_N keys: the queries that see them."""
+    Sq = seq.Sq
+    if call.cu_seqlens_k is not None or call.seqused_k is not None:  # none may be in use
+        Sq = tl.where(n_start < seq.Sk, Sq, 0)
+    n_end = tl.minimum(n_start + BLOCK_N, seq.Sk)
+    return visible_block_range(n_start, n_end, -seq.offset, call.right, call.left, Sq, BLOCK_M)
+
+
+@triton.jit
 def visible_tile(call, seq, h, m_start, n_start, i, j):
     """Which queries of a tile see which of its keys."""
-    query, key = m_start + i, n_start + j
-    seen = (query < seq.Sq) & (key < seq.Sk)
-    if call.left is not None:
-        seen = seen & (key >= query + seq.offset - call.left)
+    query = m_start + i
+    # of each query the last key of the tile that it sees, from n_start on; past the end: none
+    last = seq.Sk - 1
     if call.right is not None:
-        seen = seen & (key <= query + seq.offset + call.right)
+        last = tl.minimum(last, query + (seq.offset + call.right))
+    last = tl.where(query < seq.Sq, last - n_start, -1)
+    seen = j <= last
+    if call.left is not None:
+        seen = seen & (j >= query + (seq.offset - call.left) - n_start)
     if call.key_padding is not None:
         padding = call.key_padding
         base = padding.data + seq.b * padding.stride_b
         base += tl.cast(n_start, tl.int64) * padding.stride_k
-        seen = seen & (tl.load(base + j * padding.stride_k, mask=key < seq.Sk, other=1) == 0)
+        inside = n_start + j < seq.Sk
+        seen = seen & (tl.load(base + j * padding.stride_k, mask=inside, other=1) == 0)
     if call.mask is not None:
+        # also of what is hidden anyhow: the lanes of a vector must not differ
+        inside = (query < seq.Sq) & (n_start + j < seq.Sk)
         pointers = score_pointers(call.mask, seq.b, h, m_start, n_start, i, j)
-        seen = seen & (tl.load(pointers, mask=seen, other=0) != 0)
+        seen = seen & (tl.load(pointers, mask=inside, other=0) != 0)
     return seen
 
 
@@ -337,6 +361,41 @@ def visible_tile(call, seq, h, m_start, n_start, i, j):
 def somebody(seen, axis: tl.constexpr):
     """Along `axis`, is there anyone who sees? Tiles of others are read as 0: 0 * NaN is NaN."""
     return tl.max(seen.to(tl.int32), axis) != 0
+
+
+@triton.jit
+def seen_keys(call, seq, seen, m_start, m_end, n_start, offs_n):
+    """Which keys some query of [m_start, m_end) sees, [BLOCK_N]. seen: the visible tile, [BLOCK_M,
+    BLOCK_N], or None without mask and key padding.
+
+    Then neighbouring queries see ranges of keys that overlap: together, all from the first query's
+    first key to the last one's last.
+    """
+    if seen is not None:
+        keys = somebody(seen, 0)
+    else:
+        key = n_start + offs_n
+        keys = key < seq.Sk
+        if call.right is not None:
+            keys = keys & (key <= m_end - 1 + seq.offset + call.right)
+        if call.left is not None:
+            keys = keys & (key >= m_start + seq.offset - call.left)
+    return keys
+
+
+@triton.jit
+def seeing_queries(call, seq, seen, m_start, n_start, offs_m, BLOCK_N: tl.constexpr):
+    """Which queries see some key of a tile, [BLOCK_M]. seen: [BLOCK_N, BLOCK_M], or None."""
+    if seen is not None:
+        queries = somebody(seen, 0)
+    else:
+        query, last_key = m_start + offs_m, tl.minimum(n_start + BLOCK_N, seq.Sk) - 1
+        queries = query < seq.Sq
+        if call.right is not None:
+            queries = queries & (query >= n_start - seq.offset - call.right)
+        if call.left is not None:
+            queries = queries & (query <= last_key - seq.offset + call.left)
+    return queries
 
 
 # -- Logits --------------------------------------------------------------------------------
@@ -400,13 +459,16 @@ def weights_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, PLAIN: tl.con
     slope = 1.0
     # p <- exp(s - lse)
     if PLAIN:
-        p = tl.exp2(s * (call.scale * LOG2E) - lse * LOG2E)
+        exponent = s * (call.scale * LOG2E) - lse * LOG2E
     else:
         s, slope = logits(s, call, seq, h, m_start, n_start, i, j)
-        p = tl.exp2((s - lse) * LOG2E)
+        exponent = (s - lse) * LOG2E
     if seen is not None:
-        p = tl.where(seen, p, 0.0)
-    return p, slope
+        # not p itself: the compiler would hide the halves of words, after p is rounded
+        exponent = tl.where(seen, exponent, float("-inf"))
+        if call.softcap is not None:  # may be NaN where it is hidden
+            slope = tl.where(seen, slope, 0.0)
+    return tl.exp2(exponent), slope
 
 
 @triton.jit
@@ -421,19 +483,24 @@ def weights_gradient(call, seq, h, m_start, n_start, i, j):
 
 
 @triton.jit
-def online_softmax_update(acc, row_max, row_sum, s, scale, PLAIN: tl.constexpr):
+def online_softmax_update(
+    acc, row_max, row_sum, s, scale, PLAIN: tl.constexpr, MASKED: tl.constexpr
+):
     """One block of scores into the running softmax (Milakov & Gimelshein 2018, Algorithm 3).
 
     PLAIN: logits are scale * s, and row_max is in powers of two, so that a weight costs one
     fused multiply-add. Else s are logits, whose difference is taken before it is multiplied by
-    log2 e: a logit of -FLT_MAX, which hides keys in many models, would overflow.
+    log2 e: a logit of -FLT_MAX, which hides keys in many models, would overflow. MASKED: some of
+    the scores may be hidden, and are -inf then.
     Returns acc * alpha, row_max, row_sum, p.
     """
     if PLAIN:
         # m <- max(m, rowmax(s))
         new_max = tl.maximum(row_max, tl.max(s, 1) * (scale * LOG2E))
-        # -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0
-        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+        origin = new_max
+        if MASKED:
+            # -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0
+            origin = tl.where(new_max == float("-inf"), 0.0, new_max)
         # p <- exp(s - m), alpha <- exp(m_old - m)
         p = tl.exp2(s * (scale * LOG2E) - origin[:, None])
         alpha = tl.exp2(row_max - origin)
@@ -486,14 +553,15 @@ def philox4x32(c0, c1, c2, c3, seed):
     """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    m0 = tl.full((), 0xD2511F53, tl.uint32)
-    m1 = tl.full((), 0xCD9E8D57, tl.uint32)
     w0 = tl.full((), 0x9E3779B9, tl.uint32)
     w1 = tl.full((), 0xBB67AE85, tl.uint32)
     for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(c0, m0), tl.mul(c0, m0, sanitize_overflow=False)
-        high1, low1 = tl.umulhi(c2, m1), tl.mul(c2, m1, sanitize_overflow=False)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        # both halves of a product by one instruction
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        high0, high1 = (product0 >> 32).to(tl.uint32), (product1 >> 32).to(tl.uint32)
+        c0, c2 = high1 ^ c1 ^ k0, high0 ^ c3 ^ k1
+        c1, c3 = product1.to(tl.uint32), product0.to(tl.uint32)
         k0 = tl.add(k0, w0, sanitize_overflow=False)
         k1 = tl.add(k1, w1, sanitize_overflow=False)
     return c0, c1, c2, c3

@@ -81,14 +81,32 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
         128: Tiles(64, 64, 8, 1),
         256: Tiles(32, 32, 8, 1),
     },
-    ("forward", "sm_90", 16): {64: Tiles(128, 64, 8, 3)},
-    ("forward", "sm_100", 16): {64: Tiles(128, 64, 8, 3)},
+    ("forward", "sm_80", 16): {64: Tiles(128, 64, 4, 2), 256: Tiles(64, 64, 8, 2)},
+    ("dkdv", "sm_80", 16): {64: Tiles(32, 128, 4, 2), 128: Tiles(64, 64, 4, 2)},
+    ("dq", "sm_80", 16): {64: Tiles(128, 32, 4, 2), 128: Tiles(64, 64, 4, 2)},
+    ("forward", "sm_90", 16): {
+        64: Tiles(128, 128, 8, 3),
+        128: Tiles(128, 128, 8, 2),
+        256: Tiles(128, 64, 8, 2),
+    },
+    ("dkdv", "sm_90", 16): {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 1)},
+    ("dq", "sm_90", 16): {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 128, 8, 1)},
+    ("forward", "sm_100", 16): {
+        64: Tiles(128, 128, 8, 3),
+        128: Tiles(128, 128, 8, 2),
+        256: Tiles(128, 64, 8, 2),
+    },
+    ("dkdv", "sm_100", 16): {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 1)},
+    ("dq", "sm_100", 16): {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 128, 8, 1)},
     ("forward", "sm_120", 16): {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2)},
+    ("forward", "gfx942", 16): {128: Tiles(128, 64, 4, 1)},
+    ("dkdv", "gfx942", 16): {64: Tiles(32, 128, 4, 2), 128: Tiles(32, 128, 4, 1)},
+    ("dq", "gfx942", 16): {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 32, 4, 1)},
     ("forward", "gfx950", 16): {128: Tiles(128, 64, 8, 1)},
     ("decode", "any", 16): {
-        64: Tiles(16, 128, 4, 3),
-        128: Tiles(16, 64, 4, 3),
-        256: Tiles(16, 32, 4, 3),
+        64: Tiles(16, 64, 4, 3),
+        128: Tiles(16, 32, 4, 3),
+        256: Tiles(16, 32, 4, 2),
     },
     ("decode", "any", 32): {
         64: Tiles(16, 32, 4, 2),
@@ -100,7 +118,6 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
         128: Tiles(32, 32, 8, 1),
         256: Tiles(32, 16, 8, 1),
     },
-    ("dkdv", "sm_90", 16): {128: Tiles(32, 64, 8, 1)},
     ("dkdv", "any", 32): {
         64: Tiles(32, 32, 8, 1),
         128: Tiles(16, 32, 8, 1),
@@ -114,10 +131,23 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
 }
 
 
-def attention_tiles(kernel: str, arch: Arch, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """kernel: "forward", "decode", "dkdv", "dq"; head_dim: the larger of query's and value's."""
+# In place of them where a call has something of its own for each score, a mask, a bias or dropout,
+# whose registers would otherwise spill.
+_PER_SCORE: dict[tuple[str, str, int], dict[int, Tiles]] = {
+    ("dkdv", "sm_80", 16): {64: Tiles(32, 64, 8, 2), 128: Tiles(64, 64, 8, 2)},
+    ("dkdv", "sm_90", 16): {128: Tiles(32, 128, 8, 1)},
+}
+
+
+def attention_tiles(
+    kernel: str, arch: Arch, dtype: torch.dtype, head_dim: int, per_score: bool = False
+) -> Tiles:
+    """kernel: "forward", "decode", "dkdv", "dq"; head_dim: the larger of query's and value's;
+    per_score: whether the call has a mask, a bias or dropout."""
     bits = 8 * dtype.itemsize
     rows = _TABLE[kernel, "any", bits] | _TABLE.get((kernel, arch.name, bits), {})
+    if per_score:
+        rows = rows | _PER_SCORE.get((kernel, arch.name, bits), {})
     return rows[max(64, padded_head_dim(head_dim))]
 
 

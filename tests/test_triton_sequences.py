@@ -218,11 +218,20 @@ PACKINGS = {
 }
 
 
-@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_sequences(packing, name):
-    number = list(OPTIONS).index(name) + list(PACKINGS.values()).index(packing)
-    dtype = DTYPES[number % 3]  # every one of them somewhere
+# Every one with every other; two in three of them only with --full
+PAIRS = [
+    pytest.param(
+        *(packing, name, DTYPES[(x + y) % 3]),
+        id=f"{how}-{name}",
+        marks=[pytest.mark.slow] if (x + 2 * y) % 3 else [],
+    )
+    for x, (how, packing) in enumerate(PACKINGS.items())
+    for y, name in enumerate(OPTIONS)
+]
+
+
+@pytest.mark.parametrize("packing, name, dtype", PAIRS)
+def test_sequences(packing, name, dtype):
     check(dataclasses.replace(OPTIONS[name], dtype=dtype), packing)
 
 

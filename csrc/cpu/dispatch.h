@@ -25,6 +25,7 @@ struct ForwardKernel {
   Phase phases[kMaxPhases];
 };
 constexpr int kMaxForwardKernels = 8;
+constexpr int kMaxTangentPhases = 5;
 
 // An elementary function of math.inl over an array of floats (doubles for kFloat64), so that tests
 // can measure the error it states.
@@ -53,6 +54,8 @@ struct KernelTable {
   double (*multiply_registers)(DType, int64_t rounds);
   Phase attention_weights;
   Phase attention_weights_delta;
+  Phase attention_jvp;
+  Phase attention_backward_jvp[kMaxTangentPhases];
 };
 
 // The table in force: the best usable ISA, or the one named by FUSED_ATTENTION_CPU_ISA (read once,

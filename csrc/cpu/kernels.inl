@@ -18,6 +18,7 @@
 #include "attention_decode.inl"
 #include "attention_weights.inl"
 #include "attention_backward.inl"
+#include "attention_tangents.inl"
 #include "masked_softmax.inl"
 // clang-format on
 
@@ -102,14 +103,12 @@ double multiply_registers(DType dtype, int64_t rounds) {
                                   : multiply_vectors<float>(1.0f, rounds);
 }
 
-#if defined(FUSED_ATTENTION_TILES) || defined(FUSED_ATTENTION_PAIRS)
+#ifdef FUSED_ATTENTION_TILES
 // Keys lie at one distance from each other, as many in each batch.
 bool is_dense(const AttentionParams& p) {
   return p.cu_seqlens_q == nullptr && p.cu_seqlens_k == nullptr && p.seqused_k == nullptr &&
          p.block_table == nullptr;
 }
-#endif
-#ifdef FUSED_ATTENTION_TILES
 // Enough keys to make up for splitting them, and no lse: what follows from it computes the scores
 // again, in float, whose rounding is another.
 bool many_keys(const AttentionParams& p) { return p.Sk >= 128 && p.lse == nullptr; }
@@ -159,7 +158,7 @@ constexpr KernelTable kKernels = {
 #ifdef FUSED_ATTENTION_PAIRS
      {"attention_forward on pairs",
       "two bfloat16 products a lane at once",
-      [](const AttentionParams& p) { return is_dense(p) && p.dtype == DType::kBFloat16; },
+      [](const AttentionParams& p) { return p.dtype == DType::kBFloat16; },
       AttentionForward<Pairs>::tiles,
       nullptr,
       {phase<AttentionForward<Pairs>>()}},
@@ -188,4 +187,8 @@ constexpr KernelTable kKernels = {
     multiply_registers,
     phase<ByType<AttentionWeights>>(),
     phase<ByType<AttentionWeightsDelta>>(),
+    phase<ByType<AttentionJvp>>(),
+    {phase<ByType<TangentDelta>>(), phase<ByType<TangentSinks>>(),
+     phase<ByType<AttentionTangentKeys>>(), phase<ByType<AttentionTangentQueries>>(),
+     phase<ByType<AttentionTangentBias>>()},
 };
