@@ -109,7 +109,8 @@ void run(const PhaseOf<Params>& phase, const Params& params, bool own_shares = f
   const int64_t tasks = phase.num_tasks(params);
   Share shares[kMaxShares];
   shares[0].end = tasks;
-  if (tasks <= 1 || forked_from_threads) return run_tasks(phase, params, shares, 1, 0);
+  if (tasks == 0) return;
+  if (tasks == 1 || forked_from_threads) return run_tasks(phase, params, shares, 1, 0);
   int64_t threads = torch::stable::get_num_threads();
   threads = threads < tasks ? threads : tasks;
   const int64_t count = !own_shares ? 1 : threads < kMaxShares ? threads : kMaxShares;
@@ -688,6 +689,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   STD_TORCH_CHECK(!grad_weights || !(cu_seqlens_q || seqused_k || block_table),
                   "grad_weights: expected none beside cu_seqlens_q, seqused_k and block_table");
   if (grad_weights) describe_weights(p, *grad_weights, "grad_weights", average);
+  if (!bias_grad) shorten_to_longest(p);
   if (p.B * p.Hq == 0) return {dq, dk, dv, dbias, dsinks};
   const std::optional<Shared> mask_blocks = note_mask_blocks(p);
   const KernelTable& kernels = kernel_table();
@@ -695,8 +697,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   run(kernels.attention_weights_delta, p);
   run(kernels.attention_backward_sinks, p);
   run(kernels.attention_backward_keys, p);
-  run(kernels.attention_backward_pages, p);
   run(kernels.attention_backward_queries, p);
+  run(kernels.attention_backward_heads, p);
+  run(kernels.attention_backward_pages, p);
   return {dq, dk, dv, dbias, dsinks};
 }
 

@@ -39,9 +39,10 @@ struct KernelTable {
   ForwardKernel attention_forward[kMaxForwardKernels];  // best first, the last serves every call
   Phase attention_backward_delta;
   Phase attention_backward_sinks;
-  Phase attention_backward_keys;
-  Phase attention_backward_pages;
+  Phase attention_backward_keys;  // these two, or
   Phase attention_backward_queries;
+  Phase attention_backward_heads;  // this one has tasks
+  Phase attention_backward_pages;
   Phase dropout_keep_mask;
   SoftmaxPhase masked_softmax_forward;
   SoftmaxPhase masked_softmax_backward;

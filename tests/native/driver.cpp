@@ -194,6 +194,11 @@ void attention_case(Random& random) {
   p.D = random.range(1, widest);
   p.Dv = random.chance(50) ? p.D : random.range(1, widest);
   if (widest > 40) p.B = p.Hkv = p.Hq = 1, p.Sq = std::min<int64_t>(p.Sq, 30);
+  if (widest == 40 && random.chance(40)) {  // enough heads for the backward in one pass
+    (random.chance(50) ? p.B : p.Hkv) = random.range(8, 9);
+    p.Hq = p.Hkv * random.range(1, 2);
+    p.Sq = std::min<int64_t>(p.Sq, 60);
+  }
   const int64_t B = p.B, Hq = p.Hq, Hkv = p.Hkv, Sq = p.Sq, Sk = p.Sk, D = p.D, Dv = p.Dv;
 
   const auto tensor = [&](int64_t H, int64_t S, int64_t width) {
@@ -378,7 +383,7 @@ void attention_case(Random& random) {
   if (!backward) return;
   run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_weights_delta),
            bound(kernels.attention_backward_sinks), bound(kernels.attention_backward_keys),
-           bound(kernels.attention_backward_queries)},
+           bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads)},
           {&delta, &dq, &dk, &dv, &dbias, &dsinks});
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);
@@ -397,7 +402,7 @@ void sequences_case(Random& random) {
   const bool packed = random.chance(60), paged = random.chance(50), used = random.chance(50);
   const bool few = random.chance(50), many_keys = few && random.chance(30);
   p.B = random.range(packed ? 0 : 1, 4);
-  p.Hkv = random.range(1, 2);
+  p.Hkv = random.chance(30) ? 4 : random.range(1, 2);
   p.Hq = p.Hkv * random.range(1, 3);
   p.D = many_keys ? random.range(100, 140) : random.range(1, 40);
   p.Dv = random.chance(50) ? p.D : random.range(1, 40);
@@ -569,7 +574,8 @@ void sequences_case(Random& random) {
   };
   run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_backward_sinks),
            clear_pages, bound(kernels.attention_backward_keys),
-           bound(kernels.attention_backward_pages), bound(kernels.attention_backward_queries)},
+           bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads),
+           bound(kernels.attention_backward_pages)},
           {&delta, &dq, &dk, &dv, &dsinks});
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);
