@@ -76,7 +76,7 @@ _SASS = {
     "matrix": "HMMA HGMMA UTCHMMA",
     "fma": "FFMA FFMA2",
     "mul": "FMUL FMUL2",
-    "add": "FADD FADD2",
+    "add": "FADD FADD2 FHADD",
     "max": "FMNMX FMNMX3",
     "compare": "FSETP FSEL FCHK",
     "convert": "F2FP F2F F2I I2F I2FP FRND",
@@ -92,7 +92,7 @@ _SASS = {
     "load global": "LDG LD",
     "store global": "STG ST RED ATOM ATOMG",
     "tensor memory": "LDTM STTM UTCCP UTCBAR UTCATOMSWS",
-    "shuffle": "SHFL REDUX",
+    "shuffle": "SHFL REDUX CREDUX",
     "synchronise": "BAR SYNCS DEPBAR LDGDEPBAR ARRIVES WARPGROUP WARPSYNC FENCE MEMBAR ELECT "
     "NANOSLEEP UTMACMDFLUSH USETMAXREG CCTL UTMACCTL UTMAPF ERRBAR WARPGROUPDEPBAR FENCEVIEW",
     "branch": "BRA BSSY BSYNC EXIT CALL RET BREAK YIELD BMOV JMP BRX",
