@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 # Test processes share the cores: threads that spin while they wait would make it three times slower.
 QUIET_OPENMP := OMP_WAIT_POLICY=passive
-FIND_NATIVE := find csrc tests/native \( -name '*.h' -o -name '*.cpp' -o -name '*.inl' \) -print0
+FIND_NATIVE := find csrc tests/native -regex '.*\.\(h\|cpp\|inl\|cuh\|cu\)' -print0
 
 .DEFAULT_GOAL := help
 .PHONY: help demo bench test test-full sanitize lint format build clean
