@@ -39,7 +39,7 @@ def test_doctor(capsys):
         torch.__version__,
         _native.active_isa(),
         "backend cuda",
-        "not built yet",
+        backends.CUDA.missing().split(":")[0],
         "usable",
     ):
         assert word in out
@@ -54,7 +54,7 @@ def test_doctor_json(capsys, isa):
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert list(report["backends"]) == list(backends.NAMES)
     assert report["backends"]["cpu"] == {"usable": True, "reason": ""}
-    assert report["backends"]["cuda"] == {"usable": False, "reason": "not built yet"}
+    assert report["backends"]["cuda"]["reason"] == backends.CUDA.missing()
     assert report["backends"]["triton"]["reason"] == backends.TRITON.missing()
 
 
