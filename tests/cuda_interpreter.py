@@ -77,7 +77,9 @@ def compile_kernel(kernel: str, arch: str, *options: str) -> Path:
         source = path.with_suffix(path.suffix + ".cu")
         source.write_text(text)
         command = [NVCC, "-std=c++20", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}", *options]
-        subprocess.run([*command, source, "-o", path], check=True)
+        done = subprocess.run([*command, source, "-o", path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        path.with_name(f"{safe}_{arch}.txt").write_text(done.stdout + done.stderr)
         source.unlink()
 
     return kept(f"{safe}_{arch}.{kind}", " ".join(options), make)
@@ -86,6 +88,12 @@ def compile_kernel(kernel: str, arch: str, *options: str) -> Path:
 @functools.cache
 def ptx_of(kernel: str, arch: str = "80") -> str:
     return compile_kernel(kernel, arch, "-ptx", "-lineinfo").read_text()
+
+
+def cubin_of(kernel: str, arch: str, *options: str) -> tuple[Path, str]:
+    """And what ptxas reports."""
+    cubin = compile_kernel(kernel, arch, "-cubin", "-Xptxas=-v", *options)
+    return cubin, cubin.with_suffix(".txt").read_text()
 
 
 @functools.cache

@@ -180,8 +180,9 @@ struct BackwardBlock {
     load_tile<T, kColumns, kHeadDim, kThreads, false, kPlain>(to, y_columns, column_start);
     if constexpr (kKeys) {
       to += ColumnTile::kBytes;
-      for (int i = threadIdx.x; i < 2 * kColumns; i += kThreads) {
-        const int query = column_start + i / 2;
+      static_assert(2 * kColumns <= kThreads);
+      const int i = threadIdx.x, query = column_start + i / 2;
+      if (i < 2 * kColumns) {
         const bool inside = query < columns.end;
         const float* from = statistics(i % 2 == 0 ? p.row_lse : p.delta) + (inside ? query : 0);
         copy_word_async(to + i * 4, from, inside ? 4 : 0);

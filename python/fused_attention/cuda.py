@@ -15,6 +15,7 @@ from . import ops
 
 LIBRARY = Path(__file__).with_name("_cuda.so")
 NAMESPACE = "fused_attention_cuda"
+OPERATORS: ops.Operators | None = None  # once they are loaded
 
 
 @functools.cache
@@ -27,9 +28,12 @@ def load() -> str:
     except OSError as error:
         return f"CUDA kernels not loaded by PyTorch {torch.__version__}: {error}"
     ops.register_tracing(NAMESPACE)
+    global OPERATORS
+    OPERATORS = ops.Operators.of(NAMESPACE)
     return ""
 
 
+@torch.compiler.assume_constant_result
 def missing() -> str:
     """What keeps the kernels from running here, or ""."""
     if not LIBRARY.exists():
@@ -42,9 +46,9 @@ def missing() -> str:
     return load()
 
 
-@functools.cache
 def operators() -> ops.Operators:
     """Raises RuntimeError where they cannot be loaded."""
-    if reason := load():
+    if OPERATORS is None and (reason := load()):
         raise RuntimeError(reason)
-    return ops.Operators.of(NAMESPACE)
+    assert OPERATORS is not None
+    return OPERATORS
