@@ -19,7 +19,7 @@ QUIET_OPENMP := OMP_WAIT_POLICY=passive
 FIND_NATIVE := find csrc tests/native -regex '.*\.\(h\|cpp\|inl\|cuh\|cu\)' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-full sanitize lint format build cuda clean
+.PHONY: help demo bench test test-full sanitize gpu lint format build cuda clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ test-full: build $(VENV)/test.stamp  ## every test
 
 sanitize: $(VENV)/torch.stamp  ## the kernels without torch, under ASan, UBSan and TSan, and on an emulated Arm CPU
 	$(BIN)/python tests/native/sanitize.py
+
+gpu: build $(VENV)/test.stamp  ## on a machine with a GPU: tests, tile sizes, benchmarks; writes a report to commit
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/lint.stamp  ## ruff, ruff format, clang-format, mypy
 	$(BIN)/ruff check .

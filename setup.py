@@ -298,12 +298,20 @@ if __name__ == "__main__":  # tests/native/sanitize.py reads the flags
         version=VERSION,
         # Old setuptools and new ones want different spellings in pyproject.toml.
         license="Apache-2.0",
-        packages=["fused_attention", "fused_attention.benchmark", "fused_attention.kernels"],
+        packages=[
+            "fused_attention",
+            "fused_attention.benchmark",
+            "fused_attention.kernels",
+            "fused_attention.models",
+        ],
         package_dir={
             "fused_attention": "python/fused_attention",
             "fused_attention.kernels": "kernels",
         },
-        package_data={"fused_attention": ["py.typed", "*.pyi"]},
+        package_data={
+            "fused_attention": ["py.typed", "*.pyi"],
+            "fused_attention.models": ["page.html"],
+        },
         ext_modules=[Extension("fused_attention._native", sources=[])],
         cmdclass={"build_ext": BuildNative, "dist_info": MetadataNeedsTorch},
     )

@@ -29,6 +29,18 @@ struct ScoreView {
   int64_t stride_b = 0, stride_h = 0, stride_q = 0, stride_k = 0;
 };
 
+// Of a direction (attention_tangents.inl): views like those of the tensors of the same name, null
+// where the tangent is zero.
+struct Tangents {
+  TensorView query, key, value, grad_out;
+  ScoreView bias;
+  const void* sinks = nullptr;     // [Hq] contiguous
+  const void* grad_lse = nullptr;  // [B, Hq, Sq] contiguous, as the others of a row
+  TensorView out;                  // results of attention_jvp,
+  void* lse = nullptr;             // which attention_backward_jvp reads
+  void* delta = nullptr;
+};
+
 struct AttentionParams {
   DType dtype = DType::kFloat32;
   int64_t B = 0, Hq = 0, Hkv = 0, Sq = 0, Sk = 0, D = 0, Dv = 0;
@@ -36,7 +48,7 @@ struct AttentionParams {
   void* lse = nullptr;  // [B, Hq, Sq] (packed: [Hq, Tq]) contiguous, float (double for float64)
   int64_t lse_stride_b = 0, lse_stride_h = 0;
 
-  // Forward only, null where unused: sequences that are not all alike. Sq and Sk are the longest.
+  // Null where unused: sequences that are not all alike. Sq and Sk are the longest.
   const int32_t* cu_seqlens_q = nullptr;  // [B + 1]: sequence b is tokens [cu[b], cu[b + 1]) of a
   const int32_t* cu_seqlens_k = nullptr;  // view [1, H, T, D], whose stride_b is 0
   const int32_t* seqused_k = nullptr;     // [B], keys of each sequence that are in use
@@ -55,6 +67,8 @@ struct AttentionParams {
   int64_t window_right = -1;  // causal is window_right = 0
 
   ScoreView mask;  // bool, nonzero = may attend
+  // What the mask does block by block, see masking.inl; null where it is looked at tile by tile.
+  uint8_t* mask_blocks = nullptr;
   ScoreView bias;
   const uint8_t* key_padding_mask = nullptr;  // [B, Sk], nonzero = hidden
   int64_t key_padding_stride_b = 0, key_padding_stride_k = 0;
@@ -70,10 +84,11 @@ struct AttentionParams {
   uint8_t* dropout_keep = nullptr;  // [B, Hq, Sq, Sk], output of dropout_keep_mask
 
   // Backward.
-  TensorView grad_out, dq, dk, dv;
-  const void* grad_lse = nullptr;  // [B, Hq, Sq] with strides, or null
+  TensorView grad_out, dq, dk, dv;  // dk, dv of pages: [B, Hkv, Sk, D or Dv] all the same,
+  TensorView page_dk, page_dv;      // and the pages, which start as 0
+  const void* grad_lse = nullptr;   // [B, Hq, Sq] (packed: [Hq, Tq]) with strides, or null
   int64_t grad_lse_stride_b = 0, grad_lse_stride_h = 0, grad_lse_stride_s = 0;
-  void* delta = nullptr;   // [B, Hq, Sq] contiguous: rowsum(do * o) - dlse
+  void* delta = nullptr;   // as lse: rowsum(do * o) - dlse
   ScoreView dbias;         // strides as of a contiguous tensor, 0 where reduced
   void* dsinks = nullptr;  // [Hq] contiguous
 
@@ -81,6 +96,9 @@ struct AttentionParams {
   // gradient, any strides. Averaged over the heads: stride_h is 0.
   ScoreView weights;
   bool average_weights = false;
+
+  // attention_jvp and attention_backward_jvp, whose results are dq, dk, dv, dbias and dsinks.
+  Tangents tangent;
 };
 
 // masked_softmax: rows of `columns` neighbouring elements, at any strides. `size` are the

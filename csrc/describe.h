@@ -95,7 +95,9 @@ struct Input {
   Shape shape;
 };
 
-TensorView view_of(const Tensor& output) { return Input(output, "output").view(); }
+TensorView view_of(const Tensor& output, Layout layout = Layout::kDense) {
+  return Input(output, "output", layout).view();
+}
 
 // A tensor that broadcasts against the scores: each size 1 or full, stride 0 where it is 1.
 ScoreView score_view(const Tensor& tensor, const char* name, const AttentionParams& p) {
@@ -120,6 +122,13 @@ struct Options {
   double softcap, dropout_p;
   const OptionalTensor &cu_seqlens_q, &cu_seqlens_k, &seqused_k, &block_table;
 };
+
+Layout layout_of_queries(const Options& o) {
+  return o.cu_seqlens_q ? Layout::kPacked : Layout::kDense;
+}
+Layout layout_of_keys(const Options& o) {
+  return o.block_table ? Layout::kPaged : layout_of_queries(o);
+}
 
 const OptionalTensor& no_tensor() {
   static const OptionalTensor none;
@@ -226,10 +235,13 @@ ScalarType lse_dtype(const AttentionParams& p) {
 }
 
 void check_lse(const AttentionParams& p, const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(is_here(tensor) && tensor.dim() == 3 && tensor.size(0) == p.B &&
-                      tensor.size(1) == p.Hq && tensor.size(2) == p.Sq &&
-                      tensor.scalar_type() == lse_dtype(p),
-                  name, ": expected [", p.B, ", ", p.Hq, ", ", p.Sq, "] in lse's dtype");
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t heads = packed ? 0 : 1;  // their dimension
+  STD_TORCH_CHECK(is_here(tensor) && tensor.dim() == heads + 2 &&
+                      (packed || tensor.size(0) == p.B) && tensor.size(heads) == p.Hq &&
+                      tensor.size(heads + 1) == p.Sq && tensor.scalar_type() == lse_dtype(p),
+                  name, ": expected ", packed ? "[Hq, Tq]" : "[B, Hq, Sq]", " with B ", p.B,
+                  ", Hq ", p.Hq, ", ", packed ? "Tq " : "Sq ", p.Sq, " in lse's dtype");
 }
 
 // As the kernels read it.
@@ -245,19 +257,20 @@ void describe_gradients(AttentionParams& p, const Input& query, const Input& out
                         const Input& grad_out, const OptionalTensor& grad_lse) {
   for (const Input* x : {&out, &grad_out}) {
     const int64_t* size = x->shape.size;
-    STD_TORCH_CHECK(x->dense.scalar_type() == query.dense.scalar_type() && size[0] == p.B &&
-                        size[1] == p.Hq && size[2] == p.Sq && size[3] == p.Dv,
-                    "grad_out, out: expected [", p.B, ", ", p.Hq, ", ", p.Sq, ", ", p.Dv,
-                    "] in query's dtype");
+    STD_TORCH_CHECK(
+        x->dense.scalar_type() == query.dense.scalar_type() && size[0] == query.shape.size[0] &&
+            size[1] == p.Hq && size[2] == p.Sq && size[3] == p.Dv,
+        "grad_out, out: expected query's shape with ", p.Dv, " for head_dim, and query's dtype");
   }
   p.out = out.view();
   p.grad_out = grad_out.view();
   if (!grad_lse) return;
   check_lse(p, *grad_lse, "grad_lse");
+  const bool packed = p.cu_seqlens_q != nullptr;
   p.grad_lse = grad_lse->data_ptr();
-  p.grad_lse_stride_b = grad_lse->stride(0);
-  p.grad_lse_stride_h = grad_lse->stride(1);
-  p.grad_lse_stride_s = grad_lse->stride(2);
+  p.grad_lse_stride_b = packed ? 0 : grad_lse->stride(0);
+  p.grad_lse_stride_h = grad_lse->stride(packed ? 0 : 1);
+  p.grad_lse_stride_s = grad_lse->stride(packed ? 1 : 2);
 }
 
 // -- forward --------------------------------------------------------------------------------------

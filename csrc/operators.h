@@ -46,6 +46,18 @@ constexpr const char* kAttentionBackward =
     "Tensor value, Tensor out, Tensor lse, " FA_SCALARS ", " FA_FORWARD_OPTIONS
     ", bool bias_grad=False, bool sinks_grad=False, Tensor? grad_weights=None, "
     "bool average_weights=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+constexpr const char* kAttentionJvp =
+    "attention_jvp(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_bias, "
+    "Tensor? tangent_sinks, " FA_SCALARS ", " FA_FORWARD_OPTIONS ") -> (Tensor, Tensor)";
+constexpr const char* kAttentionBackwardJvp =
+    "attention_backward_jvp(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
+    "Tensor value, Tensor out, Tensor lse, Tensor? tangent_grad_out, Tensor? tangent_grad_lse, "
+    "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor tangent_out, "
+    "Tensor tangent_lse, Tensor? tangent_bias, Tensor? tangent_sinks, " FA_SCALARS
+    ", " FA_FORWARD_OPTIONS
+    ", bool bias_grad=False, bool sinks_grad=False) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 constexpr const char* kAttentionWeights =
     "attention_weights(Tensor query, Tensor key, Tensor lse, float scale, int causal, "
     "SymInt window_left, SymInt window_right, bool average, Tensor? mask=None, "

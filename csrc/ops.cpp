@@ -125,7 +125,8 @@ void run(const PhaseOf<Params>& phase, const Params& params, bool own_shares = f
   const int64_t tasks = phase.num_tasks(params);
   Share shares[kMaxShares];
   shares[0].end = tasks;
-  if (tasks <= 1 || forked_from_threads) return run_tasks(phase, params, shares, 1, 0);
+  if (tasks == 0) return;
+  if (tasks == 1 || forked_from_threads) return run_tasks(phase, params, shares, 1, 0);
   int64_t threads = torch::stable::get_num_threads();
   threads = threads < tasks ? threads : tasks;
   const int64_t count = !own_shares ? 1 : threads < kMaxShares ? threads : kMaxShares;
@@ -271,7 +272,19 @@ struct Shared {
   Tensor tensor;
 };
 
+// Notes once what a mask does that several heads share. The memory is the caller's to keep.
+std::optional<Shared> note_mask_blocks(AttentionParams& p) {
+  const KernelTable& kernels = kernel_table();
+  const size_t bytes = kernels.mask_blocks_bytes(p);
+  if (bytes == 0) return {};
+  std::optional<Shared> blocks(bytes);
+  p.mask_blocks = (uint8_t*)blocks->data();
+  run(kernels.mask_blocks, p);
+  return blocks;
+}
+
 void run_forward(AttentionParams& p) {
+  const std::optional<Shared> mask_blocks = note_mask_blocks(p);
   const ForwardKernel& kernel = choose_forward(kernel_table(), p);
   const size_t shared_bytes = kernel.shared_bytes != nullptr ? kernel.shared_bytes(p) : 0;
   std::optional<Shared> shared;
@@ -279,6 +292,13 @@ void run_forward(AttentionParams& p) {
   for (const Phase& phase : kernel.phases) {
     if (phase.run != nullptr) run(phase, p);
   }
+}
+
+// In the memory order of the input, dense.
+Tensor empty_gradient(const Tensor& tensor, const Input& input, Layout layout) {
+  const Shape& shape = input.given;
+  if (layout != Layout::kDense) return empty(tensor.sizes(), tensor.scalar_type());
+  return empty_like_layout(shape, shape.size[2], shape.size[3], tensor.scalar_type());
 }
 
 // Tokens behind the last packed sequence: out 0, lse -inf.
@@ -293,8 +313,7 @@ void clear_rest(const AttentionParams& p, int64_t Tq, T* lse) {
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
                Tensor* lse) {
-  const Layout layout = options.cu_seqlens_q ? Layout::kPacked : Layout::kDense;
-  const Layout kv_layout = options.block_table ? Layout::kPaged : layout;
+  const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   AttentionParams p;
   describe_inputs(p, q, k, v);
@@ -327,28 +346,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
     const OptionalTensor& block_table, bool bias_grad, bool sinks_grad,
     const OptionalTensor& grad_weights, bool average) {
-  STD_TORCH_CHECK(!cu_seqlens_q && !cu_seqlens_k && !seqused_k && !block_table,
-                  "cu_seqlens, seqused_k and block_table: their gradients are not built yet");
-  const Input q(query, "query"), k(key, "key"), v(value, "value");
-  const Input o(out, "out"), grad_o(grad_out, "grad_out");
-  AttentionParams p;
-  describe_inputs(p, q, k, v);
   const Options options = {scale,     causal,     window_left,      window_right, precision,
                            mask,      bias,       key_padding_mask, alibi_slopes, sinks,
                            philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
                            seqused_k, block_table};
-  describe_sequences(p, options, k);
+  const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
+  const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
+  const Input o(out, "out", layout), grad_o(grad_out, "grad_out", layout);
+  AttentionParams p;
+  describe_inputs(p, q, k, v);
+  const Sequences held = describe_sequences(p, options, k);
   describe_options(p, options);
   describe_gradients(p, q, o, grad_o, grad_lse);
   const Tensor kept_lse = dense_lse(p, lse);
-  Tensor delta = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
-  p.delta = delta.data_ptr();
-
   const ScalarType dtype = query.scalar_type();
-  Tensor dq = empty_like_layout(q.given, p.Sq, p.D, dtype);
-  Tensor dk = empty_like_layout(k.given, p.Sk, p.D, dtype);
-  Tensor dv = empty_like_layout(v.given, p.Sk, p.Dv, dtype);
-  p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
+  Tensor delta = empty(kept_lse.sizes(), lse_dtype(p));
+  p.delta = delta.data_ptr();
+  Tensor dq = empty_gradient(query, q, layout);
+  Tensor dk = empty_gradient(key, k, kv_layout), dv = empty_gradient(value, v, kv_layout);
+  p.dq = view_of(dq, layout);
+  if (cu_seqlens_q) torch::stable::zero_(dq);  // tokens behind the last sequence
+  if (cu_seqlens_k || seqused_k || block_table) {
+    torch::stable::zero_(dk);
+    torch::stable::zero_(dv);
+  }
+  Tensor whole_dk = dk, whole_dv = dv;  // of each sequence
+  if (block_table) {
+    whole_dk = empty({p.B, p.Hkv, p.Sk, p.D}, dtype);
+    whole_dv = empty({p.B, p.Hkv, p.Sk, p.Dv}, dtype);
+    p.page_dk = view_of(dk, kv_layout), p.page_dv = view_of(dv, kv_layout);
+  }
+  const Layout whole = block_table ? Layout::kDense : kv_layout;
+  p.dk = view_of(whole_dk, whole), p.dv = view_of(whole_dv, whole);
   STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
   STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
   Tensor dbias = empty({0}, dtype), dsinks = empty({0}, lse_dtype(p));
@@ -365,14 +394,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     if (p.B == 0) torch::stable::zero_(dsinks);
     p.dsinks = dsinks.data_ptr();
   }
+  STD_TORCH_CHECK(!grad_weights || !(cu_seqlens_q || seqused_k || block_table),
+                  "grad_weights: expected none beside cu_seqlens_q, seqused_k and block_table");
   if (grad_weights) describe_weights(p, *grad_weights, "grad_weights", average);
+  if (!bias_grad) shorten_to_longest(p);
   if (p.B * p.Hq == 0) return {dq, dk, dv, dbias, dsinks};
+  const std::optional<Shared> mask_blocks = note_mask_blocks(p);
   const KernelTable& kernels = kernel_table();
   run(kernels.attention_backward_delta, p);
   run(kernels.attention_weights_delta, p);
   run(kernels.attention_backward_sinks, p);
   run(kernels.attention_backward_keys, p);
   run(kernels.attention_backward_queries, p);
+  run(kernels.attention_backward_heads, p);
+  run(kernels.attention_backward_pages, p);
   return {dq, dk, dv, dbias, dsinks};
 }
 
@@ -402,10 +437,173 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
   if (p.Hq == 0) {
     torch::stable::zero_(weights);
   } else {
+    const std::optional<Shared> mask_blocks = note_mask_blocks(p);
     run(kernel_table().attention_weights, p);
   }
   return weights;
 }
+
+// -- tangents -------------------------------------------------------------------------------------
+
+// A tangent as kernels read it: in place, or in a copy that is held here.
+struct TangentInputs {
+  explicit TangentInputs(ScalarType type) : dtype(type) {}
+  TensorView view(const OptionalTensor& tensor, const Shape& like, const char* name) {
+    if (!tensor) return {};
+    const Input& input = inputs[count++].emplace(*tensor, name);
+    const int64_t *size = input.shape.size, *want = like.size;
+    STD_TORCH_CHECK(tensor->scalar_type() == dtype && std::equal(size, size + 4, want), name,
+                    ": expected [", want[0], ", ", want[1], ", ", want[2], ", ", want[3],
+                    "] in query's dtype");
+    return input.view();
+  }
+  void* rows(const AttentionParams& p, const OptionalTensor& tensor, const char* name) {
+    if (!tensor) return nullptr;
+    check_lse(p, *tensor, name);
+    return hold(*tensor);
+  }
+  const void* sinks(const AttentionParams& p, const OptionalTensor& tensor) {
+    if (!tensor) return nullptr;
+    STD_TORCH_CHECK((p.sinks != nullptr || p.Hq == 0) && tensor->is_cpu() && tensor->dim() == 1 &&
+                        tensor->size(0) == p.Hq && tensor->scalar_type() == lse_dtype(p),
+                    "tangent_sinks: expected [", p.Hq, "] in the dtype of sinks, beside them");
+    return hold(*tensor);
+  }
+  void* hold(const Tensor& tensor) {
+    held[kept] = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    return held[kept++]->data_ptr();
+  }
+  ScalarType dtype;
+  std::optional<Input> inputs[8];
+  OptionalTensor held[5];
+  int count = 0, kept = 0;
+};
+
+void describe_tangents(AttentionParams& p, TangentInputs& tangents, const Input& q, const Input& k,
+                       const Input& v, const OptionalTensor& tangent_query,
+                       const OptionalTensor& tangent_key, const OptionalTensor& tangent_value,
+                       const OptionalTensor& tangent_bias, const OptionalTensor& tangent_sinks) {
+  p.tangent.query = tangents.view(tangent_query, q.shape, "tangent_query");
+  p.tangent.key = tangents.view(tangent_key, k.shape, "tangent_key");
+  p.tangent.value = tangents.view(tangent_value, v.shape, "tangent_value");
+  if (tangent_bias) {
+    p.tangent.bias = score_view(*tangent_bias, "tangent_bias", p);
+    p.tangent.bias.dtype = dtype_of(*tangent_bias, "tangent_bias");
+  }
+  p.tangent.sinks = tangents.sinks(p, tangent_sinks);
+}
+
+void refuse_sequences(const Options& o) {
+  STD_TORCH_CHECK(
+      !o.cu_seqlens_q && !o.cu_seqlens_k && !o.seqused_k && !o.block_table,
+      "cu_seqlens, seqused_k and block_table: their second derivatives and forward-mode "
+      "derivatives are not built yet");
+}
+
+// (tangent_out, tangent_lse)
+std::tuple<Tensor, Tensor> attention_jvp(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& lse, const OptionalTensor& tangent_query, const OptionalTensor& tangent_key,
+    const OptionalTensor& tangent_value, const OptionalTensor& tangent_bias,
+    const OptionalTensor& tangent_sinks, double scale, int64_t causal, int64_t window_left,
+    int64_t window_right, int64_t precision, const OptionalTensor& mask, const OptionalTensor& bias,
+    const OptionalTensor& key_padding_mask, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, const OptionalTensor& philox, double softcap, double dropout_p,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    std::optional<int64_t> /*max_seqlen_q*/, std::optional<int64_t> /*max_seqlen_k*/,
+    const OptionalTensor& seqused_k, const OptionalTensor& block_table) {
+  const Options options = {scale,     causal,     window_left,      window_right, precision,
+                           mask,      bias,       key_padding_mask, alibi_slopes, sinks,
+                           philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
+                           seqused_k, block_table};
+  refuse_sequences(options);
+  const Input q(query, "query"), k(key, "key"), v(value, "value");
+  AttentionParams p;
+  describe_inputs(p, q, k, v);
+  describe_sequences(p, options, k);
+  describe_options(p, options);
+  const ScalarType dtype = query.scalar_type();
+  TangentInputs tangents(dtype);
+  describe_tangents(p, tangents, q, k, v, tangent_query, tangent_key, tangent_value, tangent_bias,
+                    tangent_sinks);
+  p.out = tangents.view(out, {{p.B, p.Hq, p.Sq, p.Dv}, {}}, "out");
+  const Tensor kept_lse = dense_lse(p, lse);
+  Tensor tangent_out = empty_like_layout(q.given, p.Sq, p.Dv, dtype);
+  Tensor tangent_lse = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
+  p.tangent.out = view_of(tangent_out);
+  p.tangent.lse = tangent_lse.data_ptr();
+  if (p.B * p.Hq > 0) run(kernel_table().attention_jvp, p);
+  return {tangent_out, tangent_lse};
+}
+
+// The tangents of what attention_backward returns.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& out, const Tensor& lse,
+    const OptionalTensor& tangent_grad_out, const OptionalTensor& tangent_grad_lse,
+    const OptionalTensor& tangent_query, const OptionalTensor& tangent_key,
+    const OptionalTensor& tangent_value, const Tensor& tangent_out, const Tensor& tangent_lse,
+    const OptionalTensor& tangent_bias, const OptionalTensor& tangent_sinks, double scale,
+    int64_t causal, int64_t window_left, int64_t window_right, int64_t precision,
+    const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
+    double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
+    std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
+    const OptionalTensor& block_table, bool bias_grad, bool sinks_grad) {
+  const Options options = {scale,     causal,     window_left,      window_right, precision,
+                           mask,      bias,       key_padding_mask, alibi_slopes, sinks,
+                           philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
+                           seqused_k, block_table};
+  refuse_sequences(options);
+  STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
+  STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
+  const Input q(query, "query"), k(key, "key"), v(value, "value");
+  AttentionParams p;
+  describe_inputs(p, q, k, v);
+  describe_sequences(p, options, k);
+  describe_options(p, options);
+  const ScalarType dtype = query.scalar_type();
+  TangentInputs tangents(dtype);
+  describe_tangents(p, tangents, q, k, v, tangent_query, tangent_key, tangent_value, tangent_bias,
+                    tangent_sinks);
+  const Shape like_out = {{p.B, p.Hq, p.Sq, p.Dv}, {}};
+  p.out = tangents.view(out, like_out, "out");
+  p.grad_out = tangents.view(grad_out, like_out, "grad_out");
+  p.tangent.out = tangents.view(tangent_out, like_out, "tangent_out");
+  p.tangent.grad_out = tangents.view(tangent_grad_out, like_out, "tangent_grad_out");
+  p.lse = tangents.rows(p, lse, "lse");
+  p.grad_lse = tangents.rows(p, grad_lse, "grad_lse");
+  p.tangent.lse = tangents.rows(p, tangent_lse, "tangent_lse");
+  p.tangent.grad_lse = tangents.rows(p, tangent_grad_lse, "tangent_grad_lse");
+
+  Tensor delta = empty({p.B, p.Hq, p.Sq}, lse_dtype(p)),
+         tangent_delta = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
+  p.delta = delta.data_ptr();
+  p.tangent.delta = tangent_delta.data_ptr();
+  Tensor dq = empty_like_layout(q.given, p.Sq, p.D, dtype);
+  Tensor dk = empty_like_layout(k.given, p.Sk, p.D, dtype);
+  Tensor dv = empty_like_layout(v.given, p.Sk, p.Dv, dtype);
+  p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
+  Tensor dbias = empty({0}, dtype), dsinks = empty({0}, lse_dtype(p));
+  if (bias_grad) {
+    const auto size = bias->sizes();
+    dbias = empty(size, bias->scalar_type());
+    if (p.B * p.Hq * p.Sq * p.Sk == 0) torch::stable::zero_(dbias);
+    p.dbias = score_view(dbias, "dbias", p);
+    p.dbias.dtype = p.bias.dtype;
+  }
+  if (sinks_grad) {
+    dsinks = empty({p.Hq}, lse_dtype(p));
+    if (p.B == 0) torch::stable::zero_(dsinks);
+    p.dsinks = dsinks.data_ptr();
+  }
+  if (p.B * p.Hq == 0) return {dq, dk, dv, dbias, dsinks};
+  for (const Phase& phase : kernel_table().attention_backward_jvp) run(phase, p);
+  return {dq, dk, dv, dbias, dsinks};
+}
+
+// -- dropout --------------------------------------------------------------------------------------
 
 Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, int64_t heads,
                          int64_t seqlen_q, int64_t seqlen_k) {
@@ -775,6 +973,8 @@ STABLE_TORCH_LIBRARY(fused_attention, m) {
   m.def(kAttentionForwardPlainLse);
   m.def(kAttentionForward);
   m.def(kAttentionBackward);
+  m.def(kAttentionJvp);
+  m.def(kAttentionBackwardJvp);
   m.def(kAttentionWeights);
   m.def(kDropoutKeepMask);
   m.def(kKvCacheAppend);
@@ -788,6 +988,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attention, CPU, m) {
   m.impl("attention_forward_plain_lse", TORCH_BOX(&fused_attention::attention_forward_plain_lse));
   m.impl("attention_forward", TORCH_BOX(&fused_attention::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fused_attention::attention_backward));
+  m.impl("attention_jvp", TORCH_BOX(&fused_attention::attention_jvp));
+  m.impl("attention_backward_jvp", TORCH_BOX(&fused_attention::attention_backward_jvp));
   m.impl("attention_weights", TORCH_BOX(&fused_attention::attention_weights));
   m.impl("dropout_keep_mask", TORCH_BOX(&fused_attention::dropout_keep_mask));
   m.impl("kv_cache_append_", TORCH_BOX(&fused_attention::kv_cache_append_));

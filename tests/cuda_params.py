@@ -29,6 +29,14 @@ class ScoreView(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Tangents(ctypes.Structure):
+    _fields_ = [
+        *((name, TensorView) for name in ("query", "key", "value", "grad_out")),
+        ("bias", ScoreView), ("sinks", PTR), ("grad_lse", PTR),
+        ("out", TensorView), ("lse", PTR), ("delta", PTR),
+    ]  # fmt: skip
+
+
 def view(address: int, shape: list[int], strides: list[int], item: int) -> np.ndarray:
     """Elements of `item` bytes at a host address; strides in elements."""
     last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else -1
@@ -50,15 +58,15 @@ class Call(ctypes.Structure):
         ("shared", PTR),
         ("scale", F64), ("softcap", F64), ("precision", I64), ("bottom_right", ctypes.c_bool),
         ("window_left", I64), ("window_right", I64),
-        ("mask", ScoreView), ("bias", ScoreView),
+        ("mask", ScoreView), ("mask_blocks", PTR), ("bias", ScoreView),
         ("key_padding_mask", PTR), ("key_padding_stride_b", I64), ("key_padding_stride_k", I64),
         ("alibi_slopes", PTR), ("alibi_stride_b", I64), ("sinks", PTR),
         ("dropout_threshold", U32), ("dropout_scale", F64), ("philox_seed", U64),
         ("philox_offset", U32), ("dropout_keep", PTR),
-        *((name, TensorView) for name in ("grad_out", "dq", "dk", "dv")),
+        *((name, TensorView) for name in ("grad_out", "dq", "dk", "dv", "page_dk", "page_dv")),
         ("grad_lse", PTR), ("grad_lse_stride_b", I64), ("grad_lse_stride_h", I64),
         ("grad_lse_stride_s", I64), ("delta", PTR), ("dbias", ScoreView), ("dsinks", PTR),
-        ("weights", ScoreView), ("average_weights", ctypes.c_bool),
+        ("weights", ScoreView), ("average_weights", ctypes.c_bool), ("tangent", Tangents),
         # Of cuda::Call
         ("philox", PTR), ("row_lse", PTR),
         ("lse_in_log2", ctypes.c_bool), ("aligned", ctypes.c_bool),

@@ -1,17 +1,16 @@
 """Gradients through `attention()`: right (gradcheck in float64), of what is asked for, nothing kept
-that need not be, and an error where they end (double backward, forward mode)."""
+that need not be. Second derivatives and forward mode: test_tangents.py."""
 
 import dataclasses
 import itertools
 
 import pytest
 import torch
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import feature_cases
-from feature_cases import CASES, finite
+from feature_cases import CASES, SEQUENCES, finite
 from fused_attention import attention, ops, testing
 from fused_attention.backends import BACKENDS
 from fused_attention.problem import FEATURES
@@ -73,12 +72,33 @@ def test_gradcheck(name, return_lse):
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True, check_batched_grad=True)
 
 
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_gradcheck_of_sequences(name):
+    tensors, options = SEQUENCES[name]
+    leaves = tensors | {x: options[x] for x in ("bias", "sinks") if x in options}
+    leaves = {x: tensor.detach().requires_grad_() for x, tensor in leaves.items()}
+
+    def function(*tensors):
+        named = dict(zip(leaves, tensors, strict=True))
+        return finite(attention(**options | named, return_lse=True, backend="cpu"))
+
+    tensors = tuple(leaves.values())
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True, check_batched_grad=True)
+    for got, want in zip(function(*tensors), reference_of(leaves, options), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def reference_of(leaves, options):
+    return finite(attention(**options | leaves, return_lse=True, backend="reference"))
+
+
 def test_every_feature_of_a_fused_backend_has_a_gradcheck():
     checked = set().union(
-        *(feature_cases.features_of(case, **o) for case in CASES.values() for o in ({}, LSE))
+        *(feature_cases.features_of(case, **o) for case in CASES.values() for o in ({}, LSE)),
+        *map(feature_cases.features_of_sequences, SEQUENCES),
     )
-    fused = [row for row in BACKENDS if row.name != "reference"]
-    built = set().union(*(row.features - row.forward_only for row in fused))
+    built = set().union(*(row.features for row in BACKENDS if row.name != "reference"))
     assert checked <= set(FEATURES)
     assert built <= checked, "needs a case in feature_cases.py"
 
@@ -411,61 +431,3 @@ def test_functional_call_and_gradients_per_sample():
         expected = torch.autograd.grad(loss(parameters, x[i]), list(parameters.values()))
         for (name, got), want in zip(per_sample.items(), expected, strict=True):
             torch.testing.assert_close(got[i], want, msg=f"sample {i}, {name}")
-
-
-# -- Where they end ----------------------------------------------------------------------
-
-
-def _gradient(function, x):
-    return torch.autograd.grad(function(x).sum(), x, create_graph=True)[0]
-
-
-def _grad_penalty(function, x):
-    _gradient(function, x).square().sum().backward()
-
-
-def _from_grad_out_only(function, x):
-    """The gradient is linear in grad_out: a double backward even where the input needs none."""
-    grad_out = torch.ones_like(function(x), requires_grad=True)
-    (gradient,) = torch.autograd.grad(function(x), x, grad_out, create_graph=True)
-    torch.autograd.grad(gradient.sum(), grad_out)
-
-
-def _dual(function, x):
-    with forward_ad.dual_level():
-        forward_ad.unpack_dual(function(forward_ad.make_dual(x.detach(), torch.ones_like(x))))
-
-
-DOUBLE_BACKWARD = {
-    "create_graph": _grad_penalty,
-    "only grad_out": _from_grad_out_only,
-    "gradgradcheck": torch.autograd.gradgradcheck,
-    "jacrev of jacrev": lambda f, x: torch.func.jacrev(torch.func.jacrev(f))(x.detach()),
-    "functional.hessian": lambda f, x: torch.autograd.functional.hessian(lambda y: f(y).sum(), x),
-    "functional.jvp": lambda f, x: torch.autograd.functional.jvp(f, x, torch.ones_like(x)),
-}
-FORWARD_MODE = {
-    "dual numbers": _dual,
-    "jvp": lambda f, x: torch.func.jvp(f, (x.detach(),), (torch.ones_like(x),)),
-    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x.detach()),
-    "linearize": lambda f, x: torch.func.linearize(f, x.detach())[1](torch.ones_like(x)),
-}
-WITH_RESPECT_TO = {
-    "query": lambda x, y, **o: attention(x, y, y, **o),
-    "key": lambda x, y, **o: attention(y, x, y, **o),
-    "value": lambda x, y, **o: attention(y, y, x, **o),
-    "bias": lambda x, y, **o: attention(y, y, y, bias=x, **o),
-    "sinks": lambda x, y, **o: attention(y, y, y, sinks=x[0, 0, 0], **o),
-    "lse": lambda x, y: attention(x, y, y, return_lse=True)[1],
-}
-
-
-@pytest.mark.parametrize("of", WITH_RESPECT_TO)
-@pytest.mark.parametrize("way", DOUBLE_BACKWARD | FORWARD_MODE)
-def test_derivatives_that_are_not_built_raise(way, of):
-    kind = "forward-mode" if way in FORWARD_MODE else "double backward"
-    x, y = (torch.randn(1, 4, 4, 4, dtype=torch.float64) for _ in range(2))
-    with pytest.raises(NotImplementedError, match=f"{kind}.* not built yet.*reference"):
-        (DOUBLE_BACKWARD | FORWARD_MODE)[way](
-            lambda x: WITH_RESPECT_TO[of](x, y), x.requires_grad_()
-        )

@@ -147,8 +147,7 @@ def test_features_is_the_table_of_the_rows(capsys):
     table = {row[0]: row[1:] for row in rows[2:]}
     for name, meaning in FEATURES.items():
         for row, cell in zip(backends.BACKENDS, table[meaning], strict=True):
-            served = "forward" if name in row.forward_only else "yes"
-            assert cell == (served if name in row.features else "–"), (name, row.name)
+            assert cell == ("yes" if name in row.features else "–"), (name, row.name)
     assert table["head_dim"] == ["1 to 256", "1 to 256", "1 to 512", "any"]
     assert "float16" in table["dtype"][2] and table["device"][2:] == ["cpu", "cpu, cuda, meta"]
 

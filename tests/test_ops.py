@@ -24,7 +24,11 @@ FORWARDS = {
     "forward_plain_lse": ops.attention_forward_plain_lse.default,
     "forward": ops.attention_forward.default,
 }
-ATTENTION = FORWARDS | {"backward": ops.attention_backward.default}
+ATTENTION = FORWARDS | {
+    "backward": ops.attention_backward.default,
+    "jvp": ops.attention_jvp.default,
+    "backward_jvp": ops.attention_backward_jvp.default,
+}
 ALL = {f"attention_{name}" for name in ATTENTION} | {"dropout_keep_mask", "philox_state"}
 # test_softmax.py, test_modules.py, test_cache.py
 ELSEWHERE = ("masked_softmax_", "attention_weights", "kv_cache_")
@@ -37,10 +41,19 @@ def arguments(name, case):
     given |= {"scale": 0.4, "causal": CAUSAL[case.causal]}
     given |= {"window_left": case.window_size[0], "window_right": case.window_size[1]}
     op = ATTENTION[name]
-    if name == "backward":
+    if name not in FORWARDS:
         given["out"], given["lse"] = ATTENTION["forward"](**arguments("forward", case))
         given |= {"grad_out": inputs.grad_out, "grad_lse": inputs.grad_lse}
         given |= {"bias_grad": "bias" in given, "sinks_grad": "sinks" in given}
+    if name in ("jvp", "backward_jvp"):
+        directions = testing.make_inputs(dataclasses.replace(case, seed=case.seed + 1))
+        tangents = {**directions.tensors, "grad_out": directions.grad_out}
+        tangents["grad_lse"] = directions.grad_lse
+        given |= {f"tangent_{key}": x for key, x in tangents.items()}
+        given |= {f"tangent_{key}": None for key in ("bias", "sinks") if key not in given}
+    if name == "backward_jvp":
+        changes = ATTENTION["jvp"](**arguments("jvp", case))
+        given["tangent_out"], given["tangent_lse"] = changes
     return {x.name: given[x.name] for x in op._schema.arguments if x.name in given}
 
 
@@ -281,6 +294,21 @@ WRONG = {
             "on meta": to("meta"),
         }.items()
     },
+    **{
+        f"tangent_{n} {what}": {f"tangent_{n}": change}
+        for n in ("query", "key", "value", "grad_out", "out", "lse", "grad_lse")
+        for what, change in {
+            "of another shape": lambda x: x[:, :, 1:],
+            "of one batch": lambda x: x[:1],
+            "float64": to(torch.float64),
+            "on meta": to("meta"),
+        }.items()
+    },
+    "tangent_bias of other heads": {"tangent_bias": lambda x: x.repeat(1, 2, 1, 1)},
+    "tangent_bias on meta": {"tangent_bias": to("meta")},
+    "tangent_sinks of fewer heads": {"tangent_sinks": lambda x: x[1:]},
+    "tangent_sinks float64": {"tangent_sinks": to(torch.float64)},
+    "tangent_sinks without sinks": {"sinks": None},
     "bias_grad without bias": {"bias": None, "bias_grad": True},
     "sinks_grad without sinks": {"sinks": None, "sinks_grad": True},
 }
@@ -295,6 +323,8 @@ def test_malformed_inputs_are_refused(wrong):
     takers = 0
     for name, op in ATTENTION.items():
         call = arguments(name, REFUSED)
+        if wrong == "tangent_sinks without sinks" and "jvp" not in name:
+            continue
         if not set(WRONG[wrong]) <= {x.name for x in op._schema.arguments}:
             continue
         takers += 1
@@ -319,8 +349,23 @@ def test_head_dims_out_of_range_are_refused_or_right(op, D, Dv):
     leaves = [x.requires_grad_() for x in inputs.tensors.values()]
     out, lse = reference.attention_reference(*leaves, scale=0.4, return_lse=True)
     expected = (out, lse)
+    grads = inputs.grad_out, inputs.grad_lse
     if op == "backward":
-        expected = torch.autograd.grad(expected, leaves, (inputs.grad_out, inputs.grad_lse))
+        expected = torch.autograd.grad(expected, leaves, grads)
+    if op in ("jvp", "backward_jvp"):
+        call = arguments(op, case)
+
+        def forward(*leaves):
+            return reference.attention_reference(*leaves, scale=0.4, return_lse=True)
+
+        def backward(*all):
+            return torch.func.vjp(forward, *all[2:])[1](all[:2])
+
+        names, function = ["query", "key", "value"], forward
+        if op == "backward_jvp":
+            names, function = ["grad_out", "grad_lse", *names], backward
+        primals, tangents = ([call[prefix + n] for n in names] for prefix in ("", "tangent_"))
+        expected = torch.func.jvp(function, tuple(x.detach() for x in primals), tuple(tangents))[1]
     for x, want in zip(got, expected, strict=False):
         torch.testing.assert_close(x, want)
 

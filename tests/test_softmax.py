@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from torch.autograd import forward_ad, gradcheck
+from torch.autograd import gradcheck
 
 import fused_attention as fa
 from fused_attention import _native, ops, reference, testing
@@ -364,15 +364,6 @@ def test_gradients_only_where_asked():
     assert bias.grad is not None and x.grad is None
     with torch.no_grad():
         assert not fa.masked_softmax(x, bias).requires_grad
-
-
-def test_derivatives_of_higher_order_and_forward_mode_raise():
-    x = randn(2, 5).requires_grad_()
-    (gradient,) = torch.autograd.grad(fa.masked_softmax(x)[0, 0], x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="double backward"):
-        gradient.sum().backward()
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        fa.masked_softmax(forward_ad.make_dual(x.detach(), torch.ones(2, 5)))
 
 
 def test_torch_func_grad():

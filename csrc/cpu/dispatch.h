@@ -25,6 +25,7 @@ struct ForwardKernel {
   Phase phases[kMaxPhases];
 };
 constexpr int kMaxForwardKernels = 8;
+constexpr int kMaxTangentPhases = 5;
 
 // An elementary function of math.inl over an array of floats (doubles for kFloat64), so that tests
 // can measure the error it states.
@@ -33,11 +34,15 @@ enum class MathFunction { kExp2, kTanh };
 // The kernels of one instruction set. One constant table per isa_*.cpp.
 struct KernelTable {
   const char* isa;
+  Phase mask_blocks;                                    // before the others, into p.mask_blocks
+  size_t (*mask_blocks_bytes)(const AttentionParams&);  // 0: leave p.mask_blocks null, and it out
   ForwardKernel attention_forward[kMaxForwardKernels];  // best first, the last serves every call
   Phase attention_backward_delta;
   Phase attention_backward_sinks;
-  Phase attention_backward_keys;
+  Phase attention_backward_keys;  // these two, or
   Phase attention_backward_queries;
+  Phase attention_backward_heads;  // this one has tasks
+  Phase attention_backward_pages;
   Phase dropout_keep_mask;
   SoftmaxPhase masked_softmax_forward;
   SoftmaxPhase masked_softmax_backward;
@@ -49,6 +54,8 @@ struct KernelTable {
   double (*multiply_registers)(DType, int64_t rounds);
   Phase attention_weights;
   Phase attention_weights_delta;
+  Phase attention_jvp;
+  Phase attention_backward_jvp[kMaxTangentPhases];
 };
 
 // The table in force: the best usable ISA, or the one named by FUSED_ATTENTION_CPU_ISA (read once,

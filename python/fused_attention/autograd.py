@@ -3,8 +3,8 @@
 `Attention` works everywhere: eager, torch.compile, torch.func (its vmap rule follows from those of
 the operators). `AttentionPlain` is for the most frequent call, eager and with nothing optional,
 where overhead counts. The maths of backward: Dao 2023, FlashAttention-2, Alg. 2. Kept for it: the
-inputs, out and lse, so O(B·Hq·Sq) beyond inputs and outputs. Gradients of gradients and forward
-mode raise.
+inputs, out and lse, so O(B·Hq·Sq) beyond inputs and outputs. Forward mode, and the gradients of
+gradients, are those of `tangents`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,20 @@ from torch.autograd import Function
 
 from . import cuda, ops
 from .problem import Plan, Problem
+from .tangents import attention_gradients, attention_tangents
 
 _NOT_PACKED = (None,) * 6  # cu_seqlens_q, ... block_table
 
 
+def _to_save(inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Any, list[Any]]:
+    """The tensors of a call of `Attention`, and max_seqlen_q and max_seqlen_k."""
+    cu_seqlens_q, cu_seqlens_k, *max_seqlens, seqused_k, block_table = inputs[16:] or _NOT_PACKED
+    sequences = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
+    return (*inputs[:3], *output, *inputs[8:14], *sequences), max_seqlens
+
+
 class Attention(Function):
-    """(out, lse). Inputs: those of attention_forward, without those of packed sequences."""
+    """(out, lse). Inputs: those of attention_forward; the last six only where one is in use."""
 
     generate_vmap_rule = True
 
@@ -33,20 +41,24 @@ class Attention(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:3], *output, *inputs[8:14])
+        saved, ctx.max_seqlens = _to_save(inputs, output)
+        ctx.save_for_backward(*saved)
         ctx.numbers, ctx.softcap_and_dropout = inputs[3:8], inputs[14:16]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(_backward, ctx, *grads)
+        return _gradients(attention_gradients, ctx, *grads)
 
 
 def _gradients(
     backward: Callable[..., Any], ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     query, key, value, out, lse, *options = ctx.saved_tensors
+    *options, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table = options
     needed = ctx.needs_input_grad
+    if grad_out is None and grad_lse is None:  # as in a double backward, see `tangents`
+        return (None,) * len(needed)
     bias_grad, sinks_grad = needed[9], needed[12]
     dq, dk, dv, dbias, dsinks = backward(
         *(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse),
@@ -54,9 +66,8 @@ def _gradients(
         *ctx.numbers,
         *options,
         *ctx.softcap_and_dropout,
-        *_NOT_PACKED,
-        bias_grad,
-        sinks_grad,
+        *(cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens, seqused_k, block_table),
+        *(bias_grad, sinks_grad),
     )
     gradients = {0: dq, 1: dk, 2: dv, 9: dbias, 12: dsinks}
     return tuple(gradients.get(i) if need else None for i, need in enumerate(needed))
@@ -66,9 +77,20 @@ class AttentionForwardMode(Attention):
     """`Attention` where forward mode may be on. Apart, because Dynamo refuses a jvp."""
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            "attention: forward-mode AD (jvp) is not built yet; backend='reference' has it"
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        Attention.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*_to_save(inputs, output)[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+        query, key, value, out, lse, *options = ctx.saved_tensors
+        *options, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table = options
+        if tangents[11] is not None:
+            raise NotImplementedError("alibi_slopes: not differentiable, in forward mode either")
+        return attention_tangents(
+            *(query, key, value, out, lse, *tangents[:3], tangents[9], tangents[12]),
+            *(*ctx.numbers, *options, *ctx.softcap_and_dropout),
+            *(cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens, seqused_k, block_table),
         )
 
 
@@ -92,8 +114,10 @@ class AttentionWithWeights(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, *options = ctx.saved_tensors
         grad_out, grad_lse, grad_weights = grads
+        if all(x is None for x in grads):
+            return (None,) * len(ctx.needs_input_grad)
         needed = ctx.needs_input_grad[1:]
-        dq, dk, dv, dbias, dsinks = _backward(
+        dq, dk, dv, dbias, dsinks = attention_gradients(
             *(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse),
             *(query, key, value, out, lse),
             *ctx.numbers,
@@ -104,6 +128,14 @@ class AttentionWithWeights(Function):
         )
         gradients = {0: dq, 1: dk, 2: dv, 9: dbias, 12: dsinks}
         return None, *(gradients.get(i) if need else None for i, need in enumerate(needed))
+
+
+class AttentionWithWeightsForwardMode(AttentionWithWeights):
+    """`AttentionWithWeights` where forward mode may be on: it ends here."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("attention: forward mode of the attention weights is not built")
 
 
 def forward_with_weights(average: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,8 +156,8 @@ class AttentionPlain(Function):
         return _keep_plain(ctx, ops.OPERATORS, query, key, value, numbers)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        return _plain_gradients(_backward, ctx, grad_out)
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _plain_gradients(attention_gradients, ctx, grad_out)
 
 
 def _keep_plain(ctx: Any, operators: ops.Operators, *inputs: Any) -> Tensor:
@@ -133,44 +165,20 @@ def _keep_plain(ctx: Any, operators: ops.Operators, *inputs: Any) -> Tensor:
     out, lse = operators.direct_forward_plain_lse(query, key, value, *numbers)
     ctx.save_for_backward(query, key, value, out, lse)
     ctx.numbers = numbers
+    ctx.set_materialize_grads(False)
     return out
 
 
 def _plain_gradients(
-    backward: Callable[..., Any], ctx: Any, grad_out: Tensor
+    backward: Callable[..., Any], ctx: Any, grad_out: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 4
     dq, dk, dv, _, _ = backward(grad_out, None, *ctx.saved_tensors, *ctx.numbers)
     gradients = (dq, dk, dv, None)
     return tuple(
         grad if need else None for grad, need in zip(gradients, ctx.needs_input_grad, strict=True)
     )
-
-
-class AttentionGradients(Function):
-    """The gradients where they are part of a graph themselves: tells that it ends there."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return ops.backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            "attention: double backward is not built yet; backend='reference' has it"
-        )
-
-
-def _backward(*inputs: Any) -> Any:
-    # With create_graph=True, and always under torch.func, somebody may differentiate again.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return AttentionGradients.apply(*inputs)
-    return ops.backward(*inputs)
 
 
 # -- The same on the operators of the CUDA library -----------------------------------------
@@ -183,11 +191,13 @@ class CudaAttention(Attention):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(_cuda_backward, ctx, *grads)
+        return _gradients(_cuda_gradients, ctx, *grads)
 
 
 class CudaAttentionForwardMode(CudaAttention):
-    jvp = AttentionForwardMode.jvp
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("attention: forward-mode derivatives are not built" + _ON_CUDA)
 
 
 class CudaAttentionPlain(AttentionPlain):
@@ -196,17 +206,35 @@ class CudaAttentionPlain(AttentionPlain):
         return _keep_plain(ctx, cuda.operators(), query, key, value, numbers)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        return _plain_gradients(_cuda_backward, ctx, grad_out)
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _plain_gradients(_cuda_gradients, ctx, grad_out)
 
 
-class CudaAttentionGradients(AttentionGradients):
+class CudaAttentionGradients(Function):
+    """The gradients where they are part of a graph themselves: tells that it ends there."""
+
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(*inputs: Any) -> Any:
         return torch.ops.fused_attention_cuda.attention_backward.default(*inputs)
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
 
-def _cuda_backward(*inputs: Any) -> Any:
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("attention: second derivatives are not built" + _ON_CUDA)
+
+    jvp = backward
+
+
+_ON_CUDA = " on the cuda backend; backend='reference' has them"
+
+
+def _cuda_gradients(*inputs: Any) -> Any:
+    # With create_graph=True, and always under torch.func, somebody may differentiate again.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return CudaAttentionGradients.apply(*inputs)
     return torch.ops.fused_attention_cuda.attention_backward.default(*inputs)
@@ -284,7 +312,7 @@ def plan_with_weights(problem: Problem) -> Callable[..., tuple[Tensor, Tensor, T
         return forward_with_weights
     if torch.compiler.is_compiling():
         return lambda *inputs: AttentionWithWeights.apply(*_distinct(inputs))
-    return AttentionWithWeights.apply
+    return AttentionWithWeightsForwardMode.apply
 
 
 def _check_transforms() -> None:

@@ -28,6 +28,8 @@ forward_plain_lse = torch.ops.fused_attention.attention_forward_plain_lse.defaul
 forward = torch.ops.fused_attention.attention_forward.default
 backward = torch.ops.fused_attention.attention_backward.default
 weights = torch.ops.fused_attention.attention_weights.default
+jvp = torch.ops.fused_attention.attention_jvp.default
+backward_jvp = torch.ops.fused_attention.attention_backward_jvp.default
 dropout_keep_mask = torch.ops.fused_attention.dropout_keep_mask.default
 
 
@@ -168,14 +170,39 @@ def _fake_forward(
     )
 
 
-def _fake_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_devices(*args, *kwargs.values())
-    call = arguments(backward, args, kwargs)
+def _fake_gradients(call: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_devices(*call.values())
     query, bias, sinks = call["query"], call["bias"], call["sinks"]
-    dq, dk, dv = (empty_like_layout(x, x.shape[-1]) for x in (query, call["key"], call["value"]))
+
+    def like(x: Tensor) -> Tensor:
+        in_pages = x is not query and call["block_table"] is not None
+        return (
+            x.new_empty(x.shape) if x.dim() == 3 or in_pages else empty_like_layout(x, x.shape[-1])
+        )
+
+    dq, dk, dv = (like(x) for x in (query, call["key"], call["value"]))
     dbias = bias.new_empty(bias.shape) if call["bias_grad"] else query.new_empty(0)
     dsinks = call["lse"].new_empty(sinks.shape if call["sinks_grad"] else 0)
     return dq, dk, dv, dbias, dsinks
+
+
+def _fake_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(arguments(backward, args, kwargs))
+
+
+@torch.library.register_fake("fused_attention::attention_backward_jvp")
+def _fake_backward_jvp(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(arguments(backward_jvp, args, kwargs))
+
+
+@torch.library.register_fake("fused_attention::attention_jvp")
+def _fake_jvp(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    check_devices(*args, *kwargs.values())
+    call = arguments(jvp, args, kwargs)
+    return (
+        empty_like_layout(call["query"], call["value"].shape[-1]),
+        call["lse"].new_empty(call["lse"].shape),
+    )
 
 
 @torch.library.register_fake("fused_attention::attention_weights")
@@ -225,9 +252,22 @@ def _register_triton(name: str) -> None:
 for _name in (
     *("attention_forward_plain", "attention_forward_plain_lse", "attention_forward"),
     *("attention_backward", "dropout_keep_mask", "masked_softmax_forward", "masked_softmax_"),
-    "masked_softmax_backward",
+    *("masked_softmax_backward", "attention_weights", "kv_cache_append_"),
 ):
     _register_triton(_name)
+
+
+def _refuse_on_triton(name: str, what: str) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"attention: {what} on a GPU not built; backend='reference' has them"
+        )
+
+    _library.impl(name, refuse, "CUDA")
+
+
+_refuse_on_triton("attention_jvp", "forward mode and second derivatives are")
+_refuse_on_triton("attention_backward_jvp", "second derivatives are")
 
 # -- vmap --------------------------------------------------------------------------------
 
@@ -244,15 +284,15 @@ def _fold(name: str, x: Any, dim: int | None, samples: int, batch: int) -> Any:
     """Argument `x`, mapped along `dim`, for a call whose batch is samples * batch."""
     if not isinstance(x, Tensor):
         return x
-    if name in ("mask", "bias") and dim is None and x.shape[0] == 1:
+    if name in ("mask", "bias", "tangent_bias") and dim is None and x.shape[0] == 1:
         return x  # stays broadcast
-    if name in ("sinks", "alibi_slopes") and dim is None and x.dim() == 1:
+    if name in ("sinks", "tangent_sinks", "alibi_slopes") and dim is None and x.dim() == 1:
         return x
     if name == "alibi_slopes":  # [Hq] or [B, Hq] of each sample, or [B, Hq] of all
         slopes = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
         slopes = slopes.unsqueeze(1) if slopes.dim() == 2 else slopes
         return slopes.expand(samples, batch, -1).flatten(0, 1).contiguous()
-    if name in ("sinks", "philox"):
+    if name in ("sinks", "tangent_sinks", "philox"):
         raise _OneCallPerSample
     if dim is None:
         if batch != 1 and name != "key_padding_mask":
@@ -308,7 +348,7 @@ def _sample(call: dict[str, Any], dims: dict[str, Any], i: int) -> dict[str, Any
     sample = {
         name: x if dims.get(name) is None else select(x, dims[name]) for name, x in call.items()
     }
-    for name in ("alibi_slopes", "sinks", "philox"):
+    for name in ("alibi_slopes", "sinks", "tangent_sinks", "philox"):
         if isinstance(sample.get(name), Tensor):
             sample[name] = sample[name].contiguous()
     return sample
@@ -330,6 +370,10 @@ def register_tracing(namespace: str) -> None:
 
 
 register_tracing("fused_attention")
+torch.library.register_vmap("fused_attention::attention_jvp", _vmap_rule(jvp, batched_outputs=2))
+torch.library.register_vmap(
+    "fused_attention::attention_backward_jvp", _vmap_rule(backward_jvp, batched_outputs=3)
+)
 torch.library.register_vmap(
     "fused_attention::attention_weights", _vmap_rule(weights, batched_outputs=1)
 )

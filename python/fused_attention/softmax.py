@@ -32,6 +32,7 @@ from .problem import (
     transform_is_active,
     wrong_value,
 )
+from .softmax_tangents import softmax_gradients, softmax_tangents
 
 logger = logging.getLogger("fused_attention")
 _logged: set[str] = set()  # types of devices
@@ -51,27 +52,26 @@ class MaskedSoftmaxFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, scale, causal, _, _, bias, sinks, philox, dropout_p = inputs
-        out, weights, sink_weight = output
-        ctx.mark_non_differentiable(weights, sink_weight)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            out if dropout_p == 0 else weights,
-            bias,
-            None if sinks is None else sink_weight,
-            philox,
-        )
-        ctx.numbers, ctx.dropout_p = (scale, causal), dropout_p
+        ctx.save_for_backward(*_saved(inputs, output))
+        ctx.scale, ctx.causal, ctx.dropout_p = inputs[1], inputs[2], inputs[8]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
-        if grads[0] is None:
-            return (None,) * len(needed)
         weights, bias, sink_weight, philox = ctx.saved_tensors
-        dinput, dbias, dsinks = _backward(
-            *(grads[0], weights, *ctx.numbers, bias, sink_weight, philox, ctx.dropout_p),
-            *(needed[5], needed[6]),
+        # Those of weights and sink_weight come from second derivatives only.
+        grad_out, grad_weights, grad_sink_weight = grads
+        arrived = (
+            grad_out,
+            grad_weights if ctx.dropout_p else None,
+            None if sink_weight is None else grad_sink_weight,
+        )
+        if all(x is None for x in arrived):
+            return (None,) * len(needed)
+        dinput, dbias, dsinks = softmax_gradients(
+            *(weights, sink_weight, philox, ctx.dropout_p, ctx.scale, *arrived),
+            *(bias if needed[5] else None, needed[6], ctx.causal),
         )
         gradients = {0: dinput, 5: dbias, 6: dsinks}
         return tuple(gradients.get(i) if need else None for i, need in enumerate(needed))
@@ -81,33 +81,29 @@ class MaskedSoftmaxForwardMode(MaskedSoftmaxFunction):
     """The same where forward mode may be on. Apart, because Dynamo refuses a jvp."""
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError("masked_softmax: forward-mode AD (jvp) is not built yet")
-
-
-class MaskedSoftmaxGradients(Function):
-    """The gradients where they are part of a graph themselves: tells that it ends there."""
-
-    generate_vmap_rule = True
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        MaskedSoftmaxFunction.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*_saved(inputs, output))
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return ops.softmax_backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError("masked_softmax: double backward is not built yet")
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        weights, _, sink_weight, philox = ctx.saved_tensors
+        return softmax_tangents(
+            *(weights, sink_weight, philox, ctx.dropout_p, ctx.scale),
+            *(tangents[0], tangents[5], tangents[6]),
+        )
 
 
-def _backward(*inputs: Any) -> Any:
-    # With create_graph=True, and always under torch.func, somebody may differentiate again.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return MaskedSoftmaxGradients.apply(*inputs)
-    return ops.softmax_backward(*inputs)
+def _saved(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The same for both modes, as vmap asks for: weights, bias, sink_weight, philox."""
+    *_, bias, sinks, philox, dropout_p = inputs
+    out, weights, sink_weight = output
+    return (
+        out if dropout_p == 0 else weights,
+        bias,
+        None if sinks is None else sink_weight,
+        philox,
+    )
 
 
 # -- Describing a call -------------------------------------------------------------------

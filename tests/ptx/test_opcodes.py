@@ -188,6 +188,7 @@ INTEGER_CASES = [
     ("cvt.s32.s8 %d, %a;", I32, (I32,), lambda a: wrap(a, np.int8)),
     ("cvt.sat.s16.s32 %d, %a;", I16, (I32,), lambda a: max(-32768, min(32767, a))),
     ("add.sat.s32 %d, %a, %b;", I32, (I32, I32), lambda a, b: max(-(2**31), min(2**31 - 1, a + b))),
+    ("min.relu.s32 %d, %a, %b;", I32, (I32, I32), lambda a, b: max(0, min(a, b))),
     ("setp.lt.s32 %q, %a, %b; selp.b32 %d, %a, %b, %q;", I32, (I32, I32), min),
     ("setp.ge.u64 %q, %a, %b; selp.b64 %d, %a, %b, %q;", U64, (U64, U64), max),
     ("setp.hi.u32 %q, %a, %b; @%q mov.b32 %d, 7; @!%q mov.b32 %d, 9;", U32, (U32, U32),

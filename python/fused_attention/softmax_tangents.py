@@ -1,0 +1,513 @@
+"""Forward mode of masked softmax, and the second derivatives that follow from it.
+
+A row with its sink as one more element is P = softmax(S), S = (scale · x + bias, sink), of which
+P = (p, p_sink) and dropout gives out = z * p. Its Jacobian is symmetric: one function serves both
+modes, dS = B(P, G) is the gradient for G = (z * dout + dp, dp_sink), and Ṗ = B(P, Ṡ) the
+tangent, where
+
+    B(P, G) = P * (G - ⟨P, G⟩)
+
+and its own derivatives, along (Ṗ, Ġ) and for H that arrives at it (the gradient in G is B(P, H)):
+
+    Ḃ = Ṗ * (G - ⟨P, G⟩) - P ⟨Ṗ, G⟩ + B(P, Ġ)
+    C = H * (G - ⟨P, G⟩) - G ⟨P, H⟩                                     in P
+
+The operators here are PyTorch operations in float32 (float64 for float64), a block of rows at a
+time: any device; memory beyond the results O(block), with dropout one byte an element for what was
+kept. Where a weight is exactly 0, what arrives or changes there does not count.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from . import ops
+
+_BLOCK = 1 << 17  # elements: a few of them fit a second-level cache
+Index = tuple[slice, ...]
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+# -- Rows --------------------------------------------------------------------------------
+
+
+def _part(x: Tensor, index: Index) -> Tensor:
+    """The part of `x`, which broadcasts to the rows, that belongs to a block of them."""
+    last = index[len(index) - x.dim() :]
+    return x[tuple(slice(None) if n == 1 else i for n, i in zip(x.shape, last, strict=True))]
+
+
+class _Rows:
+    """The weights, by blocks. Vectors [..., 1] belong to rows."""
+
+    def __init__(
+        self, weights: Tensor, sink_weight: Tensor | None, keep: Tensor | None, kept_scale: float
+    ) -> None:
+        self.weights, self.sink_weight = weights, sink_weight
+        self.keep, self.kept_scale = keep, kept_scale
+        self.dtype = torch.promote_types(weights.dtype, torch.float32)
+
+    def blocks(self) -> Iterator[Index]:
+        """Whole rows: all indices of the first dimensions, and parts of the next one."""
+        sizes = self.weights.shape[:-1]
+        cut = len(sizes) - 1
+        while cut > 0 and math.prod(self.weights.shape[cut:]) <= _BLOCK:
+            cut -= 1
+        rest = (slice(None),) * (len(sizes) - cut)
+        if cut < 0:
+            yield rest
+            return
+        step = max(_BLOCK // max(math.prod(self.weights.shape[cut + 1 :]), 1), 1)
+        for first in itertools.product(*map(range, sizes[:cut])):
+            for start in range(0, sizes[cut], step):
+                outer = tuple(slice(i, i + 1) for i in first)
+                yield (*outer, slice(start, start + step), *rest)
+
+    def p(self, index: Index) -> tuple[Tensor, Tensor | float]:
+        """(p, p_sink)"""
+        sink: Tensor | float = 0.0
+        if self.sink_weight is not None:
+            sink = self.sink_weight[index[:-1]].unsqueeze(-1)
+        return self.weights[index].to(self.dtype), sink
+
+    def dropped(self, x: Tensor, index: Index) -> Tensor:
+        """z * x"""
+        if self.keep is None:
+            return x
+        return torch.where(_part(self.keep, index), x * self.kept_scale, 0.0)
+
+    def gradient(
+        self, index: Index, out: Tensor | None, weights: Tensor | None, sink: Tensor | None
+    ) -> tuple[Tensor, Tensor | float]:
+        """G = (z * dout + dp, dp_sink)"""
+        seen = self.weights[index] != 0
+        total = torch.zeros((), dtype=self.dtype, device=seen.device)
+        if out is not None:
+            total = total + self.dropped(out[index].to(self.dtype), index)
+        if weights is not None:
+            total = total + weights[index]
+        of_sink = 0.0 if sink is None else sink[index[:-1]].unsqueeze(-1)
+        return torch.where(seen, total, 0.0), of_sink
+
+    def direction(
+        self,
+        index: Index,
+        scale: float,
+        input: Tensor | None,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor | float]:
+        """Ṡ, from the tangents of the inputs"""
+        seen = self.weights[index] != 0
+        total = torch.zeros((), dtype=self.dtype, device=seen.device)
+        if input is not None:
+            total = total + scale * input[index].to(self.dtype)
+        if bias is not None:
+            total = total + _part(bias, index).to(self.dtype)
+        of_sink = 0.0 if sinks is None else _part(sinks, index)
+        return torch.where(seen, total, 0.0), of_sink
+
+
+def _inner(a: Any, b: Any) -> Any:
+    """⟨A, B⟩ of each row"""
+    return (a[0] * b[0]).sum(-1, keepdim=True) + a[1] * b[1]
+
+
+class _Sums:
+    """dinput, dbias, and of each row dsink, block by block; empty if not asked for."""
+
+    def __init__(self, rows: _Rows, bias: Tensor | None, sinks_grad: bool) -> None:
+        weights = rows.weights
+        self.dinput = torch.empty_like(weights, memory_format=torch.contiguous_format)
+        self.bias, self.dbias = bias, weights.new_empty(0)
+        if bias is not None:
+            self.dbias = torch.zeros(bias.shape, dtype=rows.dtype, device=bias.device)
+        sizes = weights.shape[:-1] if sinks_grad else (0,)
+        self.dsink = weights.new_empty(sizes, dtype=rows.dtype)
+        self.sinks_grad = sinks_grad
+
+    def add(self, index: Index, ds: Tensor, dsink: Any, scale: float) -> None:
+        self.dinput[index] = (scale * ds).to(self.dinput.dtype)
+        if self.bias is not None:
+            part = _part(self.dbias, index)
+            part += ds.sum_to_size(part.shape)
+        if self.sinks_grad:
+            self.dsink[index[:-1]] = dsink.squeeze(-1)
+
+    def results(self) -> Three:
+        dbias = self.dbias if self.bias is None else self.dbias.to(self.bias.dtype)
+        return self.dinput, dbias, self.dsink
+
+
+# -- Operators ---------------------------------------------------------------------------
+
+# keep: what dropout keeps. It, biases and tangent_sinks [H, 1, 1] broadcast to the rows.
+_WEIGHTS = "Tensor weights, Tensor? sink_weight, Tensor? keep, float kept_scale, float scale"
+_GRADIENT = "Tensor? grad_out, Tensor? grad_weights, Tensor? grad_sink_weight"
+_DIRECTION = "Tensor? tangent_input, Tensor? tangent_bias, Tensor? tangent_sinks"
+_RESULTS = "Tensor? bias, bool sinks_grad"
+
+
+def jvp_kernel(
+    weights: Tensor,
+    sink_weight: Tensor | None,
+    keep: Tensor | None,
+    kept_scale: float,
+    scale: float,
+    *direction: Tensor | None,
+) -> Three:
+    """B(P, Ṡ), of out, weights and sink_weight; the latter two where they are saved."""
+    rows = _Rows(weights, sink_weight, keep, kept_scale)
+    t_out = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    t_weights = weights.new_empty(0) if keep is None else torch.empty_like(t_out)
+    t_sink = weights.new_empty(0, dtype=rows.dtype)
+    if sink_weight is not None:
+        t_sink = torch.empty_like(sink_weight)
+    for index in rows.blocks():
+        p, t_s = rows.p(index), rows.direction(index, scale, *direction)
+        t_lse = _inner(p, t_s)
+        t_p = p[0] * (t_s[0] - t_lse)
+        t_out[index] = rows.dropped(t_p, index).to(weights.dtype)
+        if keep is not None:
+            t_weights[index] = t_p.to(weights.dtype)
+        if sink_weight is not None:
+            t_sink[index[:-1]] = (p[1] * (t_s[1] - t_lse)).squeeze(-1)
+    return t_out, t_weights, t_sink
+
+
+def gradients_kernel(
+    weights: Tensor,
+    sink_weight: Tensor | None,
+    keep: Tensor | None,
+    kept_scale: float,
+    scale: float,
+    grad_out: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_sink_weight: Tensor | None,
+    bias: Tensor | None,
+    sinks_grad: bool,
+) -> Three:
+    """B(P, G), of input, bias and sinks, for all that may arrive."""
+    rows = _Rows(weights, sink_weight, keep, kept_scale)
+    sums = _Sums(rows, bias, sinks_grad)
+    for index in rows.blocks():
+        p, g = rows.p(index), rows.gradient(index, grad_out, grad_weights, grad_sink_weight)
+        delta = _inner(p, g)
+        sums.add(index, p[0] * (g[0] - delta), p[1] * (g[1] - delta), scale)
+    return sums.results()
+
+
+def weights_grad_kernel(
+    weights: Tensor,
+    sink_weight: Tensor | None,
+    keep: Tensor | None,
+    kept_scale: float,
+    scale: float,
+    *others: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """C, of weights and sink_weight."""
+    gradient, direction = others[:3], others[3:]
+    rows = _Rows(weights, sink_weight, keep, kept_scale)
+    d_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    d_sink = weights.new_empty(0, dtype=rows.dtype)
+    if sink_weight is not None:
+        d_sink = torch.empty_like(sink_weight)
+    for index in rows.blocks():
+        p, g = rows.p(index), rows.gradient(index, *gradient)
+        h = rows.direction(index, scale, *direction)
+        delta, t_lse = _inner(p, g), _inner(p, h)
+        d_weights[index] = (h[0] * (g[0] - delta) - g[0] * t_lse).to(weights.dtype)
+        if sink_weight is not None:
+            d_sink[index[:-1]] = (h[1] * (g[1] - delta) - g[1] * t_lse).squeeze(-1)
+    return d_weights, d_sink
+
+
+def gradients_jvp_kernel(
+    weights: Tensor,
+    sink_weight: Tensor | None,
+    keep: Tensor | None,
+    kept_scale: float,
+    scale: float,
+    *others: Any,
+) -> Three:
+    """Ḃ, of input, bias and sinks."""
+    gradient, changes = others[:3], others[3:6]
+    t_weights, t_sink, bias, sinks_grad = others[6:]
+    rows = _Rows(weights, sink_weight, keep, kept_scale)
+    sums = _Sums(rows, bias, sinks_grad)
+    for index in rows.blocks():
+        p, g = rows.p(index), rows.gradient(index, *gradient)
+        t_g = rows.gradient(index, *changes)
+        t_p = (
+            torch.zeros_like(p[0]) if t_weights is None else t_weights[index].to(rows.dtype),
+            0.0 if t_sink is None else t_sink[index[:-1]].unsqueeze(-1),
+        )
+        delta, t_delta = _inner(p, g), _inner(t_p, g) + _inner(p, t_g)
+        ds, dsink = (
+            a * (b - delta) + c * (d - t_delta) for a, b, c, d in zip(t_p, g, p, t_g, strict=True)
+        )
+        sums.add(index, ds, dsink, scale)
+    return sums.results()
+
+
+# Shapes: those of the rows, those of the rows without their last dimension; the others broadcast.
+_FULL = (
+    *("weights", "grad_out", "grad_weights", "tangent_input", "tangent_weights"),
+    *("tangent_grad_out", "tangent_grad_weights"),
+)
+_OF_ROWS = ("sink_weight", "grad_sink_weight", "tangent_sink_weight", "tangent_grad_sink_weight")
+
+
+def _define(name: str, arguments: str, results: int, kernel: Any) -> Any:
+    returns = ", ".join(["Tensor"] * results)
+    ops._library.define(f"{name}({arguments}) -> ({returns})")
+    ops._library.impl(name, kernel, "CompositeExplicitAutograd")
+    op = getattr(torch.ops.fused_attention, name).default
+    torch.library.register_fake(f"fused_attention::{name}")(kernel)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        """The samples are one more dimension in front of the rows."""
+        call = ops.arguments(op, args, {})
+        dims = dict(zip(call, in_dims, strict=False))
+        rank = call["weights"].dim() - (dims["weights"] is not None)
+        bias = call.get("bias")
+
+        def fold(name: str, x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            dim = dims.get(name)
+            each = name in _FULL or name in _OF_ROWS or name == "bias"  # one for each sample
+            if dim is None and not each:
+                return x
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            if name in _FULL or name in _OF_ROWS:
+                return x
+            return x.reshape(info.batch_size, *(1,) * (rank + 1 - x.dim()), *x.shape[1:])
+
+        folded = [fold(name, x) for name, x in call.items()]
+        values = list(op(*folded))
+        if bias is not None:
+            shape = bias.shape if dims["bias"] is None else bias.movedim(dims["bias"], 0).shape[1:]
+            values[1] = values[1].view(info.batch_size, *shape)
+        # What is not asked for is empty.
+        return tuple(values), tuple(0 if x.dim() > 1 else None for x in values)
+
+    torch.library.register_vmap(f"fused_attention::{name}", rule)
+    return op
+
+
+jvp = _define("masked_softmax_jvp", f"{_WEIGHTS}, {_DIRECTION}", 3, jvp_kernel)
+gradients = _define(
+    "masked_softmax_gradients", f"{_WEIGHTS}, {_GRADIENT}, {_RESULTS}", 3, gradients_kernel
+)
+weights_grad = _define(
+    "masked_softmax_weights_grad", f"{_WEIGHTS}, {_GRADIENT}, {_DIRECTION}", 2, weights_grad_kernel
+)
+gradients_jvp = _define(
+    "masked_softmax_gradients_jvp",
+    f"{_WEIGHTS}, {_GRADIENT}, Tensor? tangent_grad_out, Tensor? tangent_grad_weights, "
+    "Tensor? tangent_grad_sink_weight, Tensor? tangent_weights, Tensor? tangent_sink_weight, "
+    + _RESULTS,
+    3,
+    gradients_jvp_kernel,
+)
+
+
+# -- Functions ---------------------------------------------------------------------------
+
+# Inputs begin with: weights, sink_weight, philox, dropout_p, scale. Of out there are the tangents
+# and gradients, of weights (if there is dropout) and sink_weight (if there are sinks).
+
+
+def _operands(
+    weights: Tensor,
+    sink_weight: Tensor | None,
+    philox: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Any, ...]:
+    """The first arguments of the operators."""
+    keep = None
+    if dropout_p:
+        shape = (1,) * (3 - weights.dim()) + tuple(weights.shape)
+        sizes = (math.prod(shape[:-3]), *shape[-3:])
+        keep = ops.dropout_keep_mask(philox, dropout_p, *sizes).view(weights.shape)
+    kept = 65536 - round(dropout_p * 65536)
+    return weights, sink_weight, keep, 65536 / kept if kept else 0.0, scale
+
+
+def _arrived(inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Without those of outputs that are empty."""
+    _, sink_weight, _, dropout_p, _ = inputs
+    out, weights, sink = grads
+    return [out, weights if dropout_p else None, None if sink_weight is None else sink]
+
+
+class SoftmaxGradients(Function):
+    """B(P, G), of input, bias (if given) and sinks. Further inputs: dout, dweights, dsink_weight,
+    bias, sinks_grad, causal."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Three:
+        return _gradients(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
+        _save(ctx, inputs[:5], inputs[5:9])
+        ctx.bias_grad, ctx.sinks_grad = inputs[8] is not None, inputs[9]
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        first, (*grads, _) = _restore(ctx)
+        input, bias, sinks = directions
+        direction = (input, bias if ctx.bias_grad else None, sinks if ctx.sinks_grad else None)
+        needed = ctx.needs_input_grad
+        results: list[Tensor | None] = [None] * len(needed)
+        if any(x is not None for x in direction):
+            if any(needed[5:8]):
+                results[5:8] = softmax_tangents(*first, *direction)
+            if any(needed[:2]):
+                results[:2] = SoftmaxWeightsGradient.apply(*first, *grads, *direction)
+        return tuple(x if need else None for x, need in zip(results, needed, strict=True))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Three:
+        first, (*grads, bias) = _restore(ctx)
+        return SoftmaxGradientsTangents.apply(
+            *(*first, *grads, *tangents[5:8], *tangents[:2], bias, ctx.sinks_grad)
+        )
+
+
+class SoftmaxTangents(Function):
+    """B(P, Ṡ), of out, weights and sink_weight. Further inputs: the tangents of input, bias and
+    sinks."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Three:
+        *direction, sinks = inputs[5:]
+        return jvp(*_operands(*inputs[:5]), *direction, _column(sinks))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
+        _save(ctx, inputs[:5], inputs[5:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        first, direction = _restore(ctx)
+        arrived = _arrived(first, grads)
+        needed = ctx.needs_input_grad
+        results: list[Tensor | None] = [None] * len(needed)
+        if any(needed[5:]):
+            bias = direction[1] if needed[6] else None
+            results[5:] = softmax_gradients(*first, *arrived, bias, needed[7], 0)
+        if any(needed[:2]):
+            results[:2] = SoftmaxWeightsGradient.apply(*first, *arrived, *direction)
+        return tuple(x if need else None for x, need in zip(results, needed, strict=True))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "masked_softmax: forward mode over forward mode is not built; take forward mode over "
+            "reverse (torch.func.hessian, jacfwd of jacrev)"
+        )
+
+
+class _Last(Function):
+    """Where the graph ends."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "masked_softmax: third derivatives are not built (torch.autograd.functional.hvp takes "
+            "them; vhp, and torch.func.jvp of grad, do not)"
+        )
+
+    jvp = backward
+
+
+class SoftmaxWeightsGradient(_Last):
+    """C, of weights and sink_weight. Further inputs: dout, dweights, dsink_weight, and the tangents
+    of input, bias and sinks."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        *others, sinks = inputs[5:]
+        return weights_grad(*_operands(*inputs[:5]), *others, _column(sinks))
+
+
+class SoftmaxGradientsTangents(_Last):
+    """Ḃ, of input, bias and sinks. Further inputs: dout, dweights, dsink_weight, their tangents,
+    those of weights and sink_weight, bias, sinks_grad."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Three:
+        return _with_sums(gradients_jvp(*_operands(*inputs[:5]), *inputs[5:]), inputs[-1])
+
+
+def _save(ctx: Any, first: tuple[Any, ...], others: tuple[Tensor | None, ...]) -> None:
+    ctx.save_for_backward(*first[:3], *others)
+    ctx.save_for_forward(*first[:3], *others)
+    ctx.dropout_p, ctx.scale = first[3:]
+    ctx.set_materialize_grads(False)
+
+
+def _restore(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+    saved = ctx.saved_tensors
+    return (*saved[:3], ctx.dropout_p, ctx.scale), saved[3:]
+
+
+def _column(sinks: Tensor | None) -> Tensor | None:
+    return None if sinks is None else sinks.view(-1, 1, 1)
+
+
+def _with_sums(results: Three, sinks_grad: bool) -> Three:
+    """dsinks [H] from those of rows [..., H, M]"""
+    dinput, dbias, dsink = results
+    if sinks_grad:
+        dsink = dsink.sum([d for d in range(dsink.dim()) if d != dsink.dim() - 2])
+    return dinput, dbias, dsink
+
+
+def _gradients(*inputs: Any) -> Three:
+    """By the fused kernel where only dout has arrived, as in every first derivative."""
+    first, (*grads, bias, sinks_grad, causal) = inputs[:5], inputs[5:]
+    grad_out, grad_weights, grad_sink_weight = grads
+    if grad_out is None or grad_weights is not None or grad_sink_weight is not None:
+        results = gradients(*_operands(*first), *grads, bias, sinks_grad)
+        return _with_sums(results, sinks_grad)
+    weights, sink_weight, philox, dropout_p, scale = first
+    return ops.softmax_backward(
+        *(grad_out, weights, scale, causal, bias, sink_weight, philox, dropout_p),
+        *(bias is not None, sinks_grad),
+    )
+
+
+def softmax_gradients(*inputs: Any) -> Three:
+    """The gradients of input, bias and sinks, part of a graph where somebody may differentiate
+    again: with create_graph=True, always under torch.func, and where forward mode is on."""
+    differentiable = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    if differentiable and not torch.compiler.is_compiling():
+        return SoftmaxGradients.apply(*inputs)
+    return _gradients(*inputs)
+
+
+def softmax_tangents(*inputs: Any) -> Three:
+    """The tangents of out, weights and sink_weight, part of a graph."""
+    return SoftmaxTangents.apply(*inputs)
