@@ -6,6 +6,7 @@ import itertools
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused_attention
-from fused_attention import ArgumentValueError, attention, backends, explain, ops
+from fused_attention import ArgumentValueError, attention, backends, cuda, explain, ops
 from fused_attention.backends import BACKENDS, CPU, NAMES, PLANS, REFERENCE
 from fused_attention.problem import FEATURES, Problem
 from fused_attention.reference import attention_reference
@@ -157,7 +158,7 @@ def test_every_reason_is_given():
 
 
 def test_an_explicit_backend_never_falls_back():
-    with pytest.raises(NotImplementedError, match="cuda.*not built yet"):
+    with pytest.raises(NotImplementedError, match="cuda.*device cpu: only cuda"):
         attention(**qkv(), backend="cuda")
     with pytest.raises(NotImplementedError, match="triton.*device cpu: only cuda"):
         attention(**qkv(), backend="triton")
@@ -178,7 +179,7 @@ def test_the_reference_is_logged_once_per_reason(caplog):
         assert len(caplog.records) == 1
         message = caplog.text
         assert "cpu: query's head_dim 520" in message
-        assert "cuda: not built yet" in message
+        assert f"cuda: {backends.CUDA.missing()}" in message
         for _ in range(2):
             attention(**qkv(D=513))
         assert len(caplog.records) == 2 and "head_dim 513" in caplog.text
@@ -438,7 +439,7 @@ def test_explain_tells_backend_isa_kernel_tiles_and_memory(isa):
     assert explanation.details.kernel.startswith("attention_forward")
     assert explain(**qkv(Sq=1)).details.kernel == "attention_decode"
     assert explanation.details.block_m > 0 and explanation.details.block_n > 0
-    assert explanation.refused["cuda"] == ["not built yet"]
+    assert explanation.refused["cuda"] == [backends.CUDA.missing(), "device cpu: only cuda"]
     assert explanation.refused["triton"][-1] == "device cpu: only cuda"
     text = str(explanation)
     for word in ("cpu", isa, "attention_forward", "MiB", "queries", "not cuda"):
@@ -467,7 +468,7 @@ def test_explain_takes_every_argument_of_attention():
     assert explanation.details.kernel.startswith("attention_forward")
     assert explain(**PACKED).backend == explain(**PAGED).backend == "cpu"
     assert explain(**WIDE).backend == "reference"
-    with pytest.raises(NotImplementedError, match="not built yet"):
+    with pytest.raises(NotImplementedError, match="device cpu: only cuda"):
         explain(**qkv(), backend="cuda")
     with pytest.raises(TypeError, match="nonsense"):
         explain(**qkv(), nonsense=1)
@@ -556,6 +557,8 @@ def test_triton_serves_what_is_on_a_gpu(monkeypatch):
     from fused_attention.kernels.tiles import ARCHS
 
     TRITON.missing.cache_clear()
+    monkeypatch.setattr(cuda, "LIBRARY", Path("not built"))
+    cuda.load.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     try:
         if TRITON.missing():

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native, autograd
+from . import _native, autograd, cuda
 from .errors import ArgumentValueError, describe_error
 from .problem import CAUSAL, DTYPES, FEATURES, Plan, Problem, cast_for_autocast
 
@@ -112,6 +112,20 @@ def _cpu_details(problem: Problem) -> Details:
     )
 
 
+# -- CUDA C++ ------------------------------------------------------------------------------
+
+
+def _cuda_details(problem: Problem) -> Details:
+    backward = "gradients" in problem.features
+    plain = problem.is_plain and not problem.differentiable
+    lse_bytes = 4 * problem.batch * problem.heads_q * problem.seqlen_q
+    return Details(
+        kernel=f"attention_forward{' + attention_backward' * backward}",
+        # lse; backward: delta, and lse as the kernels want it
+        extra_bytes=lse_bytes * (not plain) + 2 * lse_bytes * backward + problem.copied_bytes,
+    )
+
+
 # -- Triton ------------------------------------------------------------------------------
 
 
@@ -193,7 +207,18 @@ def _reference_details(problem: Problem) -> Details:
 
 # -- The table ---------------------------------------------------------------------------
 
-CUDA = Backend("cuda")
+_NOT_PACKED = frozenset(FEATURES) - {"varlen", "seqused_k", "block_table"}
+# On a GPU the first of CUDA and TRITON serves; no report of a GPU has decided their order yet.
+CUDA = Backend(
+    "cuda",
+    devices=frozenset({"cuda"}),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    head_dims=range(1, 257),
+    features=_NOT_PACKED,
+    plan=autograd.plan_cuda,
+    details=_cuda_details,
+    missing=cuda.missing,
+)
 TRITON = Backend(
     "triton",
     devices=frozenset({"cuda"}),

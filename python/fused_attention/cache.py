@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .errors import ArgumentValueError, message_of_operator
+from .errors import ArgumentValueError, is_of_operator, message_of_operator
 from .problem import (
     DTYPES,
     check_dtype,
@@ -90,6 +90,6 @@ def kv_cache_append_(
     try:
         ops.kv_cache_append(key_cache, value_cache, key, value, cache_seqlens, block_table)
     except RuntimeError as error:
-        if type(error) is RuntimeError and "ops.cpp" in str(error):
+        if is_of_operator(error):
             raise ArgumentValueError(message_of_operator(error)) from None
         raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,9 +39,31 @@ def _direct(op: Any) -> Callable[..., Any]:
     return functools.partial(torch._C._dispatch_call_boxed, handle)
 
 
-direct_forward_plain = _direct(forward_plain)
-direct_forward_plain_lse = _direct(forward_plain_lse)
-direct_forward = _direct(forward)
+class Operators(NamedTuple):
+    """What serves attention on the backends of one library; `direct_*`: see `_direct`."""
+
+    forward_plain: Callable[..., Any]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    direct_forward_plain: Callable[..., Any]
+    direct_forward_plain_lse: Callable[..., Any]
+    direct_forward: Callable[..., Any]
+
+    @staticmethod
+    def of(namespace: str) -> Operators:
+        library = getattr(torch.ops, namespace)
+        plain, full = library.attention_forward_plain.default, library.attention_forward.default
+        return Operators(
+            plain,
+            full,
+            library.attention_backward.default,
+            _direct(plain),
+            _direct(library.attention_forward_plain_lse.default),
+            _direct(full),
+        )
+
+
+OPERATORS = Operators.of("fused_attention")
 
 # -- The state of dropout ----------------------------------------------------------------
 
@@ -127,14 +149,11 @@ def empty_like_layout(like: Tensor, last: Any) -> Tensor:
     return like.new_empty((batch, heads, seqlen, last))
 
 
-@torch.library.register_fake("fused_attention::attention_forward_plain")
 def _fake_forward_plain(query: Tensor, key: Tensor, value: Tensor, *numbers: Any) -> Tensor:
     check_devices(query, key, value)
     return empty_like_layout(query, value.shape[-1])
 
 
-@torch.library.register_fake("fused_attention::attention_forward_plain_lse")
-@torch.library.register_fake("fused_attention::attention_forward")
 def _fake_forward(
     query: Tensor, key: Tensor, value: Tensor, *options: Any, **named_options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -167,7 +186,6 @@ def _fake_gradients(call: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tenso
     return dq, dk, dv, dbias, dsinks
 
 
-@torch.library.register_fake("fused_attention::attention_backward")
 def _fake_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(arguments(backward, args, kwargs))
 
@@ -336,19 +354,22 @@ def _sample(call: dict[str, Any], dims: dict[str, Any], i: int) -> dict[str, Any
     return sample
 
 
-torch.library.register_vmap(
-    "fused_attention::attention_forward_plain", _vmap_rule(forward_plain, batched_outputs=1)
-)
-torch.library.register_vmap(
-    "fused_attention::attention_forward_plain_lse",
-    _vmap_rule(forward_plain_lse, batched_outputs=2),
-)
-torch.library.register_vmap(
-    "fused_attention::attention_forward", _vmap_rule(forward, batched_outputs=2)
-)
-torch.library.register_vmap(
-    "fused_attention::attention_backward", _vmap_rule(backward, batched_outputs=3)
-)
+@functools.cache
+def register_tracing(namespace: str) -> None:
+    """Fake kernels and rules of vmap, for the attention operators of a library; once."""
+    library = getattr(torch.ops, namespace)
+    for name, fake, outputs in (
+        ("attention_forward_plain", _fake_forward_plain, 1),
+        ("attention_forward_plain_lse", _fake_forward, 2),
+        ("attention_forward", _fake_forward, 2),
+        ("attention_backward", _fake_backward, 3),
+    ):
+        op = getattr(library, name).default
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.register_vmap(f"{namespace}::{name}", _vmap_rule(op, batched_outputs=outputs))
+
+
+register_tracing("fused_attention")
 torch.library.register_vmap("fused_attention::attention_jvp", _vmap_rule(jvp, batched_outputs=2))
 torch.library.register_vmap(
     "fused_attention::attention_backward_jvp", _vmap_rule(backward_jvp, batched_outputs=3)

@@ -504,6 +504,21 @@ def test_atomics_return_the_old_value():
     assert sums.tolist() == [32.0, 0.0]
 
 
+def test_fields_of_a_parameter_by_its_address():
+    """As nvcc reads a struct that a kernel takes by value."""
+    text = kernel(
+        "mov.b64 %at, k_1; ld.param.u32 %t, [%at+4]; st.global.u32 [%p0], %t;"
+        "ld.param.u64 %wide, [%at+0]; st.global.u64 [%p0+8], %wide;",
+        2,
+    )
+    out, beyond = np.zeros(4, np.uint32), np.zeros(1, np.uint32)
+    report = launch(text, "k", (1,), 1, [out, 0x1122334455667788])
+    assert not report.findings
+    assert list(out) == [0x11223344, 0, 0x55667788, 0x11223344]
+    far = text.replace("[%at+4]", "[%at+4096]")
+    assert launch(far, "k", (1,), 1, [beyond, 0]).kinds() == {"out of bounds"}
+
+
 def test_local_memory_and_generic_addresses():
     out = np.zeros(64, U32)
     run_warps(
