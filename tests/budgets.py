@@ -234,8 +234,8 @@ CAUSES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         r"^sm_90 dkdv 256 ",
         ("matrix",),
-        "with the 64 x 64 scores that wgmma needs, accumulators of dk and dv fill the registers and "
-        "spill 278 times per 1024 scores; 64 x 32 keeps to mma.sync and spills nothing",
+        "with the 64 x 64 scores that wgmma needs, accumulators of dk and dv fill the registers "
+        "and spill 278 times per 1024 scores; 64 x 32 keeps to mma.sync and spills nothing",
     ),
     (
         r" 256 ",
