@@ -41,7 +41,8 @@ test-full: build $(VENV)/test.stamp  ## every test
 sanitize: $(VENV)/torch.stamp  ## the kernels without torch, under ASan, UBSan and TSan, and on an emulated Arm CPU
 	$(BIN)/python tests/native/sanitize.py
 
-gpu: build $(VENV)/test.stamp  ## on a machine with a GPU: tests, tile sizes, benchmarks; writes a report to commit
+gpu: $(VENV)/test.stamp  ## on a machine with a GPU: tests, tile sizes, benchmarks; writes a report to commit
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/lint.stamp  ## ruff, ruff format, clang-format, mypy

@@ -29,7 +29,9 @@ from fused_attention.errors import ArgumentValueError
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "benchmarks" / "results" / "gpu"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-NEVER = "The Triton kernels have never run on hardware."
+NEVER = "Neither the Triton nor the CUDA kernels have ever run on hardware."
+# Backends and their names in the reports.
+OURS = {"triton": "fused_attention (Triton)", "cuda": "fused_attention (CUDA)"}
 
 
 # -- Steps ---------------------------------------------------------------------------------
@@ -78,10 +80,13 @@ def peers() -> dict[str, Callable[[Tensors, bool], torch.Tensor]]:
             )
         return compiled(*x, block_mask=masks[length] if causal else None)
 
+    def ours(backend: str) -> Callable[[Tensors, bool], torch.Tensor]:
+        return lambda x, causal: attention(
+            *x, causal="top_left" if causal else False, backend=backend
+        )
+
     found: dict[str, Callable[[Tensors, bool], torch.Tensor]] = {
-        "fused_attention": lambda x, causal: attention(
-            *x, causal="top_left" if causal else False, backend="triton"
-        ),
+        **{name: ours(backend) for backend, name in OURS.items()},
         "PyTorch SDPA": lambda x, causal: F.scaled_dot_product_attention(*x, is_causal=causal),
         "FlexAttention": flex,
     }
@@ -152,7 +157,7 @@ def status(reports: list[dict[str, Any]]) -> str:
     if not reports:
         return f"{NEVER}\n"
     lines = [
-        "| GPU | tests | forward, head size 128, 8192 tokens, causal | date |",
+        "| GPU | tests | TFLOP/s forward, head size 128, 8192 tokens, causal | date |",
         "| --- | --- | --- | --- |",
     ]
     for report in reports:
@@ -165,10 +170,9 @@ def status(reports: list[dict[str, Any]]) -> str:
 def speed(report: dict[str, Any]) -> str:
     for one in report["benchmarks"]:
         if list(one["shape"][2:]) == [8192, 128] and one["causal"]:
-            names = ("fused_attention", "PyTorch SDPA")
-            figures = (one.get(name, {}).get("forward_tflops") for name in names)
-            ours, theirs = (f"{x:.0f}" if x else "–" for x in figures)
-            return f"{ours} TFLOP/s (PyTorch {theirs})"
+            names = {"Triton": OURS["triton"], "CUDA": OURS["cuda"], "PyTorch": "PyTorch SDPA"}
+            figures = {k: one.get(name, {}).get("forward_tflops") for k, name in names.items()}
+            return ", ".join(f"{k} {x:.0f}" if x else f"{k} –" for k, x in figures.items())
     return "–"
 
 

@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU, through the public functions: the same cases as everywhere else."""
+"""The backends of a GPU, on one, through the public functions: the cases of everywhere else."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fused_attention as fa
-from fused_attention import attention, ops, testing
+from fused_attention import attention, backends, ops, testing
 from fused_attention.testing import Case
 from test_features import case_id
 from test_softmax import PHILOX, check, randn
@@ -16,6 +16,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use"),
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=[backends.TRITON, backends.CUDA], ids=lambda row: row.name)
+def backend(request):
+    if reason := request.param.missing():
+        pytest.skip(reason)
+    return request.param
 
 
 def on_gpu(x):
@@ -31,10 +38,10 @@ def moved(inputs: testing.Inputs) -> testing.Inputs:
     )
 
 
-def wrong(case: Case) -> list[str]:
+def wrong(case: Case, backend: backends.Backend) -> list[str]:
     def answer(case: Case):
         inputs = testing.make_inputs(case)
-        got = testing.run(moved(inputs), backend="triton")
+        got = testing.run(moved(inputs), backend=backend.name)
         got = {name: x.cpu() for name, x in got.items()}
         return got, testing.exact(inputs), testing.naive(inputs)
 
@@ -48,16 +55,16 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_pairs_of_features(case):
-    assert not wrong(case)
+def test_pairs_of_features(case, backend):
+    assert not wrong(case, backend)
 
 
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_head_dims_and_lengths(dtype, head_dim):
+def test_head_dims_and_lengths(dtype, head_dim, backend):
     for Sq, Sk in ((512, 512), (1000, 777), (1, 3000)):
         sizes = {"Sq": Sq, "Sk": Sk, "D": head_dim, "Dv": head_dim, "Hq": 4}
-        assert not wrong(Case(dtype=dtype, **sizes, causal="bottom_right"))
+        assert not wrong(Case(dtype=dtype, **sizes, causal="bottom_right"), backend)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
@@ -74,27 +81,27 @@ def test_softmax(dtype, columns):
     assert not check(x, (torch.rand(2, 1, 5, columns) > 0.4).cuda(), scale=0.7)
 
 
-def test_twice_the_same_bits():
+def test_twice_the_same_bits(backend):
     inputs = moved(testing.make_inputs(Case(dtype=torch.bfloat16, Sq=500, Sk=600, bias="11QK")))
-    first, second = (testing.run(inputs, backend="triton") for _ in range(2))
+    first, second = (testing.run(inputs, backend=backend.name) for _ in range(2))
     assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
-def test_streams_and_graphs():
+def test_streams_and_graphs(backend):
     """Launches go to the current stream, and a CUDA graph replays them."""
     query, key, value = (
         torch.randn(2, 4, 256, 64, device="cuda", dtype=torch.float16) for _ in range(3)
     )
-    expected = attention(query, key, value, backend="triton")
+    expected = attention(query, key, value, backend=backend.name)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        got = attention(query, key, value, backend="triton")
+        got = attention(query, key, value, backend=backend.name)
     stream.synchronize()
     assert torch.equal(got, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attention(query, key, value, backend="triton")
+        captured = attention(query, key, value, backend=backend.name)
     captured.zero_()
     graph.replay()
     torch.cuda.synchronize()

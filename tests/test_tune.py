@@ -82,15 +82,16 @@ def test_the_status_in_the_readme_is_that_of_the_reports(gpu_script):
 
 
 def test_status(gpu_script):
-    assert "never run on hardware" in gpu_script.status([])
+    assert "ever run on hardware" in gpu_script.status([])
     ours, theirs = {"forward_tflops": 301.4}, {"forward_tflops": 299.6}
     fast = {"shape": [2, 16, 8192, 128], "causal": True}
     report = {"device": "H9", "date": "2027-01-02T03:04", "tests": {"passed": 7, "failed": 1}}
-    measured = [fast | {"fused_attention": ours, "PyTorch SDPA": theirs}]
+    triton, cuda = gpu_script.OURS.values()
+    measured = [fast | {triton: ours, cuda: {"error": "not built"}, "PyTorch SDPA": theirs}]
     text = gpu_script.status([report | {"benchmarks": measured}])
-    assert "| H9 | 7 passed, 1 failed | 301 TFLOP/s (PyTorch 300) | 2027-01-02 |" in text
-    failed = [fast | {"fused_attention": {"error": "no"}}]
-    assert "| – TFLOP/s (PyTorch –) |" in gpu_script.status([report | {"benchmarks": failed}])
+    assert "| H9 | 7 passed, 1 failed | Triton 301, CUDA –, PyTorch 300 | 2027-01-02 |" in text
+    failed = [fast | {triton: {"error": "no"}}]
+    assert "| Triton –, CUDA –, PyTorch – |" in gpu_script.status([report | {"benchmarks": failed}])
     assert "| – |" in gpu_script.status([report | {"benchmarks": []}])
 
 
