@@ -16,10 +16,10 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 # Test processes share the cores: threads that spin while they wait would make it three times slower.
 QUIET_OPENMP := OMP_WAIT_POLICY=passive
-FIND_NATIVE := find csrc tests/native \( -name '*.h' -o -name '*.cpp' -o -name '*.inl' \) -print0
+FIND_NATIVE := find csrc tests/native -regex '.*\.\(h\|cpp\|inl\|cuh\|cu\)' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-full sanitize lint format build clean
+.PHONY: help demo bench test test-full sanitize gpu lint format build cuda clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,10 @@ test-full: build $(VENV)/test.stamp  ## every test
 sanitize: $(VENV)/torch.stamp  ## the kernels without torch, under ASan, UBSan and TSan, and on an emulated Arm CPU
 	$(BIN)/python tests/native/sanitize.py
 
+gpu: $(VENV)/test.stamp  ## on a machine with a GPU: tests, tile sizes, benchmarks; writes a report to commit
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python benchmarks/gpu.py
+
 lint: $(VENV)/lint.stamp  ## ruff, ruff format, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,11 +57,14 @@ format: $(VENV)/lint.stamp  ## let ruff and clang-format rewrite the sources
 	$(FIND_NATIVE) | xargs -0 -r $(BIN)/clang-format -i
 
 build: $(VENV)/package.stamp  ## compile what has changed, in place
-	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@FUSED_ATTENTION_CUDA=0 $(BIN)/python setup.py --quiet build_ext --inplace
+
+cuda: $(VENV)/package.stamp  ## the same with the CUDA kernels (FUSED_ATTENTION_CUDA_ARCHS="80 90 100"), for which it needs nvcc
+	@FUSED_ATTENTION_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 clean:  ## remove .venv, what was built, and what was downloaded
 	rm -rf $(VENV) .cache build dist benchmarks/results/demo python/*.egg-info *.egg-info
-	rm -f python/fused_attention/_native*.so
+	rm -f python/fused_attention/_native*.so python/fused_attention/_cuda.so
 
 # The stamps: what has been installed into .venv.
 
@@ -67,7 +74,7 @@ $(VENV)/torch.stamp: constraints.txt
 	@touch $@
 
 $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP_INSTALL) --no-build-isolation -e .
+	FUSED_ATTENTION_CUDA=0 $(PIP_INSTALL) --no-build-isolation -e .
 	@touch $@
 
 # The package is installed by now, so this adds what the extra of that name asks for.

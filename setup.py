@@ -5,6 +5,12 @@ are compiled into one library. Each instruction set is one row of ISAS: one sour
 flags. A unit is compiled again only when its command line or a file it includes has changed, so
 `python setup.py build_ext --inplace` is quick after an edit.
 
+A second, optional library, fused_attention/_cuda.so, has the CUDA kernels: nvcc compiles them, and
+neither CUDA's runtime nor a CUDA build of PyTorch is needed to load it. It is built where there are
+both nvcc and a CUDA build of PyTorch, or if FUSED_ATTENTION_CUDA=1 asks for it (0: never).
+FUSED_ATTENTION_CUDA_ARCHS ("80 90 100") are the compute capabilities to compile for; the first is
+included as PTX too, which newer GPUs compile when they load it.
+
 PyTorch is used as it is installed and never downloaded: only its headers and libraries are needed,
 so it is found on the path and not imported. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are respected.
 """
@@ -13,6 +19,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -57,6 +64,7 @@ ISAS = [
     Isa("amx", AVX512, machines="x86_64 amd64"),
     Isa("amx_emulated", AVX512, machines="x86_64 amd64"),
 ]
+OPERATORS = ("ops", "introspection")  # the sources that are not kernels
 COMPILED_ISAS = [
     isa for isa in ISAS if not isa.machines or platform.machine().lower() in isa.machines.split()
 ]
@@ -101,14 +109,17 @@ def compiler() -> list[str]:
 
 @dataclass(frozen=True)
 class Unit:
-    """One source file and the object compiled from it."""
+    """One source file and the object compiled from it, one of several if there is a variant."""
 
     source: Path
     flags: list[str]
+    variant: str = ""
+    compiler: list[str] | None = None  # None: the C++ compiler
 
     @property
     def object(self) -> Path:
-        return OBJECTS / self.source.relative_to(CSRC).with_suffix(".o")
+        name = self.source.relative_to(CSRC).with_suffix("")
+        return OBJECTS / f"{name}{self.variant and '-' + self.variant}.o"
 
     def is_current(self, command: list[str]) -> bool:
         """Whether this command made the object after the last change of every file it read."""
@@ -123,11 +134,13 @@ class Unit:
 
     def compile(self) -> bool:
         """Compiles the unit unless its object is current; returns whether it did."""
-        command = [*compiler(), *self.flags, "-c", str(self.source), "-o", str(self.object)]
+        command = [*(self.compiler or compiler()), *self.flags]
+        command += ["-c", str(self.source), "-o", str(self.object)]
         command += ["-MMD", "-MF", str(self.object.with_suffix(".d"))]
         if self.is_current(command):
             return False
-        print(f"compiling {self.source}\n", end="", flush=True)  # one write: jobs run in parallel
+        # One write: jobs run in parallel.
+        print(f"compiling {self.source} {self.variant}".rstrip() + "\n", end="", flush=True)
         self.object.parent.mkdir(parents=True, exist_ok=True)
         run(command)
         self.object.with_suffix(".cmd").write_text(shlex.join(command))
@@ -153,29 +166,123 @@ def units(torch: Path) -> list[Unit]:
     ]
 
 
-class BuildNative(build_ext):
+# -- the CUDA library ----------------------------------------------------------------------
+
+# Units: csrc/cuda/<kernel>.cu for each type and head size, FA_TYPE and FA_HEAD_DIM there.
+CUDA_KERNELS = ("attention_backward", "attention_forward")
+CUDA_TYPES = ("Half", "BFloat16", "float")
+CUDA_HEAD_DIMS = (32, 64, 96, 128, 256)
+CUDA_ARCHS = "80 90 100"
+
+
+def cuda_homes() -> list[Path]:
+    """CUDA_HOME or its usual place, and the packages of the extra cuda-build."""
+    homes = [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")]
+    for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        homes += sorted(Path(path).glob("nvidia/cu*"), reverse=True)
+    return homes
+
+
+def find_nvcc() -> Path | None:
+    found = [shutil.which("nvcc"), *(shutil.which("nvcc", path=h / "bin") for h in cuda_homes())]
+    return next((Path(path) for path in found if path), None)
+
+
+def wants_cuda(torch: Path) -> bool:
+    asked = os.environ.get("FUSED_ATTENTION_CUDA", "")
+    if asked not in ("", "0", "1"):
+        sys.exit(f"fused_attention: FUSED_ATTENTION_CUDA: expected 0 or 1, got {asked!r}")
+    return asked == "1" or (asked == "" and (torch / "lib/libtorch_cuda.so").exists())
+
+
+def cuda_archs() -> list[str]:
+    archs = re.split(r"[\s,;]+", os.environ.get("FUSED_ATTENTION_CUDA_ARCHS") or CUDA_ARCHS)
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(arch.rstrip("af")) < 80:
+            sys.exit(
+                "fused_attention: FUSED_ATTENTION_CUDA_ARCHS: expected compute capabilities from 80"
+                f" on, such as {CUDA_ARCHS!r}, got {arch!r}"
+            )
+    return archs
+
+
+def cuda_operators(torch: Path) -> Unit:
+    """The operators of the CUDA library, which need no CUDA to be compiled and loaded."""
+    version = "0x020d000000000000"  # PyTorch 2.13: the handle of a stream
+    defines = [d for d in DEFINES if "TORCH_TARGET_VERSION" not in d]
+    defines.append(f"-DTORCH_TARGET_VERSION={version}")
+    include = torch / "include"
+    foreign = [f"-isystem{include}", f"-ffile-prefix-map={include}/="]
+    return Unit(CSRC / "cuda/ops.cpp", [*FLAGS, *defines, f"-I{CSRC}", *foreign])
+
+
+def cuda_kernels(nvcc: Path) -> list[Unit]:
+    archs = cuda_archs()
+    flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    flags += [f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"]
+    return [
+        Unit(
+            CSRC / f"cuda/{kernel}.cu",
+            [
+                *(*flags, f"-DFA_TYPE={type_}", f"-DFA_HEAD_DIM={head_dim}"),
+                f"-DFA_FLOAT={int(type_ == 'float')}",
+            ],
+            variant=f"{type_}-{head_dim}",
+            compiler=[str(nvcc)],
+        )
+        for head_dim in sorted(CUDA_HEAD_DIMS, reverse=True)  # the slowest first
+        for kernel in CUDA_KERNELS
+        for type_ in CUDA_TYPES
+    ]
+
+
+def cudart(nvcc: Path) -> Path:
+    for home in (nvcc.resolve().parent.parent, *cuda_homes()):
+        for path in sorted(home.glob("lib*/**/libcudart_static.a")):
+            return path
+    sys.exit(
+        "fused_attention: no libcudart_static.a, which belongs to the CUDA toolkit; set CUDA_HOME,"
+        " or FUSED_ATTENTION_CUDA=0 to build without CUDA kernels"
+    )
+
+
+# -- building ------------------------------------------------------------------------------
+
+
+def build_library(all_units: list[Unit], target: Path, torch: Path, *libraries: str) -> None:
     """Compiles the units in parallel and links them.
 
-    There is no rpath: `import torch` has loaded its libraries before ours is imported.
+    There is no rpath: `import torch` has loaded its libraries before ours.
     """
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        # The kernels take longest: first, so that the jobs end at about the same time.
+        slowest_first = sorted(all_units, key=lambda unit: unit.source.stem in OPERATORS)
+        compiled = list(pool.map(Unit.compile, slowest_first))
+    newest = max(unit.object.stat().st_mtime for unit in all_units)
+    if not any(compiled) and target.exists() and target.stat().st_mtime >= newest:
+        return
+    print("linking", target.name, flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    link = [*compiler(), "-shared", *(str(unit.object) for unit in all_units)]
+    link += ["-Wl,--as-needed", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", *libraries]
+    link += shlex.split(os.environ.get("LDFLAGS", ""))
+    run([*link, "-o", str(target)])
 
+
+class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = find_torch()
-        all_units = units(torch)
-        # The kernels take longest: first, so that the jobs end at about the same time.
-        slowest_first = sorted(all_units, key=lambda unit: unit.source.parent == CSRC)
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            compiled = list(pool.map(Unit.compile, slowest_first))
         target = Path(self.get_ext_fullpath(ext.name))
-        newest = max(unit.object.stat().st_mtime for unit in all_units)
-        if not any(compiled) and target.exists() and target.stat().st_mtime >= newest:
-            return
-        print("linking", target.name, flush=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        link = [*compiler(), "-shared", *(str(unit.object) for unit in all_units)]
-        link += ["-Wl,--as-needed", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-        link += shlex.split(os.environ.get("LDFLAGS", ""))
-        run([*link, "-o", str(target)])
+        build_library(units(torch), target, torch)
+        if wants_cuda(torch):
+            nvcc = find_nvcc()
+            if nvcc is None:
+                print("fused_attention: no nvcc found, so no CUDA kernels are built", flush=True)
+                return
+            cuda_units = [*cuda_kernels(nvcc), cuda_operators(torch)]
+            system = ["-lpthread", "-ldl", "-lrt"]
+            build_library(cuda_units, target.parent / "_cuda.so", torch, str(cudart(nvcc)), *system)
 
 
 class MetadataNeedsTorch(dist_info):
@@ -191,12 +298,20 @@ if __name__ == "__main__":  # tests/native/sanitize.py reads the flags
         version=VERSION,
         # Old setuptools and new ones want different spellings in pyproject.toml.
         license="Apache-2.0",
-        packages=["fused_attention", "fused_attention.benchmark", "fused_attention.kernels"],
+        packages=[
+            "fused_attention",
+            "fused_attention.benchmark",
+            "fused_attention.kernels",
+            "fused_attention.models",
+        ],
         package_dir={
             "fused_attention": "python/fused_attention",
             "fused_attention.kernels": "kernels",
         },
-        package_data={"fused_attention": ["py.typed", "*.pyi"]},
+        package_data={
+            "fused_attention": ["py.typed", "*.pyi"],
+            "fused_attention.models": ["page.html"],
+        },
         ext_modules=[Extension("fused_attention._native", sources=[])],
         cmdclass={"build_ext": BuildNative, "dist_info": MetadataNeedsTorch},
     )

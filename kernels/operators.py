@@ -7,17 +7,20 @@ the tests run them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentValueError, describe_error
 from . import launch
 from .tiles import MAX_SOFTMAX_BLOCK, Tiles, arch_of, attention_tiles, softmax_tiles
 
 # Tests set these: with small tiles, small problems have several blocks in each direction.
 OVERRIDE: Tiles | None = None
 MAX_BLOCK = MAX_SOFTMAX_BLOCK
+
+HIGHEST = 0  # of the precisions of float32 products
 
 
 def empty_like_layout(like: Tensor, last: int) -> Tensor:
@@ -33,45 +36,92 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def refuse_packed(*tensors: Tensor | None) -> None:
-    if any(x is not None for x in tensors):
-        raise NotImplementedError(
-            "cu_seqlens, seqused_k and block_table: not built yet for the Triton kernels"
-        )
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 # -- Attention -----------------------------------------------------------------------------
 
 
+class Layout(NamedTuple):
+    """How tokens lie: packed sequences are [T, H, D], pages [pages, page size, Hkv, D]."""
+
+    packed: bool = False
+    paged: bool = False
+
+    def queries(self, x: Tensor) -> Tensor:
+        """A view [B, H, S, D], packed [1, H, T, D]."""
+        return x.transpose(0, 1).unsqueeze(0) if self.packed else x
+
+    def keys(self, x: Tensor) -> Tensor:
+        """A view [B, H, S, D], packed [1, H, T, D], paged [pages, Hkv, page size, D]."""
+        return x.transpose(1, 2) if self.paged else self.queries(x)
+
+    def new(self, like: Tensor, last: int) -> Tensor:
+        """As the tensor `like`, but for its last size."""
+        if self.packed:
+            return like.new_empty((*like.shape[:-1], last))
+        return empty_like_layout(like, last)
+
+    def new_keys(self, like: Tensor) -> Tensor:
+        return like.new_empty(like.shape) if self.paged else self.new(like, like.shape[-1])
+
+
+NOT_PACKED = (None,) * 6
+
+
 def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    causal: int,
-    window_left: int,
-    window_right: int,
-    precision: int,
+    *inputs: Any,
     with_lse: bool,
-    *options: Any,
+    options: tuple[Any, ...] = launch.NO_OPTIONS,
+    places: tuple[Any, ...] = NOT_PACKED,
 ) -> tuple[Tensor, Tensor | None]:
-    out = empty_like_layout(query, value.shape[-1])
+    """inputs, options (from mask to dropout_p) and places (from cu_seqlens_q on): the arguments of
+    attention_forward, in order."""
+    query, key, value, scale, causal, window_left, window_right, precision = inputs
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table = places
+    layout = Layout(cu_seqlens_q is not None, block_table is not None)
+    result = layout.new(query, value.shape[-1])
+    query, out = layout.queries(dense(query)), layout.queries(result)
+    key, value = layout.keys(dense(key)), layout.keys(dense(value))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32) if with_lse else None
-    query, key, value = dense(query), dense(key), dense(value)
-    call = launch.describe(query, key, scale, causal, window_left, window_right, *options)
+    numbers = (scale, causal, window_left, window_right)
+    lengths = map(contiguous, (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table))
+    call = launch.describe(query, key, *numbers, *options, *lengths)
     arch = arch_of(query.device)
-    launch.forward_launch(query, key, value, out, lse, call, precision, arch, OVERRIDE).run()
-    return out, lse
+
+    longest_q, longest_k = call.Sq, call.Sk
+    if layout.packed:
+        longest_q = max_seqlen_q or call.Sq
+        longest_k = call.Sk if layout.paged else max_seqlen_k or call.Sk
+    window = (window_left, 0 if causal else window_right)
+    heads = (call.Hq, key.shape[1])
+    splits = launch.decode_splits(call.B, *heads, longest_q, longest_k, window)
+    operands = (query, key, value, out, lse)
+    if splits == 0:
+        launches = [launch.forward_launch(*operands, call, precision, arch, OVERRIDE)]
+    else:
+        parts: Any = (None, None, None)
+        if splits > 1:
+            sizes = (splits, out.shape[:-1].numel())
+            acc = out.new_empty((*sizes, out.shape[-1]), dtype=torch.float32)
+            parts = (acc, *out.new_empty((2, *sizes), dtype=torch.float32))
+        launches = launch.decode_launches(
+            *operands, splits, parts, longest_q, call, precision, arch, OVERRIDE
+        )
+    for each in launches:
+        each.run()
+    return result, lse.squeeze(0) if lse is not None and layout.packed else lse
 
 
 def attention_forward_plain(query: Tensor, key: Tensor, value: Tensor, *numbers: Any) -> Tensor:
-    return _forward(query, key, value, *numbers, False)[0]
+    return _forward(query, key, value, *numbers, with_lse=False)[0]
 
 
 def attention_forward_plain_lse(
     query: Tensor, key: Tensor, value: Tensor, *numbers: Any
 ) -> tuple[Tensor, Tensor | None]:
-    return _forward(query, key, value, *numbers, True)
+    return _forward(query, key, value, *numbers, with_lse=True)
 
 
 def attention_forward(
@@ -98,10 +148,11 @@ def attention_forward(
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    refuse_packed(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
     numbers = (scale, causal, window_left, window_right, precision)
     options = (mask, bias, key_padding_mask, alibi_slopes, sinks, philox, softcap, dropout_p)
-    return _forward(query, key, value, *numbers, True, *options)
+    places = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table)
+    inputs = (query, key, value, *numbers)
+    return _forward(*inputs, with_lse=True, options=options, places=places)
 
 
 def attention_backward(
@@ -136,13 +187,30 @@ def attention_backward(
     grad_weights: Tensor | None = None,
     average_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    refuse_packed(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
-    if grad_weights is not None:
-        raise NotImplementedError("grad_weights: only the CPU kernels return attention weights")
-    dq, dk, dv = (empty_like_layout(x, x.shape[-1]) for x in (query, key, value))
-    query, key, value, out, grad_out = map(dense, (query, key, value, out, grad_out))
-    options = (mask, bias, key_padding_mask, alibi_slopes, sinks, philox, softcap, dropout_p)
-    call = launch.describe(query, key, scale, causal, window_left, window_right, *options)
+    layout = Layout(cu_seqlens_q is not None, block_table is not None)
+    grad_query = layout.new(query, query.shape[-1])
+    grad_key, grad_value = layout.new_keys(key), layout.new_keys(value)
+    dq, dk, dv = layout.queries(grad_query), layout.keys(grad_key), layout.keys(grad_value)
+    query, out, grad_out = (layout.queries(dense(x)) for x in (query, out, grad_out))
+    key, value = layout.keys(dense(key)), layout.keys(dense(value))
+    if layout.packed:
+        lse = lse.unsqueeze(0)
+        grad_lse = None if grad_lse is None else grad_lse.unsqueeze(0)
+    options: tuple[Any, ...] = (
+        mask,
+        bias,
+        key_padding_mask,
+        alibi_slopes,
+        sinks,
+        philox,
+        softcap,
+        dropout_p,
+    )
+    lengths = map(contiguous, (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table))
+    numbers = (scale, causal, window_left, window_right)
+    call = launch.describe(query, key, *numbers, *options, *lengths)
+    weights = launch.weights_gradient(grad_weights, average_weights, call.Hq)
+    call = call._replace(weights=weights)
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     dsinks = lse.new_empty(0)
@@ -152,14 +220,33 @@ def attention_backward(
     arch = arch_of(query.device)
     for each in launch.backward_launches(
         query, key, value, out, grad_out, grad_lse, lse, delta, dq, dk, dv,
-        dsinks if sinks_grad else None, call, precision, arch, OVERRIDE,
+        dsinks if sinks_grad else None, call, precision, arch, OVERRIDE, page_users(call),
     ):  # fmt: skip
         each.run()
     dbias = query.new_empty(0)
     if bias_grad:
         assert bias is not None
         dbias = _bias_gradient(bias, query, key, value, grad_out, lse, delta, call, precision)
-    return dq, dk, dv, dbias, dsinks
+    return grad_query, grad_key, grad_value, dbias, dsinks
+
+
+def page_users(call: launch.Call) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Which entries b * (pages of a sequence) + n of the table are in use, sorted by page, and
+    where those of each page begin: int64 [entries], [pages + 1]."""
+    if call.pages is None:
+        return None, None
+    table, size, count = call.pages.table, call.pages.size, call.pages.count
+    first_key = torch.arange(table.shape[1], device=table.device) * size
+    used = first_key.new_full((call.B,), call.Sk)
+    if call.seqused_k is not None:
+        used = call.seqused_k
+    elif call.cu_seqlens_k is not None:
+        used = call.cu_seqlens_k.diff()
+    in_use = first_key < used.unsqueeze(1)
+    pages = torch.where(in_use, table.clamp(0, count - 1), count).flatten()
+    pages, users = pages.sort(stable=True)
+    every = torch.arange(count + 1, device=table.device, dtype=pages.dtype)
+    return users, torch.searchsorted(pages, every)
 
 
 def _bias_gradient(
@@ -167,11 +254,12 @@ def _bias_gradient(
     delta: Tensor, call: launch.Call, precision: int,
 ) -> Tensor:  # fmt: skip
     B, Hq, Sq, D = query.shape
-    Sk = key.shape[2]
+    Sk = call.Sk
     if B * Hq * Sq * Sk == 0:
         return bias.new_zeros(bias.shape)
     arch = arch_of(query.device)
-    tiles = OVERRIDE or attention_tiles("dq", arch, query.dtype, max(D, value.shape[-1]))
+    head_dim = max(D, value.shape[-1])
+    tiles = OVERRIDE or attention_tiles("dq", arch, query.dtype, head_dim, per_score=True)
     blocks = (launch.ceil_div(Sq, tiles.block_m), launch.ceil_div(Sk, tiles.block_n))
     chunks = launch.BiasGradient.of(bias.shape, B, Hq, *blocks).chunks
     dbias = bias.new_empty(bias.shape)
@@ -181,6 +269,37 @@ def _bias_gradient(
     return parts.sum(0).to(bias.dtype) if chunks > 1 else dbias
 
 
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    average: bool,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    philox: Tensor | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    query, key = dense(query), dense(key)
+    masks = (mask, bias, key_padding_mask, alibi_slopes)
+    options: tuple[Any, ...] = (*masks, None, philox, softcap, dropout_p)
+    call = launch.describe(query, key, scale, causal, window_left, window_right, *options)
+    weights = query.new_empty((call.B, 1 if average else call.Hq, call.Sq, call.Sk))
+    if call.Hq == 0:
+        weights.zero_()
+    else:
+        arch = arch_of(query.device)
+        operands = (query, key, lse.contiguous(), weights, call)
+        launch.weights_launch(*operands, HIGHEST, arch, OVERRIDE).run()
+    return weights.squeeze(1) if average else weights
+
+
 def dropout_keep_mask(
     philox: Tensor, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int
 ) -> Tensor:
@@ -188,6 +307,24 @@ def dropout_keep_mask(
     if dropout_p > 0.0 and keep.numel():
         launch.keep_mask_launch(keep, launch.dropout_of(dropout_p, philox)).run()
     return keep
+
+
+def kv_cache_append_(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+) -> None:
+    for name, x in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            expected, got = "elements with memory of their own", "an expanded tensor"
+            raise ArgumentValueError(describe_error(name, expected, got))
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[key.dtype.itemsize]
+    caches = [Layout(paged=block_table is not None).keys(x) for x in (key_cache, value_cache)]
+    tensors = (x.view(bits) for x in (*caches, key, value))
+    launch.cache_append_launch(*tensors, *map(contiguous, (cache_seqlens, block_table))).run()
 
 
 # -- Masked softmax ------------------------------------------------------------------------

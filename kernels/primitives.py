@@ -1,5 +1,5 @@
-"""What the attention kernels share, on the device: operands, block ranges, masking, logits, softmax
-and dropout.
+"""What the attention kernels share, on the device: operands, sequences, block ranges, masking,
+logits, softmax and dropout.
 
 Indices: `m_start` and `n_start` are the first query and key of a tile, `i` and `j` index tensors
 inside it, shaped so that they broadcast to the tile: [M, 1] and [1, N], or [1, M] and [N, 1] in a
@@ -19,7 +19,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 class Rows(NamedTuple):
-    """[B, H, S, D], last stride 1."""
+    """[B, H, S, D], last stride 1. Packed sequences: [1, H, T, D]; pages: [pages, H, page size, D].
+
+    stride_b is 0 where the first size is 1.
+    """
 
     data: Any
     stride_b: Any
@@ -60,16 +63,38 @@ class Dropout(NamedTuple):
     scale: Any
 
 
+class WeightsGradient(NamedTuple):
+    """Of the returned weights: dw, Scores, of which each head takes `share`."""
+
+    dw: Any
+    share: Any  # 1 / Hq if they were averaged
+
+
+class Pages(NamedTuple):
+    """Key n of sequence b is row n % size of page table[b, n // size]."""
+
+    table: Any  # int32 [B, pages of a sequence], last stride 1
+    stride_b: Any
+    size: Any
+    count: Any  # of the pages that there are
+    whole: Any  # 1 if no tile of keys crosses from one page to the next, else None
+
+
 class Call(NamedTuple):
     """Everything about a call beyond query, key and value."""
 
+    B: Any  # sequences
     Hq: Any
     group: Any  # query heads per key head
-    Sq: Any
-    Sk: Any
+    Sq: Any  # packed: all tokens
+    Sk: Any  # packed: all tokens; pages: as many as a sequence has room for
+    cu_seqlens_q: Any  # int32 [B + 1], or None: each sequence has Sq queries
+    cu_seqlens_k: Any
+    seqused_k: Any  # int32 [B]
+    pages: Any
     scale: Any
     softcap: Any
-    offset: Any  # query i is aligned with key i + offset
+    offset: Any  # query i is aligned with key i + offset; None: Sk - Sq of each sequence
     left: Any  # of the window, in tokens; None = unlimited
     right: Any  # 0 if causal
     mask: Any  # Scores of bytes, nonzero = may attend
@@ -78,13 +103,161 @@ class Call(NamedTuple):
     alibi: Any
     sinks: Any  # float32 [Hq]
     dropout: Any
+    weights: Any  # WeightsGradient, in a backward
+
+
+# -- Sequences -----------------------------------------------------------------------------
+
+
+class Sequence(NamedTuple):
+    """One sequence of a call: how long it is, and where its tokens lie."""
+
+    b: Any  # its number, in what has a batch dimension
+    Sq: Any
+    Sk: Any  # of its keys, those in use
+    room: Any  # for its keys, in use or not
+    q_start: Any  # its first token among all tokens, 0 unless they are packed
+    k_start: Any
+    offset: Any  # query i is aligned with key i + offset
+
+
+@triton.jit
+def between(x, low, high):
+    """Lengths and places that make no sense must not lead out of the tensors."""
+    return tl.maximum(tl.minimum(x, high), low)
+
+
+@triton.jit
+def sequence_of(call, b):
+    """Sequence b. Of packed ones there is one more, that of the tokens of none: it sees no key."""
+    Sq, Sk, room, q_start, k_start = call.Sq, call.Sk, call.Sk, 0, 0
+    if call.cu_seqlens_q is not None:
+        q_start = between(tl.load(call.cu_seqlens_q + b), 0, call.Sq)
+        q_end = tl.load(call.cu_seqlens_q + b + 1, mask=b < call.B, other=call.Sq)
+        Sq = between(q_end, q_start, call.Sq) - q_start
+    if call.cu_seqlens_k is not None:
+        first = tl.load(call.cu_seqlens_k + b)
+        last = tl.load(call.cu_seqlens_k + b + 1, mask=b < call.B, other=call.Sk)
+        if call.pages is None:
+            k_start = between(first, 0, call.Sk)
+            Sk = between(last, k_start, call.Sk) - k_start
+            room = Sk
+        else:  # it tells the lengths only
+            Sk = between(last - first, 0, call.Sk)
+    if call.seqused_k is not None:
+        Sk = between(tl.load(call.seqused_k + b, mask=b < call.B, other=0), 0, room)
+    if call.cu_seqlens_q is not None:
+        Sk = tl.where(b < call.B, Sk, 0)
+    offset = call.offset
+    if offset is None:
+        offset = Sk - Sq
+    return Sequence(b=b, Sq=Sq, Sk=Sk, room=room, q_start=q_start, k_start=k_start, offset=offset)
+
+
+@triton.jit
+def packed_block(cu_seqlens, B, block, BLOCK: tl.constexpr):
+    """Whose tokens the block has, and which is its first: beyond the last one if it has none.
+
+    The blocks of sequence b, which starts at token t, are those from t // BLOCK + b on. That is
+    room for all, since ceil(n / BLOCK) <= (t + n) // BLOCK - t // BLOCK + 1.
+    """
+    b = -1
+    for first in tl.range(0, B + 1, 128):
+        number = first + tl.arange(0, 128)
+        start = tl.load(cu_seqlens + number, mask=number <= B, other=0)
+        begins = (number <= B) & (start // BLOCK + number <= block)
+        b += tl.sum(begins.to(tl.int32), 0)
+    b = tl.maximum(b, 0)
+    start = tl.maximum(block - tl.load(cu_seqlens + b) // BLOCK - b, 0) * BLOCK
+    return b.to(tl.int64), start
+
+
+@triton.jit
+def query_block(call, BLOCK_M: tl.constexpr):
+    """This program's sequence, head and first query.
+
+    The last queries first: under a causal mask they have the most keys.
+    """
+    if call.cu_seqlens_q is None:
+        blocks = tl.cdiv(call.Sq, BLOCK_M)
+        m_start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+        matrix = (tl.program_id(0) // blocks).to(tl.int64)
+        b, h = matrix // call.Hq, matrix % call.Hq
+    else:
+        blocks = call.Sq // BLOCK_M + call.B + 1
+        block = blocks - 1 - tl.program_id(0) % blocks
+        h = (tl.program_id(0) // blocks).to(tl.int64)
+        b, m_start = packed_block(call.cu_seqlens_q, call.B, block, BLOCK_M)
+    return sequence_of(call, b), h, m_start
+
+
+@triton.jit
+def key_block(call, Hkv, BLOCK_N: tl.constexpr):
+    """This program's sequence, key head and first key, of keys that do not lie in pages."""
+    if call.cu_seqlens_k is None:
+        blocks = tl.cdiv(call.Sk, BLOCK_N)
+        n_start = tl.program_id(0) % blocks * BLOCK_N
+        matrix = (tl.program_id(0) // blocks).to(tl.int64)
+        b, h_kv = matrix // Hkv, matrix % Hkv
+    else:
+        blocks = call.Sk // BLOCK_N + call.B + 1
+        h_kv = (tl.program_id(0) // blocks).to(tl.int64)
+        block = tl.program_id(0) % blocks
+        b, n_start = packed_block(call.cu_seqlens_k, call.B, block, BLOCK_N)
+    return sequence_of(call, b), h_kv, n_start
+
+
+@triton.jit
+def row_number(call, seq, h):
+    """Where lse and delta have the first query of head h: in [B, Hq, Sq], packed [Hq, Tq]."""
+    if call.cu_seqlens_q is None:
+        number = (seq.b * call.Hq + h) * call.Sq
+    else:
+        number = h * call.Sq + seq.q_start
+    return number
+
+
+@triton.jit
+def from_token(x, first):
+    """The rows of x from `first` on: where the tokens of a packed sequence lie."""
+    data = x.data + tl.cast(first, tl.int64) * x.stride_s
+    return Rows(data=data, stride_b=x.stride_b, stride_h=x.stride_h, stride_s=x.stride_s)
+
+
+@triton.jit
+def place_of_keys(call, seq, n_start, offs_n, rows):
+    """Where the keys n_start + offs_n lie, as load_tile takes it: b, start and offs_s.
+
+    Of keys that do not lie in pages, from seq.k_start on.
+    """
+    pages = call.pages
+    if pages is None:
+        b, start, offs = seq.b, n_start, offs_n
+    else:
+        numbers = pages.table + seq.b * pages.stride_b
+        if pages.whole is not None:
+            page = tl.load(numbers + n_start // pages.size)
+            b = between(page, 0, pages.count - 1).to(tl.int64)
+            start, offs = n_start % pages.size, offs_n
+        else:
+            n = n_start + offs_n
+            page = tl.load(numbers + n // pages.size, mask=rows)
+            b = between(page, 0, pages.count - 1).to(tl.int64)[:, None]
+            start, offs = 0, n % pages.size
+    return b, start, offs
+
+
+# -- Tiles ---------------------------------------------------------------------------------
 
 
 @triton.jit
 def load_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start + offs_s of x: [len(offs_s), BLOCK_D], 0 where `rows` (None = all) is False."""
+    """Rows start + offs_s of x: [len(offs_s), BLOCK_D], 0 where `rows` (None = all) is False.
+
+    b and h are numbers, or one for each row, [len(offs_s), 1].
+    """
     base = x.data + b * x.stride_b + h * x.stride_h + tl.cast(start, tl.int64) * x.stride_s
-    pointers = base + offs_s[:, None] * x.stride_s + offs_d[None, :]
+    pointers = base + (offs_s[:, None] * x.stride_s + offs_d[None, :])
     if rows is None:
         if D == BLOCK_D:
             tile = tl.load(pointers)
@@ -101,7 +274,7 @@ def load_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, BLOCK_D: tl
 @triton.jit
 def store_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, tile):
     base = x.data + b * x.stride_b + h * x.stride_h + tl.cast(start, tl.int64) * x.stride_s
-    pointers = base + offs_s[:, None] * x.stride_s + offs_d[None, :]
+    pointers = base + (offs_s[:, None] * x.stride_s + offs_d[None, :])
     value = tile.to(x.data.dtype.element_ty)
     tl.store(pointers, value, mask=rows[:, None] & (offs_d < D)[None, :])
 
@@ -110,7 +283,7 @@ def store_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, tile):
 def score_pointers(x, b, h, m_start, n_start, i, j):
     base = x.data + b * x.stride_b + h * x.stride_h
     base += tl.cast(m_start, tl.int64) * x.stride_q + tl.cast(n_start, tl.int64) * x.stride_k
-    return base + i * x.stride_q + j * x.stride_k
+    return base + (i * x.stride_q + j * x.stride_k)
 
 
 # -- Who sees whom -------------------------------------------------------------------------
@@ -139,21 +312,48 @@ def visible_block_range(start, end, offset, left, right, length, BLOCK: tl.const
 
 
 @triton.jit
-def visible_tile(call, b, h, m_start, n_start, i, j):
+def seen_blocks(call, seq, m_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """visible_block_range of BLOCK_M queries."""
+    Sk = seq.Sk
+    if call.cu_seqlens_q is not None:  # of which there may be none
+        Sk = tl.where(m_start < seq.Sq, Sk, 0)
+    m_end = tl.minimum(m_start + BLOCK_M, seq.Sq)
+    return visible_block_range(m_start, m_end, seq.offset, call.left, call.right, Sk, BLOCK_N)
+
+
+@triton.jit
+def seeing_blocks(call, seq, n_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """visible_block_range of BLOCK_N keys: the queries that see them."""
+    Sq = seq.Sq
+    if call.cu_seqlens_k is not None or call.seqused_k is not None:  # none may be in use
+        Sq = tl.where(n_start < seq.Sk, Sq, 0)
+    n_end = tl.minimum(n_start + BLOCK_N, seq.Sk)
+    return visible_block_range(n_start, n_end, -seq.offset, call.right, call.left, Sq, BLOCK_M)
+
+
+@triton.jit
+def visible_tile(call, seq, h, m_start, n_start, i, j):
     """Which queries of a tile see which of its keys."""
-    query, key = m_start + i, n_start + j
-    seen = (query < call.Sq) & (key < call.Sk)
-    if call.left is not None:
-        seen = seen & (key >= query + call.offset - call.left)
+    query = m_start + i
+    # of each query the last key of the tile that it sees, from n_start on; past the end: none
+    last = seq.Sk - 1
     if call.right is not None:
-        seen = seen & (key <= query + call.offset + call.right)
+        last = tl.minimum(last, query + (seq.offset + call.right))
+    last = tl.where(query < seq.Sq, last - n_start, -1)
+    seen = j <= last
+    if call.left is not None:
+        seen = seen & (j >= query + (seq.offset - call.left) - n_start)
     if call.key_padding is not None:
         padding = call.key_padding
-        base = padding.data + b * padding.stride_b + tl.cast(n_start, tl.int64) * padding.stride_k
-        seen = seen & (tl.load(base + j * padding.stride_k, mask=key < call.Sk, other=1) == 0)
+        base = padding.data + seq.b * padding.stride_b
+        base += tl.cast(n_start, tl.int64) * padding.stride_k
+        inside = n_start + j < seq.Sk
+        seen = seen & (tl.load(base + j * padding.stride_k, mask=inside, other=1) == 0)
     if call.mask is not None:
-        pointers = score_pointers(call.mask, b, h, m_start, n_start, i, j)
-        seen = seen & (tl.load(pointers, mask=seen, other=0) != 0)
+        # also of what is hidden anyhow: the lanes of a vector must not differ
+        inside = (query < seq.Sq) & (n_start + j < seq.Sk)
+        pointers = score_pointers(call.mask, seq.b, h, m_start, n_start, i, j)
+        seen = seen & (tl.load(pointers, mask=inside, other=0) != 0)
     return seen
 
 
@@ -161,6 +361,41 @@ def visible_tile(call, b, h, m_start, n_start, i, j):
 def somebody(seen, axis: tl.constexpr):
     """Along `axis`, is there anyone who sees? Tiles of others are read as 0: 0 * NaN is NaN."""
     return tl.max(seen.to(tl.int32), axis) != 0
+
+
+@triton.jit
+def seen_keys(call, seq, seen, m_start, m_end, n_start, offs_n):
+    """Which keys some query of [m_start, m_end) sees, [BLOCK_N]. seen: the visible tile, [BLOCK_M,
+    BLOCK_N], or None without mask and key padding.
+
+    Then neighbouring queries see ranges of keys that overlap: together, all from the first query's
+    first key to the last one's last.
+    """
+    if seen is not None:
+        keys = somebody(seen, 0)
+    else:
+        key = n_start + offs_n
+        keys = key < seq.Sk
+        if call.right is not None:
+            keys = keys & (key <= m_end - 1 + seq.offset + call.right)
+        if call.left is not None:
+            keys = keys & (key >= m_start + seq.offset - call.left)
+    return keys
+
+
+@triton.jit
+def seeing_queries(call, seq, seen, m_start, n_start, offs_m, BLOCK_N: tl.constexpr):
+    """Which queries see some key of a tile, [BLOCK_M]. seen: [BLOCK_N, BLOCK_M], or None."""
+    if seen is not None:
+        queries = somebody(seen, 0)
+    else:
+        query, last_key = m_start + offs_m, tl.minimum(n_start + BLOCK_N, seq.Sk) - 1
+        queries = query < seq.Sq
+        if call.right is not None:
+            queries = queries & (query >= n_start - seq.offset - call.right)
+        if call.left is not None:
+            queries = queries & (query <= last_key - seq.offset + call.left)
+    return queries
 
 
 # -- Logits --------------------------------------------------------------------------------
@@ -182,8 +417,11 @@ def tanh(x):
 
 
 @triton.jit
-def logits(s, call, b, h, m_start, n_start, i, j):
-    """s = q·k to what the softmax sees before masking, and d logit / d (scale q·k)."""
+def logits(s, call, seq, h, m_start, n_start, i, j):
+    """s = q·k to what the softmax sees before masking, and d logit / d (scale q·k).
+
+    h is a number, or one for each query, in the shape of i.
+    """
     s = s * call.scale
     slope = 1.0
     if call.softcap is not None:
@@ -192,33 +430,77 @@ def logits(s, call, b, h, m_start, n_start, i, j):
         s = t * call.softcap
         slope = 1.0 - t * t
     if call.bias is not None:
-        inside = (m_start + i < call.Sq) & (n_start + j < call.Sk)
-        pointers = score_pointers(call.bias, b, h, m_start, n_start, i, j)
+        inside = (m_start + i < seq.Sq) & (n_start + j < seq.Sk)
+        pointers = score_pointers(call.bias, seq.b, h, m_start, n_start, i, j)
         s += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     if call.alibi is not None:
         # s <- s - slope * |i + offset - j|
-        distance = tl.abs(m_start + i + call.offset - (n_start + j)).to(tl.float32)
-        s -= tl.load(call.alibi.data + b * call.alibi.stride_b + h) * distance
+        distance = tl.abs(m_start + i + seq.offset - (n_start + j)).to(tl.float32)
+        s -= tl.load(call.alibi.data + seq.b * call.alibi.stride_b + h) * distance
     return s, slope
+
+
+# -- Weights, from the log-sum-exp ----------------------------------------------------------
+
+
+@triton.jit
+def load_lse(pointer, rows):
+    """A query that saw nothing, and one past the end, has p = exp(s - inf) = 0."""
+    lse = tl.load(pointer, mask=rows, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def weights_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, PLAIN: tl.constexpr):
+    """From s = q·k the weights before dropout, and d logit / d (scale q·k).
+
+    lse: as load_lse gives it, in the shape of i. seen: None where all is visible.
+    """
+    slope = 1.0
+    # p <- exp(s - lse)
+    if PLAIN:
+        exponent = s * (call.scale * LOG2E) - lse * LOG2E
+    else:
+        s, slope = logits(s, call, seq, h, m_start, n_start, i, j)
+        exponent = (s - lse) * LOG2E
+    if seen is not None:
+        # not p itself: the compiler would hide the halves of words, after p is rounded
+        exponent = tl.where(seen, exponent, float("-inf"))
+        if call.softcap is not None:  # may be NaN where it is hidden
+            slope = tl.where(seen, slope, 0.0)
+    return tl.exp2(exponent), slope
+
+
+@triton.jit
+def weights_gradient(call, seq, h, m_start, n_start, i, j):
+    """What each weight of a tile receives for its having been returned."""
+    inside = (m_start + i < seq.Sq) & (n_start + j < seq.Sk)
+    pointers = score_pointers(call.weights.dw, seq.b, h, m_start, n_start, i, j)
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * call.weights.share
 
 
 # -- Softmax -------------------------------------------------------------------------------
 
 
 @triton.jit
-def online_softmax_update(acc, row_max, row_sum, s, scale, PLAIN: tl.constexpr):
+def online_softmax_update(
+    acc, row_max, row_sum, s, scale, PLAIN: tl.constexpr, MASKED: tl.constexpr
+):
     """One block of scores into the running softmax (Milakov & Gimelshein 2018, Algorithm 3).
 
     PLAIN: logits are scale * s, and row_max is in powers of two, so that a weight costs one
     fused multiply-add. Else s are logits, whose difference is taken before it is multiplied by
-    log2 e: a logit of -FLT_MAX, which hides keys in many models, would overflow.
+    log2 e: a logit of -FLT_MAX, which hides keys in many models, would overflow. MASKED: some of
+    the scores may be hidden, and are -inf then.
     Returns acc * alpha, row_max, row_sum, p.
     """
     if PLAIN:
         # m <- max(m, rowmax(s))
         new_max = tl.maximum(row_max, tl.max(s, 1) * (scale * LOG2E))
-        # -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0
-        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+        origin = new_max
+        if MASKED:
+            # -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0
+            origin = tl.where(new_max == float("-inf"), 0.0, new_max)
         # p <- exp(s - m), alpha <- exp(m_old - m)
         p = tl.exp2(s * (scale * LOG2E) - origin[:, None])
         alpha = tl.exp2(row_max - origin)
@@ -232,6 +514,37 @@ def online_softmax_update(acc, row_max, row_sum, s, scale, PLAIN: tl.constexpr):
     return acc * alpha[:, None], new_max, row_sum, p
 
 
+@triton.jit
+def sinks_of(call, h, token):
+    """The sinks of head h, for the rows `token` among all; a token of no sequence has none."""
+    sink = tl.load(call.sinks + h)
+    if call.cu_seqlens_q is not None:
+        sink = tl.where(token < tl.load(call.cu_seqlens_q + call.B), sink, float("-inf"))
+    return sink
+
+
+@triton.jit
+def finish_softmax(acc, row_max, row_sum, call, sink, PLAIN: tl.constexpr):
+    """Of rows that have met all their keys: out and lse. sink: of the rows, or None."""
+    blind = row_sum == 0.0  # and so is acc, unless it met a NaN that others see
+    if PLAIN:
+        row_max = row_max * LN2
+    factor = 1.0
+    if sink is not None:
+        # One more logit, without a value: it only joins the denominator.
+        top = tl.maximum(row_max, sink)
+        origin = tl.where(top == float("-inf"), 0.0, top)
+        factor = tl.exp2((row_max - origin) * LOG2E)
+        row_sum = row_sum * factor + tl.exp2((sink - origin) * LOG2E)
+        row_max = top
+    if call.dropout is not None:
+        factor = factor * call.dropout.scale
+    # out <- acc / l, lse <- m + log(l)
+    factor = tl.where(blind, 0.0, factor / row_sum)
+    out = tl.where(blind[:, None], 0.0, acc * factor[:, None])
+    return out, tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log(row_sum))
+
+
 # -- Dropout -------------------------------------------------------------------------------
 
 
@@ -240,14 +553,15 @@ def philox4x32(c0, c1, c2, c3, seed):
     """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    m0 = tl.full((), 0xD2511F53, tl.uint32)
-    m1 = tl.full((), 0xCD9E8D57, tl.uint32)
     w0 = tl.full((), 0x9E3779B9, tl.uint32)
     w1 = tl.full((), 0xBB67AE85, tl.uint32)
     for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(c0, m0), tl.mul(c0, m0, sanitize_overflow=False)
-        high1, low1 = tl.umulhi(c2, m1), tl.mul(c2, m1, sanitize_overflow=False)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        # both halves of a product by one instruction
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        high0, high1 = (product0 >> 32).to(tl.uint32), (product1 >> 32).to(tl.uint32)
+        c0, c2 = high1 ^ c1 ^ k0, high0 ^ c3 ^ k1
+        c1, c3 = product1.to(tl.uint32), product0.to(tl.uint32)
         k0 = tl.add(k0, w0, sanitize_overflow=False)
         k1 = tl.add(k1, w1, sanitize_overflow=False)
     return c0, c1, c2, c3
@@ -286,6 +600,16 @@ def dropout_keep(dropout, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.
     odd = tl.join(halves_kept(c1, dropout.threshold), halves_kept(c3, dropout.threshold))
     words = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2))
     return tl.reshape(words, (ROWS, COLUMNS)) != 0
+
+
+@triton.jit
+def dropout_keep_at(dropout, matrix, row, column):
+    """As dropout_keep, for any columns, each of which draws the bits of all eight of its group."""
+    c0, c1, c2, c3 = philox_words(dropout, matrix, row, column // 8)
+    place = column % 8
+    word = tl.where(place < 4, tl.where(place < 2, c0, c1), tl.where(place < 6, c2, c3))
+    half = tl.where(place % 2 == 0, word & 0xFFFF, word >> 16)
+    return half.to(tl.int32) >= dropout.threshold
 
 
 @triton.jit

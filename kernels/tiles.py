@@ -81,16 +81,67 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
         128: Tiles(64, 64, 8, 1),
         256: Tiles(32, 32, 8, 1),
     },
-    ("forward", "sm_90", 16): {64: Tiles(128, 64, 8, 3)},
-    ("forward", "sm_100", 16): {64: Tiles(128, 64, 8, 3)},
+    ("forward", "sm_80", 16): {64: Tiles(128, 64, 4, 2), 256: Tiles(64, 64, 8, 2)},
+    ("dkdv", "sm_80", 16): {64: Tiles(32, 128, 4, 2), 128: Tiles(64, 64, 4, 2)},
+    ("dq", "sm_80", 16): {64: Tiles(128, 32, 4, 2), 128: Tiles(64, 64, 4, 2)},
+    ("forward", "sm_90", 16): {
+        64: Tiles(128, 128, 8, 3),
+        128: Tiles(128, 128, 8, 2),
+        256: Tiles(128, 64, 8, 2),
+    },
+    ("dkdv", "sm_90", 16): {
+        64: Tiles(64, 128, 8, 2),
+        128: Tiles(64, 128, 8, 1),
+        256: Tiles(64, 32, 8, 1),
+    },
+    ("dq", "sm_90", 16): {
+        64: Tiles(128, 64, 4, 2),
+        128: Tiles(128, 128, 8, 1),
+        256: Tiles(128, 32, 8, 1),
+    },
+    ("forward", "sm_100", 16): {
+        64: Tiles(128, 128, 8, 3),
+        128: Tiles(128, 128, 8, 2),
+        256: Tiles(128, 64, 8, 2),
+    },
+    ("dkdv", "sm_100", 16): {
+        64: Tiles(64, 128, 8, 2),
+        128: Tiles(64, 128, 8, 1),
+        256: Tiles(64, 64, 8, 1),
+    },
+    ("dq", "sm_100", 16): {
+        64: Tiles(128, 64, 4, 2),
+        128: Tiles(128, 128, 8, 1),
+        256: Tiles(128, 32, 8, 1),
+    },
     ("forward", "sm_120", 16): {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2)},
+    ("forward", "gfx942", 16): {128: Tiles(128, 64, 4, 1)},
+    ("dkdv", "gfx942", 16): {
+        64: Tiles(32, 128, 4, 2),
+        128: Tiles(32, 128, 4, 1),
+        256: Tiles(16, 64, 4, 1),
+    },
+    ("dq", "gfx942", 16): {
+        64: Tiles(128, 64, 4, 2),
+        128: Tiles(128, 32, 4, 1),
+        256: Tiles(64, 16, 4, 1),
+    },
     ("forward", "gfx950", 16): {128: Tiles(128, 64, 8, 1)},
+    ("decode", "any", 16): {
+        64: Tiles(16, 64, 4, 3),
+        128: Tiles(16, 32, 4, 3),
+        256: Tiles(16, 32, 4, 2),
+    },
+    ("decode", "any", 32): {
+        64: Tiles(16, 32, 4, 2),
+        128: Tiles(16, 32, 4, 2),
+        256: Tiles(16, 16, 4, 2),
+    },
     ("forward", "any", 32): {
         64: Tiles(32, 32, 4, 1),
         128: Tiles(32, 32, 8, 1),
         256: Tiles(32, 16, 8, 1),
     },
-    ("dkdv", "sm_90", 16): {128: Tiles(32, 64, 8, 1)},
     ("dkdv", "any", 32): {
         64: Tiles(32, 32, 8, 1),
         128: Tiles(16, 32, 8, 1),
@@ -104,11 +155,38 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
 }
 
 
-def attention_tiles(kernel: str, arch: Arch, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """kernel: "forward", "dkdv" or "dq"; head_dim: the larger one of query's and value's."""
+# In place of them where a call has something of its own for each score, a mask, a bias or dropout,
+# whose registers would otherwise spill.
+_PER_SCORE: dict[tuple[str, str, int], dict[int, Tiles]] = {
+    ("dkdv", "sm_80", 16): {64: Tiles(32, 64, 8, 2), 128: Tiles(64, 64, 8, 2)},
+    ("dkdv", "sm_90", 16): {128: Tiles(32, 128, 8, 1)},
+}
+
+
+def attention_tiles(
+    kernel: str, arch: Arch, dtype: torch.dtype, head_dim: int, per_score: bool = False
+) -> Tiles:
+    """kernel: "forward", "decode", "dkdv", "dq"; head_dim: the larger of query's and value's;
+    per_score: whether the call has a mask, a bias or dropout."""
     bits = 8 * dtype.itemsize
     rows = _TABLE[kernel, "any", bits] | _TABLE.get((kernel, arch.name, bits), {})
+    if per_score:
+        rows = rows | _PER_SCORE.get((kernel, arch.name, bits), {})
     return rows[max(64, padded_head_dim(head_dim))]
+
+
+# Few queries against many keys: so many rows at most (queries of heads that share their keys) go to
+# attention_decode, which cuts the keys until there are about so many programs, but no finer.
+MAX_DECODE_ROWS = 64
+DECODE_PROGRAMS = 256
+MIN_SPLIT_KEYS = 256
+
+
+def decode_tiles(arch: Arch, dtype: torch.dtype, head_dim: int, rows: int) -> Tiles:
+    """Tiles of `attention_decode`, of one block of rows if that is possible."""
+    tiles = attention_tiles("decode", arch, dtype, head_dim)
+    block_m = max(tiles.block_m, 1 << (min(rows, MAX_DECODE_ROWS) - 1).bit_length())
+    return tiles._replace(block_m=block_m)
 
 
 class RowTiles(NamedTuple):

@@ -1,28 +1,25 @@
-"""Compiles Triton kernels ahead of time, without a GPU. Run as a program: it answers requests.
+"""Compiles Triton kernels ahead of time, without a GPU, as the JIT would for a call.
 
-A request is a line of JSON: {"target": ..., "kernel": ..., and the fields of `Request`}. The answer
-is a line with what the compiler made of it: registers, spills, shared memory, instructions. Apart
-from the tests' own process, where Triton interprets kernels instead. Triton keeps what it compiled
-by the hash of the sources and options, so that only what has changed is compiled again.
+`measured(request)` tells what the compiler made of it: registers, spills, shared memory,
+instructions.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-# Of the assembly, by what is counted. A cubin is not disassembled: PTX names them too.
+import main_loop
+from compile_launch import CompiledLaunch, compile_launch
+
+# Of the assembly, by what is counted.
 INSTRUCTIONS = {
     "mma": r"\bmma\.sync",
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma",
     "cp.async": r"\bcp\.async\.c[ag]\.shared",
+    "tma": r"\bcp\.async\.bulk\.tensor",
     "mfma": r"\bv_mfma",
     "tf32": r"\.tf32\.",
 }
@@ -51,13 +48,17 @@ class Request:
     dropout_p: float = 0.0
     scale: float = 0.125
     precision: int = 0
+    packed: bool = False
+    used: bool = False  # seqused_k
+    page_size: int = 0
+    weights: bool = False  # returned, with a gradient
 
 
 def launches(request: Request) -> list[Any]:
     """What a call like this would start, from tensors without memory."""
     import torch
 
-    from fused_attention.kernels import launch, tiles
+    from fused_attention.kernels import launch, operators, tiles
 
     arch, dtype = tiles.ARCHS[request.target], getattr(torch, request.dtype)
     B, Hq, D, Dv = 2, 4, request.D, request.Dv or request.D
@@ -89,9 +90,31 @@ def launches(request: Request) -> list[Any]:
             parts = meta(work.chunks, *bias.shape, dtype=torch.float32)
             started.append(launch.softmax_dbias_launch(x, x, rows, parts, work, call, row_tiles))
         return started
-    query, out = meta(B, Hq, request.Sq, D), meta(B, Hq, request.Sq, Dv)
-    key, value = meta(B, request.Hkv, request.Sk, D), meta(B, request.Hkv, request.Sk, Dv)
-    lse, heads = meta(B, Hq, request.Sq, dtype=torch.float32), meta(Hq, dtype=torch.float32)
+    if "kv_cache" in request.kernel:
+        new, lengths = meta(B, Hq, request.Sq, D), meta(B, dtype=torch.int32)
+        cache, table = meta(B, Hq, request.Sk, D), None
+        if request.page_size:
+            cache = meta(99, request.page_size, Hq, D).transpose(1, 2)
+            table = meta(B, 9, dtype=torch.int32)
+        return [launch.cache_append_launch(cache, cache, new, new, lengths, table)]
+    lengths = meta(B + 1, dtype=torch.int32) if request.packed else None
+    used = meta(B, dtype=torch.int32) if request.used else None
+    layout = operators.Layout(request.packed)
+    query, out, key, value = (
+        layout.queries(meta(B * S, H, width) if request.packed else meta(B, H, S, width))
+        for H, S, width in (
+            *((Hq, request.Sq, D), (Hq, request.Sq, Dv)),
+            *((request.Hkv, request.Sk, D), (request.Hkv, request.Sk, Dv)),
+        )
+    )
+    table, users = None, (None, None)
+    if request.page_size:
+        key, value = (
+            meta(99, request.page_size, request.Hkv, width).transpose(1, 2) for width in (D, Dv)
+        )
+        table = meta(B, request.Sk // request.page_size, dtype=torch.int32)
+        users = (meta(99, dtype=torch.int64), meta(100, dtype=torch.int64))
+    lse, heads = meta(*query.shape[:3], dtype=torch.float32), meta(Hq, dtype=torch.float32)
     bias = broadcast(request.bias, dtype)
     call = launch.describe(
         query,
@@ -107,15 +130,28 @@ def launches(request: Request) -> list[Any]:
         meta(2, dtype=torch.int64),
         request.softcap,
         request.dropout_p,
+        *(lengths, lengths, used, table),
     )
     rest = (call, request.precision, arch)
     dsinks = heads if request.sinks else None
-    started = [
-        launch.forward_launch(query, key, value, out, lse, *rest),
-        *launch.backward_launches(
-            query, key, value, out, out, lse, lse, lse, query, key, value, dsinks, *rest
-        ),
-    ]
+    started = []
+    if request.weights:
+        weights = meta(B, 1, request.Sq, request.Sk)
+        started.append(launch.weights_launch(query, key, lse, weights, *rest))
+        gradient = launch.weights_gradient(weights[:, 0], True, Hq)
+        rest = (call._replace(weights=gradient), *rest[1:])
+    splits = launch.decode_splits(B, Hq, request.Hkv, request.Sq, request.Sk, request.window)
+    if splits == 0:
+        started.append(launch.forward_launch(query, key, value, out, lse, *rest))
+    else:
+        parts = (meta(splits, lse.numel(), Dv, dtype=torch.float32),) + (lse,) * 2
+        parts = parts if splits > 1 else (None,) * 3
+        operands = (query, key, value, out, lse, splits, parts, request.Sq)
+        started += launch.decode_launches(*operands, *rest)
+    gradients = (query, key, value, dsinks)
+    started += launch.backward_launches(
+        query, key, value, out, out, lse, lse, lse, *gradients, *rest, users=users
+    )
     if bias is not None:
         parts = meta(2, *bias.shape, dtype=torch.float32)
         started.append(launch.dbias_launch(query, key, value, out, lse, lse, parts, 2, *rest))
@@ -125,86 +161,27 @@ def launches(request: Request) -> list[Any]:
     return started
 
 
-def compiled(request: Request) -> dict[str, Any]:
-    """Compiles as the JIT would at the launch, and measures."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
+def compiled(request: Request) -> tuple[Any, CompiledLaunch]:
+    """The launch, and what it is compiled to. RuntimeError if it cannot be."""
+    one = next(x for x in launches(request) if x.kernel.fn.__name__ == request.kernel)
+    return one, compile_launch(request.target, one)
 
+
+def instruction_counts(assembly: str) -> dict[str, int]:
+    return {name: len(re.findall(pattern, assembly)) for name, pattern in INSTRUCTIONS.items()}
+
+
+def measured(request: Request) -> dict[str, Any]:
+    """Of the kernel as the JIT would compile it at the launch. RuntimeError if it cannot."""
+    one, code = compiled(request)
     is_amd = request.target.startswith("gfx")
-    target = (
-        GPUTarget("hip", request.target, 64)
-        if is_amd
-        else GPUTarget("cuda", int(request.target.removeprefix("sm_")), 32)
+    resources = (
+        main_loop.gcn_resources(code.assembly) if is_amd else main_loop.resources(code.binary)
     )
-    one = next(x for x in launches(request) if x.kernel.__name__ == request.kernel)
-    function, backend = one.kernel, make_backend(target)
-    keywords = one.constants | one.options
-    bind = create_function_from_signature(function.signature, function.params, backend)
-    bound, specialization, _ = bind(*one.args, **keywords)
-    options, signature, constants, attributes = function._pack_args(
-        backend, keywords, bound, specialization, None
-    )
-    source = ASTSource(function, signature, constants, attributes)
-    kernel = triton.compile(source, target=target, options=options.__dict__)
-    assembly = kernel.asm["amdgcn" if is_amd else "ptx"]
-    measured = {"shared": kernel.metadata.shared, "tiles": one.constants, "warps": one.num_warps}
-    measured["tiles"] = {k: v for k, v in one.constants.items() if isinstance(v, int)}
-    for name, pattern in INSTRUCTIONS.items():
-        measured[name] = len(re.findall(pattern, assembly))
-    if is_amd:
-        measured["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1])
-        measured["spills"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1])
-    else:
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            command = [tool, "--dump-resource-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        measured["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
-        measured["spills"] = sum(
-            int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("STACK", "LOCAL")
-        )
-    return measured
-
-
-class Compiler:
-    """The program, from the other side."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def __call__(self, request: Request) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(asdict(request)) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def main() -> None:
-    for line in sys.stdin:
-        try:
-            answer = compiled(Request(**json.loads(line)))
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"[-2000:]}
-        print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        "shared": code.shared,
+        "warps": one.num_warps,
+        "tiles": {k: v for k, v in one.constants.items() if isinstance(v, int)},
+        **resources,
+        **instruction_counts(code.assembly),
+    }

@@ -42,6 +42,53 @@ _SMALL = {"dtype": torch.float64, "B": 2, "Hq": 2, "Hkv": 2, "Sq": 3, "Sk": 5, "
 CASES = {name: Case(**_SMALL | fields, seed=3) for name, fields in _VARIANTS.items()}
 
 
+def _offsets(*starts):
+    return torch.tensor(starts, dtype=torch.int32)
+
+
+def _sequences(keys, **options):
+    """query, key and value, keys of this shape, and the other keywords."""
+    draw = torch.Generator().manual_seed(5)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    packed = "cu_seqlens_q" in options
+    query = randn(7, 2, 4) if packed else randn(2, 2, 3, 4)
+    return {"query": query, "key": randn(*keys, 4), "value": randn(*keys, 3)}, options
+
+
+# Calls with sequences of different lengths, which a `Case` does not describe.
+SEQUENCES = {
+    "packed": _sequences(
+        (9, 1), cu_seqlens_q=_offsets(0, 2, 6), cu_seqlens_k=_offsets(0, 5, 8), causal="top_left",
+        sinks=torch.tensor([0.3, -0.2], dtype=torch.float64), dropout_p=0.3, philox_seed=7,
+    ),
+    "packed, used lengths": _sequences(
+        (9, 2), cu_seqlens_q=_offsets(0, 4, 7), cu_seqlens_k=_offsets(0, 5, 9),
+        seqused_k=_offsets(4, 2), window_size=(2, 1),
+    ),
+    "used lengths": _sequences(
+        (2, 1, 5), seqused_k=_offsets(5, 3), causal="bottom_right",
+        bias=torch.linspace(-1, 1, 30, dtype=torch.float64).view(1, 2, 3, 5),
+    ),
+    "pages, one of two sequences": _sequences(
+        (4, 3, 2), block_table=_offsets(2, 0, 1, 2).view(2, 2), seqused_k=_offsets(5, 6),
+    ),
+    "packed, pages": _sequences(
+        (5, 2, 1), cu_seqlens_q=_offsets(0, 3, 7), cu_seqlens_k=_offsets(0, 3, 7),
+        block_table=_offsets(3, 0, 1, 4).view(2, 2), causal="bottom_right",
+    ),
+}  # fmt: skip
+
+
+def features_of_sequences(name: str, **options) -> frozenset[str]:
+    """The same of a call of SEQUENCES."""
+    tensors, given = SEQUENCES[name]
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    return Problem.from_call(**leaves, **given, **options).features
+
+
 def features_of(case: Case, **options) -> frozenset[str]:
     """The names in `problem.FEATURES` that a call of this case uses."""
     inputs = testing.make_inputs(case)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import feature_cases
-from feature_cases import CASES, finite
+from feature_cases import CASES, SEQUENCES, finite
 from fused_attention import attention, ops, testing
 from fused_attention.backends import BACKENDS
 from fused_attention.problem import FEATURES
@@ -72,12 +72,33 @@ def test_gradcheck(name, return_lse):
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True, check_batched_grad=True)
 
 
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_gradcheck_of_sequences(name):
+    tensors, options = SEQUENCES[name]
+    leaves = tensors | {x: options[x] for x in ("bias", "sinks") if x in options}
+    leaves = {x: tensor.detach().requires_grad_() for x, tensor in leaves.items()}
+
+    def function(*tensors):
+        named = dict(zip(leaves, tensors, strict=True))
+        return finite(attention(**options | named, return_lse=True, backend="cpu"))
+
+    tensors = tuple(leaves.values())
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True, check_batched_grad=True)
+    for got, want in zip(function(*tensors), reference_of(leaves, options), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def reference_of(leaves, options):
+    return finite(attention(**options | leaves, return_lse=True, backend="reference"))
+
+
 def test_every_feature_of_a_fused_backend_has_a_gradcheck():
     checked = set().union(
-        *(feature_cases.features_of(case, **o) for case in CASES.values() for o in ({}, LSE))
+        *(feature_cases.features_of(case, **o) for case in CASES.values() for o in ({}, LSE)),
+        *map(feature_cases.features_of_sequences, SEQUENCES),
     )
-    rows = [row for row in BACKENDS if row.name != "reference"]
-    built = set().union(*(row.features - row.forward_only for row in rows))
+    built = set().union(*(row.features for row in BACKENDS if row.name != "reference"))
     assert checked <= set(FEATURES)
     assert built <= checked, "needs a case in feature_cases.py"
 

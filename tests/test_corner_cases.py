@@ -268,3 +268,25 @@ def test_masks_and_biases_of_any_stride(isa, layout):
         backend="cpu",
     )
     assert torch.equal(out, dense)
+
+
+@pytest.mark.parametrize("shape", ["11QK", "B1QK", "1HQK", "BHQK", "B11K"])
+@pytest.mark.parametrize("options", [{}, {"Hq": 4, "causal": "bottom_right"}], ids=["", "causal"])
+def test_masks_in_blocks(isa, shape, options):
+    """Tiles that a mask hides, leaves alone and cuts, with NaN in the keys that nobody sees."""
+    case = testing.Case(mask=shape, B=2, Sq=150, Sk=450, **options)
+    inputs = testing.make_inputs(case)
+    mask = torch.ones(case.broadcast_shape(shape), dtype=torch.bool)
+    mask[..., 100:300] = False
+    if shape != "B11K":
+        mask[..., 40:60, :] = False
+        mask[..., 64:, 290:300] = True
+        mask[..., 5, 2] = False
+    inputs.options["mask"] = mask
+    wrong = testing.mismatches(testing.run(inputs), testing.exact(inputs), testing.naive(inputs))
+    assert not wrong
+    hidden = ~mask.expand(2, inputs.tensors["query"].shape[1], 150, 450).any(2).any(1)
+    expected = testing.run(inputs)["out"]
+    for name in ("key", "value"):
+        inputs.tensors[name].masked_fill_(hidden[:, None, :, None], torch.nan)
+    assert torch.equal(testing.run(inputs)["out"], expected)

@@ -23,6 +23,11 @@ CASES = {
     "bias of all heads": Case(B=2, Hq=3, Hkv=1, Sq=120, Sk=100, bias="11QK", dropout_p=0.1),
     "bias of keys": Case(B=2, Hq=3, Hkv=1, Sq=120, Sk=200, bias="1H1K"),
     "one bias": Case(B=2, Hq=3, Hkv=3, Sq=70, Sk=200, bias="1111"),
+    # From 8 tasks on dq, dk and dv come from one pass.
+    "many heads": Case(B=2, Hq=8, Hkv=4, Sq=110, Sk=130, causal="bottom_right", dropout_p=0.2),
+    "bias of all batches": Case(B=2, Hq=8, Hkv=8, Sq=60, Sk=100, bias="1HQK"),
+    "bias of keys, all batches": Case(B=2, Hq=16, Hkv=8, Sq=60, Sk=100, bias="1H1K"),
+    "bias of a batch": Case(B=8, Hq=2, Hkv=1, Sq=60, Sk=100, bias="B1QK", softcap=2.0),
 }  # fmt: skip
 
 

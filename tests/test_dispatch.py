@@ -6,6 +6,7 @@ import itertools
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused_attention
-from fused_attention import ArgumentValueError, attention, backends, explain, ops
+from fused_attention import ArgumentValueError, attention, backends, cuda, explain, ops
 from fused_attention.backends import BACKENDS, CPU, NAMES, PLANS, REFERENCE
 from fused_attention.problem import FEATURES, Problem
 from fused_attention.reference import attention_reference
@@ -64,18 +65,18 @@ PAGED = {
     "block_table": torch.tensor([[0, 1], [2, 3]], dtype=int32),
     "seqused_k": torch.tensor([5, 8], dtype=int32),
 }
-# What only the reference serves
-PACKED_GRADIENT = PACKED | {"query": torch.randn(6, 4, 8, requires_grad=True)}
+WIDE = qkv(D=520)  # only the reference serves it
 
 
 @pytest.mark.parametrize("valid", [PACKED, PAGED], ids=["packed", "paged"])
-def test_packed_and_paged_calls_with_gradients_reach_the_reference(valid):
-    valid = valid | {"query": valid["query"].clone().requires_grad_()}
-    out, lse = attention(**valid, return_lse=True)
-    expected = attention_reference(**valid, return_lse=True)
-    torch.testing.assert_close((out, lse), expected, atol=0, rtol=0)
-    out.sum().backward()
-    assert valid["query"].grad.any()
+def test_packed_and_paged_calls_with_gradients(valid):
+    gradients = []
+    for backend in ("cpu", "reference"):
+        query = valid["query"].clone().requires_grad_()
+        out = attention(**valid | {"query": query}, backend=backend)
+        gradients += [out.detach(), *torch.autograd.grad(out.square().sum(), query)]
+    torch.testing.assert_close(gradients[:2], gradients[2:])
+    assert gradients[1].any()
 
 
 def test_causal_true_where_lengths_agree():
@@ -142,32 +143,29 @@ def test_auto_takes_the_first_row_without_a_reason():
     assert CPU.supports(problem) == []
     assert backends.choose(problem) is CPU
     assert backends.choose(Problem.from_call(**PACKED)) is CPU
-    assert backends.choose(Problem.from_call(**PACKED_GRADIENT)) is REFERENCE
+    assert backends.choose(Problem.from_call(**WIDE)) is REFERENCE
 
 
 def test_every_reason_is_given():
-    arguments = qkv(D=600, Dv=513) | {"seqused_k": torch.ones(2, dtype=int32)}
+    arguments = qkv(D=600, Dv=513)
     on_meta = {name: x.to("meta") for name, x in arguments.items()}
-    on_meta["key"].requires_grad_()
     reasons = CPU.supports(Problem.from_call(**on_meta))
     assert [reason.split(":")[0] for reason in reasons] == [
         "device meta",
         "query's head_dim 600",
         "value's head_dim 513",
-        "gradients with seqused_k",
     ]
 
 
 def test_an_explicit_backend_never_falls_back():
-    with pytest.raises(NotImplementedError, match="cuda.*not built yet"):
+    with pytest.raises(NotImplementedError, match="cuda.*device cpu: only cuda"):
         attention(**qkv(), backend="cuda")
     with pytest.raises(NotImplementedError, match="triton.*device cpu: only cuda"):
         attention(**qkv(), backend="triton")
-    with pytest.raises(NotImplementedError, match="cpu.*gradients with varlen: not built yet"):
-        attention(**PACKED_GRADIENT, backend="cpu")
-    wide = qkv(D=600) | {"query": qkv(D=600)["query"].requires_grad_()}
-    with pytest.raises(NotImplementedError, match="head_dim 600.*; .*seqused_k: not built yet"):
-        attention(**wide, seqused_k=torch.ones(2, dtype=int32), backend="cpu")
+    with pytest.raises(NotImplementedError, match="cpu.*head_dim 520: only 1 to 512"):
+        attention(**WIDE, backend="cpu")
+    with pytest.raises(NotImplementedError, match="query's head_dim 520.*; value's head_dim 514"):
+        attention(**qkv(D=520, Dv=514), backend="cpu")
     arguments = qkv()
     expected = attention_reference(**arguments)
     assert torch.equal(attention(**arguments, backend="reference"), expected)
@@ -177,11 +175,11 @@ def test_an_explicit_backend_never_falls_back():
 def test_the_reference_is_logged_once_per_reason(caplog):
     with caplog.at_level(logging.WARNING, "fused_attention"):
         for _ in range(3):
-            attention(**PACKED_GRADIENT)
+            attention(**WIDE)
         assert len(caplog.records) == 1
         message = caplog.text
-        assert "cpu: gradients with varlen: not built yet" in message
-        assert "cuda: not built yet" in message
+        assert "cpu: query's head_dim 520" in message
+        assert f"cuda: {backends.CUDA.missing()}" in message
         for _ in range(2):
             attention(**qkv(D=513))
         assert len(caplog.records) == 2 and "head_dim 513" in caplog.text
@@ -194,14 +192,14 @@ def test_the_reference_is_logged_once_per_reason(caplog):
 def test_strict_refuses_the_reference(environment):
     environment(STRICT="1")
     with pytest.raises(
-        NotImplementedError, match="STRICT(.|\n)*cuda: (.|\n)*cpu: gradients with varlen: not built"
+        NotImplementedError, match="STRICT(.|\n)*cuda: (.|\n)*cpu: query's head_dim 520"
     ):
-        attention(**PACKED_GRADIENT)
+        attention(**WIDE)
     attention(**qkv())
     attention(**PACKED)
-    attention(**PACKED_GRADIENT, backend="reference")
+    attention(**WIDE, backend="reference")
     environment(STRICT="0")
-    attention(**PACKED_GRADIENT)
+    attention(**WIDE)
 
 
 def test_environment_chooses_the_backend(environment):
@@ -441,7 +439,7 @@ def test_explain_tells_backend_isa_kernel_tiles_and_memory(isa):
     assert explanation.details.kernel.startswith("attention_forward")
     assert explain(**qkv(Sq=1)).details.kernel == "attention_decode"
     assert explanation.details.block_m > 0 and explanation.details.block_n > 0
-    assert explanation.refused["cuda"] == ["not built yet"]
+    assert explanation.refused["cuda"] == [backends.CUDA.missing(), "device cpu: only cuda"]
     assert explanation.refused["triton"][-1] == "device cpu: only cuda"
     text = str(explanation)
     for word in ("cpu", isa, "attention_forward", "MiB", "queries", "not cuda"):
@@ -469,8 +467,8 @@ def test_explain_takes_every_argument_of_attention():
         explanation = explain(**qkv(Sq=50), **options)
     assert explanation.details.kernel.startswith("attention_forward")
     assert explain(**PACKED).backend == explain(**PAGED).backend == "cpu"
-    assert explain(**PACKED_GRADIENT).backend == "reference"
-    with pytest.raises(NotImplementedError, match="not built yet"):
+    assert explain(**WIDE).backend == "reference"
+    with pytest.raises(NotImplementedError, match="device cpu: only cuda"):
         explain(**qkv(), backend="cuda")
     with pytest.raises(TypeError, match="nonsense"):
         explain(**qkv(), nonsense=1)
@@ -559,6 +557,8 @@ def test_triton_serves_what_is_on_a_gpu(monkeypatch):
     from fused_attention.kernels.tiles import ARCHS
 
     TRITON.missing.cache_clear()
+    monkeypatch.setattr(cuda, "LIBRARY", Path("not built"))
+    cuda.load.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     try:
         if TRITON.missing():
@@ -570,6 +570,17 @@ def test_triton_serves_what_is_on_a_gpu(monkeypatch):
         monkeypatch.setattr("fused_attention.kernels.tiles.arch_of", lambda device: ARCHS["sm_90"])
         details = TRITON.details(on_gpu)
         assert details.isa == "sm_90" and details.block_m > 0 and details.block_n > 0
+        assert details.kernel == "attention_decode" and "in 1 splits" in details.reason
+        long = dataclasses.replace(on_gpu, seqlen_q=1, seqlen_k=100_000)
+        parts = TRITON.details(long).extra_bytes
+        lse_bytes = 4 * long.batch * long.heads_q
+        assert parts > 2 * lse_bytes * long.head_dim_v and parts % lse_bytes == 0
+        prompt = dataclasses.replace(on_gpu, seqlen_q=1000)
+        assert TRITON.details(prompt).kernel == "attention_forward"
+        packed = {"query": randn(9, 4, 8), "key": randn(9, 2, 8), "value": randn(9, 2, 8)}
+        cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+        problem = Problem.from_call(**packed, cu_seqlens_q=cu, cu_seqlens_k=cu, seqused_k=cu[1:])
+        assert TRITON.supports(dataclasses.replace(problem, device=torch.device("cuda"))) == []
     finally:
         TRITON.missing.cache_clear()
 
@@ -594,7 +605,7 @@ def test_every_operator_has_kernels_for_both_devices():
     for name in (
         *("attention_forward_plain", "attention_forward_plain_lse", "attention_forward"),
         *("attention_backward", "dropout_keep_mask", "masked_softmax_forward"),
-        *("masked_softmax_", "masked_softmax_backward"),
+        *("masked_softmax_", "masked_softmax_backward", "attention_weights", "kv_cache_append_"),
     ):
         assert name in names
         for key in ("CPU", "CUDA"):

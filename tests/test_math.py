@@ -49,3 +49,12 @@ def test_rejects_what_is_no_pair_of_buffers():
         _native.apply_math("exp2", x, np.zeros(8, np.float32)[::2])
     with pytest.raises(ValueError, match="function"):
         _native.apply_math("log", x, x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_operations_on_registers_are_counted(isa, dtype):
+    """What a float counts to, 2^24, is no limit."""
+    few, many = 1000, 1 << 25
+    assert _native.multiply_registers(dtype, many) * few == (
+        _native.multiply_registers(dtype, few) * many
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from feature_cases import CASES, finite
+from feature_cases import CASES, SEQUENCES, finite
 from fused_attention import _native, attention, ops, reference, testing
 from fused_attention.testing import Case
 from fused_attention.weights import attention_with_weights
@@ -452,3 +452,14 @@ def test_tangents_of_alibi_slopes_raise(way):
     x, y = torch.rand(2, requires_grad=True), torch.randn(1, 2, 3, 4)
     with pytest.raises((NotImplementedError, RuntimeError), match="alibi_slopes"):
         WAYS[way](lambda x: attention(y, y, y, alibi_slopes=x), x)
+
+
+@pytest.mark.parametrize("way", ["create_graph", "dual numbers", "jvp"])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_packed_sequences_raise(name, way):
+    tensors, options = SEQUENCES[name]
+    with pytest.raises(NotImplementedError, match="packed sequences.* not built.*reference"):
+        WAYS[way](
+            lambda x: attention(x, tensors["key"], tensors["value"], **options, backend="cpu"),
+            tensors["query"].detach().requires_grad_(),
+        )

@@ -66,49 +66,134 @@ def table(B, page_size, room):
 # -- Packed ------------------------------------------------------------------------------
 
 
+def packed_call(case, lengths, page_size):
+    """The dense calls of the sequences, one by one, and the packed call of all, with NaN wherever
+    no sequence reads."""
+    each = [
+        testing.make_inputs(dataclasses.replace(case, B=1, Sq=Sq, Sk=Sk, seed=seed))
+        for seed, (Sq, Sk) in enumerate(lengths)
+    ]
+    sinks = {"sinks": each[0].tensors["sinks"]} if case.sinks else {}
+    each = [dataclasses.replace(x, tensors=x.tensors | sinks) for x in each]
+
+    def packed(tensor):
+        return with_dirt([x.tensors[tensor][0].transpose(0, 1) for x in each])
+
+    call = {"query": packed("query"), **sinks}
+    call |= {
+        "cu_seqlens_q": offsets(lengths_q(lengths)),
+        "cu_seqlens_k": offsets(lengths_k(lengths)),
+    }
+    if page_size is None:
+        call |= {name: packed(name) for name in ("key", "value")}
+    else:
+        longest = max(lengths_k(lengths))
+        numbers = table(len(lengths), page_size, longest)
+        for name in ("key", "value"):
+            rows = torch.cat([pad(x.tensors[name], longest) for x in each])
+            call[name] = to_pages(rows, page_size, numbers)
+        call["block_table"] = numbers
+    call |= {k: v for k, v in each[0].keywords.items() if k != "alibi_slopes"}
+    if case.alibi:
+        call["alibi_slopes"] = torch.cat([x.options["alibi_slopes"] for x in each])
+    return each, call
+
+
+def lengths_q(lengths):
+    return [Sq for Sq, _ in lengths]
+
+
+def lengths_k(lengths):
+    return [Sk for _, Sk in lengths]
+
+
+def with_dirt(parts, dim=0):
+    """Along `dim`, with three tokens behind the last sequence, of none."""
+    shape = [3 if i == dim else size for i, size in enumerate(parts[0].shape)]
+    return torch.cat([*parts, parts[0].new_full(shape, NAN)], dim)
+
+
 @pytest.mark.parametrize("page_size", [None, 7, 64])
 @pytest.mark.parametrize("lengths", [LENGTHS, DECODED], ids=["prompts", "decode"])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_packed(isa, name, dtype, lengths, page_size):
-    each = [
-        testing.make_inputs(
-            dataclasses.replace(OPTIONS[name], B=1, Sq=Sq, Sk=Sk, dtype=dtype, seed=seed)
-        )
-        for seed, (Sq, Sk) in enumerate(lengths)
-    ]
-    sinks = {"sinks": each[0].tensors["sinks"]} if OPTIONS[name].sinks else {}
-    each = [dataclasses.replace(x, tensors=x.tensors | sinks) for x in each]
-
-    def packed(tensor, dirt):  # with tokens behind the last sequence, of none
-        parts = [x.tensors[tensor][0].transpose(0, 1) for x in each]
-        return torch.cat([*parts, torch.full_like(parts[2][:3], dirt)])
-
-    query = packed("query", NAN)
-    cu_q, cu_k = (offsets(x) for x in zip(*lengths, strict=True))
-    places = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
-    if page_size is None:
-        key, value = packed("key", NAN), packed("value", NAN)
-    else:
-        longest = max(Sk for _, Sk in lengths)
-        numbers = table(len(lengths), page_size, longest)
-        key, value = (
-            to_pages(torch.cat([pad(x.tensors[tensor], longest) for x in each]), page_size, numbers)
-            for tensor in ("key", "value")
-        )
-        places["block_table"] = numbers
-    options = {k: v for k, v in each[0].keywords.items() if k != "alibi_slopes"} | sinks
-    if OPTIONS[name].alibi:
-        options["alibi_slopes"] = torch.cat([x.options["alibi_slopes"] for x in each])
-    kernel = explain(query, key, value, **places, **options, max_seqlen_q=max(lengths)[0]).details
-    assert kernel.kernel.startswith(
-        "attention_decode" if lengths is DECODED else "attention_forward"
-    )
-    out, lse = attention(query, key, value, **places, **options, return_lse=True, backend="cpu")
-    assert out.shape == (query.shape[0], 4, 40) and lse.shape == (4, query.shape[0])
+    each, call = packed_call(dataclasses.replace(OPTIONS[name], dtype=dtype), lengths, page_size)
+    kernel = explain(**call, max_seqlen_q=max(lengths)[0]).details.kernel
+    assert kernel.startswith("attention_decode" if lengths is DECODED else "attention_forward")
+    out, lse = attention(**call, return_lse=True, backend="cpu")
+    tokens, cu_q = call["query"].shape[0], call["cu_seqlens_q"]
+    assert out.shape == (tokens, 4, 40) and lse.shape == (4, tokens)
     for inputs, begin, end in zip(each, cu_q[:-1], cu_q[1:], strict=True):
         check_sequence(inputs, out[begin:end].transpose(0, 1)[None], lse[None, :, begin:end])
     assert (out[cu_q[-1] :] == 0).all() and (lse[:, cu_q[-1] :] == -float("inf")).all()
+
+
+def from_pages(pages, numbers, room):
+    """[B, H, room, D], what `to_pages` took."""
+    return pages[numbers].flatten(1, 2)[:, :room].transpose(1, 2)
+
+
+def differentiate(call, grad_out, grad_lse):
+    """Gradients by name: NaN in grad_out reaches nothing that a sequence uses."""
+    names = ("query", "key", "value", "bias", "sinks")
+    leaves = {x: call[x].detach().requires_grad_() for x in names if x in call}
+    results = attention(**call | leaves, return_lse=True, backend="cpu")
+    gradients = torch.autograd.grad(results, list(leaves.values()), (grad_out, grad_lse))
+    return {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+
+
+def check_gradients(each):
+    """Of the sequences together: [(the dense call of one, its gradients by name), ...]."""
+
+    def together(results):
+        names = set.intersection(*map(set, results))
+        return {name: torch.cat([x[name].flatten() for x in results]) for name in sorted(names)}
+
+    want = [testing.exact(inputs) for inputs, _ in each]
+    naive = [testing.naive(inputs) for inputs, _ in each]
+    dtype = each[0][0].grad_out.dtype  # that of out sets the floor
+    got = together(
+        [own | {"out": x["out"].to(dtype)} for (_, own), x in zip(each, want, strict=True)]
+    )
+    naive = tuple(map(together, zip(*naive, strict=True)))
+    wrong = testing.errors(got, together(want), naive)
+    assert not [e.message for e in wrong if e.is_wrong]
+
+
+@pytest.mark.parametrize("page_size", [None, 7])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients_of_packed(isa, name, page_size):
+    dtype = testing.DTYPES[(len(name) + (page_size or 0)) % 4]
+    case = dataclasses.replace(OPTIONS[name], dtype=dtype)
+    each, call = packed_call(case, LENGTHS, page_size)
+    seen = [
+        testing.exact(x)["lse"].isfinite() if Sq else None
+        for x, (Sq, _) in zip(each, LENGTHS, strict=True)
+    ]
+    each = [
+        x if finite is None else dataclasses.replace(x, grad_lse=x.grad_lse.where(finite, 0.0))
+        for x, finite in zip(each, seen, strict=True)
+    ]
+    grad_out = with_dirt([x.grad_out[0].transpose(0, 1) for x in each])
+    grad_lse = with_dirt([x.grad_lse[0] for x in each], dim=1)
+    got = differentiate(call, grad_out, grad_lse)
+    cu_q, cu_k = call["cu_seqlens_q"], call["cu_seqlens_k"]
+    assert (got["dquery"][cu_q[-1] :] == 0).all()
+    gradients = []
+    for b, (inputs, (Sq, Sk)) in enumerate(zip(each, LENGTHS, strict=True)):
+        if Sq == 0 or Sk == 0:
+            continue
+        own = {"dquery": got["dquery"][cu_q[b] : cu_q[b + 1]].transpose(0, 1)[None]}
+        for part in ("dkey", "dvalue"):
+            if page_size is None:
+                own[part] = got[part][cu_k[b] : cu_k[b + 1]].transpose(0, 1)[None]
+            else:
+                own[part] = from_pages(got[part], call["block_table"][b : b + 1], Sk)
+        gradients.append((inputs, own))
+    check_gradients(gradients)
+    used = sum(got[part].abs().sum((-1, -2)).count_nonzero() for part in ("dkey", "dvalue"))
+    assert used <= 2 * cu_k[-1]  # and 0 everywhere else
 
 
 def pad(x, length):
@@ -168,28 +253,62 @@ def test_used_lengths_and_pages(isa, name, Sq, page_size):
     given = tensors | {"key": key, "value": value}
     out, lse = attention(**given, **inputs.keywords, **places, return_lse=True, backend="cpu")
     for b, n in enumerate(used):
-        # The same call with this sequence alone
-        own = {
-            name: (x if name == "sinks" or x.shape[0] == 1 else x[b : b + 1])
-            for name, x in tensors.items()
-        }
-        options = {
-            name: (x[b : b + 1] if isinstance(x, torch.Tensor) and x.shape[0] == 4 else x)
-            for name, x in inputs.options.items()
-        }
-        for part in ("key", "value"):
-            own[part] = own[part][:, :, :n]
-        for where, part in ((own, "bias"), (options, "mask"), (options, "key_padding_mask")):
-            if part in where and where[part].shape[-1] == room:
-                where[part] = where[part][..., :n]
-        one = dataclasses.replace(
-            inputs,
-            tensors=own,
-            options=options,
-            grad_out=inputs.grad_out[b : b + 1],
-            grad_lse=inputs.grad_lse[b : b + 1],
-        )
-        check_sequence(one, out[b : b + 1], lse[b : b + 1])
+        check_sequence(alone(inputs, b, n), out[b : b + 1], lse[b : b + 1])
+
+
+def alone(inputs, b, used):
+    """The same call with this sequence alone, of a batch of 4, and with the keys it uses."""
+    room = inputs.tensors["key"].shape[2]
+
+    def own(name, x):
+        if not isinstance(x, torch.Tensor) or name == "sinks":
+            return x
+        if x.shape[0] == 4:
+            x = x[b : b + 1]
+        if name in ("key", "value"):
+            return x[:, :, :used]
+        return x[..., :used] if x.shape[-1] == room else x
+
+    return dataclasses.replace(
+        inputs,
+        tensors={name: own(name, x) for name, x in inputs.tensors.items()},
+        options={name: own(name, x) for name, x in inputs.options.items()},
+        grad_out=inputs.grad_out[b : b + 1],
+        grad_lse=inputs.grad_lse[b : b + 1],
+    )
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("name", OPTIONS | SCORES)
+def test_gradients_of_used_lengths_and_pages(isa, name, page_size):
+    used, room = [160, 0, 290, 333], 336
+    dtype = testing.DTYPES[(len(name) + (page_size or 0)) % 4]
+    case = dataclasses.replace((OPTIONS | SCORES)[name], B=4, Sq=60, Sk=room, dtype=dtype)
+    inputs = testing.make_inputs(case)
+    call = inputs.tensors | inputs.keywords | {"seqused_k": torch.tensor(used, dtype=int32)}
+    if page_size is not None:
+        numbers = table(4, page_size, room)
+        call |= {x: to_pages(inputs.tensors[x], page_size, numbers) for x in ("key", "value")}
+        call["block_table"] = numbers
+    each = [alone(inputs, b, n) for b, n in enumerate(used)]
+    lse = torch.cat([testing.exact(x)["lse"] for x in each])
+    grad_lse = inputs.grad_lse.masked_fill(lse.isinf(), 0.0)
+    each = [dataclasses.replace(x, grad_lse=grad_lse[b : b + 1]) for b, x in enumerate(each)]
+    got = differentiate(call, inputs.grad_out, grad_lse)
+    gradients = []
+    for b, n in enumerate(used):
+        own = {"dquery": got["dquery"][b : b + 1]}
+        if case.bias and case.bias[0] == "B":
+            own["dbias"] = got["dbias"][b : b + 1, ..., :n]
+            assert (got["dbias"][b, ..., n:] == 0).all()
+        for part in ("dkey", "dvalue"):
+            if page_size is None:
+                own[part] = got[part][b : b + 1, :, :n]
+                assert (got[part][b, :, n:] == 0).all()
+            else:
+                own[part] = from_pages(got[part], numbers[b : b + 1], n)
+        gradients.append((each[b], own))
+    check_gradients(gradients)
 
 
 # -- Whatever the lengths hold -----------------------------------------------------------
@@ -257,17 +376,39 @@ def test_bits_do_not_depend_on_threads(isa, lengths):
     Sq, Sk = zip(*lengths, strict=True)
     query, key = torch.randn(sum(Sq), 4, 64), torch.randn(sum(Sk), 2, 64)
     cu = {"cu_seqlens_q": offsets(Sq), "cu_seqlens_k": offsets(Sk)}
+    leaves = [x.requires_grad_() for x in (query, key)]
     results = []
     for threads in (1, 2, 3):
         with testing.num_threads(threads):
-            results.append(attention(query, key, key, **cu, causal="bottom_right"))
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+            out = attention(query, key, key, **cu, causal="bottom_right")
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 @pytest.mark.parametrize("call", [PACKED, PAGED], ids=["packed", "paged"])
-def test_operator(call):
+def test_operators(call):
     arguments = dict(call) | {"scale": 0.3, "causal": 2, "window_left": -1, "window_right": -1}
-    opcheck(torch.ops.fused_attention.attention_forward.default, (), arguments | {"precision": 0})
+    arguments["precision"] = 0
+    forward = torch.ops.fused_attention.attention_forward.default
+    opcheck(forward, (), arguments)
+    out, lse = forward(**arguments)
+    arguments |= {"grad_out": torch.randn_like(out), "out": out, "lse": lse}
+    backward = torch.ops.fused_attention.attention_backward.default
+    for grad_lse in (None, torch.randn_like(lse.T).T):
+        opcheck(backward, (), arguments | {"grad_lse": grad_lse})
+    for name in ("grad_out", "out", "lse"):
+        with pytest.raises(RuntimeError, match=name):
+            backward(**arguments | {name: arguments[name][..., :-1], "grad_lse": None})
+
+
+def test_no_gradients_through_returned_weights_of_packed_sequences():
+    call = PACKED | {"scale": 0.3, "causal": 0, "window_left": -1, "window_right": -1}
+    call["precision"] = 0
+    out, lse = torch.ops.fused_attention.attention_forward.default(**call)
+    call |= {"grad_out": out, "grad_lse": None, "out": out, "lse": lse}
+    with pytest.raises(RuntimeError, match="grad_weights: expected none beside cu_seqlens_q"):
+        torch.ops.fused_attention.attention_backward.default(**call, grad_weights=out)
 
 
 @pytest.mark.parametrize("call", [PACKED, PAGED], ids=["packed", "paged"])
@@ -276,7 +417,13 @@ def test_compiles(call):
         return attention(**call, causal="bottom_right", return_lse=True)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for got, want in zip(compiled(**call), function(**call), strict=True):
+    results = []
+    for run in (function, compiled):
+        leaves = {x: call[x].detach().requires_grad_() for x in ("query", "key", "value")}
+        out, lse = run(**call | leaves)
+        loss = out.square().sum() + lse[lse.isfinite()].sum()
+        results.append((out, lse, *torch.autograd.grad(loss, list(leaves.values()))))
+    for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
 
 

@@ -640,7 +640,7 @@ COMMANDS = [
     (["explain", "--shape", "1,8,16,64", "--device", "abacus"], "abacus"),
     (["explain", "--shape", "1,8,16,64", "--kv-heads", "3"], "divides query's 8, got 3"),
     (["explain", "--shape", "1,8,16,64", "--mask", "4,4"], "mask: expected a shape"),
-    (["explain", "--shape", "1,8,16,64", "--backend", "cuda"], "'cuda'.*not built yet"),
+    (["explain", "--shape", "1,8,16,64", "--backend", "cuda"], "'cuda'.*device cpu: only cuda"),
     (["explain", "--shape", "1,8,16,64", "--backend", "x"], "backend: expected auto or one of"),
     (["verify", "--quick", "--impl", "nothing"], r"expected module:function, got 'nothing'"),
     (["verify", "--quick", "--impl", "no_such_module:f"], r"cannot import 'no_such_module:f'"),

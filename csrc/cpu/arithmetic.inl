@@ -70,7 +70,7 @@ struct Pairs : OnVectors {
   using T = float;
   static constexpr bool kRounds = true;
   Pair *q, *q_t;  // queries [kBlockM][D / 2], transposed [D / 2][kBlockM]
-  Pair* k;        // keys [kBlockN][D / 2], where they do not lie in pairs
+  Pair* k;        // keys [kBlockN][D / 2], where they do not lie in pairs, or in one page
   Pair* v;        // values, rows 2 j and 2 j + 1 together: [kBlockN / 2][Dv]
 
   static int64_t width(const AttentionParams& p) {
@@ -82,29 +82,26 @@ struct Pairs : OnVectors {
     q_t = arena.take<Pair>(width(p) * kBlockM<float>);
     q = arena.take<Pair>(kBlockM<float> * width(p));
     v = arena.take<Pair>(kBlockN / 2 * width_v(p));
-    k = arena.take<Pair>(in_pairs(p) ? 0 : kBlockN * width(p));
+    k = arena.take<Pair>(in_pairs(p) && p.block_table == nullptr ? 0 : kBlockN * width(p));
   }
 
   static bool in_pairs(const AttentionParams& p) { return p.D % 2 == 0 && p.key.stride_s % 2 == 0; }
 
-  // Rows [start, start + rows) of one head, zero up to padded_rows and to whole vectors.
-  static void copy_rows(Pair* dst, const AttentionParams& p, const TensorView& view, int64_t b,
-                        int64_t h, int64_t start, int64_t rows, int64_t padded_rows) {
-    for (int64_t r = 0; r < padded_rows; ++r) {
-      uint16_t* row = (uint16_t*)(dst + r * width(p));
-      const uint16_t* src =
-          (const uint16_t*)row_of(view, p.dtype, b, h, start + (r < rows ? r : 0));
-      const int64_t valid = r < rows ? p.D : 0;
-      __builtin_memcpy(row, src, (size_t)valid * sizeof *row);
-      fill(row + valid, 2 * width(p) - valid, (uint16_t)0);
-    }
+  // Row `r` of dst <- D elements, zero to whole vectors; with none of them, all zero.
+  static void copy_row(const AttentionParams& p, Pair* dst, int64_t r, const void* src, int64_t D) {
+    uint16_t* row = (uint16_t*)(dst + r * width(p));
+    __builtin_memcpy(row, src, (size_t)D * sizeof *row);
+    fill(row + D, 2 * width(p) - D, (uint16_t)0);
   }
 
   template <int kVectors>
   void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                     int64_t rows) const {
     constexpr int kRow = kVectors * kLanes<float>;
-    copy_rows(q, p, p.query, seq.b, h, m_start, rows, kRow);
+    for (int64_t r = 0; r < kRow; ++r) {
+      const int64_t i = seq.q_start + m_start + (r < rows ? r : 0);
+      copy_row(p, q, r, row_of(p.query, p.dtype, seq.b, h, i), r < rows ? p.D : 0);
+    }
     transpose_tile(kRow, width(p), (const float*)q, width(p), (float*)q_t, kRow);
   }
 
@@ -112,10 +109,11 @@ struct Pairs : OnVectors {
   void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
               int64_t columns, float* s) const {
     constexpr int kRow = kVectors * kLanes<float>;
-    Scalars<Pair> keys{(const Pair*)row_of(p.key, p.dtype, seq.b, h_kv, n_start),
-                       p.key.stride_s / 2, 1};
-    if (!in_pairs(p)) {
-      copy_rows(k, p, p.key, seq.b, h_kv, n_start, columns, columns);
+    Scalars<Pair> keys{(const Pair*)key_row(p, p.key, seq, h_kv, n_start), p.key.stride_s / 2, 1};
+    if (!in_pairs(p) || keys_in_a_row(p, seq, n_start, columns) < columns) {
+      for (int64_t j = 0; j < columns; ++j) {
+        copy_row(p, k, j, key_row(p, p.key, seq, h_kv, n_start + j), p.D);
+      }
       keys = {k, width(p), 1};
     }
     multiply<kVectors, false>(columns, ceil_div(p.D, 2), keys, q_t, kRow, s, kRow);
@@ -136,11 +134,13 @@ struct Pairs : OnVectors {
       const bool odd = 2 * j + 1 == columns;
       const bool low_used = visible == nullptr || visible[2 * j] != 0;
       const bool high_used = !odd && (visible == nullptr || visible[2 * j + 1] != 0);
-      const auto* value = (const uint16_t*)row_of(p.value, p.dtype, seq.b, h_kv, n_start + 2 * j);
+      const int64_t n = n_start + 2 * j;
+      const auto* low_value = (const uint16_t*)key_row(p, p.value, seq, h_kv, n);
+      const auto* high_value = (const uint16_t*)key_row(p, p.value, seq, h_kv, odd ? n : n + 1);
       for (int64_t d = 0; d < p.Dv; d += 32) {
         const uint64_t valid = low_bits(p.Dv - d);
-        pair_rows(value + d, low_used ? valid : 0, value + d + p.value.stride_s,
-                  high_used ? valid : 0, v + j * width_v(p) + d);
+        pair_rows(low_value + d, low_used ? valid : 0, high_value + d, high_used ? valid : 0,
+                  v + j * width_v(p) + d);
       }
       for (int x = 0; x < kVectors; ++x) {
         const float* at = weights + 2 * j * kRow + x * W;

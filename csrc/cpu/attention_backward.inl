@@ -1,17 +1,24 @@
 // Attention backward from the saved log-sum-exp (FlashAttention-2, Dao 2023, Algorithm 2), without
 // ever holding more than kBlockM x kBlockN scores and without a float that two threads add to:
 //
-//   delta = rowsum(do * o) - dlse          phase 1, a row of queries
-//   p  = exp(s * scale - lse)              recomputed in each of the next two
+//   delta = rowsum(do * o) - dlse          phase 1, a block of queries
+//   p  = exp(s * scale - lse)
 //   dp = do v^T
 //   ds = p * (dp - delta)
-//   dv = p^T do,  dk = scale ds^T q        phase 2, a block of keys against the queries seeing it
-//   dq = scale ds k                        phase 3, a block of queries against the keys it sees
+//   dv = p^T do,  dk = scale ds^T q
+//   dq = scale ds k
+//
+// With enough heads one phase more does the rest, five products a tile: a task is all queries of a
+// key head against its keys, and adds up dk and dv of the head. With few heads there are two more,
+// seven products, so that the work splits further: dk and dv of a block of keys, against the
+// queries that see it; dq of a block of queries, against the keys that it sees. Which of both
+// depends on the shape.
 //
 // Dropout replaces p by z * p in dv and dp by z * dp in ds, z the kept weights' scale (delta is
 // unchanged, for do * o already holds it). dbias = ds, summed where the bias is broadcast: by the
 // owner of the queries, or by the owner of the keys if it is broadcast over the queries. An owner
-// takes all heads and batches that share its part of the bias, in order.
+// takes all heads and batches that share its part of the bias, in order. Keys in pages have their
+// gradients in one piece for each sequence first; a page gets the sum of those it serves, in order.
 //
 // Where the weights w = z * p were returned too, their gradient dw adds to do v^T, and
 // rowsum(w * dw) to delta (attention_weights.inl).
@@ -27,7 +34,8 @@ struct BackwardTile {
   uint64_t *visible, *keep;            // [kBlockN]
   T *dk, *dv;                          // [kBlockN][D or Dv]
   T *dq_t, *dq;                        // [D][kBlockM] and transposed
-  T* dbias;                            // phase 2: [heads of a group][kBlockN], 3: [kBlockM][Sk]
+  T *seeing_q, *seeing_grad_out;       // q and do, 0 where a query sees no key of the tile
+  T* dbias;  // for the owner of keys [heads of a group][kBlockN], of queries [kBlockM][Sk]
 
   size_t place(const AttentionParams& p_, void* workspace) {
     constexpr int M = kBlockM<T>;
@@ -47,6 +55,8 @@ struct BackwardTile {
     v = arena.take<T>(kBlockN * p_.Dv);
     dk = arena.take<T>(kBlockN * width);
     dv = arena.take<T>(kBlockN * width_v);
+    seeing_q = arena.take<T>(M * width);
+    seeing_grad_out = arena.take<T>(M * width_v);
     dq_t = arena.take<T>(M * width);
     dq = arena.take<T>(M * width);
     softcap_slope = arena.take<T>(p_.softcap > 0 ? kBlockN * M : 0);
@@ -66,13 +76,13 @@ struct BackwardTile {
 // q and do of a block of queries, as they are and transposed, with lse and delta. Queries past the
 // end and queries that saw nothing have p = exp(s - inf) = 0 and are zero, whatever they held.
 template <typename T, int kVectors>
-void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start, int64_t rows,
-                  const BackwardTile<T>& t) {
+void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
+                  int64_t rows, const BackwardTile<T>& t) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const int64_t width = round_up(p.D, W), width_v = round_up(p.Dv, W);
-  load_tile(t.q, p.query, p.dtype, b, h, m_start, rows, p.D, kRow);
-  load_tile(t.grad_out, p.grad_out, p.dtype, b, h, m_start, rows, p.Dv, kRow);
-  const int64_t first = (b * p.Hq + h) * p.Sq + m_start;
+  load_tile(t.q, p.query, p.dtype, seq.b, h, seq.q_start + m_start, rows, p.D, kRow);
+  load_tile(t.grad_out, p.grad_out, p.dtype, seq.b, h, seq.q_start + m_start, rows, p.Dv, kRow);
+  const int64_t first = row_number(p, seq, h, m_start);
   for (int64_t i = 0; i < kRow; ++i) {
     const T lse = i < rows ? ((const T*)p.lse)[first + i] : -kInf<T>;
     const bool empty = lse == -kInf<T>;
@@ -146,26 +156,74 @@ void apply_softcap_slope(const AttentionParams& p, int64_t columns, const Backwa
   }
 }
 
+// q and do with zeros for the queries that see no key of the tile, since 0 * NaN would not be 0.
+template <typename T>
+struct SeeingQueries {
+  const T *q, *grad_out;
+  SeeingQueries(int64_t rows, int64_t columns, int64_t width, int64_t width_v, Visible seen,
+                const BackwardTile<T>& t)
+      : q(t.q), grad_out(t.grad_out) {
+    uint64_t seeing = seen == Visible::kSome ? 0 : low_bits(rows);
+    for (int64_t j = 0; seen == Visible::kSome && j < columns; ++j) seeing |= t.visible[j];
+    if (seeing == low_bits(rows)) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool sees = seeing >> i & 1;
+      copy_or_clear(t.seeing_q + i * width, t.q + i * width, width, sees);
+      copy_or_clear(t.seeing_grad_out + i * width_v, t.grad_out + i * width_v, width_v, sees);
+    }
+    q = t.seeing_q;
+    grad_out = t.seeing_grad_out;
+  }
+  static void copy_or_clear(T* dst, const T* src, int64_t count, bool copies) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      store(dst + i, copies ? load(src + i) : broadcast((T)0));
+    }
+  }
+};
+
+// One task owns all of a key head (of several where they share a part of dbias): how they split.
+struct HeadTasks {
+  // A task's accumulators may take so much, and that many tasks keep the threads busy.
+  static constexpr int64_t kMostBytes = 8 << 20, kFewest = 8;
+  int64_t batches, heads;  // how many tasks there are along each
+  explicit HeadTasks(const AttentionParams& p)
+      : batches(p.dbias.data != nullptr && p.dbias.stride_b == 0 ? 1 : p.B),
+        heads(p.dbias.data != nullptr && p.dbias.stride_h == 0 ? 1 : p.Hkv) {}
+};
+// Elements of dk and dv of one key head, as they are added up.
+template <typename T>
+int64_t head_gradients_size(const AttentionParams& p) {
+  const int64_t W = kLanes<T>;
+  return round_up(p.Sk, kBlockN) * (round_up(p.D, W) + round_up(p.Dv, W));
+}
+template <typename T>
+bool in_one_pass(const AttentionParams& p) {
+  const HeadTasks tasks(p);
+  const int64_t number = tasks.batches * tasks.heads;
+  return number >= HeadTasks::kFewest &&
+         p.B * p.Hkv / number * head_gradients_size<T>(p) * (int64_t)sizeof(T) <=
+             HeadTasks::kMostBytes;
+}
+
 // -- phase 1: delta. Task: kBlockM queries of one head -------------------------------------------
 
 template <typename T>
 struct AttentionBackwardDelta {
-  static int64_t num_tasks(const AttentionParams& p) {
-    return p.B * p.Hq * ceil_div(p.Sq, kBlockM<T>);
-  }
+  static int64_t num_tasks(const AttentionParams& p) { return count_query_blocks(p, kBlockM<T>); }
   static size_t workspace_bytes(const AttentionParams& p) {
     return 2 * kBlockM<T> * sizeof(T) * (size_t)round_up(p.Dv, kLanes<T>);
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
     constexpr int W = kLanes<T>;
-    const int64_t width = round_up(p.Dv, W), blocks = ceil_div(p.Sq, kBlockM<T>);
+    const int64_t width = round_up(p.Dv, W);
     T *out = (T*)workspace, *grad_out = out + kBlockM<T> * width;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / blocks / p.Hq, h = task / blocks % p.Hq;
-      const int64_t m_start = task % blocks * kBlockM<T>;
-      const int64_t rows = min_of(kBlockM<T>, p.Sq - m_start);
-      load_tile(out, p.out, p.dtype, b, h, m_start, rows, p.Dv, rows);
-      load_tile(grad_out, p.grad_out, p.dtype, b, h, m_start, rows, p.Dv, rows);
+      const Block block = query_block(p, task, kBlockM<T>);
+      const Sequence seq = sequence_of(p, block.b);
+      const int64_t rows = min_of(kBlockM<T>, seq.Sq - block.start);
+      const int64_t token = seq.q_start + block.start;
+      load_tile(out, p.out, p.dtype, block.b, block.h, token, rows, p.Dv, rows);
+      load_tile(grad_out, p.grad_out, p.dtype, block.b, block.h, token, rows, p.Dv, rows);
       for (int64_t i = 0; i < rows; ++i) {
         Vec<T> products = broadcast((T)0);
         for (int64_t d = 0; d < width; d += W) {
@@ -175,10 +233,11 @@ struct AttentionBackwardDelta {
         store(lanes, products);
         for (int l = 0; l < W; ++l) delta += lanes[l];
         if (p.grad_lse != nullptr) {
-          delta -= ((const T*)p.grad_lse)[b * p.grad_lse_stride_b + h * p.grad_lse_stride_h +
-                                          (m_start + i) * p.grad_lse_stride_s];
+          delta -=
+              ((const T*)p.grad_lse)[block.b * p.grad_lse_stride_b + block.h * p.grad_lse_stride_h +
+                                     (token + i) * p.grad_lse_stride_s];
         }
-        ((T*)p.delta)[(b * p.Hq + h) * p.Sq + m_start + i] = delta;
+        ((T*)p.delta)[row_number(p, seq, block.h, block.start + i)] = delta;
       }
     }
   }
@@ -199,8 +258,9 @@ struct AttentionBackwardSinks {
       const double sink = (double)*sink_of<T>(p, first, h);
       double sum = 0;
       for (int64_t b = first; b < first + batch; ++b) {
-        for (int64_t i = 0; i < p.Sq; ++i) {
-          const int64_t row = (b * p.Hq + h) * p.Sq + i;
+        const Sequence seq = sequence_of(p, b);
+        for (int64_t i = 0; i < seq.Sq; ++i) {
+          const int64_t row = row_number(p, seq, h, i);
           const double lse = ((const T*)p.lse)[row];
           if (lse == -__builtin_inf()) continue;  // and so is the sink: it has no weight
           sum -= __builtin_exp(sink - lse) * (double)((const T*)p.delta)[row];
@@ -211,7 +271,7 @@ struct AttentionBackwardSinks {
   }
 };
 
-// -- phase 2: dk, dv. Task: kBlockN keys of one key head -----------------------------------------
+// -- few heads: dk, dv. Task: kBlockN keys of one key head ---------------------------------------
 
 // The part of dbias that one task owns when the bias is broadcast over the queries.
 template <typename T, int kVectors>
@@ -229,16 +289,15 @@ void add_key_sums(int64_t rows, int64_t columns, const T* ds, T* sums) {
   }
 }
 
-// Queries that see no key of the tile are zero, whatever they held, since 0 * NaN would not be.
+// Keys [n_start, n_start + columns) of one key head: dk [columns][D], dv [columns][Dv].
 template <typename T>
-void clear_blind_queries(int64_t rows, int64_t columns, int64_t width, int64_t width_v,
-                         const BackwardTile<T>& t) {
-  uint64_t seeing = 0;
-  for (int64_t j = 0; j < columns; ++j) seeing |= t.visible[j];
-  for (int64_t i = 0; i < rows; ++i) {
-    if (seeing >> i & 1) continue;
-    fill(t.q + i * width, width, (T)0);
-    fill(t.grad_out + i * width_v, width_v, (T)0);
+void store_key_gradients(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
+                         int64_t n_start, int64_t columns, const T* dk, const T* dv) {
+  const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
+  for (int64_t j = 0; j < columns; ++j) {
+    const int64_t token = seq.k_start + n_start + j;
+    store_row(row_of(p.dk, p.dtype, seq.b, h_kv, token), p.dtype, dk + j * width, p.D, (T)p.scale);
+    store_row(row_of(p.dv, p.dtype, seq.b, h_kv, token), p.dtype, dv + j * width_v, p.Dv, (T)1);
   }
 }
 
@@ -247,8 +306,9 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
                              const BackwardTile<T>& t) {
   constexpr int W = kLanes<T>;
   const int64_t width = round_up(p.D, W), width_v = round_up(p.Dv, W), group = p.Hq / p.Hkv;
-  const int64_t columns = min_of(kBlockN, p.Sk - n_start);
   const Sequence seq = sequence_of(p, b);
+  const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
+  if (columns <= 0) return;
   const Scalars<T> k = key_rows(p, p.key, seq, h_kv, n_start, columns, p.D, nullptr, t.k);
   const Scalars<T> v = key_rows(p, p.value, seq, h_kv, n_start, columns, p.Dv, nullptr, t.v);
   fill(t.dk, columns * width, (T)0);
@@ -263,26 +323,23 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
       if (seen == Visible::kNone) continue;
       with_vectors<T>(rows, [&](auto vectors) {
         constexpr int kVectors = vectors.value, kRow = kVectors * W;
-        load_queries<T, kVectors>(p, b, h, m, rows, t);
+        load_queries<T, kVectors>(p, seq, h, m, rows, t);
         score_gradients<T, kVectors>(p, seq, h, m, rows, n_start, columns, seen, k, v, t);
-        if (seen == Visible::kSome) clear_blind_queries(rows, columns, width, width_v, t);
+        const SeeingQueries<T> queries_of_tile(rows, columns, width, width_v, seen, t);
         // dv <- dv + p^T do
-        multiply_wide<T>(columns, rows, width_v, {t.p, kRow, 1}, t.grad_out, width_v, t.dv,
-                         width_v);
+        multiply_wide<T>(columns, rows, width_v, {t.p, kRow, 1}, queries_of_tile.grad_out, width_v,
+                         t.dv, width_v);
         if (p.dbias.data != nullptr && p.dbias.stride_q == 0) {
           add_key_sums<T, kVectors>(rows, columns, t.ds, key_sums);
         }
         apply_softcap_slope<T, kVectors>(p, columns, t);
         // dk <- dk + ds^T q
-        multiply_wide<T>(columns, rows, width, {t.ds, kRow, 1}, t.q, width, t.dk, width);
+        multiply_wide<T>(columns, rows, width, {t.ds, kRow, 1}, queries_of_tile.q, width, t.dk,
+                         width);
       });
     }
   }
-  for (int64_t j = 0; j < columns; ++j) {
-    store_row(row_of(p.dk, p.dtype, b, h_kv, n_start + j), p.dtype, t.dk + j * width, p.D,
-              (T)p.scale);
-    store_row(row_of(p.dv, p.dtype, b, h_kv, n_start + j), p.dtype, t.dv + j * width_v, p.Dv, (T)1);
-  }
+  store_key_gradients(p, seq, h_kv, n_start, columns, t.dk, t.dv);
 }
 
 template <typename T>
@@ -290,13 +347,16 @@ struct AttentionBackwardKeys {
   // How far the work splits: all of it, or less where tasks would share a part of dbias.
   struct Split {
     bool by_batch, by_head, by_block;
+    bool is_full() const { return by_batch && by_head && by_block; }
   };
   static Split split(const AttentionParams& p) {
     if (p.dbias.data == nullptr || p.dbias.stride_q != 0) return {true, true, true};
     return {p.dbias.stride_b != 0, p.dbias.stride_h != 0, p.dbias.stride_k != 0};
   }
   static int64_t num_tasks(const AttentionParams& p) {
+    if (in_one_pass<T>(p)) return 0;
     const Split s = split(p);
+    if (s.is_full()) return count_key_blocks(p, kBlockN);
     return (s.by_batch ? p.B : 1) * (s.by_head ? p.Hkv : 1) *
            (s.by_block ? ceil_div(p.Sk, kBlockN) : 1);
   }
@@ -313,11 +373,13 @@ struct AttentionBackwardKeys {
     const bool owns_dbias = p.dbias.data != nullptr && p.dbias.stride_q == 0;
     const int64_t owned_heads = p.dbias.stride_h == 0 ? 1 : group;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n_task = task % blocks * kBlockN;
-      const int64_t h_task = task / blocks % heads, b_task = task / blocks / heads;
-      const Range ns = s.by_block ? Range{n_task, min_of(n_task + kBlockN, p.Sk)} : Range{0, p.Sk};
-      const Range hs = s.by_head ? Range{h_task, h_task + 1} : Range{0, p.Hkv};
-      const Range bs = s.by_batch ? Range{b_task, b_task + 1} : Range{0, p.B};
+      const Block block = s.is_full() ? key_block(p, task, kBlockN)
+                                      : Block{task / blocks / heads, task / blocks % heads,
+                                              task % blocks * kBlockN};
+      const Range ns =
+          s.by_block ? Range{block.start, min_of(block.start + kBlockN, p.Sk)} : Range{0, p.Sk};
+      const Range hs = s.by_head ? Range{block.h, block.h + 1} : Range{0, p.Hkv};
+      const Range bs = s.by_batch ? Range{block.b, block.b + 1} : Range{0, p.B};
       if (owns_dbias) fill(tile.dbias, owned_heads * kBlockN, (T)0);
       for (int64_t n = ns.begin; n < ns.end; n += kBlockN) {
         for (int64_t b = bs.begin; b < bs.end; ++b) {
@@ -340,15 +402,54 @@ struct AttentionBackwardKeys {
   }
 };
 
-// -- phase 3: dq. Task: kBlockM queries of one head ----------------------------------------------
+// Pages <- the gradients of the sequences they serve. Task: one key head.
+template <typename T>
+struct AttentionBackwardPages {
+  static int64_t num_tasks(const AttentionParams& p) {
+    return p.block_table != nullptr ? p.Hkv : 0;
+  }
+  static size_t workspace_bytes(const AttentionParams& p) {
+    return 2 * sizeof(T) * (size_t)max_of(p.D, p.Dv);
+  }
+  static void add(const AttentionParams& p, const TensorView& pages, const TensorView& gradients,
+                  const Sequence& seq, int64_t h, int64_t width, T* sum, T* term) {
+    for (int64_t n = 0; n < seq.Sk; ++n) {
+      void* to = (void*)key_row(p, pages, seq, h, n);
+      load_row(sum, to, p.dtype, width);
+      load_row(term, row_of(gradients, p.dtype, seq.b, h, n), p.dtype, width);
+      for (int64_t d = 0; d < width; ++d) sum[d] += term[d];
+      store_row(to, p.dtype, sum, width, (T)1);
+    }
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    T *sum = (T*)workspace, *term = sum + max_of(p.D, p.Dv);
+    for (int64_t h = begin; h < end; ++h) {
+      for (int64_t b = 0; b < p.B; ++b) {
+        const Sequence seq = sequence_of(p, b);
+        add(p, p.page_dk, p.dk, seq, h, p.D, sum, term);
+        add(p, p.page_dv, p.dv, seq, h, p.Dv, sum, term);
+      }
+    }
+  }
+};
+
+// -- few heads: dq. Task: kBlockM queries of one head --------------------------------------------
+
+// What a task adds up beside dq in one pass, of the whole key head; in two passes null.
+template <typename T>
+struct HeadGradients {
+  T *dk = nullptr, *dv = nullptr;  // [Sk][D or Dv]
+  T* key_sums = nullptr;           // dbias that is broadcast over the queries, [Sk]
+};
 
 template <typename T, int kVectors>
-void attention_backward_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
-                                int64_t rows, const BackwardTile<T>& t) {
+void attention_backward_queries(const AttentionParams& p, const Sequence& seq, int64_t h,
+                                int64_t m_start, int64_t rows, const BackwardTile<T>& t,
+                                const HeadGradients<T>& head) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const int64_t width = round_up(p.D, W), h_kv = h / (p.Hq / p.Hkv);
-  const Sequence seq = sequence_of(p, b);
-  load_queries<T, kVectors>(p, b, h, m_start, rows, t);
+  const int64_t width = round_up(p.D, W), width_v = round_up(p.Dv, W);
+  const int64_t h_kv = h / (p.Hq / p.Hkv);
+  load_queries<T, kVectors>(p, seq, h, m_start, rows, t);
   fill(t.dq_t, width * kRow, (T)0);
 
   const Range keys = visible_keys(p, seq, m_start, m_start + rows);
@@ -361,6 +462,14 @@ void attention_backward_queries(const AttentionParams& p, int64_t b, int64_t h, 
     const Scalars<T> v = key_rows(p, p.value, seq, h_kv, n, columns, p.Dv, nullptr, t.v);
     score_gradients<T, kVectors>(p, seq, h, m_start, rows, n, columns, seen, k, v, t);
 
+    const SeeingQueries<T> queries(head.dk ? rows : 0, columns, width, width_v, seen, t);
+    if (head.dv != nullptr) {  // dv <- dv + p^T do
+      multiply_wide<T>(columns, rows, width_v, {t.p, kRow, 1}, queries.grad_out, width_v,
+                       head.dv + n * width_v, width_v);
+    }
+    if (head.key_sums != nullptr) {
+      add_key_sums<T, kVectors>(rows, columns, t.ds, head.key_sums + n);
+    }
     if (p.dbias.data != nullptr && p.dbias.stride_q != 0) {  // dbias <- dbias + ds
       transpose_tile(columns, kRow, t.ds, kRow, t.bias, kBlockN);
       const bool one_a_row = p.dbias.stride_k == 0;
@@ -371,28 +480,61 @@ void attention_backward_queries(const AttentionParams& p, int64_t b, int64_t h, 
       }
     }
     apply_softcap_slope<T, kVectors>(p, columns, t);
+    if (head.dk != nullptr) {  // dk <- dk + ds^T q
+      multiply_wide<T>(columns, rows, width, {t.ds, kRow, 1}, queries.q, width, head.dk + n * width,
+                       width);
+    }
     // dq^T <- dq^T + k^T ds^T
     multiply<kVectors, true>(p.D, columns, Scalars<T>{k.data, k.column, k.row}, t.ds, kRow, t.dq_t,
                              kRow);
   }
   transpose_tile(width, kRow, t.dq_t, kRow, t.dq, width);
   for (int64_t i = 0; i < rows; ++i) {
-    store_row(row_of(p.dq, p.dtype, b, h, m_start + i), p.dtype, t.dq + i * width, p.D, (T)p.scale);
+    store_row(row_of(p.dq, p.dtype, seq.b, h, seq.q_start + m_start + i), p.dtype, t.dq + i * width,
+              p.D, (T)p.scale);
   }
 }
 
+bool has_dbias_of_queries(const AttentionParams& p) {
+  return p.dbias.data != nullptr && p.dbias.stride_q != 0;
+}
+template <typename T>
+void run_query_block(const AttentionParams& p, const Block& block, const BackwardTile<T>& tile,
+                     const HeadGradients<T>& head) {
+  const Sequence seq = sequence_of(p, block.b);
+  const int64_t rows = min_of(kBlockM<T>, seq.Sq - block.start);
+  if (rows <= 0) return;
+  with_vectors<T>(rows, [&](auto vectors) {
+    attention_backward_queries<T, vectors.value>(p, seq, block.h, block.start, rows, tile, head);
+  });
+}
+
+// A block of dbias of queries, from its first batch and head on.
+template <typename T>
+struct QueryBias {
+  int64_t rows, row, columns;
+  QueryBias(const AttentionParams& p, int64_t m_start)
+      : rows(min_of(kBlockM<T>, p.Sq - m_start)),
+        row(p.dbias.stride_k == 0 ? 1 : round_up(p.Sk, kBlockN)),
+        columns(p.dbias.stride_k == 0 ? 1 : p.Sk) {}
+  void clear(const BackwardTile<T>& t) const { fill(t.dbias, rows * row, (T)0); }
+  void store_block(const AttentionParams& p, const Block& block, const BackwardTile<T>& t) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t offset = block.b * p.dbias.stride_b + block.h * p.dbias.stride_h +
+                             (block.start + i) * p.dbias.stride_q;
+      store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype, t.dbias + i * row,
+                columns, (T)1);
+    }
+  }
+};
+
 template <typename T>
 struct AttentionBackwardQueries {
-  static bool owns_dbias(const AttentionParams& p) {
-    return p.dbias.data != nullptr && p.dbias.stride_q != 0;
-  }
-  static int64_t batches(const AttentionParams& p) {
-    return owns_dbias(p) && p.dbias.stride_b == 0 ? 1 : p.B;
-  }
-  static int64_t heads(const AttentionParams& p) {
-    return owns_dbias(p) && p.dbias.stride_h == 0 ? 1 : p.Hq;
-  }
+  static int64_t batches(const AttentionParams& p) { return p.dbias.stride_b == 0 ? 1 : p.B; }
+  static int64_t heads(const AttentionParams& p) { return p.dbias.stride_h == 0 ? 1 : p.Hq; }
   static int64_t num_tasks(const AttentionParams& p) {
+    if (in_one_pass<T>(p)) return 0;
+    if (!has_dbias_of_queries(p)) return count_query_blocks(p, kBlockM<T>);
     return batches(p) * heads(p) * ceil_div(p.Sq, kBlockM<T>);
   }
   static size_t workspace_bytes(const AttentionParams& p) {
@@ -404,27 +546,107 @@ struct AttentionBackwardQueries {
     tile.place(p, workspace);
     const int64_t blocks = ceil_div(p.Sq, kBlockM<T>);
     for (int64_t task = begin; task < end; ++task) {
+      if (!has_dbias_of_queries(p)) {
+        run_query_block(p, query_block(p, task, kBlockM<T>), tile, {});
+        continue;
+      }
       const int64_t m_start = (blocks - 1 - task % blocks) * kBlockM<T>;
-      const int64_t rows = min_of(kBlockM<T>, p.Sq - m_start);
       const int64_t h_task = task / blocks % heads(p), b_task = task / blocks / heads(p);
       const Range hs = heads(p) == p.Hq ? Range{h_task, h_task + 1} : Range{0, p.Hq};
       const Range bs = batches(p) == p.B ? Range{b_task, b_task + 1} : Range{0, p.B};
-      const int64_t dbias_columns = p.dbias.stride_k == 0 ? 1 : p.Sk;
-      const int64_t dbias_row = p.dbias.stride_k == 0 ? 1 : round_up(p.Sk, kBlockN);
-      if (owns_dbias(p)) fill(tile.dbias, rows * dbias_row, (T)0);
+      const QueryBias<T> dbias(p, m_start);
+      dbias.clear(tile);
       for (int64_t b = bs.begin; b < bs.end; ++b) {
-        for (int64_t h = hs.begin; h < hs.end; ++h) {
-          with_vectors<T>(rows, [&](auto vectors) {
-            attention_backward_queries<T, vectors.value>(p, b, h, m_start, rows, tile);
-          });
-        }
+        for (int64_t h = hs.begin; h < hs.end; ++h) run_query_block(p, {b, h, m_start}, tile, {});
       }
-      for (int64_t i = 0; owns_dbias(p) && i < rows; ++i) {
-        const int64_t offset = bs.begin * p.dbias.stride_b + hs.begin * p.dbias.stride_h +
-                               (m_start + i) * p.dbias.stride_q;
-        store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype,
-                  tile.dbias + i * dbias_row, dbias_columns, (T)1);
+      dbias.store_block(p, {bs.begin, hs.begin, m_start}, tile);
+    }
+  }
+};
+
+// -- many heads: dq, dk, dv. Task: a key head, see HeadTasks -------------------------------------
+
+template <typename T>
+struct AttentionBackwardHeads {
+  static int64_t num_tasks(const AttentionParams& p) {
+    const HeadTasks tasks(p);
+    return in_one_pass<T>(p) ? tasks.batches * tasks.heads : 0;
+  }
+  // Tiles, and behind them dk and dv of the task's heads and, for each dbias of its own, key sums.
+  struct Memory {
+    BackwardTile<T> tile;
+    T *dk, *dv, *key_sums;
+    size_t place(const AttentionParams& p, void* workspace) {
+      const HeadTasks tasks(p);
+      const int64_t keys = p.B / tasks.batches * (p.Hkv / tasks.heads) * round_up(p.Sk, kBlockN);
+      const bool sums = p.dbias.data != nullptr && p.dbias.stride_q == 0;
+      Arena arena{(char*)workspace, tile.place(p, workspace)};
+      dk = arena.take<T>(keys * round_up(p.D, kLanes<T>));
+      dv = arena.take<T>(keys * round_up(p.Dv, kLanes<T>));
+      const int64_t sum_rows = p.Hq / p.Hkv * round_up(p.Sk, kBlockN);
+      key_sums = sums ? arena.take<T>(sum_rows) : nullptr;
+      return arena.used;
+    }
+  };
+  static size_t workspace_bytes(const AttentionParams& p) {
+    Memory memory;
+    return memory.place(p, nullptr);
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    Memory memory;
+    memory.place(p, workspace);
+    const HeadTasks tasks(p);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / tasks.heads, h = task % tasks.heads;
+      run_heads(p, tasks.batches == 1 ? Range{0, p.B} : Range{b, b + 1},
+                tasks.heads == 1 ? Range{0, p.Hkv} : Range{h, h + 1}, memory);
+    }
+  }
+  static void run_heads(const AttentionParams& p, Range bs, Range hs, const Memory& memory) {
+    const BackwardTile<T>& tile = memory.tile;
+    const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
+    const int64_t keys = round_up(p.Sk, kBlockN), group = p.Hq / p.Hkv;
+    const int64_t heads = hs.end - hs.begin, all_keys = (bs.end - bs.begin) * heads * keys;
+    const bool shared = p.dbias.data != nullptr && p.dbias.stride_h == 0;
+    // Query heads [first, first + count) of `groups` such ranges have one dbias together.
+    const int64_t groups = shared ? 1 : heads * group, count = shared ? heads * group : 1;
+    fill(memory.dk, all_keys * width, (T)0);
+    fill(memory.dv, all_keys * width_v, (T)0);
+    if (memory.key_sums != nullptr) fill(memory.key_sums, groups * keys, (T)0);
+    for (int64_t m = 0; m < p.Sq; m += kBlockM<T>) {
+      const QueryBias<T> dbias(p, m);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = hs.begin * group + g * count;
+        if (has_dbias_of_queries(p)) dbias.clear(tile);
+        for (int64_t b = bs.begin; b < bs.end; ++b) {
+          for (int64_t h = first; h < first + count; ++h) {
+            const int64_t at = ((b - bs.begin) * heads + h / group - hs.begin) * keys;
+            run_query_block<T>(p, {b, h, m}, tile,
+                               {memory.dk + at * width, memory.dv + at * width_v,
+                                memory.key_sums == nullptr ? nullptr : memory.key_sums + g * keys});
+          }
+        }
+        if (has_dbias_of_queries(p)) dbias.store_block(p, {bs.begin, first, m}, tile);
       }
     }
+    for (int64_t g = 0; memory.key_sums != nullptr && g < groups; ++g) {
+      store_key_sums(p, {bs.begin, hs.begin * group + g * count, 0}, memory.key_sums + g * keys);
+    }
+    for (int64_t b = bs.begin; b < bs.end; ++b) {
+      const Sequence seq = sequence_of(p, b);
+      for (int64_t h = hs.begin; h < hs.end; ++h) {
+        const int64_t at = ((b - bs.begin) * heads + h - hs.begin) * keys;
+        store_key_gradients(p, seq, h, 0, seq.Sk, memory.dk + at * width, memory.dv + at * width_v);
+      }
+    }
+  }
+  static void store_key_sums(const AttentionParams& p, const Block& block, T* sums) {
+    int64_t count = p.Sk;
+    if (p.dbias.stride_k == 0) {  // one value for all keys
+      for (int64_t j = 1; j < p.Sk; ++j) sums[0] += sums[j];
+      count = 1;
+    }
+    const int64_t offset = block.b * p.dbias.stride_b + block.h * p.dbias.stride_h;
+    store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype, sums, count, (T)1);
   }
 };

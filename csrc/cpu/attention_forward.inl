@@ -114,12 +114,12 @@ void attention_forward_tasks(const AttentionParams& p, int64_t begin, int64_t en
   tile.place(p, memory);
   constexpr int64_t kBlockM = ForwardTile<Arithmetic>::kBlockM;
   for (int64_t task = begin; task < end; ++task) {
-    const QueryBlock block = query_block(p, task, kBlockM);
+    const Block block = query_block(p, task, kBlockM);
     const Sequence seq = sequence_of(p, block.b);
-    const int64_t rows = min_of(kBlockM, seq.Sq - block.m_start);
+    const int64_t rows = min_of(kBlockM, seq.Sq - block.start);
     if (rows <= 0) continue;
     with_vectors<T, Arithmetic::kQueryVectors>(rows, [&](auto vectors) {
-      attention_forward_block<vectors.value>(p, seq, block.h, block.m_start, rows, tile);
+      attention_forward_block<vectors.value>(p, seq, block.h, block.start, rows, tile);
     });
   }
 }

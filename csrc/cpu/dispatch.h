@@ -34,11 +34,15 @@ enum class MathFunction { kExp2, kTanh };
 // The kernels of one instruction set. One constant table per isa_*.cpp.
 struct KernelTable {
   const char* isa;
+  Phase mask_blocks;                                    // before the others, into p.mask_blocks
+  size_t (*mask_blocks_bytes)(const AttentionParams&);  // 0: leave p.mask_blocks null, and it out
   ForwardKernel attention_forward[kMaxForwardKernels];  // best first, the last serves every call
   Phase attention_backward_delta;
   Phase attention_backward_sinks;
-  Phase attention_backward_keys;
+  Phase attention_backward_keys;  // these two, or
   Phase attention_backward_queries;
+  Phase attention_backward_heads;  // this one has tasks
+  Phase attention_backward_pages;
   Phase dropout_keep_mask;
   SoftmaxPhase masked_softmax_forward;
   SoftmaxPhase masked_softmax_backward;

@@ -59,24 +59,28 @@ void apply_math_by_type(MathFunction function, DType dtype, const void* in, void
                            : apply_math(function, (const float*)in, (float*)out, count);
 }
 
-// Independent chains of fma(F, F, T), as many as `multiply` has.
+// Independent chains of fma(F, F, T), as many as `multiply` has. Every chain counts its products; a
+// float counts to 2^24.
 template <typename T, typename F>
 double multiply_vectors(F one, int64_t rounds) {
   constexpr int kRows = kRowsInRegisters<kMaxVectors>;
-  Vec<T> sums[kRows][kMaxVectors];
-  for (auto& row : sums) {
-    for (Vec<T>& sum : row) sum = broadcast((T)0);
-  }
-  for (int64_t i = 0; i < rounds; ++i) {
+  constexpr int64_t kCounted = 1 << 20;
+  double total = 0;
+  for (int64_t done = 0; done < rounds; done += kCounted) {
+    Vec<T> sums[kRows][kMaxVectors];
     for (auto& row : sums) {
-      for (Vec<T>& sum : row) sum = fma(broadcast(one), broadcast(one), sum);
+      for (Vec<T>& sum : row) sum = broadcast((T)0);
+    }
+    for (int64_t i = done; i < min_of(rounds, done + kCounted); ++i) {
+      for (auto& row : sums) {
+        for (Vec<T>& sum : row) sum = fma(broadcast(one), broadcast(one), sum);
+      }
+    }
+    for (auto& row : sums) {
+      for (const Vec<T>& sum : row) total += (double)reduce_add(sum);
     }
   }
-  T total = 0;
-  for (auto& row : sums) {
-    for (const Vec<T>& sum : row) total += reduce_add(sum);
-  }
-  return 2 * (double)total;  // every chain has counted its products
+  return 2 * total;
 }
 double multiply_registers(DType dtype, int64_t rounds) {
 #ifdef FUSED_ATTENTION_TILES
@@ -99,14 +103,12 @@ double multiply_registers(DType dtype, int64_t rounds) {
                                   : multiply_vectors<float>(1.0f, rounds);
 }
 
-#if defined(FUSED_ATTENTION_TILES) || defined(FUSED_ATTENTION_PAIRS)
+#ifdef FUSED_ATTENTION_TILES
 // Keys lie at one distance from each other, as many in each batch.
 bool is_dense(const AttentionParams& p) {
   return p.cu_seqlens_q == nullptr && p.cu_seqlens_k == nullptr && p.seqused_k == nullptr &&
          p.block_table == nullptr;
 }
-#endif
-#ifdef FUSED_ATTENTION_TILES
 // Enough keys to make up for splitting them, and no lse: what follows from it computes the scores
 // again, in float, whose rounding is another.
 bool many_keys(const AttentionParams& p) { return p.Sk >= 128 && p.lse == nullptr; }
@@ -124,6 +126,8 @@ constexpr ForwardKernel tiles_forward(const char* reason, bool (*serves)(const A
 
 constexpr KernelTable kKernels = {
     kIsaName,
+    phase<MaskBlocks>(),
+    MaskBlocks::bytes,
     {{"attention_decode",
       "few queries: keys and values are read once, in place, for all heads that share them;"
       " 17x the ordinary kernel for 1 query of 4 heads against 2048 keys",
@@ -154,7 +158,7 @@ constexpr KernelTable kKernels = {
 #ifdef FUSED_ATTENTION_PAIRS
      {"attention_forward on pairs",
       "two bfloat16 products a lane at once",
-      [](const AttentionParams& p) { return is_dense(p) && p.dtype == DType::kBFloat16; },
+      [](const AttentionParams& p) { return p.dtype == DType::kBFloat16; },
       AttentionForward<Pairs>::tiles,
       nullptr,
       {phase<AttentionForward<Pairs>>()}},
@@ -172,6 +176,8 @@ constexpr KernelTable kKernels = {
     phase<ByType<AttentionBackwardSinks>>(),
     phase<ByType<AttentionBackwardKeys>>(),
     phase<ByType<AttentionBackwardQueries>>(),
+    phase<ByType<AttentionBackwardHeads>>(),
+    phase<ByType<AttentionBackwardPages>>(),
     phase<DropoutKeepMask>(),
     phase<ByType<MaskedSoftmax, SoftmaxParams>, SoftmaxParams>(),
     phase<ByType<MaskedSoftmaxBackward, SoftmaxParams>, SoftmaxParams>(),

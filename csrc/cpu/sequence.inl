@@ -21,42 +21,66 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
     seq.Sk = p.cu_seqlens_k[b + 1] - seq.k_start;
   }
   if (p.seqused_k != nullptr) seq.Sk = p.seqused_k[b];
-  if (p.block_table != nullptr) seq.pages = p.block_table + b * p.block_table_stride_b;
+  if (p.block_table != nullptr) {
+    seq.pages = p.block_table + b * p.block_table_stride_b;
+    seq.k_start = 0;
+  }
   if (p.bottom_right) seq.diagonal_offset = seq.Sk - seq.Sq;
   return seq;
 }
 
-// A block of at most `size` queries of one head of one sequence. Those of packed sequences may be
-// empty: m_start is beyond the last query then.
-struct QueryBlock {
-  int64_t b, h, m_start;
+// A block of at most `size` tokens of one head of one sequence. Those of packed sequences may be
+// empty: `start` is beyond the last token then.
+struct Block {
+  int64_t b, h, start;
 };
 // Packed: the blocks of sequence b, which starts at token t, are those from t / size + b on. That
 // is room for all, since ceil(n / size) <= (t + n) / size - t / size + 1.
-FA_INLINE int64_t count_query_blocks(const AttentionParams& p, int64_t size) {
-  if (p.cu_seqlens_q == nullptr) return p.B * p.Hq * ceil_div(p.Sq, size);
-  return p.Hq * (p.cu_seqlens_q[p.B] / size + p.B);
+FA_INLINE int64_t blocks_of_a_head(const AttentionParams& p, const int32_t* cu_seqlens,
+                                   int64_t length, int64_t size) {
+  if (cu_seqlens == nullptr) return p.B * ceil_div(length, size);
+  return cu_seqlens[p.B] / size + p.B;
 }
-// Of each head the last queries first: under a causal mask they have the most keys.
-FA_INLINE QueryBlock query_block(const AttentionParams& p, int64_t number, int64_t size) {
-  if (p.cu_seqlens_q == nullptr) {
-    const int64_t blocks = ceil_div(p.Sq, size), head = number / blocks;
-    return {head / p.Hq, head % p.Hq, (blocks - 1 - number % blocks) * size};
+FA_INLINE Block block_of(const AttentionParams& p, const int32_t* cu_seqlens, int64_t heads,
+                         int64_t length, int64_t number, int64_t size) {
+  if (cu_seqlens == nullptr) {
+    const int64_t blocks = ceil_div(length, size), head = number / blocks;
+    return {head / heads, head % heads, number % blocks * size};
   }
-  const int64_t blocks = count_query_blocks(p, size) / p.Hq;
-  const int64_t block = blocks - 1 - number % blocks;
+  const int64_t blocks = blocks_of_a_head(p, cu_seqlens, length, size), block = number % blocks;
   int64_t low = 0, high = p.B;  // the last sequence whose first block is not beyond this one
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    (p.cu_seqlens_q[middle] / size + middle <= block ? low : high) = middle;
+    (cu_seqlens[middle] / size + middle <= block ? low : high) = middle;
   }
-  return {low, number / blocks, (block - p.cu_seqlens_q[low] / size - low) * size};
+  return {low, number / blocks, (block - cu_seqlens[low] / size - low) * size};
+}
+FA_INLINE int64_t count_query_blocks(const AttentionParams& p, int64_t size) {
+  return p.Hq * blocks_of_a_head(p, p.cu_seqlens_q, p.Sq, size);
+}
+// The last queries first: under a causal mask they have the most keys.
+FA_INLINE Block query_block(const AttentionParams& p, int64_t number, int64_t size) {
+  number = count_query_blocks(p, size) - 1 - number;
+  return block_of(p, p.cu_seqlens_q, p.Hq, p.Sq, number, size);
+}
+// Of keys; in pages there are as many of each sequence.
+FA_INLINE const int32_t* key_offsets(const AttentionParams& p) {
+  return p.block_table == nullptr ? p.cu_seqlens_k : nullptr;
+}
+FA_INLINE int64_t count_key_blocks(const AttentionParams& p, int64_t size) {
+  return p.Hkv * blocks_of_a_head(p, key_offsets(p), p.Sk, size);
+}
+FA_INLINE Block key_block(const AttentionParams& p, int64_t number, int64_t size) {
+  return block_of(p, key_offsets(p), p.Hkv, p.Sk, number, size);
 }
 
-// The log-sum-exp of query i of head h.
+// Where lse and delta have query i of head h.
+FA_INLINE int64_t row_number(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i) {
+  return seq.b * p.lse_stride_b + h * p.lse_stride_h + seq.q_start + i;
+}
 template <typename T>
 FA_INLINE T* lse_of(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i) {
-  return (T*)p.lse + seq.b * p.lse_stride_b + h * p.lse_stride_h + seq.q_start + i;
+  return (T*)p.lse + row_number(p, seq, h, i);
 }
 // Where the row of key n of head h lies.
 FA_INLINE const char* key_row(const AttentionParams& p, const TensorView& view, const Sequence& seq,

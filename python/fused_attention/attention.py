@@ -20,7 +20,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import ops
 from .backends import MAX_PLANS, PLANS, TRITON, choose
-from .errors import ArgumentValueError, message_of_operator
+from .errors import ArgumentValueError, is_of_operator, message_of_operator
 from .problem import (
     DTYPES,
     Plan,
@@ -280,7 +280,7 @@ def attention(
     try:  # lengths and pages are values, which only the operator sees
         return _run(plan, query, key, value, *tensors, softcap, dropout_p, packed)
     except RuntimeError as error:
-        if type(error) is RuntimeError and "ops.cpp" in str(error):
+        if is_of_operator(error):
             raise ArgumentValueError(message_of_operator(error)) from None
         raise
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native, autograd
+from . import _native, autograd, cuda
 from .errors import ArgumentValueError, describe_error
 from .problem import CAUSAL, DTYPES, FEATURES, Plan, Problem, cast_for_autocast
 
@@ -53,7 +53,6 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = ()
     head_dims: range = range(0)
     features: frozenset[str] = frozenset()
-    forward_only: frozenset[str] = frozenset()  # of these: served where nothing is differentiated
     plan: Callable[[Problem], Plan] | None = None
     details: Callable[[Problem], Details] | None = None
     missing: Callable[[], str] = str
@@ -73,11 +72,6 @@ class Backend:
                 reasons.append(f"{name}'s head_dim {size}: only {sizes}")
         missing = problem.features - self.features
         reasons += [f"{name}: not built yet" for name in FEATURES if name in missing]
-        if problem.differentiable:
-            forward_only = problem.features & self.forward_only
-            reasons += [
-                f"gradients with {name}: not built yet" for name in FEATURES if name in forward_only
-            ]
         return reasons
 
 
@@ -118,6 +112,20 @@ def _cpu_details(problem: Problem) -> Details:
     )
 
 
+# -- CUDA C++ ------------------------------------------------------------------------------
+
+
+def _cuda_details(problem: Problem) -> Details:
+    backward = "gradients" in problem.features
+    plain = problem.is_plain and not problem.differentiable
+    lse_bytes = 4 * problem.batch * problem.heads_q * problem.seqlen_q
+    return Details(
+        kernel=f"attention_forward{' + attention_backward' * backward}",
+        # lse; backward: delta, and lse as the kernels want it
+        extra_bytes=lse_bytes * (not plain) + 2 * lse_bytes * backward + problem.copied_bytes,
+    )
+
+
 # -- Triton ------------------------------------------------------------------------------
 
 
@@ -129,16 +137,35 @@ def _triton_missing() -> str:
 
 
 def _triton_details(problem: Problem) -> Details:
-    from .kernels.tiles import arch_of, attention_tiles
+    from .kernels.launch import decode_splits
+    from .kernels.tiles import arch_of, attention_tiles, decode_tiles
 
-    arch, head_dim = arch_of(problem.device), max(problem.head_dim, problem.head_dim_v)
-    tiles = attention_tiles("forward", arch, problem.dtype, head_dim)
+    heads, head_dim = problem.heads_q // max(problem.heads_kv, 1), problem.head_dim
+    head_dim = max(head_dim, problem.head_dim_v)
+    window = (problem.window_size[0], 0 if problem.causal else problem.window_size[1])
+    splits = decode_splits(
+        *(problem.batch, problem.heads_q, problem.heads_kv),
+        *(problem.seqlen_q, problem.seqlen_k, window),
+    )
+    arch = arch_of(problem.device)
+    if splits == 0:
+        kernel, reason = "attention_forward", ""
+        tiles = attention_tiles("forward", arch, problem.dtype, head_dim)
+    else:
+        kernel, rows = "attention_decode", heads * problem.seqlen_q
+        reason = f"{rows} rows of a key head; its keys in {splits} splits"
+        tiles = decode_tiles(arch, problem.dtype, head_dim, rows)
     backward = "gradients" in problem.features
     plain = problem.is_plain and not problem.differentiable
     lse_bytes = 4 * problem.batch * problem.heads_q * problem.seqlen_q
+    parts = splits if splits > 1 else 0
     return Details(
-        kernel=f"attention_forward{' + attention_backward' * backward}",
-        extra_bytes=lse_bytes * (not plain) + lse_bytes * backward + problem.copied_bytes,
+        kernel=f"{kernel}{' + attention_backward' * backward}",
+        reason=reason,
+        extra_bytes=lse_bytes * (not plain)
+        + lse_bytes * backward  # delta = rowsum(do * o)
+        + parts * lse_bytes * (2 + problem.head_dim_v)
+        + problem.copied_bytes,
         isa=arch.name,
         block_m=tiles.block_m,
         block_n=tiles.block_n,
@@ -180,13 +207,24 @@ def _reference_details(problem: Problem) -> Details:
 
 # -- The table ---------------------------------------------------------------------------
 
-CUDA = Backend("cuda")
+_NOT_PACKED = frozenset(FEATURES) - {"varlen", "seqused_k", "block_table"}
+# On a GPU the first of CUDA and TRITON serves; no report of a GPU has decided their order yet.
+CUDA = Backend(
+    "cuda",
+    devices=frozenset({"cuda"}),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    head_dims=range(1, 257),
+    features=_NOT_PACKED,
+    plan=autograd.plan_cuda,
+    details=_cuda_details,
+    missing=cuda.missing,
+)
 TRITON = Backend(
     "triton",
     devices=frozenset({"cuda"}),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     head_dims=range(1, 257),
-    features=frozenset(FEATURES) - {"varlen", "seqused_k", "block_table"},
+    features=frozenset(FEATURES),
     plan=autograd.plan,
     details=_triton_details,
     missing=_triton_missing,
@@ -197,7 +235,6 @@ CPU = Backend(
     dtypes=DTYPES,
     head_dims=range(1, 513),
     features=frozenset(FEATURES),
-    forward_only=frozenset({"varlen", "seqused_k", "block_table"}),
     plan=autograd.plan,
     details=_cpu_details,
 )
@@ -232,8 +269,6 @@ def feature_table() -> str:
         return "any" if row.devices is None else ", ".join(sorted(row.devices))
 
     def feature(row: Backend, name: str) -> str:
-        if name in row.forward_only:
-            return "forward"
         return "yes" if name in row.features else "–"
 
     lines = [line(["", *NAMES]), line(["---"] * (1 + len(BACKENDS)))]

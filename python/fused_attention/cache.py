@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .errors import ArgumentValueError, message_of_operator
+from .errors import ArgumentValueError, is_of_operator, message_of_operator
 from .problem import (
     DTYPES,
     check_dtype,
@@ -43,13 +43,14 @@ def kv_cache_append_(
     key_cache [B, Hkv, room, D] and value_cache [B, Hkv, room, Dv]; with block_table (int32
     [B, max_pages]) pages [pages, page_size, Hkv, D or Dv] of any page_size: token n of sequence b
     is row n % page_size of page block_table[b, n // page_size]. Any strides; one dtype out of
-    float32, bfloat16, float16 and float64; CPU. What flash_attn_with_kvcache does with k and v,
-    whose layout is the transpose(1, 2) of this one. Sequences that share the page of a new token
-    overwrite one another. Not differentiable.
+    float32, bfloat16, float16 and float64; CPU and CUDA. What flash_attn_with_kvcache does with k
+    and v, whose layout is the transpose(1, 2) of this one. Sequences that share the page of a new
+    token overwrite one another. Not differentiable.
 
     Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
     RuntimeError) for arguments that do not fit together, tokens that have no room and pages that do
-    not exist; nothing is written then.
+    not exist; nothing is written then. On a GPU, which nobody waits for here, cache_seqlens and
+    block_table are not read before: such tokens are left out.
     """
     tensors = {
         "key_cache": key_cache, "value_cache": value_cache, "key": key, "value": value
@@ -82,13 +83,13 @@ def kv_cache_append_(
         meaning, front = "[pages, page_size, Hkv, {}]", (*key_cache.shape[:2], heads)
     check_shape("key_cache", key_cache, meaning.format("D"), (*front, head_dim))
     check_shape("value_cache", value_cache, meaning.format("Dv"), (*front, head_dim_v))
-    if key.device.type not in ("cpu", "meta"):
+    if key.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(f"kv_cache_append_: device {key.device}: not built yet")
     if torch.compiler.is_compiling():
         return ops.kv_cache_append(key_cache, value_cache, key, value, cache_seqlens, block_table)
     try:
         ops.kv_cache_append(key_cache, value_cache, key, value, cache_seqlens, block_table)
     except RuntimeError as error:
-        if type(error) is RuntimeError and "ops.cpp" in str(error):
+        if is_of_operator(error):
             raise ArgumentValueError(message_of_operator(error)) from None
         raise

@@ -1,10 +1,13 @@
-"""python -m fused_attention doctor | explain | features | verify | bench.
+"""python -m fused_attention doctor | explain | features | verify | bench | tune, and for models.
 
 doctor    what this machine has and what is in force; 0 if a fast backend is usable here, else 1
 explain   how a call of a given shape is served, and why not faster
 features  the capability table, in Markdown
 verify    the correctness matrix, of ours or somebody else's; 0 if all is right, else 1
 bench     ours, PyTorch's, FlexAttention and somebody else's on the table of shapes
+tune      the tile sizes that are fastest on this GPU, as rows of kernels/tiles.py
+
+fetch, train, translate, summarize, generate, transcribe and embed are in models/commands.py.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 from . import __version__, _native, backends
 from .backends import BACKENDS, REFERENCE, explain, feature_table
 from .errors import ArgumentTypeError, ArgumentValueError
+from .models.commands import CommandError, add_commands
 from .problem import DTYPES
 
 ENVIRONMENT_VARIABLES = (
@@ -240,6 +244,21 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def tune(arguments: argparse.Namespace) -> int:
+    from . import tune
+
+    device, dtype = tune.require_gpu(), DTYPE_NAMES[arguments.dtype]
+    from .kernels.tiles import arch_of
+
+    results = tune.tune(dtype, arguments.head_dims)
+    arch = arch_of(device).name
+    print(f"\nFor _TABLE in kernels/tiles.py ({torch.cuda.get_device_name(device)}):\n")
+    print(tune.rows(results, arch, dtype.itemsize))
+    document = {"arch": arch, "dtype": arguments.dtype, "tiles": tune.report(results)}
+    write_json(arguments.json, {**document, "machine": diagnose()})
+    return 0
+
+
 def write_json(path: str | None, document: dict[str, Any]) -> None:
     if path:
         try:
@@ -311,6 +330,15 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=threads, help="default: as torch")
     add_implementation(command)
     command.set_defaults(run=bench)
+
+    command = commands.add_parser("tune", help="the fastest tile sizes on this GPU")
+    add = command.add_argument
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--head-dims", type=int, nargs="+", choices=(64, 128, 256), default=(64, 128, 256))
+    add("--json", type=new_file, metavar="FILE", help="write the result there")
+    command.set_defaults(run=tune)
+
+    add_commands(commands)
     return top
 
 
@@ -321,3 +349,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments)
     except (ArgumentValueError, ArgumentTypeError, NotImplementedError) as error:
         top.exit(2, f"{top.prog}: {error}\n")
+    except CommandError as error:
+        top.exit(1, f"{top.prog}: {error}\n")

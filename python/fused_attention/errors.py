@@ -26,6 +26,11 @@ def describe_error(name: str, expected: str, got: Any, hint: str = "") -> str:
     return f"{message}. Hint: {hint}" if hint else message
 
 
+def is_of_operator(error: RuntimeError) -> bool:
+    """Whether an operator of ours refused a call: see `message_of_operator`."""
+    return type(error) is RuntimeError and ", csrc/" in str(error)
+
+
 def message_of_operator(error: RuntimeError) -> str:
     """What an operator found wrong with values, without the place in its source that goes before:
     "function, csrc/ops.cpp:123, message"."""

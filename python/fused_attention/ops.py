@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,9 +39,31 @@ def _direct(op: Any) -> Callable[..., Any]:
     return functools.partial(torch._C._dispatch_call_boxed, handle)
 
 
-direct_forward_plain = _direct(forward_plain)
-direct_forward_plain_lse = _direct(forward_plain_lse)
-direct_forward = _direct(forward)
+class Operators(NamedTuple):
+    """What serves attention on the backends of one library; `direct_*`: see `_direct`."""
+
+    forward_plain: Callable[..., Any]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    direct_forward_plain: Callable[..., Any]
+    direct_forward_plain_lse: Callable[..., Any]
+    direct_forward: Callable[..., Any]
+
+    @staticmethod
+    def of(namespace: str) -> Operators:
+        library = getattr(torch.ops, namespace)
+        plain, full = library.attention_forward_plain.default, library.attention_forward.default
+        return Operators(
+            plain,
+            full,
+            library.attention_backward.default,
+            _direct(plain),
+            _direct(library.attention_forward_plain_lse.default),
+            _direct(full),
+        )
+
+
+OPERATORS = Operators.of("fused_attention")
 
 # -- The state of dropout ----------------------------------------------------------------
 
@@ -127,14 +149,11 @@ def empty_like_layout(like: Tensor, last: Any) -> Tensor:
     return like.new_empty((batch, heads, seqlen, last))
 
 
-@torch.library.register_fake("fused_attention::attention_forward_plain")
 def _fake_forward_plain(query: Tensor, key: Tensor, value: Tensor, *numbers: Any) -> Tensor:
     check_devices(query, key, value)
     return empty_like_layout(query, value.shape[-1])
 
 
-@torch.library.register_fake("fused_attention::attention_forward_plain_lse")
-@torch.library.register_fake("fused_attention::attention_forward")
 def _fake_forward(
     query: Tensor, key: Tensor, value: Tensor, *options: Any, **named_options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -154,13 +173,19 @@ def _fake_forward(
 def _fake_gradients(call: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_devices(*call.values())
     query, bias, sinks = call["query"], call["bias"], call["sinks"]
-    dq, dk, dv = (empty_like_layout(x, x.shape[-1]) for x in (query, call["key"], call["value"]))
+
+    def like(x: Tensor) -> Tensor:
+        in_pages = x is not query and call["block_table"] is not None
+        return (
+            x.new_empty(x.shape) if x.dim() == 3 or in_pages else empty_like_layout(x, x.shape[-1])
+        )
+
+    dq, dk, dv = (like(x) for x in (query, call["key"], call["value"]))
     dbias = bias.new_empty(bias.shape) if call["bias_grad"] else query.new_empty(0)
     dsinks = call["lse"].new_empty(sinks.shape if call["sinks_grad"] else 0)
     return dq, dk, dv, dbias, dsinks
 
 
-@torch.library.register_fake("fused_attention::attention_backward")
 def _fake_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(arguments(backward, args, kwargs))
 
@@ -227,7 +252,7 @@ def _register_triton(name: str) -> None:
 for _name in (
     *("attention_forward_plain", "attention_forward_plain_lse", "attention_forward"),
     *("attention_backward", "dropout_keep_mask", "masked_softmax_forward", "masked_softmax_"),
-    "masked_softmax_backward",
+    *("masked_softmax_backward", "attention_weights", "kv_cache_append_"),
 ):
     _register_triton(_name)
 
@@ -298,7 +323,8 @@ def _vmap_rule(op: Any, batched_outputs: int) -> Callable[..., Any]:
         if call.get("philox") is not None or sinks_are_mapped or sinks_grad:
             own |= set(_ROWS)
         packed = any(call.get(name) is not None for name in SEQUENCES)
-        if packed or samples == 0 or (_ROWS[0] in own and query.device.type == "cuda"):
+        on_gpu = query.device.type == "cuda" or op.namespace != "fused_attention"
+        if packed or samples == 0 or (_ROWS[0] in own and on_gpu):
             results = [op(**_sample(call, dims, i)) for i in range(max(samples, 1))]
             if isinstance(results[0], Tensor):
                 return torch.stack(results)[:samples], 0
@@ -346,19 +372,22 @@ def _sample(call: dict[str, Any], dims: dict[str, Any], i: int) -> dict[str, Any
     return sample
 
 
-torch.library.register_vmap(
-    "fused_attention::attention_forward_plain", _vmap_rule(forward_plain, batched_outputs=1)
-)
-torch.library.register_vmap(
-    "fused_attention::attention_forward_plain_lse",
-    _vmap_rule(forward_plain_lse, batched_outputs=2),
-)
-torch.library.register_vmap(
-    "fused_attention::attention_forward", _vmap_rule(forward, batched_outputs=2)
-)
-torch.library.register_vmap(
-    "fused_attention::attention_backward", _vmap_rule(backward, batched_outputs=3)
-)
+@functools.cache
+def register_tracing(namespace: str) -> None:
+    """Fake kernels and rules of vmap, for the attention operators of a library; once."""
+    library = getattr(torch.ops, namespace)
+    for name, fake, outputs in (
+        ("attention_forward_plain", _fake_forward_plain, 1),
+        ("attention_forward_plain_lse", _fake_forward, 2),
+        ("attention_forward", _fake_forward, 2),
+        ("attention_backward", _fake_backward, 3),
+    ):
+        op = getattr(library, name).default
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.register_vmap(f"{namespace}::{name}", _vmap_rule(op, batched_outputs=outputs))
+
+
+register_tracing("fused_attention")
 torch.library.register_vmap("fused_attention::attention_jvp", _vmap_rule(jvp, batched_outputs=2))
 torch.library.register_vmap(
     "fused_attention::attention_backward_jvp", _vmap_rule(backward_jvp, batched_outputs=3)
@@ -368,10 +397,10 @@ torch.library.register_vmap(
 )
 
 
-@torch.library.register_vmap("fused_attention::dropout_keep_mask")
-def _vmap_dropout_keep_mask(
+def dropout_keep_masks(
     info: Any, in_dims: tuple[Any, ...], philox: Tensor, dropout_p: float, batch: int, *sizes: int
 ) -> tuple[Tensor, int]:
+    """The rule of vmap: a mask for each sample, also where all have the same seed."""
     samples = info.batch_size
     if samples == 0 or philox.device.type == "cuda":
         call, dims = {"philox": philox}, {"philox": in_dims[0]}
@@ -383,6 +412,9 @@ def _vmap_dropout_keep_mask(
     states = _fold_batch("philox", philox, in_dims[0], samples, batch, frozenset(_ROWS))
     keep = dropout_keep_mask(states, dropout_p, samples * batch, *sizes)
     return keep.unflatten(0, (samples, batch)), 0
+
+
+torch.library.register_vmap("fused_attention::dropout_keep_mask", dropout_keep_masks)
 
 
 @torch.library.register_vmap("fused_attention::philox_state")
@@ -453,7 +485,7 @@ def _softmax_vmap_rule(
         if call.get("sinks_grad"):
             from .softmax_tangents import gradients_of_samples
 
-            gradients = gradients_of_samples(call, dims)
+            gradients = gradients_of_samples(info, call, dims)
             return gradients, tuple(
                 0 if of_sample else None for of_sample in (True, own_grad, True)
             )

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from . import _native, autograd, ops
-from .backends import CPU, choose
+from .backends import CPU, TRITON, choose
 from .problem import CAUSAL, Problem, as_4d, as_vector, cast_for_autocast
 
 
 def weights_extra_bytes(query: Tensor, bias: Tensor | None) -> int:
-    """Working memory of the weights on a CPU: for `explain`."""
+    """Working memory of the weights: for `explain`. On a GPU there is none."""
+    if query.device.type != "cpu":
+        return 0
     dtype = str(query.dtype).removeprefix("torch.")
     workspace = _native.weights_workspace_bytes(dtype, query.shape[-1], bias is not None)
     return torch.get_num_threads() * workspace
@@ -42,7 +44,7 @@ def attention_with_weights(
     weights: those that met the values, after dropout, in query's dtype: [B, Sq, Sk], averaged over
     the heads (summed up in float32, float64 for float64, and rounded once), or else [B, Hq, Sq,
     Sk]. A row that sees no key: 0. With sinks a row does not sum to 1. Differentiable once;
-    deterministic, for any number of threads. What the CPU kernels do not serve, the reference does.
+    deterministic, for any number of threads. What the kernels do not serve, the reference does.
     Raises as `attention` does.
     """
     query, key, value, bias = cast_for_autocast(query, key, value, bias)
@@ -52,7 +54,7 @@ def attention_with_weights(
     philox = None
     if problem.dropout_p:
         philox = ops.philox_state(query, key, value, philox_seed)
-    if choose(problem) is not CPU:
+    if choose(problem) not in (CPU, TRITON):
         return _reference(query, key, value, problem, average, bias=bias, philox=philox, **options)
     out, _, weights = autograd.plan_with_weights(problem)(
         *(average, query, key, value, *problem.numbers),

@@ -194,6 +194,11 @@ void attention_case(Random& random) {
   p.D = random.range(1, widest);
   p.Dv = random.chance(50) ? p.D : random.range(1, widest);
   if (widest > 40) p.B = p.Hkv = p.Hq = 1, p.Sq = std::min<int64_t>(p.Sq, 30);
+  if (widest == 40 && random.chance(40)) {  // enough heads for the backward in one pass
+    (random.chance(50) ? p.B : p.Hkv) = random.range(8, 9);
+    p.Hq = p.Hkv * random.range(1, 2);
+    p.Sq = std::min<int64_t>(p.Sq, 60);
+  }
   const int64_t B = p.B, Hq = p.Hq, Hkv = p.Hkv, Sq = p.Sq, Sk = p.Sk, D = p.D, Dv = p.Dv;
 
   const auto tensor = [&](int64_t H, int64_t S, int64_t width) {
@@ -357,8 +362,13 @@ void attention_case(Random& random) {
     if (sunk) dsinks_(h) -= exp(sink - lse_(b, h, i)) * delta_;
   }
 
-  run_forward(p, out, lse);
   const KernelTable& kernels = kernel_table();
+  std::vector<uint8_t> mask_blocks(kernels.mask_blocks_bytes(p));
+  if (!mask_blocks.empty()) {
+    p.mask_blocks = mask_blocks.data();
+    run(kernels.mask_blocks, p, threads);
+  }
+  run_forward(p, out, lse);
   const auto bound = [&](const Phase& phase) {
     return [&phase, &p](int count) { run(phase, p, count); };
   };
@@ -373,7 +383,7 @@ void attention_case(Random& random) {
   if (!backward) return;
   run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_weights_delta),
            bound(kernels.attention_backward_sinks), bound(kernels.attention_backward_keys),
-           bound(kernels.attention_backward_queries)},
+           bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads)},
           {&delta, &dq, &dk, &dv, &dbias, &dsinks});
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);
@@ -383,8 +393,8 @@ void attention_case(Random& random) {
   if (sunk) compare("dsinks", dsinks, dsinks_, type);
 }
 
-// Forward with sequences of their own lengths: packed, with used lengths, in pages, in any
-// combination. What no sequence uses is NaN, and the tensors of lengths end where they have to.
+// Sequences of their own lengths: packed, with used lengths, in pages, in any combination. What no
+// sequence uses is NaN, and the tensors of lengths end where they have to.
 void sequences_case(Random& random) {
   AttentionParams p;
   p.dtype = any_type(random);
@@ -392,7 +402,7 @@ void sequences_case(Random& random) {
   const bool packed = random.chance(60), paged = random.chance(50), used = random.chance(50);
   const bool few = random.chance(50), many_keys = few && random.chance(30);
   p.B = random.range(packed ? 0 : 1, 4);
-  p.Hkv = random.range(1, 2);
+  p.Hkv = random.chance(30) ? 4 : random.range(1, 2);
   p.Hq = p.Hkv * random.range(1, 3);
   p.D = many_keys ? random.range(100, 140) : random.range(1, 40);
   p.Dv = random.chance(50) ? p.D : random.range(1, 40);
@@ -421,6 +431,8 @@ void sequences_case(Random& random) {
   for (size_t n = table.size(); n-- > 1;) {
     std::swap(table[n], table[(size_t)random.range(0, (int64_t)n)]);
   }
+  // The last sequence may share its first page with the first one.
+  if (max_pages > 0 && random.chance(30)) table[(size_t)((B - 1) * max_pages)] = table[0];
   const auto tokens = [&](int64_t H, int64_t width) {  // queries
     return packed ? Sizes{1, H, cu_q.back(), width} : Sizes{B, H, common, width};
   };
@@ -429,10 +441,17 @@ void sequences_case(Random& random) {
     return packed ? Sizes{1, Hkv, cu_k.back(), width} : Sizes{B, Hkv, room, width};
   };
   Array q(random, tokens(Hq, D), type, Last::kDense),
-      out(random, tokens(Hq, Dv), type, Last::kDense);
+      out(random, tokens(Hq, Dv), type, Last::kDense),
+      grad_out(random, tokens(Hq, Dv), type, Last::kDense);
   Array k(random, keys(D), type, Last::kDense), v(random, keys(Dv), type, Last::kDense);
-  q.randomise(random);
-  Array lse = contiguous(packed ? Sizes{Hq, cu_q.back()} : Sizes{B, Hq, common}, accumulated);
+  q.randomise(random), grad_out.randomise(random);
+  const Sizes row_sizes = packed ? Sizes{Hq, cu_q.back()} : Sizes{B, Hq, common};
+  Array lse = contiguous(row_sizes, accumulated), delta = contiguous(row_sizes, accumulated);
+  Array dq(random, tokens(Hq, D), type, Last::kDense);
+  Array dk(random, keys(D), type, Last::kDense), dv(random, keys(Dv), type, Last::kDense);
+  Array whole_dk = contiguous({B, Hkv, max_pages * page_size, D}, type);
+  Array whole_dv = contiguous({B, Hkv, max_pages * page_size, Dv}, type);
+  for (Array* x : {&dk, &dv}) x->each([&](char* at) { set(at, type, 0); });
   const auto key_at = [&](const Array& x, int64_t b, int64_t g, int64_t n, int64_t d) {
     if (paged) return x.at(table[(size_t)(b * max_pages + n / page_size)], g, n % page_size, d);
     return packed ? x.at(0, g, cu_k[(size_t)b] + n, d) : x.at(b, g, n, d);
@@ -461,7 +480,13 @@ void sequences_case(Random& random) {
     p.block_table_stride_b = max_pages;
     p.page_size = page_size;
   }
-  if (random.chance(80)) p.lse = lse.data;
+  p.grad_out = view(grad_out), p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
+  if (packed) p.grad_out.stride_b = p.dq.stride_b = 0;
+  if (packed && !paged) p.dk.stride_b = p.dv.stride_b = 0;
+  if (paged) p.page_dk = p.dk, p.page_dv = p.dv, p.dk = view(whole_dk), p.dv = view(whole_dv);
+  p.delta = delta.data;
+  const bool backward = random.chance(70);
+  if (backward || random.chance(50)) p.lse = lse.data;
   p.lse_stride_b = packed ? 0 : Hq * common;
   p.lse_stride_h = packed ? cu_q.back() : common;
 
@@ -469,10 +494,10 @@ void sequences_case(Random& random) {
   p.bottom_right = random.chance(50);
   if (random.chance(30)) p.window_left = random.range(0, 60);
   if (random.chance(50)) p.window_right = random.chance(50) ? 0 : random.range(0, 60);
-  Array sinks = contiguous({Hq}, accumulated);
+  Array sinks = contiguous({Hq}, accumulated), dsinks = contiguous({Hq}, accumulated);
   sinks.randomise(random);
   const bool sunk = random.chance(30);
-  if (sunk) p.sinks = sinks.data;
+  if (sunk) p.sinks = sinks.data, p.dsinks = dsinks.data;
   choose_dropout(random, p);
 
   what += " sequences B" + std::to_string(B) + " Hq" + std::to_string(Hq) + " Hkv" +
@@ -483,14 +508,14 @@ void sequences_case(Random& random) {
           (p.dropout_threshold ? " dropout" : "") + " window " + std::to_string(p.window_left) +
           " " + std::to_string(p.window_right);
 
-  Expected out_(out), lse_(lse);
-  std::vector<double> logit((size_t)longest_k);
+  Expected out_(out), lse_(lse), dq_(dq), dk_(dk), dv_(dv), dsinks_(dsinks);
+  std::vector<double> logit((size_t)longest_k), dp((size_t)longest_k);
   for (int64_t b = 0; b < B; ++b) {
     const int64_t queries = Sq[(size_t)b], used_keys = seqused[(size_t)b];
     const int64_t at_b = packed ? 0 : b, first = packed ? cu_q[(size_t)b] : 0;
     for (int64_t row = 0; row < Hq * queries; ++row) {
       const int64_t h = row / queries, i = row % queries, g = h / (Hq / Hkv);
-      double top = sunk ? sinks(h) : -INFINITY, sum = 0;
+      double top = sunk ? sinks(h) : -INFINITY, sum = 0, delta_ = 0;
       for (int64_t j = 0; j < used_keys; ++j) {
         const int64_t ahead = j - i - (p.bottom_right ? used_keys - queries : 0);
         double s = -INFINITY;
@@ -510,17 +535,52 @@ void sequences_case(Random& random) {
       if (top == -INFINITY) continue;
       for (int64_t j = 0; j < used_keys; ++j) sum += exp(logit[(size_t)j] - top);
       row_lse = top + log(sum + (sunk ? exp(sinks(h) - top) : 0));
+      const auto place = [&](int64_t j) {  // of key j in what is laid out as the keys
+        const int64_t page = paged ? table[(size_t)(b * max_pages + j / page_size)] : at_b;
+        return std::pair(page, paged ? j % page_size : packed ? cu_k[(size_t)b] + j : j);
+      };
       for (int64_t j = 0; j < used_keys; ++j) {
-        const double weight = exp(logit[(size_t)j] - row_lse) * dropout_factor(p, b * Hq + h, i, j);
+        const double kept = dropout_factor(p, b * Hq + h, i, j);
+        const double weight = exp(logit[(size_t)j] - row_lse) * kept;
+        dp[(size_t)j] = 0;
         for (int64_t d = 0; d < Dv && weight != 0; ++d) {
-          out_(at_b, h, first + i, d) += weight * get(key_at(v, b, g, j, d), type);
+          const double value = get(key_at(v, b, g, j, d), type);
+          out_(at_b, h, first + i, d) += weight * value;
+          dp[(size_t)j] += kept * value * grad_out(at_b, h, first + i, d);
+          dv_(place(j).first, g, place(j).second, d) += weight * grad_out(at_b, h, first + i, d);
+        }
+        delta_ += exp(logit[(size_t)j] - row_lse) * dp[(size_t)j];
+      }
+      for (int64_t j = 0; j < used_keys; ++j) {
+        const double ds = p.scale * exp(logit[(size_t)j] - row_lse) * (dp[(size_t)j] - delta_);
+        for (int64_t d = 0; d < D && ds != 0; ++d) {
+          dq_(at_b, h, first + i, d) += ds * get(key_at(k, b, g, j, d), type);
+          dk_(place(j).first, g, place(j).second, d) += ds * q(at_b, h, first + i, d);
         }
       }
+      if (sunk) dsinks_(h) -= exp(sinks(h) - row_lse) * delta_;
     }
   }
   run_forward(p, out, lse);
   compare("out", out, out_, type);
   if (p.lse != nullptr) compare("lse", lse, lse_, accumulated);
+  if (!backward) return;
+  const KernelTable& kernels = kernel_table();
+  const auto bound = [&](const Phase& phase) {
+    return [&phase, &p](int count) { run(phase, p, count); };
+  };
+  const auto clear_pages = [&](int) {
+    for (Array* x : {&dk, &dv}) x->each([&](char* at) { set(at, type, 0); });
+  };
+  run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_backward_sinks),
+           clear_pages, bound(kernels.attention_backward_keys),
+           bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads),
+           bound(kernels.attention_backward_pages)},
+          {&delta, &dq, &dk, &dv, &dsinks});
+  compare("dq", dq, dq_, type);
+  compare("dk", dk, dk_, type);
+  compare("dv", dv, dv_, type);
+  if (sunk) compare("dsinks", dsinks, dsinks_, type);
 }
 
 void dropout_case(Random& random) {

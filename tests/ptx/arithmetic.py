@@ -124,7 +124,7 @@ def arithmetic(program: Program, i: Instruction) -> Run:
         return multiply(program, i)
     if i.base in ("add", "sub") and "cc" in i.modifiers:
         return add_with_carry(program, i)
-    allow(i, ROUNDING, "NaN", "sat", "uni")
+    allow(i, ROUNDING, "NaN", "sat", "uni", ["relu"] if i.base in ("min", "max") else [])
     function = (FLOAT if is_float(type_) else INTEGER)[i.base]
     if "NaN" in i.modifiers:
         function = NAN_KEEPING[i.base]
@@ -134,6 +134,9 @@ def arithmetic(program: Program, i: Instruction) -> Run:
     if i.base in ("min", "max") and len(i.operands) == 4:  # of three, on sm_100 and later
         of_two, count = function, 3
         function = lambda a, b, c: of_two(of_two(a, b), c)  # noqa: E731
+    if "relu" in i.modifiers:
+        limited = function
+        function = lambda *v: np.maximum(limited(*v), 0)  # noqa: E731
     return elementwise(program, i, function, [type_] * count, type_)
 
 

@@ -16,7 +16,8 @@ import torch
 from philox_numpy import philox4x32
 from ptx import Report, launch
 from ptx import example_kernels as kernels
-from ptx.triton_compile import CACHE, compile_triton
+from ptx.triton_compile import compile_triton
+from triton_process import CACHE
 
 LOG2_E = float(np.log2(np.e))
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -248,7 +249,7 @@ def cuda(target: int, causal: bool = False) -> Example | None:
         return None
     source = Path(__file__).with_name("attention.cu")
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
-    text = CACHE.parent / "nvcc" / f"attention_{target}_{digest}.ptx"
+    text = CACHE / "nvcc" / f"attention_{target}_{digest}.ptx"
     if not text.exists():
         text.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(

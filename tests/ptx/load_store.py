@@ -18,7 +18,6 @@ from .operands import (
     source,
     to_bits,
     to_values,
-    unknown,
 )
 from .parser import (
     TYPE_BITS,
@@ -216,9 +215,15 @@ def load(program: Program, i: Instruction) -> Run:
     size, count, space, type_ = access_bytes(i), vector_length(i), space_of(i), i.types[-1]
     target = i.operands[0]
     targets = target.items if isinstance(target, Vector) else (target,)
-    if space == "param":
+    if space == "param" and isinstance(i.operands[1].base, Symbol):
         return load_parameter(program, i, targets, type_)
     where = address(program, i.operands[1])
+    if space == "param":  # an address in a register, of a struct's field
+        within, space = where, "global"
+
+        def where(m: Machine, threads: np.ndarray) -> np.ndarray:
+            return within(m, threads) + program.parameter_base
+
     indices = [t.index if isinstance(t, Register) else None for t in targets]
     kinds = [
         np.dtype(f"{'i' if type_[0] == 's' else 'u'}{program.register_bits[n] // 8}")
@@ -240,8 +245,6 @@ def load(program: Program, i: Instruction) -> Run:
 
 def load_parameter(program: Program, i: Instruction, targets: tuple[Any, ...], type_: str) -> Run:
     where, size = i.operands[1], access_bytes(i)
-    if not isinstance(where.base, Symbol):
-        raise unknown(i)
     start = program.address_of(where.base) + where.offset
     data = np.frombuffer(program.parameter_bytes[start : start + size * len(targets)], UINT[size])
     writers = [destination(program, target, type_) for target in targets]

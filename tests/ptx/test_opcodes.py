@@ -188,6 +188,7 @@ INTEGER_CASES = [
     ("cvt.s32.s8 %d, %a;", I32, (I32,), lambda a: wrap(a, np.int8)),
     ("cvt.sat.s16.s32 %d, %a;", I16, (I32,), lambda a: max(-32768, min(32767, a))),
     ("add.sat.s32 %d, %a, %b;", I32, (I32, I32), lambda a, b: max(-(2**31), min(2**31 - 1, a + b))),
+    ("min.relu.s32 %d, %a, %b;", I32, (I32, I32), lambda a, b: max(0, min(a, b))),
     ("setp.lt.s32 %q, %a, %b; selp.b32 %d, %a, %b, %q;", I32, (I32, I32), min),
     ("setp.ge.u64 %q, %a, %b; selp.b64 %d, %a, %b, %q;", U64, (U64, U64), max),
     ("setp.hi.u32 %q, %a, %b; @%q mov.b32 %d, 7; @!%q mov.b32 %d, 9;", U32, (U32, U32),
@@ -501,6 +502,21 @@ def test_atomics_return_the_old_value():
     sums = np.zeros(2, F32)
     run_warps("red.global.add.f32 [%p0], 0f3F000000;", [sums])
     assert sums.tolist() == [32.0, 0.0]
+
+
+def test_fields_of_a_parameter_by_its_address():
+    """As nvcc reads a struct that a kernel takes by value."""
+    text = kernel(
+        "mov.b64 %at, k_1; ld.param.u32 %t, [%at+4]; st.global.u32 [%p0], %t;"
+        "ld.param.u64 %wide, [%at+0]; st.global.u64 [%p0+8], %wide;",
+        2,
+    )
+    out, beyond = np.zeros(4, np.uint32), np.zeros(1, np.uint32)
+    report = launch(text, "k", (1,), 1, [out, 0x1122334455667788])
+    assert not report.findings
+    assert list(out) == [0x11223344, 0, 0x55667788, 0x11223344]
+    far = text.replace("[%at+4]", "[%at+4096]")
+    assert launch(far, "k", (1,), 1, [beyond, 0]).kinds() == {"out of bounds"}
 
 
 def test_local_memory_and_generic_addresses():

@@ -1,23 +1,18 @@
-"""Compile a Triton kernel ahead of time, without a GPU, and run its PTX.
-
-Triton's own cache does the caching (by source, of everything the kernel calls, and options), in
-.cache/triton of the repository unless TRITON_CACHE_DIR says otherwise.
-"""
+"""Compile a Triton kernel ahead of time, without a GPU, and run its PTX."""
 
 from __future__ import annotations
 
-import os
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from triton_process import compiling
+
 from .machine import Report, launch
 from .tensor_map import TensorMap
-
-CACHE = Path(__file__).parents[2] / ".cache" / "triton"
 
 
 @dataclass(frozen=True)
@@ -27,7 +22,7 @@ class CompiledKernel:
     arguments: names of the kernel's run-time arguments, in order. In the PTX, a tensor descriptor
     takes several parameters, and two pointers follow at the end (global scratch, profile scratch).
     shared: bytes of dynamic shared memory a block. threads: of a block; more than 32 * num_warps
-    with warp specialisation. global_scratch: bytes a block. asm: all stages ("ttgir", "ptx", …).
+    with warp specialisation. global_scratch: bytes a block.
     """
 
     name: str
@@ -38,7 +33,6 @@ class CompiledKernel:
     arguments: tuple[str, ...]
     global_scratch: int
     descriptors: tuple[Mapping[str, Any], ...]
-    asm: Mapping[str, Any]
 
     def launch(
         self, grid: Sequence[int], arguments: Mapping[str, Any], schedule: str = "lockstep",
@@ -96,35 +90,38 @@ def compile_triton(
     multiple of 16 (pointers: by address); the launched values must keep that promise, or accesses
     go astray. Default: every pointer, no integer.
 
-    Raises triton's CompilationError; RuntimeError where TRITON_INTERPRET is set, since @triton.jit
-    then makes no compilable function.
+    The kernel is found again by its name in its module, in a process where Triton compiles.
+    Raises RuntimeError with what the compiler says.
     """
+    if divisible_by_16 is None:
+        divisible_by_16 = [name for name, kind in signature.items() if kind.startswith("*")]
+    function = kernel.fn
+    return compiling(
+        _compile, (function.__module__, function.__name__), dict(signature), dict(constexprs),
+        target, tuple(divisible_by_16),
+        {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **options},
+    )  # fmt: skip
+
+
+def _compile(
+    name: tuple[str, str], signature: Mapping[str, str], constexprs: Mapping[str, Any],
+    target: int, divisible_by_16: Sequence[str], options: Mapping[str, Any],
+) -> CompiledKernel:  # fmt: skip
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if not hasattr(kernel, "cache_key"):
-        raise RuntimeError(f"{kernel}: not a JIT function; is TRITON_INTERPRET set?")
-    if divisible_by_16 is None:
-        divisible_by_16 = [name for name, kind in signature.items() if kind.startswith("*")]
+    kernel = getattr(importlib.import_module(name[0]), name[1])
     names = kernel.arg_names
     types = {n: "constexpr" if n in constexprs else signature[n] for n in names}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible_by_16}
     source = ASTSource(kernel, types, dict(constexprs), attributes)
-    if "TRITON_CACHE_DIR" not in os.environ:
-        triton.knobs.cache.dir = str(CACHE)
-    # The default of Triton 3.9, said explicitly because 3.10 changes it.
-    options = {"enable_fp_fusion": True, **options}
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", target, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, **options},
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(options))
     metadata = compiled.metadata
     ptx = compiled.asm["ptx"]
     threads = int(ptx.split(".reqntid", 1)[1].split(None, 1)[0].rstrip(","))
     return CompiledKernel(
         metadata.name, target, ptx, metadata.shared, threads,
         tuple(n for n in names if n not in constexprs), metadata.global_scratch_size,
-        tuple(getattr(metadata, "tensordesc_meta", None) or ()), compiled.asm,
+        tuple(getattr(metadata, "tensordesc_meta", None) or ()),
     )  # fmt: skip

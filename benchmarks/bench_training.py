@@ -1,0 +1,110 @@
+"""A training step of an encoder-decoder transformer with PyTorch's attention and with ours:
+results/training.json.
+
+nn.Transformer with 3 + 3 layers of width 256 (4 heads of 64, feed-forward 1024), about 4096 tokens
+a batch on either side; forward, backward and AdamW. The decoder is causal. "plain": no dropout and
+no padding; the others: dropout 0.1 and every other sequence a quarter padding, in float32 and under
+bfloat16 autocast. Ours is the same model after `replace_multihead_attention`.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fused_attention import _native, replace_multihead_attention
+from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.testing import num_threads
+
+RESULTS = Path(__file__).resolve().parent / "results" / "training.json"
+OURS, PYTORCH = "fused_attention", "torch.nn"
+WIDTH, TOKENS = 256, 4096
+LENGTHS = (40, 128, 512, 1024, 2048)
+SETTINGS = {  # dropout and padding, autocast
+    "plain float32": (False, False),
+    "dropout and padding, float32": (True, False),
+    "dropout and padding, bfloat16 autocast": (True, True),
+}
+
+
+def steps(length: int, regular: bool, autocast: bool) -> dict[str, Callable[[], object]]:
+    """One training step of either model, from the same weights on the same batch."""
+    batch = max(2, TOKENS // length)
+    theirs = nn.Transformer(
+        WIDTH, 4, 3, 3, 4 * WIDTH, dropout=0.1 if regular else 0.0, batch_first=True
+    )
+    ours = copy.deepcopy(theirs)
+    replace_multihead_attention(ours)
+    source, target, wanted = (torch.randn(batch, length, WIDTH) for _ in range(3))
+    masks = {"tgt_mask": nn.Transformer.generate_square_subsequent_mask(length)}
+    masks["tgt_is_causal"] = True
+    if regular:
+        used = torch.tensor([length, length - length // 4] * batch)[:batch]
+        padding = torch.arange(length) >= used.unsqueeze(1)
+        padding = torch.zeros(padding.shape).masked_fill(padding, float("-inf"))
+        for name in ("src", "tgt", "memory"):
+            masks[f"{name}_key_padding_mask"] = padding
+
+    def step_of(model: nn.Module) -> Callable[[], object]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+        def step() -> None:
+            context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+            with context:
+                loss = nn.functional.mse_loss(model(source, target, **masks).float(), wanted)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return {PYTORCH: step_of(theirs), OURS: step_of(ours)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds a case")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    options = parser.parse_args()
+    rows = []
+    with num_threads(options.threads), real_time_priority() as real_time:
+        for setting, (regular, autocast) in SETTINGS.items():
+            for length in options.lengths:
+                torch.manual_seed(0)
+                calls = steps(length, regular, autocast)
+                timings = interleave(calls, budget=options.budget, warmup=1)
+                ratio = timings[PYTORCH].median / timings[OURS].median
+                rows.append(
+                    {
+                        "setting": setting,
+                        "length": length,
+                        "torch.nn / ours": round(ratio, 3),
+                        "timings_ms": as_json(timings),
+                    }
+                )
+                disturbed = any(timing.disturbed for timing in timings.values())
+                print(
+                    f"{setting:40} S {length:5} {timings[OURS].median:8.1f} ms"
+                    f"  torch.nn / ours {ratio:.2f}",
+                    "(disturbed)" if disturbed else "",
+                    flush=True,
+                )
+    result = {
+        "real_time": real_time,
+        "threads": options.threads,
+        "isa": _native.active_isa(),
+        "machine": machine(),
+        "steps": rows,
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print("saved", RESULTS.name)
+
+
+if __name__ == "__main__":
+    main()

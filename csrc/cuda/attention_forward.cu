@@ -1,0 +1,14 @@
+// FA_TYPE and FA_HEAD_DIM come from the list in setup.py.
+#include "attention_forward.cuh"
+#include "kernel.cuh"
+
+#define FA_FORWARD(plain) FA_KERNEL(attention_forward_kernel<FA_TYPE, FA_HEAD_DIM, plain>)
+
+namespace fused_attention::cuda {
+
+#if !FA_FLOAT
+FA_FORWARD(true);
+#endif
+FA_FORWARD(false);
+
+}  // namespace fused_attention::cuda

@@ -1,0 +1,265 @@
+// Attention forward (FlashAttention-2, Dao 2023, Algorithm 1) on the matrix instructions of sm_80.
+//
+// A block computes kBlockM queries of one head, each warp 16 or 32 of them, against tiles of
+// kBlockN keys, from the last that somebody sees to the first. Scores, weights and output stay in
+// registers:
+//
+//   s <- q k^T            while the tile of v arrives
+//   p <- exp(s - m)       while the next tile of k arrives
+//   o <- o + p v
+//
+// Tiles that the band around the diagonal or the end of the keys cuts are masked, in a loop of
+// their own; the others are not.
+#pragma once
+
+#include "copy.cuh"
+#include "launch.h"
+#include "online_softmax.cuh"
+#include "philox.cuh"
+#include "products.cuh"
+#include "scores.cuh"
+
+namespace fused_attention::cuda {
+
+template <typename T, int kHeadDim, bool kPlain>
+struct ForwardBlock {
+  static constexpr ForwardTiles kTiles = forward_tiles(Terms<T>::kCount == 3, kHeadDim, kPlain);
+  static constexpr int kRowTiles = kTiles.row_tiles, kBlockN = kTiles.block_n;
+  static constexpr int kBlockM = kTiles.block_m(), kThreads = kTiles.threads();
+  static constexpr int kTerms = Terms<T>::kCount, kSteps = kHeadDim / 16;
+  static constexpr bool kHoldQuery = kTerms == 1 && kHeadDim <= 64;
+  using Element = typename Terms<T>::Element;
+  using QueryTile = Tile<kBlockM, kHeadDim, kTerms>;
+  using KeyTile = Tile<kBlockN, kHeadDim, kTerms>;
+
+  const Call& p;
+  const Sequence seq;
+  const int h, m_start;  // m_start: the first query of the block
+  const int m_warp;      // the first one of the warp
+  const Range keys;
+  const RowSource<T> key, value;
+  const Dropout dropout;
+  const float scale_log2;
+  const uint32_t q_tile, k_tile, v_tile;  // addresses in shared memory
+  const uint32_t q_read, k_read, v_read;  // where this lane reads operands, see `Tile`
+  uint32_t q_held[kHoldQuery ? kRowTiles : 1][kSteps][4];
+  float acc[kRowTiles][kHeadDim / 8][4];
+  RowState<kRowTiles> rows;
+
+  FA_DEVICE ForwardBlock(const Call& params, const QueryBlock& block, uint32_t shared)
+      : p(params),
+        seq(sequence_of(p, block.b)),
+        h(block.h),
+        m_start(block.m_start),
+        m_warp(m_start + threadIdx.x / 32 * 16 * kRowTiles),
+        keys(visible_keys(p, seq, m_start, min(m_start + kBlockM, seq.Sq))),
+        key(source(p.key, head_kv(), (int)p.D, keys)),
+        value(source(p.value, head_kv(), (int)p.Dv, keys)),
+        dropout(dropout_of(p, block.b, block.h)),
+        scale_log2((float)p.scale * kLog2e),
+        q_tile(shared),
+        k_tile(q_tile + QueryTile::kBytes),
+        v_tile(k_tile + KeyTile::kBytes),
+        q_read(QueryTile::by_columns(q_tile + (m_warp - m_start) * QueryTile::kRowBytes)),
+        k_read(KeyTile::by_rows(k_tile)),
+        v_read(KeyTile::by_columns(v_tile)) {}
+
+  FA_DEVICE int head_kv() const { return h / (int)((uint32_t)p.Hq / (uint32_t)p.Hkv); }
+  FA_DEVICE RowSource<T> source(const TensorView& view, int head, int width, Range rows_) const {
+    return {head_of<const T>(view, seq.b, head),
+            view.stride_s,
+            rows_.begin,
+            rows_.end,
+            width,
+            p.aligned};
+  }
+
+  template <bool kWhole>
+  FA_DEVICE void load_keys(uint32_t tile, const RowSource<T>& from, int n_start) const {
+    load_tile<T, kBlockN, kHeadDim, kThreads, kWhole, kPlain>(tile, from, n_start);
+    copy_commit();
+  }
+
+  FA_DEVICE void run() {
+    clear(acc);
+    start(rows);
+    const int first = keys.begin / kBlockN * kBlockN;
+    int n = (keys.end - 1) / kBlockN * kBlockN;
+    if (keys.end == 0) n = -kBlockN;  // nobody sees anything
+    const RowSource<T> query = source(p.query, h, (int)p.D, {0, seq.Sq});
+    load_tile<T, kBlockM, kHeadDim, kThreads, false, kPlain>(q_tile, query, m_start);
+    copy_commit();
+    if (n >= first) load_keys<false>(k_tile, key, n);
+    if (kHoldQuery) hold_query();
+    const Range whole = whole_tiles();
+    while (n >= first) {
+      for (; n >= first && !(n >= whole.begin && n < whole.end); n -= kBlockN) step<true>(n, first);
+      if constexpr (kPlain) {
+        for (; n >= first && n >= whole.begin; n -= kBlockN) step<false>(n, first);
+      }
+    }
+    copy_wait<0>();
+    store();
+  }
+
+  // Where tiles start that need no mask, and whose neighbour to the left, which they load, lies
+  // within the keys as a whole.
+  FA_DEVICE Range whole_tiles() const {
+    if (!kPlain) return {0, 0};
+    const Range all = seen_by_all<false>(p, seq, m_start, min(m_start + kBlockM, seq.Sq));
+    return {all.begin == 0 ? 0 : all.begin + kBlockN, all.end - kBlockN + 1};
+  }
+
+  FA_DEVICE void hold_query() {
+    copy_wait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < (kHoldQuery ? kRowTiles : 0); ++i) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        load_matrices(q_held[i][step], QueryTile::move(q_read, i * 16, step));
+      }
+    }
+  }
+
+  template <bool kMasked>
+  FA_DEVICE void step(int n_start, int first) {
+    copy_wait<0>();
+    __syncthreads();  // k is here, and nobody reads the last v any more
+    load_keys<!kMasked>(v_tile, value, n_start);
+    float s[kRowTiles][kBlockN / 8][4];
+    const auto load_query = [&](int i, int k, uint32_t (&q)[kTerms][4]) {
+#pragma unroll
+      for (int term = 0; term < kTerms; ++term) {
+        if constexpr (kHoldQuery) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) q[term][r] = q_held[i][k][r];
+        } else {
+          load_matrices(q[term], QueryTile::move(q_read, i * 16, k, term));
+        }
+      }
+    };
+    const int products = products_of<T>(p);
+    multiply_rows<T, KeyTile, kRowTiles, kBlockN, kHeadDim>(products, load_query, k_read, s);
+    copy_wait<0>();
+    __syncthreads();  // v is here, and nobody reads k any more
+    if (n_start > first) load_keys<!kMasked>(k_tile, key, n_start - kBlockN);
+
+    uint32_t seen = ~0u;
+    if constexpr (kPlain) {
+      if (kMasked) hide_outside_band<false, kRowTiles, kBlockN>(p, seq, m_warp, n_start, s);
+      online_softmax_update<true, kRowTiles, kBlockN, kHeadDim>(scale_log2, s, rows, acc);
+    } else {
+      seen = 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = m_warp + 8 * half + lane_row();
+        const uint32_t visible = visible_columns<false, kBlockN>(p, seq, h, query, n_start);
+        finish_scores<false, kBlockN, false>(p, seq, h, query, half, n_start, visible, s[0],
+                                             nullptr);
+        seen |= visible;
+      }
+      seen = any_row(seen);
+      online_softmax_update<false, kRowTiles, kBlockN, kHeadDim>(0, s, rows, acc);
+      if (dropout.threshold > 0) drop(n_start, s[0]);
+    }
+    multiply_weights<T, KeyTile, !kPlain, kRowTiles, kBlockN, kHeadDim>(products, s, v_read, seen,
+                                                                        acc);
+  }
+
+  // p <- p where kept, 0 elsewhere
+  FA_DEVICE void drop(int n_start, float (&weights)[kBlockN / 8][4]) const {
+    uint32_t keep[2];
+    kept_weights<kBlockN, false>(dropout, m_warp, n_start, keep);
+#pragma unroll
+    for (int n = 0; n < kBlockN / 8; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (!(keep[c / 2] >> (2 * n + c % 2) & 1)) weights[n][c] = 0;
+      }
+    }
+  }
+
+  FA_DEVICE void store() {
+    const float* sink = p.sinks == nullptr ? nullptr : (const float*)p.sinks + h;
+    T* out = head_of<T>(p.out, seq.b, h);
+    float* lse = p.lse == nullptr
+                     ? nullptr
+                     : (float*)p.lse + seq.b * p.lse_stride_b + h * p.lse_stride_h + seq.q_start;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = m_warp + 16 * i + 8 * half + lane_row();
+        const float sum = row_total(rows.sum[i][half]);
+        const float max = kPlain ? rows.max[i][half] * (float)p.scale : rows.max[i][half];
+        FinishedRow row = finish(max, sum, sink);
+        if (lse != nullptr && threadIdx.x % 4 == 0 && query < seq.Sq) lse[query] = row.lse;
+        if (!kPlain && dropout.threshold > 0) row.weight *= (float)p.dropout_scale;
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            // A row that saw nothing is zero even beside a visible NaN, which 0 * NaN would not be.
+            float& x = acc[i][n][2 * half + e];
+            x = sum == 0 ? 0.0f : x * row.weight;
+          }
+        }
+        if constexpr (!kPlain) {
+#pragma unroll
+          for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int d = 8 * n + lane_column() + e;
+              if (query < seq.Sq && d < (int)p.Dv) {
+                out[query * p.out.stride_s + d] = from_float<T>(acc[0][n][2 * half + e]);
+              }
+            }
+          }
+        }
+      }
+    }
+    if constexpr (kPlain) store_pieces(out);
+  }
+
+  // Through the warp's own rows of q in shared memory, to write 16 bytes a lane.
+  FA_DEVICE void store_pieces(T* out) const {
+    constexpr int kPieces = QueryTile::kPieces, kRows = 16 * kRowTiles;
+    const int lane = threadIdx.x % 32;
+    const uint32_t mine = q_tile + (m_warp - m_start) * QueryTile::kRowBytes;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = 16 * i + 8 * half + lane_row();
+#pragma unroll
+        for (int n = 0; n < kPieces; ++n) {
+          store_shared(mine + QueryTile::offset(row, n) + lane_column() * 2,
+                       pack<T>(acc[i][n][2 * half], acc[i][n][2 * half + 1]));
+        }
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int at = lane; at < kRows * kPieces; at += 32) {
+      const int row = at / kPieces, piece = at % kPieces, query = m_warp + row;
+      const uint4 x = load_shared(mine + QueryTile::offset(row, piece));
+      if (query < seq.Sq && piece * 8 < (int)p.Dv) {
+        store_global(out + query * p.out.stride_s + piece * 8, x);
+      }
+    }
+  }
+};
+
+template <typename T, int kHeadDim, bool kPlain>
+__global__ void __launch_bounds__(ForwardBlock<T, kHeadDim, kPlain>::kThreads,
+                                  kHeadDim <= 128 ? 2 : 1)
+    attention_forward_kernel(const __grid_constant__ Call p) {
+  extern __shared__ __align__(128) char shared[];
+  const QueryBlock block = query_block(p, ForwardBlock<T, kHeadDim, kPlain>::kBlockM);
+  ForwardBlock<T, kHeadDim, kPlain> work(p, block, shared_address(shared));
+  work.run();
+}
+
+}  // namespace fused_attention::cuda

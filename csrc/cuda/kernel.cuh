@@ -1,0 +1,33 @@
+// A kernel whose only parameter is a struct, entered into the registry under its template-id.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "registry.h"
+
+namespace fused_attention::cuda {
+
+template <auto* kKernel>
+const char* start_kernel(const Launch& launch, const void* params, void* stream) {
+  // More than 48 KiB a block must be asked for.
+  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           (int)launch.shared_bytes);
+  if (error == cudaSuccess) {
+    void* arguments[] = {(void*)params};
+    error = cudaLaunchKernel((const void*)kKernel, dim3(launch.blocks), dim3(launch.threads),
+                             arguments, launch.shared_bytes, (cudaStream_t)stream);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace fused_attention::cuda
+
+// FA_KERNEL(name, template arguments...): the text is that of `Launch::kernel`.
+#define FA_TEXT(x) #x
+#define FA_EXPANDED_TEXT(x) FA_TEXT(x)
+#define FA_CONCATENATED(a, b) a##b
+#define FA_UNIQUE(line) FA_CONCATENATED(entry, line)
+#define FA_KERNEL(...)                                               \
+  static const fused_attention::cuda::Kernel FA_UNIQUE(__COUNTER__)( \
+      FA_EXPANDED_TEXT((__VA_ARGS__)),                               \
+      &fused_attention::cuda::start_kernel<&fused_attention::cuda::__VA_ARGS__>)

@@ -1,0 +1,158 @@
+// From a call to launches: pure functions of shapes, strides and options, tested without a GPU.
+#pragma once
+
+#include <stdio.h>
+
+#include "../attention_params.h"
+
+namespace fused_attention::cuda {
+
+// What a kernel is told beyond what those of the CPU are. It is a kernel's parameter, by value.
+struct Call : AttentionParams {
+  const int64_t* philox = nullptr;  // of dropout: seed and offset, in the device's memory
+  // Backward: the lse of each row [B, Hq, Sq], contiguous, +inf where it saw nothing;
+  // if lse_in_log2, as the kernels without options want it, in units of log 2.
+  float* row_lse = nullptr;
+  bool lse_in_log2 = false;
+  bool aligned = false;  // every row of what is read in tiles starts at a multiple of 16 bytes
+};
+
+// Head sizes that kernels are compiled for; others are padded with zeros in shared memory.
+constexpr int kHeadDims[] = {32, 64, 96, 128, 256};
+constexpr int kMaxHeadDim = 256;
+// 0 if there is none.
+constexpr int padded_head_dim(int64_t D, int64_t Dv) {
+  for (int head_dim : kHeadDims) {
+    if (D <= head_dim && Dv <= head_dim) return head_dim;
+  }
+  return 0;
+}
+
+// A kernel's tiles: kBlockM queries (kRowTiles times 16 a warp) and kBlockN keys. kPlain: a 16-bit
+// call without options but causal, window, lse and sinks, on rows of whole 16-byte pieces. terms:
+// 16-bit elements that stand for one (types.cuh).
+struct ForwardTiles {
+  int row_tiles, warps, block_n, terms, head_dim;
+  constexpr int block_m() const { return 16 * row_tiles * warps; }
+  constexpr int threads() const { return 32 * warps; }
+  // q, k and v
+  constexpr int shared_bytes() const { return (block_m() + 2 * block_n) * head_dim * 2 * terms; }
+};
+constexpr ForwardTiles forward_tiles(bool is_float, int head_dim, bool plain) {
+  if (!is_float) return {plain && head_dim <= 128 ? 2 : 1, 4, 64, 1, head_dim};
+  return {1, head_dim <= 128 ? 4 : 2, head_dim <= 64 ? 64 : head_dim <= 128 ? 32 : 16, 3, head_dim};
+}
+
+// What the backward computes in one go. kKeyValue: dk and dv of a block of keys. Of 256 columns
+// each fills the registers, so that they take a pass of their own.
+enum class Gradient { kQuery, kKey, kValue, kKeyValue, kBias };
+
+// A block holds `rows` queries (of q and do) or keys (of k and v), 16 * row_tiles a warp, against
+// `stages` tiles of `columns` of the others.
+struct BackwardTiles {
+  int row_tiles, warps, columns, stages, terms, head_dim;
+  constexpr int rows() const { return 16 * row_tiles * warps; }
+  constexpr int threads() const { return 32 * warps; }
+  // Of each tile two operands, and of each column two floats, its lse and delta.
+  constexpr int shared_bytes() const {
+    return 2 * (rows() + stages * columns) * head_dim * 2 * terms + stages * columns * 8;
+  }
+};
+constexpr BackwardTiles backward_tiles(bool is_float, int head_dim, bool plain) {
+  if (is_float) {
+    return {1,       head_dim <= 64 ? 4 : head_dim <= 128 ? 2 : 1, head_dim <= 128 ? 32 : 16, 1, 3,
+            head_dim};
+  }
+  return {plain && head_dim <= 64 ? 2 : 1, 4, head_dim <= 128 ? 32 : 16, 2, 1, head_dim};
+}
+
+// What a kernel is started with, beside its parameter.
+struct Launch {
+  char kernel[80] = {};  // its template-id
+  int64_t blocks = 0;
+  int threads = 0, shared_bytes = 0;
+};
+
+constexpr int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+inline bool is_float(const Call& p) { return p.dtype == DType::kFloat32; }
+
+// Whether the kernel without options serves the call; then a row is whole 16-byte pieces.
+inline bool is_plain(const Call& p) {
+  return !is_float(p) && p.aligned && p.D % 8 == 0 && p.Dv % 8 == 0 && p.scale > 0 &&
+         p.softcap == 0 && p.mask.data == nullptr && p.bias.data == nullptr &&
+         p.key_padding_mask == nullptr && p.alibi_slopes == nullptr && p.dropout_threshold == 0;
+}
+
+inline const char* type_name(DType dtype) {
+  return dtype == DType::kFloat32 ? "float" : dtype == DType::kFloat16 ? "Half" : "BFloat16";
+}
+
+inline Launch plan_forward(const Call& p) {
+  const int head_dim = padded_head_dim(p.D, p.Dv);
+  const ForwardTiles tiles = forward_tiles(is_float(p), head_dim, is_plain(p));
+  Launch launch;
+  snprintf(launch.kernel, sizeof launch.kernel, "attention_forward_kernel<%s, %d, %s>",
+           type_name(p.dtype), head_dim, is_plain(p) ? "true" : "false");
+  launch.blocks = p.B * p.Hq * blocks_of(p.Sq, tiles.block_m());
+  launch.threads = tiles.threads();
+  launch.shared_bytes = tiles.shared_bytes();
+  return launch;
+}
+
+// The kernels of a backward, in order.
+struct BackwardPlan {
+  static constexpr int kMax = 6;
+  Launch launches[kMax];
+  int count = 0;
+};
+
+constexpr int kRowsOfDelta = 4;  // a block's, one a warp
+
+inline BackwardPlan plan_backward(const Call& p) {
+  const int head_dim = padded_head_dim(p.D, p.Dv);
+  const bool plain = is_plain(p);
+  const BackwardTiles tiles = backward_tiles(is_float(p), head_dim, plain);
+  BackwardPlan plan;
+  Launch& delta = plan.launches[plan.count++];
+  snprintf(delta.kernel, sizeof delta.kernel, "attention_delta_kernel<%s>", type_name(p.dtype));
+  delta.blocks = blocks_of(p.B * p.Hq * p.Sq, kRowsOfDelta);
+  delta.threads = 32 * kRowsOfDelta;
+  const auto add = [&](const char* gradient, int64_t blocks) {
+    Launch& launch = plan.launches[plan.count++];
+    snprintf(launch.kernel, sizeof launch.kernel,
+             "attention_backward_kernel<%s, %d, %s, Gradient::%s>", type_name(p.dtype), head_dim,
+             plain ? "true" : "false", gradient);
+    launch.blocks = blocks;
+    launch.threads = tiles.threads();
+    launch.shared_bytes = tiles.shared_bytes();
+  };
+  const int64_t of_keys = p.B * p.Hkv * blocks_of(p.Sk, tiles.rows());
+  if (head_dim <= 128) {
+    add("kKeyValue", of_keys);
+  } else {
+    add("kKey", of_keys);
+    add("kValue", of_keys);
+  }
+  add("kQuery", p.B * p.Hq * blocks_of(p.Sq, tiles.rows()));
+  if (p.dbias.data != nullptr) {
+    const BackwardTiles of_bias = backward_tiles(is_float(p), head_dim, false);
+    Launch& bias = plan.launches[plan.count++];
+    snprintf(bias.kernel, sizeof bias.kernel, "attention_dbias_kernel<%s, %d>", type_name(p.dtype),
+             head_dim);
+    bias.blocks = (p.dbias.stride_b != 0 ? p.B : 1) * (p.dbias.stride_h != 0 ? p.Hq : 1) *
+                  (p.dbias.stride_q != 0 ? blocks_of(p.Sq, of_bias.rows()) : 1) *
+                  (p.dbias.stride_k != 0 ? blocks_of(p.Sk, of_bias.columns) : 1);
+    bias.threads = of_bias.threads();
+    bias.shared_bytes = of_bias.shared_bytes();
+  }
+  if (p.dsinks != nullptr) {
+    Launch& sinks = plan.launches[plan.count++];
+    snprintf(sinks.kernel, sizeof sinks.kernel, "attention_dsinks_kernel<256>");
+    sinks.blocks = p.Hq;
+    sinks.threads = 256;
+  }
+  return plan;
+}
+
+}  // namespace fused_attention::cuda

@@ -1,0 +1,83 @@
+// Who sees whom, for a warp's accumulators of scores: s[i][n][2 h + e] is row 16 i + 8 h + g,
+// column 8 n + 2 t + e of its part of the tile, for lane 4 g + t. A row's bits are 2 n + e.
+#pragma once
+
+#include "mma.cuh"
+#include "sequence.cuh"
+
+namespace fused_attention::cuda {
+
+FA_DEVICE int lane_row() { return threadIdx.x % 32 / 4; }
+FA_DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
+
+// What one row sees, before masks: the keys of a query, or (kTransposed) the queries of a key.
+template <bool kTransposed>
+FA_DEVICE Range seen_by(const Call& p, const Sequence& seq, int row) {
+  return kTransposed ? visible_queries(p, seq, row, row + 1) : visible_keys(p, seq, row, row + 1);
+}
+// Of rows [row_start, row_end) everyone sees the columns [begin, end).
+template <bool kTransposed>
+FA_DEVICE Range seen_by_all(const Call& p, const Sequence& seq, int row_start, int row_end) {
+  const Range first = seen_by<kTransposed>(p, seq, row_start);
+  const Range last = seen_by<kTransposed>(p, seq, row_end - 1);
+  return intersect(first, last);
+}
+
+// Scores outside of the band around the diagonal, and beyond the last key, become -inf.
+template <bool kTransposed, int kRowTiles, int kColumns>
+FA_DEVICE void hide_outside_band(const Call& p, const Sequence& seq, int row_start,
+                                 int column_start, float (&s)[kRowTiles][kColumns / 8][4]) {
+  const int column = column_start + lane_column();
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Range seen = seen_by<kTransposed>(p, seq, row_start + 16 * i + 8 * half + lane_row());
+      const int begin = seen.begin - column, end = seen.end - column;
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (8 * n + e < begin || 8 * n + e >= end) s[i][n][2 * half + e] = -kInf;
+        }
+      }
+    }
+  }
+}
+
+// The visible columns of one row among those of a tile that this lane holds.
+template <bool kTransposed, int kColumns>
+FA_DEVICE uint32_t visible_columns(const Call& p, const Sequence& seq, int h, int row,
+                                   int column_start) {
+  if (row >= (kTransposed ? seq.Sk : seq.Sq)) return 0;
+  const Range seen = seen_by<kTransposed>(p, seq, row);
+  const uint8_t* mask = (const uint8_t*)p.mask.data;
+  if (mask != nullptr) mask += seq.b * p.mask.stride_b + h * p.mask.stride_h;
+  uint32_t visible = 0;
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int column = column_start + lane_column() + 8 * n + e;
+      const int64_t query = kTransposed ? column : row, key = kTransposed ? row : column;
+      bool sees = column >= seen.begin && column < seen.end;
+      if (sees && mask != nullptr) {
+        sees = mask[query * p.mask.stride_q + key * p.mask.stride_k] != 0;
+      }
+      if (sees && p.key_padding_mask != nullptr) {
+        sees =
+            p.key_padding_mask[seq.b * p.key_padding_stride_b + key * p.key_padding_stride_k] == 0;
+      }
+      visible |= (uint32_t)sees << (2 * n + e);
+    }
+  }
+  return visible;
+}
+
+// Columns that some row of the warp sees.
+FA_DEVICE uint32_t any_row(uint32_t visible) {
+  for (int lanes = 4; lanes < 32; lanes *= 2) visible |= __shfl_xor_sync(~0u, visible, lanes);
+  return visible;
+}
+
+}  // namespace fused_attention::cuda

@@ -1,0 +1,236 @@
+// The operators torch.ops.fused_attention_cuda.*, on the LibTorch stable ABI: checks, allocation,
+// and the launches that launch.h plans. Nothing of CUDA is included, so this compiles and loads
+// anywhere.
+
+#include <string.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../operators.h"
+#include "registry.h"
+
+namespace fused_attention {
+
+// Stands in for starting a kernel, where there is no GPU: tests let an interpreter run it, on CPU
+// tensors. Returns an error's text, or null.
+using Substitute = const char* (*)(const char* kernel, int64_t blocks, int threads,
+                                   int shared_bytes, const void* params);
+
+namespace {
+
+Substitute substitute = nullptr;
+
+// The device of the call in hand.
+thread_local int32_t device_type = 0, device_index = 0;
+
+constexpr const char* kDevice = "CUDA";
+
+bool is_here(const Tensor& tensor) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  return type == device_type && tensor.get_device_index() == device_index;
+}
+
+Tensor empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides,
+                                                  (int32_t)dtype, device_type, device_index,
+                                                  &handle));
+  return Tensor(handle);
+}
+
+void set_philox(cuda::Call& p, const int64_t* state, int64_t) { p.philox = state; }
+
+}  // namespace
+}  // namespace fused_attention
+
+#include "../describe.h"
+
+namespace fused_attention {
+namespace {
+
+using cuda::Call;
+using cuda::Launch;
+
+// Makes the device of a call current, for its allocations and launches.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.is_cuda() || substitute != nullptr, "query: expected a CUDA tensor");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+    device_index = tensor.get_device_index();
+    if (tensor.is_cuda()) guard_.emplace(device_index);
+  }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+void start(const Launch& launch, const void* params) {
+  if (launch.blocks == 0) return;
+  STD_TORCH_CHECK(launch.blocks < (int64_t)1 << 31, launch.kernel, ": expected fewer than 2^31 ",
+                  "blocks, got ", launch.blocks, "; split the batch");
+  const char* error;
+  if (substitute != nullptr) {
+    error = substitute(launch.kernel, launch.blocks, launch.threads, launch.shared_bytes, params);
+  } else {
+    const cuda::Kernel* kernel = cuda::find_kernel(launch.kernel);
+    STD_TORCH_CHECK(kernel != nullptr, launch.kernel, ": not compiled into this library");
+    const auto stream = torch::stable::accelerator::getCurrentStream(device_index);
+    error = kernel->start(launch, params, stream.nativeHandle());
+  }
+  STD_TORCH_CHECK(error == nullptr, launch.kernel, ": ", error);
+}
+
+// Do all rows of a tensor start at a multiple of 16 bytes?
+bool is_aligned(const Input& x, DType dtype) {
+  bool aligned = (uintptr_t)x.dense.data_ptr() % 16 == 0;
+  for (int i = 0; i < 3; ++i) {
+    aligned &= x.shape.size[i] <= 1 || x.shape.stride[i] * element_bytes(dtype) % 16 == 0;
+  }
+  return aligned;
+}
+
+void check_sizes(const Call& p) {
+  STD_TORCH_CHECK(p.dtype != DType::kFloat64, "query: expected float32, bfloat16 or float16");
+  STD_TORCH_CHECK(p.D <= cuda::kMaxHeadDim && p.Dv <= cuda::kMaxHeadDim,
+                  "query, value: expected a head_dim of at most ", cuda::kMaxHeadDim, ", got ", p.D,
+                  " and ", p.Dv);
+  STD_TORCH_CHECK(p.Sq + p.Sk < (int64_t)1 << 30, "query, key: expected fewer than 2^30 tokens");
+}
+
+void refuse_packed(const Options& o) {
+  STD_TORCH_CHECK(!o.cu_seqlens_q && !o.cu_seqlens_k && !o.seqused_k && !o.block_table,
+                  "cu_seqlens, seqused_k and block_table: not built yet for CUDA");
+}
+
+void describe(Call& p, const Input& query, const Input& key, const Input& value,
+              const Options& options) {
+  describe_inputs(p, query, key, value);
+  check_sizes(p);
+  STD_TORCH_CHECK(key.shape.size[0] == p.B, "key, value: expected batch ", p.B, ", got ",
+                  key.shape.size[0]);
+  p.lse_stride_b = p.Hq * p.Sq;
+  p.lse_stride_h = p.Sq;
+  describe_options(p, options);
+  STD_TORCH_CHECK(p.sample_heads == 0, "philox, sinks: rows for several samples, for CPU tensors");
+}
+
+Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
+               Tensor* lse) {
+  const OnDeviceOf device(query);
+  refuse_packed(options);
+  const Input q(query, "query"), k(key, "key"), v(value, "value");
+  Call p;
+  describe(p, q, k, v, options);
+  Tensor out = empty_like_layout(q.given, p.Sq, p.Dv, query.scalar_type());
+  p.out = view_of(out);
+  if (lse != nullptr) {
+    *lse = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
+    p.lse = lse->data_ptr();
+  }
+  p.aligned = is_aligned(q, p.dtype) && is_aligned(k, p.dtype) && is_aligned(v, p.dtype);
+  start(cuda::plan_forward(p), &p);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& out, const Tensor& lse, double scale, int64_t causal,
+    int64_t window_left, int64_t window_right, int64_t precision, const OptionalTensor& mask,
+    const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
+    double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
+    std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
+    const OptionalTensor& block_table, bool bias_grad, bool sinks_grad,
+    const OptionalTensor& grad_weights, bool /*average_weights*/) {
+  const OnDeviceOf device(query);
+  const Options options = {scale,     causal,     window_left,      window_right, precision,
+                           mask,      bias,       key_padding_mask, alibi_slopes, sinks,
+                           philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
+                           seqused_k, block_table};
+  refuse_packed(options);
+  STD_TORCH_CHECK(!grad_weights, "grad_weights: only the CPU kernels return attention weights");
+  const Input q(query, "query"), k(key, "key"), v(value, "value");
+  const Input o(out, "out"), grad_o(grad_out, "grad_out");
+  Call p;
+  describe(p, q, k, v, options);
+  describe_gradients(p, q, o, grad_o, grad_lse);
+  const Tensor kept_lse = dense_lse(p, lse);
+  Tensor delta = empty({p.B, p.Hq, p.Sq}, ScalarType::Float);
+  Tensor row_lse = empty({p.B, p.Hq, p.Sq}, ScalarType::Float);
+  p.delta = delta.data_ptr();
+  p.row_lse = (float*)row_lse.data_ptr();
+
+  const ScalarType dtype = query.scalar_type();
+  Tensor dq = empty_like_layout(q.given, p.Sq, p.D, dtype);
+  Tensor dk = empty_like_layout(k.given, p.Sk, p.D, dtype);
+  Tensor dv = empty_like_layout(v.given, p.Sk, p.Dv, dtype);
+  p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
+  Tensor dbias = empty({0}, dtype), dsinks = empty({0}, ScalarType::Float);
+  STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
+  STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
+  if (bias_grad) {
+    dbias = empty(shape_of(*bias, "bias").size, bias->scalar_type());
+    p.dbias = score_view(dbias, "dbias", p);
+    p.dbias.dtype = p.bias.dtype;
+    if (p.B * p.Hq * p.Sq * p.Sk == 0) {
+      torch::stable::zero_(dbias);
+      p.dbias.data = nullptr;
+    }
+  }
+  if (sinks_grad) {
+    dsinks = empty({p.Hq}, ScalarType::Float);
+    p.dsinks = dsinks.data_ptr();
+  }
+  p.aligned = is_aligned(q, p.dtype) && is_aligned(k, p.dtype) && is_aligned(v, p.dtype) &&
+              is_aligned(grad_o, p.dtype);
+  p.lse_in_log2 = cuda::is_plain(p);
+  const cuda::BackwardPlan plan = cuda::plan_backward(p);
+  for (int i = 0; i < plan.count; ++i) start(plan.launches[i], &p);
+  return {dq, dk, dv, dbias, dsinks};
+}
+
+}  // namespace
+
+namespace cuda {
+
+namespace {
+Kernel* kernels = nullptr;
+}
+
+Kernel::Kernel(const char* name_, Start start_) : name(name_), start(start_), next(kernels) {
+  kernels = this;
+}
+
+const Kernel* find_kernel(const char* name) {
+  const Kernel* kernel = kernels;
+  while (kernel != nullptr && strcmp(kernel->name, name) != 0) kernel = kernel->next;
+  return kernel;
+}
+
+}  // namespace cuda
+}  // namespace fused_attention
+
+extern "C" __attribute__((visibility("default"))) void fused_attention_cuda_substitute(
+    fused_attention::Substitute run) {
+  fused_attention::substitute = run;
+}
+
+STABLE_TORCH_LIBRARY(fused_attention_cuda, m) {
+  using namespace fused_attention;
+  m.def(kAttentionForwardPlain);
+  m.def(kAttentionForwardPlainLse);
+  m.def(kAttentionForward);
+  m.def(kAttentionBackward);
+}
+
+#define FA_IMPLEMENT(m)                                                                            \
+  m.impl("attention_forward_plain", TORCH_BOX(&fused_attention::attention_forward_plain));         \
+  m.impl("attention_forward_plain_lse", TORCH_BOX(&fused_attention::attention_forward_plain_lse)); \
+  m.impl("attention_forward", TORCH_BOX(&fused_attention::attention_forward));                     \
+  m.impl("attention_backward", TORCH_BOX(&fused_attention::attention_backward))
+
+STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda, CUDA, m) { FA_IMPLEMENT(m); }
+// For the substitute.
+STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda, CPU, m) { FA_IMPLEMENT(m); }

@@ -1,0 +1,22 @@
+// The compiled kernels, by name. Each unit of a kernel enters what it compiled; the operators look
+// up what a call needs, and know nothing of CUDA themselves.
+#pragma once
+
+#include "launch.h"
+
+namespace fused_attention::cuda {
+
+struct Kernel {
+  // Returns an error's text, or null.
+  using Start = const char* (*)(const Launch& launch, const void* params, void* stream);
+
+  Kernel(const char* name_, Start start_);
+  const char* name;
+  Start start;
+  Kernel* next;
+};
+
+// Null if it was not compiled.
+const Kernel* find_kernel(const char* name);
+
+}  // namespace fused_attention::cuda

@@ -1,0 +1,346 @@
+// From tensors to params: what the operators of the CPU and of CUDA share. Everything about a call
+// is checked here, before a kernel sees it. Included once by each library's operators, after
+// "operators.h" and after they have said, in this namespace, where tensors live:
+//
+//   constexpr const char* kDevice                      in messages
+//   bool is_here(const Tensor&)                        is it on the device of the call?
+//   Tensor empty_strided(Sizes, const int64_t* strides, ScalarType)
+//   void set_philox(Params&, const int64_t* state, int64_t samples)
+//                                                      of dropout: see count_samples
+#pragma once
+
+namespace fused_attention {
+namespace {
+
+// -- tensors --------------------------------------------------------------------------------------
+
+// The shape and strides of a tensor as [B, H, S, D], read once: every accessor is a call into
+// libtorch.
+struct Shape {
+  int64_t size[4], stride[4];
+};
+
+// [B, H, S, D]; all tokens of packed sequences, [T, H, D]; pages, [pages, page_size, H, D].
+enum class Layout { kDense, kPacked, kPaged };
+
+Shape shape_of(const Tensor& tensor, const char* name, Layout layout = Layout::kDense) {
+  STD_TORCH_CHECK(is_here(tensor), name, ": expected a ", kDevice, " tensor");
+  const int dims = layout == Layout::kPacked ? 3 : 4;
+  STD_TORCH_CHECK(tensor.dim() == dims, name, ": expected ", dims, " dimensions, got ",
+                  tensor.dim());
+  constexpr int kFrom[3][4] = {{0, 1, 2, 3}, {-1, 1, 0, 2}, {0, 2, 1, 3}};
+  Shape shape;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (int i = 0; i < 4; ++i) {
+    const int from = kFrom[(int)layout][i];
+    shape.size[i] = from < 0 ? 1 : sizes[(size_t)from];
+    shape.stride[i] = from < 0 ? 0 : strides[(size_t)from];
+  }
+  return shape;
+}
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64");
+  }
+}
+
+int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+Tensor empty(Sizes sizes, ScalarType dtype) {
+  constexpr size_t kMaxDims = 64;  // as in torch
+  STD_TORCH_CHECK(sizes.size() <= kMaxDims, "expected at most 64 dimensions");
+  int64_t strides[kMaxDims], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  return empty_strided(sizes, strides, dtype);
+}
+
+// Dense [B, H, S, D] memory, or [B, S, H, D] where that is how the model tensor lies.
+Tensor empty_like_layout(const Shape& model, int64_t S, int64_t D, ScalarType dtype) {
+  const int64_t B = model.size[0], H = model.size[1];
+  if (model.stride[1] >= model.stride[2]) return empty({B, H, S, D}, dtype);
+  const auto at_least_1 = [](int64_t n) { return n > 1 ? n : 1; };
+  const int64_t row = at_least_1(D), token = row * at_least_1(H), batch = token * at_least_1(S);
+  const int64_t strides[4] = {batch, row, token, 1};
+  return empty_strided({B, H, S, D}, strides, dtype);
+}
+
+// An input as given and as kernels read it: in place if its last stride is 1, else copied.
+struct Input {
+  Input(const Tensor& tensor, const char* name, Layout layout = Layout::kDense)
+      : given(shape_of(tensor, name, layout)), dense(tensor), shape(given) {
+    if (given.stride[3] != 1 && given.size[3] > 1) {
+      dense = torch::stable::contiguous(tensor);
+      shape = shape_of(dense, name, layout);
+    }
+  }
+  TensorView view() const {
+    return {dense.data_ptr(), shape.stride[0], shape.stride[1], shape.stride[2]};
+  }
+  Shape given;
+  Tensor dense;
+  Shape shape;
+};
+
+TensorView view_of(const Tensor& output, Layout layout = Layout::kDense) {
+  return Input(output, "output", layout).view();
+}
+
+// A tensor that broadcasts against the scores: each size 1 or full, stride 0 where it is 1.
+ScoreView score_view(const Tensor& tensor, const char* name, const AttentionParams& p) {
+  const Shape shape = shape_of(tensor, name);
+  const int64_t full[4] = {p.B, p.Hq, p.Sq, p.Sk};
+  int64_t stride[4];
+  for (int i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(shape.size[i] == 1 || shape.size[i] == full[i], name, ": size ", shape.size[i],
+                    " of dimension ", i, " does not broadcast to ", full[i]);
+    stride[i] = shape.size[i] == 1 ? 0 : shape.stride[i];
+  }
+  return {tensor.data_ptr(), DType::kFloat32, stride[0], stride[1], stride[2], stride[3]};
+}
+
+// -- describing a call ----------------------------------------------------------------------------
+
+// The arguments that attention_forward and attention_backward share, as in their schemas.
+struct Options {
+  double scale;
+  int64_t causal, window_left, window_right, precision;
+  const OptionalTensor &mask, &bias, &key_padding_mask, &alibi_slopes, &sinks, &philox;
+  double softcap, dropout_p;
+  const OptionalTensor &cu_seqlens_q, &cu_seqlens_k, &seqused_k, &block_table;
+};
+
+Layout layout_of_queries(const Options& o) {
+  return o.cu_seqlens_q ? Layout::kPacked : Layout::kDense;
+}
+Layout layout_of_keys(const Options& o) {
+  return o.block_table ? Layout::kPaged : layout_of_queries(o);
+}
+
+const OptionalTensor& no_tensor() {
+  static const OptionalTensor none;
+  return none;
+}
+
+// How many samples a call has, whose philox [n, 2] and sinks [n, heads] have a row for each; 0
+// where they are [2] and [heads]. `batch` is what they share out among them.
+int64_t count_samples(const OptionalTensor& philox, const OptionalTensor& sinks, int64_t batch) {
+  const bool many = (philox && philox->dim() == 2) || (sinks && sinks->dim() == 2);
+  if (!many) return 0;
+  const int64_t samples = philox && philox->dim() == 2 ? philox->size(0) : sinks->size(0);
+  STD_TORCH_CHECK(
+      samples > 0 && batch % samples == 0 && (!philox || philox->dim() == 2) &&
+          (!sinks || (sinks->dim() == 2 && sinks->size(0) == samples)),
+      "philox, sinks: expected a row for each of as many samples in both, a divisor of ", batch);
+  return samples;
+}
+
+// Both kinds of params hold the state of dropout under the same names.
+template <typename Params>
+void describe_dropout(Params& p, double dropout_p, const OptionalTensor& philox,
+                      int64_t samples = 0) {
+  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1, got ", dropout_p);
+  if (dropout_p == 0) return;
+  STD_TORCH_CHECK(philox.has_value() && is_here(*philox) &&
+                      philox->numel() == (samples > 1 ? samples : 1) * 2 &&
+                      philox->scalar_type() == ScalarType::Long && philox->is_contiguous(),
+                  "philox: expected an int64 ", kDevice,
+                  " tensor [2] of seed and offset, or [samples, 2]");
+  set_philox(p, (const int64_t*)philox->data_ptr(), samples);
+  p.dropout_threshold = (uint32_t)std::nearbyint(dropout_p * 65536);
+  const uint32_t kept = 65536 - p.dropout_threshold;
+  p.dropout_scale = kept == 0 ? 0.0 : 65536.0 / kept;
+}
+
+void describe_query_and_key(AttentionParams& p, const Input& query, const Input& key) {
+  p.dtype = dtype_of(query.dense, "query");
+  STD_TORCH_CHECK(key.dense.scalar_type() == query.dense.scalar_type(),
+                  "query, key: expected one dtype");
+  const int64_t *q = query.shape.size, *k = key.shape.size;
+  p.B = q[0], p.Hq = q[1], p.Sq = q[2], p.D = q[3];
+  p.Hkv = k[1], p.Sk = k[2];
+  STD_TORCH_CHECK(k[3] == p.D, "key: expected head_dim ", p.D, ", got ", k[3]);
+  STD_TORCH_CHECK(p.Hkv == 0 ? p.Hq == 0 : p.Hq % p.Hkv == 0, "query: ", p.Hq,
+                  " heads are no multiple of key's ", p.Hkv);
+  p.query = query.view();
+  p.key = key.view();
+}
+
+void describe_inputs(AttentionParams& p, const Input& query, const Input& key, const Input& value) {
+  describe_query_and_key(p, query, key);
+  const int64_t* v = value.shape.size;
+  p.Dv = v[3];
+  STD_TORCH_CHECK(value.dense.scalar_type() == query.dense.scalar_type(),
+                  "query, value: expected one dtype");
+  STD_TORCH_CHECK(v[0] == key.shape.size[0] && v[1] == p.Hkv && v[2] == p.Sk,
+                  "value: expected batch, heads and tokens as in key");
+  p.value = value.view();
+}
+
+template <typename Params>
+void describe_options(Params& p, const Options& o) {
+  STD_TORCH_CHECK(o.causal >= 0 && o.causal <= 2, "causal: expected 0, 1 or 2, got ", o.causal);
+  STD_TORCH_CHECK(o.window_left >= -1 && o.window_right >= -1,
+                  "window: expected tokens, or -1 for no limit");
+  // Beyond the sequence a window hides nothing; capped, index arithmetic cannot overflow.
+  const int64_t longest = p.Sq + p.Sk;
+  const auto window = [&](int64_t tokens) { return tokens > longest ? -1 : tokens; };
+  p.window_left = window(o.window_left);
+  p.window_right = o.causal != 0 ? 0 : window(o.window_right);
+  p.bottom_right = o.causal == (int64_t)Causal::kBottomRight;
+  p.scale = o.scale;
+  p.softcap = o.softcap;
+  p.precision = o.precision;
+  const int64_t samples = count_samples(o.philox, o.sinks, p.B);
+  p.sample_heads = samples > 0 ? p.B / samples * p.Hq : 0;
+  describe_dropout(p, o.dropout_p, o.philox, samples);
+  if (o.mask) {
+    STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool, "mask: expected bool");
+    p.mask = score_view(*o.mask, "mask", p);
+  }
+  if (o.bias) {
+    p.bias = score_view(*o.bias, "bias", p);
+    p.bias.dtype = dtype_of(*o.bias, "bias");
+  }
+  if (o.key_padding_mask) {
+    const Tensor& padding = *o.key_padding_mask;
+    STD_TORCH_CHECK(is_here(padding) && padding.scalar_type() == ScalarType::Bool &&
+                        padding.dim() == 2 && padding.size(0) == p.B && padding.size(1) == p.Sk,
+                    "key_padding_mask: expected a bool ", kDevice, " tensor [", p.B, ", ", p.Sk,
+                    "]");
+    p.key_padding_mask = (const uint8_t*)padding.data_ptr();
+    p.key_padding_stride_b = padding.stride(0);
+    p.key_padding_stride_k = padding.stride(1);
+  }
+  if (o.alibi_slopes) {
+    const Tensor& slopes = *o.alibi_slopes;
+    const int64_t dim = slopes.dim();
+    STD_TORCH_CHECK(is_here(slopes) && slopes.scalar_type() == ScalarType::Float &&
+                        (dim == 1 || (dim == 2 && slopes.size(0) == p.B)) &&
+                        slopes.size(dim - 1) == p.Hq && slopes.is_contiguous(),
+                    "alibi_slopes: expected a contiguous float32 ", kDevice, " tensor [", p.Hq,
+                    "] or [", p.B, ", ", p.Hq, "]");
+    p.alibi_slopes = (const float*)slopes.data_ptr();
+    p.alibi_stride_b = dim == 2 ? p.Hq : 0;
+  }
+  if (o.sinks) {
+    const Tensor& sinks = *o.sinks;
+    const bool wide = p.dtype == DType::kFloat64;
+    STD_TORCH_CHECK(is_here(sinks) && (sinks.dim() == 1 || samples > 0) && sinks.size(-1) == p.Hq &&
+                        sinks.is_contiguous() &&
+                        sinks.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                    "sinks: expected a contiguous ", wide ? "float64 " : "float32 ", kDevice,
+                    " tensor [", p.Hq, "], or [samples, ", p.Hq, "]");
+    p.sinks = sinks.data_ptr();
+  }
+}
+
+ScalarType lse_dtype(const AttentionParams& p) {
+  return p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+void check_lse(const AttentionParams& p, const Tensor& tensor, const char* name) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t heads = packed ? 0 : 1;  // their dimension
+  STD_TORCH_CHECK(is_here(tensor) && tensor.dim() == heads + 2 &&
+                      (packed || tensor.size(0) == p.B) && tensor.size(heads) == p.Hq &&
+                      tensor.size(heads + 1) == p.Sq && tensor.scalar_type() == lse_dtype(p),
+                  name, ": expected ", packed ? "[Hq, Tq]" : "[B, Hq, Sq]", " with B ", p.B,
+                  ", Hq ", p.Hq, ", ", packed ? "Tq " : "Sq ", p.Sq, " in lse's dtype");
+}
+
+// As the kernels read it.
+Tensor dense_lse(AttentionParams& p, const Tensor& lse) {
+  check_lse(p, lse, "lse");
+  Tensor dense = lse.is_contiguous() ? lse : torch::stable::contiguous(lse);
+  p.lse = dense.data_ptr();
+  return dense;
+}
+
+// What a backward is given.
+void describe_gradients(AttentionParams& p, const Input& query, const Input& out,
+                        const Input& grad_out, const OptionalTensor& grad_lse) {
+  for (const Input* x : {&out, &grad_out}) {
+    const int64_t* size = x->shape.size;
+    STD_TORCH_CHECK(
+        x->dense.scalar_type() == query.dense.scalar_type() && size[0] == query.shape.size[0] &&
+            size[1] == p.Hq && size[2] == p.Sq && size[3] == p.Dv,
+        "grad_out, out: expected query's shape with ", p.Dv, " for head_dim, and query's dtype");
+  }
+  p.out = out.view();
+  p.grad_out = grad_out.view();
+  if (!grad_lse) return;
+  check_lse(p, *grad_lse, "grad_lse");
+  const bool packed = p.cu_seqlens_q != nullptr;
+  p.grad_lse = grad_lse->data_ptr();
+  p.grad_lse_stride_b = packed ? 0 : grad_lse->stride(0);
+  p.grad_lse_stride_h = grad_lse->stride(packed ? 0 : 1);
+  p.grad_lse_stride_s = grad_lse->stride(packed ? 1 : 2);
+}
+
+// -- forward --------------------------------------------------------------------------------------
+
+// What the library does: out and, unless null, *lse.
+Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
+               Tensor* lse);
+
+// Twenty-two arguments cost 2 us in the dispatcher alone: the plain calls have operators of their
+// own.
+Options plain_options(double scale, int64_t causal, int64_t window_left, int64_t window_right,
+                      int64_t precision) {
+  const OptionalTensor& none = no_tensor();
+  return {scale, causal, window_left, window_right, precision, none, none, none, none,
+          none,  none,   0.0,         0.0,          none,      none, none, none};
+}
+
+Tensor attention_forward_plain(const Tensor& query, const Tensor& key, const Tensor& value,
+                               double scale, int64_t causal, int64_t window_left,
+                               int64_t window_right, int64_t precision) {
+  return forward(query, key, value,
+                 plain_options(scale, causal, window_left, window_right, precision), nullptr);
+}
+
+std::tuple<Tensor, Tensor> attention_forward_plain_lse(const Tensor& query, const Tensor& key,
+                                                       const Tensor& value, double scale,
+                                                       int64_t causal, int64_t window_left,
+                                                       int64_t window_right, int64_t precision) {
+  Tensor lse;
+  Tensor out = forward(query, key, value,
+                       plain_options(scale, causal, window_left, window_right, precision), &lse);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale, int64_t causal,
+    int64_t window_left, int64_t window_right, int64_t precision, const OptionalTensor& mask,
+    const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
+    double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
+    std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
+    const OptionalTensor& block_table) {
+  Tensor lse;
+  Tensor out = forward(query, key, value,
+                       {scale, causal, window_left, window_right, precision, mask, bias,
+                        key_padding_mask, alibi_slopes, sinks, philox, softcap, dropout_p,
+                        cu_seqlens_q, cu_seqlens_k, seqused_k, block_table},
+                       &lse);
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace fused_attention

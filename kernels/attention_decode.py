@@ -1,0 +1,125 @@
+"""Attention forward for few queries against many keys, such as one new token against a cache. The
+keys are cut into splits, whose results are combined in a fixed order (Flash-Decoding, Dao et al.
+2023):
+
+    acc_s, m_s, l_s = the softmax over split s, as it runs     attention_decode_kernel
+    out = Σ exp(m_s - m) acc_s / Σ exp(m_s - m) l_s            attention_combine_kernel
+
+Every key and value is read once for all queries of all heads that share it: row r = g Sq + i of a
+tile is query i of the group's head g. Time O(Sq Sk D) in parallel over the splits; memory
+O(splits Sq Dv).
+"""
+
+import triton
+import triton.language as tl
+
+from .attention_forward import attend
+from .primitives import (
+    LOG2E,
+    finish_softmax,
+    from_token,
+    load_tile,
+    row_number,
+    sequence_of,
+    sinks_of,
+    store_tile,
+    visible_block_range,
+)
+
+
+@triton.jit
+def attention_decode_kernel(
+    q, k, v, out, lse, split_acc, split_max, split_sum, call, Hkv, splits, rows,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_N: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one of `splits` parts of the keys of one key head.
+
+    Several splits leave float32 split_acc [splits, rows, Dv], split_max and split_sum [splits,
+    rows]; the only one writes out and lse, and these are None. rows: B Hq Sq, packed Hq Tq.
+    """
+    split, pid = tl.program_id(0) % splits, tl.program_id(0) // splits
+    b, h_kv = (pid // Hkv).to(tl.int64), (pid % Hkv).to(tl.int64)
+    seq = sequence_of(call, b)
+    q, out = from_token(q, seq.q_start), from_token(out, seq.q_start)
+    k, v = from_token(k, seq.k_start), from_token(v, seq.k_start)
+    begin, _, _, end = visible_block_range(
+        0, seq.Sq, seq.offset, call.left, call.right, seq.Sk, BLOCK_N
+    )
+    part = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), splits) * BLOCK_N
+    begin += split * part
+    end = tl.minimum(begin + part, end)
+
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    # One block of rows, unless a sequence is longer than the caller said.
+    for r_start in tl.range(0, call.group * seq.Sq, BLOCK_M):
+        r = r_start + tl.arange(0, BLOCK_M)
+        in_q = r < call.group * seq.Sq
+        r = tl.where(in_q, r, 0)
+        h, i = h_kv * call.group + r // seq.Sq, (r % seq.Sq).to(INDEX)
+        q_tile = load_tile(q, b, h[:, None], 0, i, offs_d, in_q, D, BLOCK_D)
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        acc, row_max, row_sum = attend(
+            acc, row_max, row_sum, q_tile, k, v, call, seq, h[:, None], h_kv, 0, seq.Sq, i[:, None],
+            begin, end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True, None,
+        )  # fmt: skip
+        row = row_number(call, seq, h) + i
+        if split_acc is None:
+            sink = None
+            if call.sinks is not None:
+                sink = sinks_of(call, h, seq.q_start + i)
+            o, value = finish_softmax(acc, row_max, row_sum, call, sink, PLAIN)
+            store_tile(out, b, h[:, None], 0, i, offs_dv, in_q, DV, o)
+            if lse is not None:
+                tl.store(lse + row, value, mask=in_q)
+        else:
+            at = split.to(tl.int64) * rows + row
+            tl.store(split_max + at, row_max, mask=in_q)
+            tl.store(split_sum + at, row_sum, mask=in_q)
+            pointers = split_acc + at[:, None] * DV + offs_dv[None, :]
+            tl.store(pointers, acc, mask=in_q[:, None] & (offs_dv < DV)[None, :])
+
+
+@triton.jit
+def attention_combine_kernel(
+    split_acc, split_max, split_sum, out, lse, call, splits, rows,
+    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M rows of out, of [B, Hq, Sq], packed of [Hq, Tq]."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside, offs_dv = row < rows, tl.arange(0, BLOCK_DV)
+    # m <- max over the splits
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for split in tl.range(0, splits):
+        at = tl.cast(split, tl.int64) * rows + row
+        m = tl.load(split_max + at, mask=inside, other=float("-inf"))
+        row_max = tl.maximum(row_max, m)
+    origin = tl.where(row_max == float("-inf"), 0.0, row_max)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for split in tl.range(0, splits):
+        at = tl.cast(split, tl.int64) * rows + row
+        m = tl.load(split_max + at, mask=inside, other=float("-inf"))
+        # alpha <- exp(m_s - m): 0 for a split that saw nothing
+        if PLAIN:
+            alpha = tl.exp2(m - origin)
+        else:
+            alpha = tl.exp2((m - origin) * LOG2E)
+        # l <- l + alpha l_s, acc <- acc + alpha acc_s
+        row_sum += alpha * tl.load(split_sum + at, mask=inside, other=0.0)
+        pointers = split_acc + at[:, None] * DV + offs_dv[None, :]
+        mask = inside[:, None] & (offs_dv < DV)[None, :]
+        acc += alpha[:, None] * tl.load(pointers, mask=mask, other=0.0)
+
+    i, matrix = row % call.Sq, row // call.Sq
+    b, h = matrix // call.Hq, matrix % call.Hq
+    sink = None
+    if call.sinks is not None:
+        sink = sinks_of(call, h, i)
+    o, value = finish_softmax(acc, row_max, row_sum, call, sink, PLAIN)
+    store_tile(out, b[:, None], h[:, None], 0, i, offs_dv, inside, DV, o)
+    if lse is not None:
+        tl.store(lse + row, value, mask=inside)

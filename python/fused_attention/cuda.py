@@ -1,0 +1,54 @@
+"""The library of the CUDA C++ kernels, `_cuda.so`, optional: torch.ops.fused_attention_cuda.
+
+Its operators take the arguments of those in torch.ops.fused_attention. It needs no CUDA to be
+loaded, so shapes and graphs can be traced with fake tensors anywhere; PyTorch 2.13 or newer.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from . import ops
+
+LIBRARY = Path(__file__).with_name("_cuda.so")
+NAMESPACE = "fused_attention_cuda"
+OPERATORS: ops.Operators | None = None  # once they are loaded
+
+
+@functools.cache
+def load() -> str:
+    """Defines the operators; the reason where that fails, else ""."""
+    if not LIBRARY.exists():
+        return "CUDA kernels not built: install with nvcc and FUSED_ATTENTION_CUDA=1"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"CUDA kernels not loaded by PyTorch {torch.__version__}: {error}"
+    ops.register_tracing(NAMESPACE)
+    global OPERATORS
+    OPERATORS = ops.Operators.of(NAMESPACE)
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def missing() -> str:
+    """What keeps the kernels from running here, or ""."""
+    if not LIBRARY.exists():
+        return load()
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"compute capability {major}.{minor}: only 8.0 and newer"
+    return load()
+
+
+def operators() -> ops.Operators:
+    """Raises RuntimeError where they cannot be loaded."""
+    if OPERATORS is None and (reason := load()):
+        raise RuntimeError(reason)
+    assert OPERATORS is not None
+    return OPERATORS

@@ -1,0 +1,441 @@
+"""What `python -m fused_attention train` does: data, model, recipe and measure of each task.
+
+A run is a directory: settings.json, tokenizer.json, checkpoint.pt (see `training.py`) and
+results.json. Given the settings all of it is determined, but for the seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..problem import wrong_value
+from . import captions, texts
+from .attend import pack, pad
+from .fetch import directory
+from .generate import generate
+from .lstm import LSTMTranslator
+from .pretrained import load_minilm
+from .texts import BEGIN, END, Text
+from .training import History, Pair, Recipe, pair_loss, token_loss, train
+from .transformer import Config, Transformer
+
+VOCABULARY = 4000
+LONGEST = 128  # tokens of an example; longer ones are cut
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to train, and how. Recipe's fields have its meaning."""
+
+    task: str  # one of TASKS
+    language: str = "de"  # translate: from which
+    model: str = "transformer"  # translate: or "lstm"
+    pretrained: bool = False  # summarize, classify: starts from all-MiniLM-L6-v2's encoder
+    attention: str = "fused"
+    seed: int = 0
+    steps: int = 860
+    tokens: int = 1600
+    peak: float = 2e-3
+    dropout: float = 0.1
+    packed: bool = False
+    examples: int | None = None  # of training, at most: for trying out
+
+    def recipe(self) -> Recipe:
+        warmup = min(150, max(1, self.steps // 4))
+        smoothing = 0.0 if self.task in ("lm", "classify") else 0.1
+        return Recipe(
+            self.steps,
+            self.tokens,
+            self.peak,
+            warmup,
+            smoothing=smoothing,
+            seed=self.seed,
+            packed=self.packed,
+        )
+
+
+@dataclass
+class Prepared:
+    """A task before its training."""
+
+    model: nn.Module
+    tokenizer: Any  # tokenizers.Tokenizer, or None
+    examples: Sequence[Any]
+    size: Callable[[Any], int]
+    loss: Callable[[nn.Module, list[Any], Recipe], Tensor]
+    evaluate: Callable[[nn.Module], dict[str, Any]]
+
+
+def pair_size(pair: Pair) -> int:
+    return max(len(pair.source), len(pair.target))
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids[:LONGEST]
+
+
+def to_pairs(tokenizer: Any, examples: Sequence[Text], begin: int, end: int) -> list[Pair]:
+    def encode_all(some: list[str]) -> list[list[int]]:
+        found = tokenizer.encode_batch(some, add_special_tokens=False)
+        return [x.ids[:LONGEST] for x in found]
+
+    sources = encode_all([x.source for x in examples])
+    targets = encode_all([x.target for x in examples])
+    return [
+        Pair([*source, end] if source else [], [begin, *target, end])
+        for source, target in zip(sources, targets, strict=True)
+    ]
+
+
+def write(
+    model: Any, tokenizer: Any, sources: Sequence[str], begin: int, end: int, **options: Any
+) -> list[str]:
+    """What an encoder-decoder makes of each text; options are those of `generate`."""
+    options = {"max_new_tokens": 60, **options}
+    written: list[str] = []
+    for at in range(0, len(sources), 50):
+        batch = [[*encode(tokenizer, source), end] for source in sources[at : at + 50]]
+        with torch.no_grad():
+            memory = model.encode(*pad(batch))
+        tokens = generate(model, [[begin]] * len(batch), memory, end=end, **options)
+        written += tokenizer.decode_batch(tokens)
+    return written
+
+
+def ends(tokenizer: Any) -> tuple[int, int]:
+    """The tokens that begin and end what is written; BERT has them under other names."""
+    if tokenizer.token_to_id("[CLS]") is not None:
+        return tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    return BEGIN, END
+
+
+# -- Models ------------------------------------------------------------------------------------
+
+
+def make_model(settings: Settings, vocab_size: int) -> nn.Module:
+    """Of the tasks that read and write texts; its weights are random or pre-trained."""
+    if settings.model == "lstm":
+        return LSTMTranslator(vocab_size, dropout=settings.dropout)
+    if settings.task == "summarize" and settings.pretrained:
+        encoder, _ = load_minilm(directory("minilm"))
+        return with_decoder(encoder, 3, settings)
+    config = Config(vocab_size, dropout=settings.dropout)
+    if settings.task == "lm":
+        config = dataclasses.replace(
+            config,
+            encoder_layers=0,
+            decoder_layers=4,
+            kv_heads=2,
+            hidden=704,
+            activation="swiglu",
+            norm="rms",
+            positions="rotary",
+            bias=False,
+            scale_embedding=False,
+        )
+    return Transformer(config, settings.attention)
+
+
+def with_decoder(encoder: Transformer, layers: int, settings: Settings) -> Transformer:
+    """A pre-trained encoder, with its tokens' embedding, and a decoder that knows nothing yet."""
+    config = dataclasses.replace(
+        encoder.config, decoder_layers=layers, dropout=settings.dropout, tied=True
+    )
+    model = Transformer(config, settings.attention)
+    missing, unexpected = model.load_state_dict(encoder.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith("decoder.") for name in missing)
+    return model
+
+
+# -- The tasks ---------------------------------------------------------------------------------
+
+
+def translate(settings: Settings) -> Prepared:
+    """From German or French; BLEU (lower case) on the held-out pairs of each kind."""
+    split = texts.translation(settings.language)
+    texts_of_both = [text for x in split.training for text in (x.source, x.target)]
+    tokenizer = texts.train_tokenizer(texts_of_both, VOCABULARY)
+    model = make_model(settings, tokenizer.get_vocab_size())
+
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        import sacrebleu
+
+        results: dict[str, Any] = {"samples": []}
+        for kind in sorted({x.kind for x in split.held_out}):
+            some = [x for x in split.held_out if x.kind == kind]
+            written = write(model, tokenizer, [x.source for x in some], BEGIN, END)
+            right = [x.target for x in some]
+            bleu = sacrebleu.corpus_bleu(written, [right], lowercase=True)
+            chrf = sacrebleu.corpus_chrf(written, [right])
+            exact = sum(w == r for w, r in zip(written, right, strict=True)) / len(some)
+            results[kind] = {"bleu": bleu.score, "chrf": chrf.score, "exact": exact}
+            results["samples"] += [[*x[:2], w] for x, w in zip(some[:5], written, strict=False)]
+        return results
+
+    pairs = to_pairs(tokenizer, split.training[: settings.examples], BEGIN, END)
+    return Prepared(model, tokenizer, pairs, pair_size, pair_loss, evaluate)
+
+
+def summarize(settings: Settings) -> Prepared:
+    """Descriptions to synopses; ROUGE-L of these, and of the first sentences beside it."""
+    split = texts.summaries()
+    if settings.pretrained:
+        _, tokenizer = load_minilm(directory("minilm"))
+    else:
+        texts_of_both = [text for x in split.training[:20000] for text in (x.source, x.target)]
+        tokenizer = texts.train_tokenizer(texts_of_both, VOCABULARY)
+    begin, end = ends(tokenizer)
+    model = make_model(settings, tokenizer.get_vocab_size())
+
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        written = write(model, tokenizer, [x.source for x in split.held_out], begin, end)
+        first = [x.source.partition(". ")[0] for x in split.held_out]
+        right = [x.target for x in split.held_out]
+        return {
+            "rouge_l": mean(map(rouge_l, written, right)),
+            "rouge_l_of_first_sentence": mean(map(rouge_l, first, right)),
+            "samples": [[*x[:2], w] for x, w in zip(split.held_out[:10], written, strict=False)],
+        }
+
+    pairs = to_pairs(tokenizer, split.training[: settings.examples], begin, end)
+    return Prepared(model, tokenizer, pairs, pair_size, pair_loss, evaluate)
+
+
+def lm(settings: Settings) -> Prepared:
+    """English paragraphs; perplexity of a token of held-out ones."""
+    split = texts.language_model_texts()
+    tokenizer = texts.train_tokenizer([x.target for x in split.training[:30000]], VOCABULARY)
+    model = make_model(settings, tokenizer.get_vocab_size())
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        total, count = 0.0, 0
+        held_out = to_pairs(tokenizer, split.held_out, BEGIN, END)
+        for at in range(0, len(held_out), 20):
+            batch = held_out[at : at + 20]
+            tokens, layout = pad([pair.target[:-1] for pair in batch])
+            nexts, _ = pad([pair.target[1:] for pair in batch])
+            here = sum(len(pair.target) - 1 for pair in batch)
+            total += token_loss(model(tokens, layout), nexts, layout).item() * here
+            count += here
+        return {"perplexity": math.exp(total / count), "tokens": count}
+
+    pairs = to_pairs(tokenizer, split.training[: settings.examples], BEGIN, END)
+    return Prepared(model, tokenizer, pairs, pair_size, pair_loss, evaluate)
+
+
+class Classifier(nn.Module):
+    """An encoder, the mean of its hidden states, and a linear layer over it."""
+
+    def __init__(self, encoder: Transformer, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.linear = nn.Linear(encoder.config.dim, classes)
+
+    def forward(self, sequences: Sequence[Sequence[int]], packed: bool = False) -> Tensor:
+        """[B, classes]."""
+        return self.linear(mean_of_hidden(self.encoder, sequences, packed))
+
+
+def mean_of_hidden(
+    encoder: Transformer, sequences: Sequence[Sequence[int]], packed: bool = False
+) -> Tensor:
+    """[B, dim]: the mean over each sequence's tokens."""
+    if packed:
+        hidden = encoder.encode(*pack(sequences)).hidden
+        return torch.stack([part.mean(0) for part in hidden.split([len(s) for s in sequences])])
+    tokens, layout = pad(sequences)
+    lengths = torch.tensor([[len(sequence)] for sequence in sequences])
+    padding = torch.arange(tokens.shape[1]) >= lengths
+    hidden = encoder.encode(tokens, layout).hidden
+    return hidden.masked_fill(padding[..., None], 0).sum(1) / lengths
+
+
+def classify(settings: Settings) -> Prepared:
+    """Which of ten sections a package is in; accuracy on packages of other sources.
+
+    pretrained: all-MiniLM-L6-v2, fine-tuned. Otherwise the same model, from random weights.
+    """
+    split, names = texts.sections()
+    encoder, tokenizer = load_minilm(directory("minilm"), settings.attention)
+    config = dataclasses.replace(encoder.config, dropout=settings.dropout)
+    fresh = Transformer(config, settings.attention)
+    if settings.pretrained:
+        fresh.load_state_dict(encoder.state_dict())
+
+    def examples(some: Sequence[Text]) -> list[tuple[list[int], int]]:
+        return [(tokenizer.encode(x.source).ids[:LONGEST], names.index(x.target)) for x in some]
+
+    def loss(model: nn.Module, batch: list[Any], recipe: Recipe) -> Tensor:
+        logits = model([tokens for tokens, _ in batch], recipe.packed)
+        return F.cross_entropy(logits, torch.tensor([label for _, label in batch]))
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        held_out = sorted(examples(split.held_out), key=lambda x: len(x[0]))
+        right = 0
+        for at in range(0, len(held_out), 32):
+            tokens, labels = zip(*held_out[at : at + 32], strict=True)
+            right += int((model(tokens).argmax(-1) == torch.tensor(labels)).sum())
+        largest = max(sum(x.target == name for x in split.held_out) for name in names)
+        return {
+            "accuracy": right / len(held_out),
+            "accuracy_of_largest_class": largest / len(held_out),
+            "classes": names,
+            "held_out": len(held_out),
+        }
+
+    training = examples(split.training)[: settings.examples]
+    model = Classifier(fresh, len(names))
+    return Prepared(model, tokenizer, training, lambda x: len(x[0]), loss, evaluate)
+
+
+def caption(settings: Settings) -> Prepared:
+    """Drawn images to what they show; how many captions of new images are right."""
+    config = Config(
+        len(captions.WORDS), 2, 2, dim=128, heads=4, hidden=256, dropout=settings.dropout
+    )
+    model = Transformer(config, settings.attention, captions.PatchFront(config.dim))
+
+    def target(image: captions.Image) -> list[int]:
+        return [BEGIN, *captions.encode_caption(image.caption), END]
+
+    def loss(model: nn.Module, batch: list[Any], recipe: Recipe) -> Tensor:
+        tokens, layout = pad([target(image)[:-1] for image in batch])
+        nexts, _ = pad([target(image)[1:] for image in batch])
+        logits = model(tokens, layout, torch.stack([image.pixels for image in batch]))
+        return token_loss(logits, nexts, layout, recipe.smoothing)
+
+    def evaluate(model: Any) -> dict[str, Any]:
+        images = captions.draw_many(200, seed=-1)
+        with torch.no_grad():
+            memory = model.encode(torch.stack([image.pixels for image in images]))
+        found = generate(model, [[BEGIN]] * len(images), memory, max_new_tokens=12, end=END)
+        written = [captions.decode_caption(tokens) for tokens in found]
+        pairs = list(zip([image.caption for image in images], written, strict=True))
+        exact = sum(right == w for right, w in pairs) / len(images)
+        return {"exact": exact, "samples": pairs[:10]}
+
+    images = captions.draw_many(settings.examples or 4000, seed=settings.seed)
+    return Prepared(model, None, images, lambda image: 16, loss, evaluate)
+
+
+TASKS: dict[str, Callable[[Settings], Prepared]] = {
+    "translate": translate,
+    "summarize": summarize,
+    "lm": lm,
+    "classify": classify,
+    "caption": caption,
+}
+
+
+# -- Measures ----------------------------------------------------------------------------------
+
+
+def mean(values: Any) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def rouge_l(written: str, right: str) -> float:
+    """F1 of the longest common subsequence of words, in lower case (Lin 2004, section 3.1)."""
+    a, b = written.lower().split(), right.lower().split()
+    longest = [0] * (len(b) + 1)
+    for x in a:
+        before = longest[:]
+        for j, y in enumerate(b):
+            longest[j + 1] = before[j] + 1 if x == y else max(before[j + 1], longest[j])
+    if longest[-1] == 0:
+        return 0.0
+    return 2 * longest[-1] / (len(a) + len(b))
+
+
+def word_errors(said: str, right: str) -> tuple[int, int]:
+    """(wrong, missing and superfluous words, words of `right`): their ratio is the error rate."""
+    a, b = said.split(), right.split()
+    distance = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, distance[0] = distance[:], i
+        for j, y in enumerate(b, 1):
+            distance[j] = min(before[j - 1] + (x != y), before[j] + 1, distance[j - 1] + 1)
+    return distance[-1], len(b)
+
+
+# -- Runs --------------------------------------------------------------------------------------
+
+
+def prepare(settings: Settings) -> Prepared:
+    """With the model's random weights determined by the seed."""
+    if settings.task not in TASKS:
+        wrong_value("task", f"one of {', '.join(TASKS)}", settings.task)
+    before = torch.random.get_rng_state()
+    torch.manual_seed(settings.seed)
+    try:
+        return TASKS[settings.task](settings)
+    finally:
+        torch.random.set_rng_state(before)
+
+
+def run(
+    settings: Settings,
+    out: Path,
+    seconds: float = math.inf,
+    after_step: Callable[[int, History], None] = lambda step, history: None,
+) -> dict[str, Any]:
+    """Trains and measures; goes on where an earlier run with these settings was cut."""
+    out.mkdir(parents=True, exist_ok=True)
+    prepared = prepare(settings)
+    _write_json(out / "settings.json", dataclasses.asdict(settings))
+    if prepared.tokenizer is not None:
+        prepared.tokenizer.save(str(out / "tokenizer.json"))
+    history = train(
+        prepared.model,
+        prepared.examples,
+        prepared.loss,
+        prepared.size,
+        settings.recipe(),
+        out / "checkpoint.pt",
+        after_step,
+        seconds,
+    )
+    last = history.losses[-100:]
+    results = {
+        "settings": dataclasses.asdict(settings),
+        "parameters": sum(p.numel() for p in prepared.model.parameters()),
+        "examples": len(prepared.examples),
+        "steps": len(history.losses),
+        "training_seconds": sum(history.seconds),
+        "loss": sum(last) / len(last),
+        "results": prepared.evaluate(prepared.model),
+        "losses": history.losses,
+    }
+    _write_json(out / "results.json", results)
+    return results
+
+
+def _write_json(path: Path, document: Any) -> None:
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def load_run(out: Path, attention: str = "fused") -> tuple[Any, Any, Settings]:
+    """(model, tokenizer, settings) of a run that was trained."""
+    if not (out / "checkpoint.pt").exists():
+        raise FileNotFoundError(f"{out}: no run; `python -m fused_attention train` makes one")
+    from tokenizers import Tokenizer
+
+    stored = json.loads((out / "settings.json").read_text())
+    settings = Settings(**{**stored, "attention": attention})
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    model = make_model(settings, tokenizer.get_vocab_size())
+    model.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
+    return model.eval(), tokenizer, settings

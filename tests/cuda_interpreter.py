@@ -1,0 +1,164 @@
+"""The CUDA library without a GPU: its operators take CPU tensors, and what they would launch is run
+by the PTX interpreter, from what nvcc makes of the kernel.
+
+    with interpreted() as launches:
+        out = torch.ops.fused_attention_cuda.attention_forward_plain(q, k, v, 0.125, 0, -1, -1, 0)
+    assert launches[0].kernel == "attention_forward_kernel<Half, 64, true>"
+
+What is compiled is kept in .cache, by the hash of all it is made from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import runpy
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cuda_params import Call
+from fused_attention import cuda
+from ptx import Report, launch
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache" / "cuda"
+SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
+NVCC = SETUP["find_nvcc"]()
+# Where a kernel is defined.
+HEADERS = {
+    "attention_forward": "attention_forward",
+    **dict.fromkeys(
+        (f"attention_{name}" for name in ("delta", "backward", "dbias", "dsinks")),
+        "attention_backward",
+    ),
+}
+SUBSTITUTE = ctypes.CFUNCTYPE(
+    ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
+)
+
+
+def sources() -> bytes:
+    files = sorted([*ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/*.h")])
+    return b"".join(path.name.encode() + path.read_bytes() for path in files)
+
+
+def kept(name: str, extra: str, make: Callable[[Path], None]) -> Path:
+    """A file made from the sources, unless it is there."""
+    digest = hashlib.sha256(sources() + extra.encode()).hexdigest()[:16]
+    path = CACHE / digest / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{os.getpid()}-{name}")  # others may make it too
+        make(partial)
+        partial.rename(path)
+    return path
+
+
+def compile_kernel(kernel: str, arch: str, *options: str) -> Path:
+    """What nvcc makes of a template-id such as "attention_forward_kernel<Half, 64, true>"."""
+    header = HEADERS[kernel.split("_kernel")[0]]
+    text = (
+        f'#include "cuda/{header}.cuh"\n'
+        "namespace fused_attention::cuda {\n"
+        f"template __global__ void {kernel}(const __grid_constant__ Call);\n"
+        "}\n"
+    )
+    kind = "cubin" if "-cubin" in options else "ptx"
+    safe = "".join(c if c.isalnum() else "_" for c in kernel)
+
+    def make(path: Path) -> None:
+        source = path.with_suffix(path.suffix + ".cu")
+        source.write_text(text)
+        command = [NVCC, "-std=c++20", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}", *options]
+        done = subprocess.run([*command, source, "-o", path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        path.with_name(f"{safe}_{arch}.txt").write_text(done.stdout + done.stderr)
+        source.unlink()
+
+    return kept(f"{safe}_{arch}.{kind}", " ".join(options), make)
+
+
+@functools.cache
+def ptx_of(kernel: str, arch: str = "80") -> str:
+    return compile_kernel(kernel, arch, "-ptx", "-lineinfo").read_text()
+
+
+def cubin_of(kernel: str, arch: str, *options: str) -> tuple[Path, str]:
+    """And what ptxas reports."""
+    cubin = compile_kernel(kernel, arch, "-cubin", "-Xptxas=-v", *options)
+    return cubin, cubin.with_suffix(".txt").read_text()
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The operators alone, in torch.ops.fused_attention_cuda, in place of what was built."""
+    where = SETUP["find_torch"]()
+    unit = SETUP["cuda_operators"](where)
+
+    def make(path: Path) -> None:
+        flags = [flag.replace("-Icsrc", f"-I{ROOT / 'csrc'}") for flag in unit.flags]
+        command = [*SETUP["compiler"](), *flags, "-O1", "-shared", str(ROOT / unit.source)]
+        libraries = [f"-L{where / 'lib'}", "-ltorch_cpu", "-lc10"]
+        subprocess.run([*command, *libraries, "-o", str(path)], check=True)
+
+    cuda.LIBRARY = kept("_cuda.so", torch.__version__, make)
+    cuda.load.cache_clear()
+    assert not cuda.load()
+    return ctypes.CDLL(str(cuda.LIBRARY))
+
+
+@dataclass
+class Run:
+    """A launch, and what the interpreter reports. `edit` plants a fault."""
+
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+    report: Report
+
+
+@dataclass
+class Interpreter:
+    schedule: str = "lockstep"
+    edit: Callable[[str], str] | None = None
+    runs: list[Run] = field(default_factory=list)
+    error: bytes = b""
+
+    def __call__(
+        self, kernel: bytes, blocks: int, threads: int, shared_bytes: int, params: int
+    ) -> bytes | None:
+        try:
+            name = kernel.decode()
+            ptx = ptx_of(name)
+            report = launch(
+                self.edit(ptx) if self.edit else ptx, None, [blocks], threads,
+                [Call.from_address(params)], shared_bytes, self.schedule,
+            )  # fmt: skip
+            self.runs.append(Run(name, blocks, threads, shared_bytes, report))
+        except Exception as error:  # it must not pass through C++
+            self.error = repr(error).encode()  # kept: the caller reads it
+            return self.error
+        return None
+
+
+@contextlib.contextmanager
+def interpreted(
+    schedule: str = "lockstep", edit: Callable[[str], str] | None = None
+) -> Iterator[list[Run]]:
+    """Launches of torch.ops.fused_attention_cuda are interpreted, and listed."""
+    interpreter = Interpreter(schedule, edit)
+    substitute = SUBSTITUTE(interpreter)
+    set_substitute = library().fused_attention_cuda_substitute
+    set_substitute(substitute)
+    try:
+        yield interpreter.runs
+    finally:
+        set_substitute(None)

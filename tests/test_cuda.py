@@ -1,0 +1,402 @@
+"""The CUDA kernels, as nvcc compiles them for sm_80, run by the PTX interpreter behind their real
+operators: numbers against the definition, no finding, and what is launched.
+
+No test needs a GPU. Without nvcc only the operators and their plans are tested.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import cuda_interpreter
+from cuda_interpreter import interpreted
+from fused_attention import autograd, backends, cuda, reference, testing
+from fused_attention.backends import CUDA
+from fused_attention.problem import CAUSAL, Problem
+from fused_attention.testing import Case
+from ptx import SCHEDULES, faults
+
+needs_nvcc = pytest.mark.skipif(cuda_interpreter.NVCC is None, reason="nvcc not found")
+
+PAIRS = [case for case in testing.pairs_of_features() if case.dtype != torch.float64]
+# Of the cases that cover all pairs, these run each time.
+OFTEN = 6
+
+
+def numbers(inputs, precision=0):
+    o, head_dim = inputs.options, inputs.tensors["query"].shape[-1]
+    scale = head_dim**-0.5 if o["scale"] is None else o["scale"]
+    return (scale, CAUSAL[o["causal"]], *o["window_size"], precision)
+
+
+def options(inputs):
+    o, t = inputs.options, inputs.tensors
+    named = [o.get("mask"), t.get("bias"), o.get("key_padding_mask"), o.get("alibi_slopes")]
+    return [*named, t.get("sinks"), o.get("philox"), o["softcap"], o["dropout_p"]]
+
+
+OPS = torch.ops.fused_attention_cuda
+
+
+def run(inputs, precision=0, gradients=True, schedule="lockstep", edit=None):
+    """Results by name, as `testing.run` gives them, and the launches."""
+    cuda_interpreter.library()
+    q, k, v = (inputs.tensors[name] for name in ("query", "key", "value"))
+    call = (*numbers(inputs, precision), *options(inputs))
+    with interpreted(schedule, edit) as runs:
+        out, lse = OPS.attention_forward(q, k, v, *call)
+        results = {"out": out, "lse": lse}
+        if gradients:
+            grad_lse = inputs.grad_lse.masked_fill(lse.isinf(), 0.0)
+            wanted = ["bias" in inputs.tensors, "sinks" in inputs.tensors]
+            grads = OPS.attention_backward(
+                inputs.grad_out, grad_lse, q, k, v, out, lse, *call, *(None,) * 6, *wanted
+            )
+            named = dict(zip(("query", "key", "value", "bias", "sinks"), grads, strict=True))
+            results |= {f"d{name}": named[name] for name in inputs.tensors}
+    return results, runs
+
+
+def findings(runs):
+    return [f"{run.kernel}: {finding}" for run in runs for finding in run.report.findings]
+
+
+def check(case, factor=2.0, **how):
+    def answer(case):
+        inputs = testing.make_inputs(case)
+        got, runs = run(inputs, **how)
+        assert not findings(runs), "\n".join(findings(runs))
+        want = testing.exact(inputs)
+        return got, {name: want[name] for name in got}, testing.naive(inputs)
+
+    assert not testing.check_answers(case, answer, factor)
+
+
+def small(case):
+    """Two blocks of queries and keys at most: the interpreter takes 0.1 s and more a block."""
+    Hkv, group = min(case.Hkv, 2), min(case.Hq // case.Hkv, 2)
+    return dataclasses.replace(
+        case, B=1, Hq=Hkv * group, Hkv=Hkv, Sq=min(case.Sq, 70), Sk=min(case.Sk, 140)
+    )
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, marks=() if n % OFTEN == 0 else pytest.mark.slow) for n in range(len(PAIRS))],
+)
+def test_pairs_of_features(number):
+    check(small(PAIRS[number]))
+
+
+PLAIN = [
+    (torch.bfloat16, 64, {}),
+    (torch.float16, 64, {"causal": "bottom_right"}),
+    (torch.bfloat16, 128, {"causal": "top_left", "sinks": True}),
+    (torch.float16, 96, {"window_size": (40, 10)}),
+    (torch.bfloat16, 32, {"window_size": (10, -1), "causal": "bottom_right"}),
+    (torch.float16, 256, {"causal": "bottom_right"}),
+]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype, head_dim, features", PLAIN)
+def test_kernel_without_options(dtype, head_dim, features):
+    """Ragged tiles, and head sizes that are padded."""
+    for D, Dv in ((head_dim, head_dim), (head_dim - 8, head_dim - 24)):
+        case = Case(
+            dtype=dtype, B=1, Hq=2, Hkv=1, Sq=140, Sk=200, D=D, Dv=Dv, **features, seed=D
+        )  # fmt: skip
+        check(case)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_every_schedule_of_warps(head_dim, schedule):
+    case = Case(dtype=torch.float16, B=1, Hq=1, Hkv=1, Sq=130, Sk=200, D=head_dim, Dv=head_dim)
+    check(case, schedule=schedule)
+    check(dataclasses.replace(case, Sq=20, Sk=70, D=head_dim - 3, mask="11QK"), schedule=schedule)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("precision, allowed", [(1, 1e-4), (2, 3e-2)])
+def test_float32_by_fewer_products(precision, allowed):
+    inputs = testing.make_inputs(Case(Sq=20, Sk=40, D=32, Dv=32))
+    got, runs = run(inputs, precision, gradients=False)
+    assert not findings(runs)
+    error = (got["out"] - testing.exact(inputs)["out"]).abs().max()
+    highest = (run(inputs, gradients=False)[0]["out"] - testing.exact(inputs)["out"]).abs().max()
+    assert 2 * highest < error < allowed
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_nobody_sees_may_be_nan(dtype):
+    case = Case(dtype=dtype, B=2, Sq=20, Sk=90, key_padding=True, mask="111K", causal="top_left")
+    inputs = testing.make_inputs(case)
+    hidden = inputs.options["key_padding_mask"] | ~inputs.options["mask"][:, 0, 0]
+    hidden = hidden | (torch.arange(case.Sk) >= case.Sq)  # causal
+    want = testing.exact(inputs)
+    for name in ("key", "value"):
+        inputs.tensors[name].masked_fill_(hidden[:, None, :, None], torch.nan)
+    got, runs = run(inputs)
+    assert not findings(runs)
+    for name, x in got.items():
+        torch.testing.assert_close(x.double(), want[name], rtol=0, atol=1e-2, msg=name)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_a_visible_nan_propagates(where):
+    inputs = testing.make_inputs(Case(dtype=torch.float16, Sq=20, Sk=90, D=64, Dv=64))
+    inputs.tensors[where][:, :, 70, 3] = torch.nan
+    got, _ = run(inputs, gradients=False)
+    assert got["out"].isnan().any(-1).all()
+    assert got["lse"].isnan().all() == (where == "key")
+
+
+@needs_nvcc
+def test_dropout_is_that_of_every_backend():
+    inputs = testing.make_inputs(Case(dtype=torch.float16, Sq=20, Sk=64, Dv=64, dropout_p=0.3))
+    value = torch.eye(64, dtype=torch.float16).expand(2, 2, 64, 64).contiguous()
+    inputs.tensors["value"] = value  # the output is the weights
+    got, _ = run(inputs, gradients=False)
+    kept = reference.dropout(torch.ones(2, 2, 20, 64), 0.3, inputs.options["philox"]) != 0
+    assert torch.equal(got["out"] != 0, kept)
+
+
+# Each caught by a finding, or by the numbers where only they show it.
+FAULTS = {
+    "no barrier before v is read": (faults.drop(faults.BAR, -1), "finding"),
+    "no barrier before k is read": (faults.drop(faults.BAR, -2), "finding"),
+    "no wait for v": (faults.drop(faults.WAIT_COPIES, -2), "finding"),
+    "lse written beyond the last query": (
+        faults.replace(r"@%p\d+ bra[^;]*;\s+(st\.global\.f32)", r"\1", -1), "finding"
+    ),
+    "a product is left out": (faults.drop(r"mma\.sync[^;]*;", 40), "numbers"),
+    "a maximum of other lanes": (
+        faults.replace(r"(shfl\.sync\.bfly\.b32\s+%r\d+\|%p\d+, %r\d+, )%r\d+", r"\g<1>4"),
+        "numbers",
+    ),
+}  # fmt: skip
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_caught(name):
+    edit, caught_by = FAULTS[name]
+    case = Case(dtype=torch.float16, B=1, Hq=1, Hkv=1, Sq=130, Sk=300, D=64, Dv=64)
+    inputs = testing.make_inputs(case)
+    got, runs = run(inputs, gradients=False, edit=edit)
+    want = testing.exact(inputs)
+    wrong = testing.mismatches(got, {n: want[n] for n in got}, testing.naive(inputs))
+    assert findings(runs) if caught_by == "finding" else wrong
+
+
+# -- What needs no nvcc ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def loaded():
+    cuda_interpreter.library()
+    return OPS
+
+
+@pytest.fixture
+def recorded(loaded, monkeypatch):
+    """Launches, none of which is run: kernel, blocks, threads, bytes of shared memory."""
+    launches = []
+
+    @cuda_interpreter.SUBSTITUTE
+    def record(kernel, blocks, threads, shared_bytes, params):
+        launches.append((kernel.decode(), blocks, threads, shared_bytes))
+
+    set_substitute = cuda_interpreter.library().fused_attention_cuda_substitute
+    set_substitute(record)
+    yield launches
+    set_substitute(None)
+
+
+def qkv(dtype=torch.float16, B=2, Hq=4, Hkv=2, Sq=130, Sk=200, D=64, Dv=None, device="cpu"):
+    def randn(*shape):
+        return torch.randn(*shape, device=device).to(dtype)
+
+    return randn(B, Hq, Sq, D), randn(B, Hkv, Sk, D), randn(B, Hkv, Sk, Dv or D)
+
+
+PLAIN_NUMBERS = (0.125, 0, -1, -1, 0)
+
+
+def test_the_operators_refuse_tensors_that_are_not_on_a_gpu(loaded):
+    with pytest.raises(RuntimeError, match="query: expected a CUDA tensor"):
+        OPS.attention_forward_plain(*qkv(), *PLAIN_NUMBERS)
+
+
+@pytest.mark.parametrize(
+    "call, kernel, blocks, threads",
+    [
+        ({}, "<Half, 64, true>", 2 * 4 * 2, 128),
+        ({"dtype": torch.bfloat16, "D": 96}, "<BFloat16, 96, true>", 2 * 4 * 2, 128),
+        ({"D": 129}, "<Half, 256, false>", 2 * 4 * 3, 128),  # no whole 16-byte pieces
+        ({"D": 64, "Dv": 65}, "<Half, 96, false>", 2 * 4 * 3, 128),
+        ({"D": 8, "Dv": 256}, "<Half, 256, true>", 2 * 4 * 3, 128),
+        ({"dtype": torch.float32}, "<float, 64, false>", 2 * 4 * 3, 128),
+        ({"dtype": torch.float32, "D": 256}, "<float, 256, false>", 2 * 4 * 5, 64),
+    ],
+)
+def test_what_a_forward_launches(recorded, call, kernel, blocks, threads):
+    OPS.attention_forward_plain(*qkv(**call), *PLAIN_NUMBERS)
+    ((name, *sizes, shared_bytes),) = recorded
+    assert name == f"attention_forward_kernel{kernel}" and sizes == [blocks, threads]
+    assert shared_bytes <= 99 * 1024  # what every GPU since Ampere has
+
+
+def test_an_offset_of_one_element_is_served_without_16_byte_copies(recorded):
+    q, k, v = qkv(D=72)
+    OPS.attention_forward_plain(q[..., 1:65], k[..., 8:], v[..., :64], *PLAIN_NUMBERS)
+    OPS.attention_forward_plain(q[..., 8:], k[..., 8:], v[..., :64], *PLAIN_NUMBERS)
+    kernels = [name for name, *_ in recorded]
+    assert kernels == [f"attention_forward_kernel<Half, 64, {x}>" for x in ("false", "true")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_what_a_backward_launches(recorded, dtype, head_dim):
+    inputs = testing.make_inputs(
+        Case(dtype=dtype, D=head_dim, Dv=head_dim, bias="1H1K", sinks=True, Sq=70, Sk=300)
+    )
+    q, k, v = (inputs.tensors[name] for name in ("query", "key", "value"))
+    call = (*numbers(inputs), *options(inputs), *(None,) * 6)
+    lse = torch.zeros(2, 2, 70)
+    dq, dk, dv, dbias, dsinks = OPS.attention_backward(
+        inputs.grad_out, None, q, k, v, inputs.grad_out, lse, *call, True, True
+    )
+    assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape
+    assert dbias.shape == (1, 2, 1, 300) and dsinks.shape == (2,)
+    names = [name.split("_kernel")[0] for name, *_ in recorded]
+    passes = 2 if head_dim <= 128 else 3  # dk and dv apart
+    attention = ["delta", *["backward"] * passes, "dbias", "dsinks"]
+    assert names == [f"attention_{name}" for name in attention]
+    assert all(shared_bytes <= 99 * 1024 for *_, shared_bytes in recorded)
+
+
+def test_nothing_is_launched_for_nothing(recorded):
+    for sizes in ({"B": 0}, {"Hq": 0, "Hkv": 0}, {"Sq": 0}):
+        OPS.attention_forward_plain(*qkv(**sizes), *PLAIN_NUMBERS)
+    assert not recorded
+
+
+WRONG = [
+    ({"D": 257}, "head_dim of at most 256, got 257"),
+    ({"dtype": torch.float64}, "expected float32, bfloat16 or float16"),
+    ({"Hq": 3}, "3 heads are no multiple of key's 2"),
+]
+
+
+@pytest.mark.parametrize("call, message", WRONG)
+def test_wrong_calls_are_refused(recorded, call, message):
+    with pytest.raises(RuntimeError, match=message):
+        OPS.attention_forward_plain(*qkv(**call), *PLAIN_NUMBERS)
+
+
+def test_the_schemas_are_those_of_the_cpu(loaded):
+    for name in ("forward_plain", "forward_plain_lse", "forward", "backward"):
+        ours = getattr(OPS, f"attention_{name}").default._schema
+        theirs = getattr(torch.ops.fused_attention, f"attention_{name}").default._schema
+        assert str(ours).split("(", 1)[1] == str(theirs).split("(", 1)[1]
+        for key in ("CPU", "CUDA"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(ours.name, key)
+
+
+def test_fake_cuda_tensors(loaded):
+    with FakeTensorMode():
+        q, k, v = qkv(device="cuda")
+        out, lse = OPS.attention_forward(q, k, v, *PLAIN_NUMBERS)
+        assert out.shape == q.shape and out.device.type == "cuda" and lse.dtype == torch.float32
+        dq, dk, dv, _, _ = OPS.attention_backward(out, None, q, k, v, out, lse, *PLAIN_NUMBERS)
+        assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape
+
+
+def test_make_fx_and_export(loaded):
+    def call(q, k, v):
+        return OPS.attention_forward_plain(q, k, v, *PLAIN_NUMBERS)
+
+    with FakeTensorMode():
+        inputs = qkv(device="cuda")
+        graph = make_fx(call)(*inputs)
+        module = torch.nn.Module()
+        module.forward = call
+        exported = torch.export.export(module, inputs)
+    target = OPS.attention_forward_plain.default
+    for nodes in (graph.graph.nodes, exported.graph.nodes):
+        assert target in [node.target for node in nodes]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("kind", ["eager", "create_graph", "compiled"])
+def test_gradients_go_through_autograd(kind, return_lse):
+    """The plan of the backend, on tensors that its row would refuse."""
+    cuda_interpreter.library()
+    case = Case(dtype=torch.float16, B=1, Sq=20, Sk=30, D=32, Dv=32, causal="bottom_right")
+    inputs = testing.make_inputs(case)
+    leaves = list(inputs.differentiable().values())
+    problem = Problem.from_call(*leaves, causal="bottom_right", return_lse=return_lse)
+
+    def call(*leaves):
+        plan = autograd.plan_cuda(problem)
+        rest = () if plan.is_plain else (*(None,) * 6, 0.0, 0.0)
+        return plan.operator(*leaves, *plan.numbers, *rest)
+
+    function = torch.compile(call, backend="aot_eager") if kind == "compiled" else call
+    with interpreted() as runs:
+        out = function(*leaves)
+        out = out[0] if return_lse else out
+        grads = torch.autograd.grad(
+            out, leaves, inputs.grad_out, create_graph=kind == "create_graph"
+        )
+    names = [run.kernel.split("_kernel")[0] for run in runs]
+    assert names == ["attention_forward", "attention_delta", *["attention_backward"] * 2]
+    wide = inputs.differentiable(torch.float64)
+    expected = reference.attention_reference(*wide.values(), causal="bottom_right")
+    wanted = torch.autograd.grad(expected, list(wide.values()), inputs.grad_out.double())
+    for got, want in zip((out, *grads), (expected, *wanted), strict=True):
+        assert (got - want).abs().max() < 5e-3
+
+
+# -- The row ---------------------------------------------------------------------------------
+
+
+def test_the_row_gives_honest_reasons(loaded, monkeypatch):
+    q, k, v = qkv(dtype=torch.float64, D=300, Dv=20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reasons = CUDA.supports(Problem.from_call(q, k, v))
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "no CUDA device", "device cpu", "dtype torch.float64", "query's head_dim 300",
+    ]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert CUDA.missing() == "compute capability 7.5: only 8.0 and newer"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert CUDA.missing() == ""
+    monkeypatch.setattr(cuda, "LIBRARY", Path("nothing.so"))
+    cuda.load.cache_clear()
+    assert CUDA.missing().startswith("CUDA kernels not built")
+    monkeypatch.undo()
+    cuda.load.cache_clear()
+
+
+def test_the_row_serves_what_is_on_a_gpu(loaded, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    on_gpu = dataclasses.replace(Problem.from_call(*qkv()), device=torch.device("cuda"))
+    assert CUDA.supports(on_gpu) == [] and backends.choose(on_gpu) is CUDA
+    assert CUDA.details(on_gpu).kernel == "attention_forward"
+    assert CUDA.plan(on_gpu).operator is cuda.operators().direct_forward_plain
+    packed = dataclasses.replace(on_gpu, features=on_gpu.features | {"varlen"})
+    assert CUDA.supports(packed) == ["varlen: not built yet"]

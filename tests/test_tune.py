@@ -1,0 +1,108 @@
+"""The parts of `tune` that need no GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fused_attention import tune
+from fused_attention.cli import main
+from fused_attention.kernels import tiles
+
+ARCH = tiles.ARCHS["sm_80"]
+A, B, C = tiles.Tiles(64, 64, 4, 2), tiles.Tiles(128, 64, 4, 2), tiles.Tiles(128, 32, 8, 1)
+
+
+def test_best_is_the_least_sum_relative_to_the_fastest():
+    assert tune.best({A: (1.0, 10.0), B: (2.0, 8.0)}) == A  # 1 + 1.25 against 2 + 1
+    assert tune.best({A: (1.0, 10.0), B: (1.1, 8.0)}) == B
+    assert tune.best({C: (1.0, 1.0), A: (1.0, 1.0)}) == C
+
+
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+@pytest.mark.parametrize("head_dim", tune.HEAD_DIMS)
+def test_candidates_fit(kernel, head_dim):
+    found = tune.candidates(kernel, ARCH, head_dim)
+    assert 5 < len(found) < 120 and len(set(found)) == len(found)
+    assert all(tune.shared_bytes(kernel, x, head_dim, 2) <= ARCH.shared_bytes for x in found)
+    fewer = tune.candidates(kernel, tiles.SMALLEST, head_dim)
+    assert fewer and set(fewer) <= set(found)
+
+
+def test_the_tiles_of_the_table_are_candidates():
+    for arch in (tiles.ARCHS["sm_80"], tiles.ARCHS["sm_90"]):
+        for kernel in tune.KERNELS:
+            for head_dim in (64, 128):
+                own = tiles.attention_tiles(kernel, arch, torch.bfloat16, head_dim)
+                assert own in tune.candidates(kernel, arch, head_dim), (arch, kernel, head_dim)
+
+
+def test_rows_are_python_for_the_table():
+    results = [
+        tune.Tuned("dq", 128, tuple(B), (1.0, 2.0), (1.5, 2.5)),
+        tune.Tuned("dq", 64, tuple(A), (1.0, 2.0), (1.5, 2.5)),
+        tune.Tuned("forward", 64, tuple(C), (1.0, 2.0), (1.5, 2.5)),
+    ]
+    text = tune.rows(results, "sm_90", 2)
+    assert eval(f"{{{text}}}", {"Tiles": tiles.Tiles}) == {
+        ("forward", "sm_90", 16): {64: C},
+        ("dq", "sm_90", 16): {64: A, 128: B},
+    }
+    assert "was 2" in tune.as_text(results[0]) and tune.report(results)[0]["head_dim"] == 128
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_refuses(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["tune"])
+    assert stop.value.code == 2
+    assert "expected a GPU" in capsys.readouterr().err
+
+
+# -- The report of `make gpu` --------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def gpu_script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    return gpu
+
+
+def test_the_status_in_the_readme_is_that_of_the_reports(gpu_script):
+    readme = (ROOT / "README.md").read_text()
+    begin, end = "<!-- gpu status: begin -->\n", "<!-- gpu status: end -->"
+    own = gpu_script.status(gpu_script.committed_reports())
+    assert readme.partition(begin)[2].partition(end)[0] == own
+
+
+def test_status(gpu_script):
+    assert "ever run on hardware" in gpu_script.status([])
+    ours, theirs = {"forward_tflops": 301.4}, {"forward_tflops": 299.6}
+    fast = {"shape": [2, 16, 8192, 128], "causal": True}
+    report = {"device": "H9", "date": "2027-01-02T03:04", "tests": {"passed": 7, "failed": 1}}
+    triton, cuda = gpu_script.OURS.values()
+    measured = [fast | {triton: ours, cuda: {"error": "not built"}, "PyTorch SDPA": theirs}]
+    text = gpu_script.status([report | {"benchmarks": measured}])
+    assert "| H9 | 7 passed, 1 failed | Triton 301, CUDA –, PyTorch 300 | 2027-01-02 |" in text
+    failed = [fast | {triton: {"error": "no"}}]
+    assert "| Triton –, CUDA –, PyTorch – |" in gpu_script.status([report | {"benchmarks": failed}])
+    assert "| – |" in gpu_script.status([report | {"benchmarks": []}])
+
+
+def test_outcome_of_pytest(gpu_script):
+    text = "....\n3 passed, 1 failed, 2 skipped in 4.00s\n"
+    assert gpu_script.outcome(text) == {"passed": 3, "failed": 1, "skipped": 2}
+    assert gpu_script.outcome("") == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_script_refuses_without_a_gpu(gpu_script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    assert gpu_script.main() == 2
+    assert "expected a GPU" in capsys.readouterr().err
