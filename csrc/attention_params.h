@@ -74,13 +74,17 @@ struct AttentionParams {
   int64_t key_padding_stride_b = 0, key_padding_stride_k = 0;
   const float* alibi_slopes = nullptr;  // [B or 1, Hq], contiguous over heads
   int64_t alibi_stride_b = 0;
-  const void* sinks = nullptr;  // [Hq] contiguous, float (double for float64)
+  const void* sinks = nullptr;  // [Hq] contiguous, float (double for float64); see sample_heads
 
   // Dropout: keep iff the 16-bit Philox value >= dropout_threshold = round(p * 65536).
   uint32_t dropout_threshold = 0;  // 0 = none
   double dropout_scale = 1.0;      // 65536 / (65536 - threshold), 0 when everything is dropped
   uint64_t philox_seed = 0;
   uint32_t philox_offset = 0;
+  // Several samples in one call: states (seed, offset) of Philox [n, 2] and sinks [n, Hq], a row
+  // for every so many heads of the batch, which are numbered anew for each. 0: one sample.
+  const int64_t* philox_states = nullptr;
+  int64_t sample_heads = 0;
   uint8_t* dropout_keep = nullptr;  // [B, Hq, Sq, Sk], output of dropout_keep_mask
 
   // Backward.
@@ -134,6 +138,8 @@ struct SoftmaxParams {
   double dropout_scale = 1.0;
   uint64_t philox_seed = 0;
   uint32_t philox_offset = 0;
+  const int64_t* philox_states = nullptr;
+  int64_t sample_heads = 0;
 
   // Kept for the backward, or null. By the row's number, float (double for float64):
   void* weights = nullptr;      // before dropout, [rows, columns] in dtype

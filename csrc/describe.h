@@ -5,7 +5,8 @@
 //   constexpr const char* kDevice                      in messages
 //   bool is_here(const Tensor&)                        is it on the device of the call?
 //   Tensor empty_strided(Sizes, const int64_t* strides, ScalarType)
-//   void set_philox(Params&, const int64_t* state)     of dropout: its seed and offset
+//   void set_philox(Params&, const int64_t* state, int64_t samples)
+//                                                      of dropout: see count_samples
 #pragma once
 
 namespace fused_attention {
@@ -135,15 +136,31 @@ const OptionalTensor& no_tensor() {
   return none;
 }
 
+// How many samples a call has, whose philox [n, 2] and sinks [n, heads] have a row for each; 0
+// where they are [2] and [heads]. `batch` is what they share out among them.
+int64_t count_samples(const OptionalTensor& philox, const OptionalTensor& sinks, int64_t batch) {
+  const bool many = (philox && philox->dim() == 2) || (sinks && sinks->dim() == 2);
+  if (!many) return 0;
+  const int64_t samples = philox && philox->dim() == 2 ? philox->size(0) : sinks->size(0);
+  STD_TORCH_CHECK(
+      samples > 0 && batch % samples == 0 && (!philox || philox->dim() == 2) &&
+          (!sinks || (sinks->dim() == 2 && sinks->size(0) == samples)),
+      "philox, sinks: expected a row for each of as many samples in both, a divisor of ", batch);
+  return samples;
+}
+
 // Both kinds of params hold the state of dropout under the same names.
 template <typename Params>
-void describe_dropout(Params& p, double dropout_p, const OptionalTensor& philox) {
+void describe_dropout(Params& p, double dropout_p, const OptionalTensor& philox,
+                      int64_t samples = 0) {
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1, got ", dropout_p);
   if (dropout_p == 0) return;
-  STD_TORCH_CHECK(philox.has_value() && is_here(*philox) && philox->numel() == 2 &&
+  STD_TORCH_CHECK(philox.has_value() && is_here(*philox) &&
+                      philox->numel() == (samples > 1 ? samples : 1) * 2 &&
                       philox->scalar_type() == ScalarType::Long && philox->is_contiguous(),
-                  "philox: expected an int64 ", kDevice, " tensor [2] of seed and offset");
-  set_philox(p, (const int64_t*)philox->data_ptr());
+                  "philox: expected an int64 ", kDevice,
+                  " tensor [2] of seed and offset, or [samples, 2]");
+  set_philox(p, (const int64_t*)philox->data_ptr(), samples);
   p.dropout_threshold = (uint32_t)std::nearbyint(dropout_p * 65536);
   const uint32_t kept = 65536 - p.dropout_threshold;
   p.dropout_scale = kept == 0 ? 0.0 : 65536.0 / kept;
@@ -188,7 +205,9 @@ void describe_options(Params& p, const Options& o) {
   p.scale = o.scale;
   p.softcap = o.softcap;
   p.precision = o.precision;
-  describe_dropout(p, o.dropout_p, o.philox);
+  const int64_t samples = count_samples(o.philox, o.sinks, p.B);
+  p.sample_heads = samples > 0 ? p.B / samples * p.Hq : 0;
+  describe_dropout(p, o.dropout_p, o.philox, samples);
   if (o.mask) {
     STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool, "mask: expected bool");
     p.mask = score_view(*o.mask, "mask", p);
@@ -221,11 +240,11 @@ void describe_options(Params& p, const Options& o) {
   if (o.sinks) {
     const Tensor& sinks = *o.sinks;
     const bool wide = p.dtype == DType::kFloat64;
-    STD_TORCH_CHECK(is_here(sinks) && sinks.dim() == 1 && sinks.size(0) == p.Hq &&
+    STD_TORCH_CHECK(is_here(sinks) && (sinks.dim() == 1 || samples > 0) && sinks.size(-1) == p.Hq &&
                         sinks.is_contiguous() &&
                         sinks.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
                     "sinks: expected a contiguous ", wide ? "float64 " : "float32 ", kDevice,
-                    " tensor [", p.Hq, "]");
+                    " tensor [", p.Hq, "], or [samples, ", p.Hq, "]");
     p.sinks = sinks.data_ptr();
   }
 }

@@ -35,9 +35,10 @@ Tensor empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype) {
 }
 
 template <typename Params>
-void set_philox(Params& p, const int64_t* state) {
+void set_philox(Params& p, const int64_t* state, int64_t samples) {
   p.philox_seed = (uint64_t)state[0];
   p.philox_offset = (uint32_t)state[1];
+  if (samples > 0) p.philox_states = state;
 }
 
 }  // namespace
@@ -390,7 +391,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     p.dbias.dtype = p.bias.dtype;
   }
   if (sinks_grad) {
-    dsinks = empty({p.Hq}, lse_dtype(p));
+    dsinks = empty(sinks->sizes(), lse_dtype(p));
     if (p.B == 0) torch::stable::zero_(dsinks);
     p.dsinks = dsinks.data_ptr();
   }
@@ -462,11 +463,12 @@ struct TangentInputs {
     check_lse(p, *tensor, name);
     return hold(*tensor);
   }
-  const void* sinks(const AttentionParams& p, const OptionalTensor& tensor) {
+  const void* like_sinks(const AttentionParams& p, const OptionalTensor& tensor,
+                         const OptionalTensor& sinks) {
     if (!tensor) return nullptr;
-    STD_TORCH_CHECK((p.sinks != nullptr || p.Hq == 0) && tensor->is_cpu() && tensor->dim() == 1 &&
-                        tensor->size(0) == p.Hq && tensor->scalar_type() == lse_dtype(p),
-                    "tangent_sinks: expected [", p.Hq, "] in the dtype of sinks, beside them");
+    STD_TORCH_CHECK(sinks && tensor->is_cpu() && tensor->scalar_type() == lse_dtype(p) &&
+                        std::ranges::equal(tensor->sizes(), sinks->sizes()),
+                    "tangent_sinks: expected the shape and dtype of sinks, beside them");
     return hold(*tensor);
   }
   void* hold(const Tensor& tensor) {
@@ -482,7 +484,8 @@ struct TangentInputs {
 void describe_tangents(AttentionParams& p, TangentInputs& tangents, const Input& q, const Input& k,
                        const Input& v, const OptionalTensor& tangent_query,
                        const OptionalTensor& tangent_key, const OptionalTensor& tangent_value,
-                       const OptionalTensor& tangent_bias, const OptionalTensor& tangent_sinks) {
+                       const OptionalTensor& tangent_bias, const OptionalTensor& tangent_sinks,
+                       const OptionalTensor& sinks) {
   p.tangent.query = tangents.view(tangent_query, q.shape, "tangent_query");
   p.tangent.key = tangents.view(tangent_key, k.shape, "tangent_key");
   p.tangent.value = tangents.view(tangent_value, v.shape, "tangent_value");
@@ -490,7 +493,7 @@ void describe_tangents(AttentionParams& p, TangentInputs& tangents, const Input&
     p.tangent.bias = score_view(*tangent_bias, "tangent_bias", p);
     p.tangent.bias.dtype = dtype_of(*tangent_bias, "tangent_bias");
   }
-  p.tangent.sinks = tangents.sinks(p, tangent_sinks);
+  p.tangent.sinks = tangents.like_sinks(p, tangent_sinks, sinks);
 }
 
 void refuse_sequences(const Options& o) {
@@ -525,7 +528,7 @@ std::tuple<Tensor, Tensor> attention_jvp(
   const ScalarType dtype = query.scalar_type();
   TangentInputs tangents(dtype);
   describe_tangents(p, tangents, q, k, v, tangent_query, tangent_key, tangent_value, tangent_bias,
-                    tangent_sinks);
+                    tangent_sinks, sinks);
   p.out = tangents.view(out, {{p.B, p.Hq, p.Sq, p.Dv}, {}}, "out");
   const Tensor kept_lse = dense_lse(p, lse);
   Tensor tangent_out = empty_like_layout(q.given, p.Sq, p.Dv, dtype);
@@ -566,7 +569,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
   const ScalarType dtype = query.scalar_type();
   TangentInputs tangents(dtype);
   describe_tangents(p, tangents, q, k, v, tangent_query, tangent_key, tangent_value, tangent_bias,
-                    tangent_sinks);
+                    tangent_sinks, sinks);
   const Shape like_out = {{p.B, p.Hq, p.Sq, p.Dv}, {}};
   p.out = tangents.view(out, like_out, "out");
   p.grad_out = tangents.view(grad_out, like_out, "grad_out");
@@ -594,7 +597,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
     p.dbias.dtype = p.bias.dtype;
   }
   if (sinks_grad) {
-    dsinks = empty({p.Hq}, lse_dtype(p));
+    dsinks = empty(sinks->sizes(), lse_dtype(p));
     if (p.B == 0) torch::stable::zero_(dsinks);
     p.dsinks = dsinks.data_ptr();
   }
@@ -611,7 +614,9 @@ Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, 
                   "batch, heads, seqlen_q, seqlen_k: expected sizes");
   AttentionParams p;
   p.B = batch, p.Hq = heads, p.Sq = seqlen_q, p.Sk = seqlen_k;
-  describe_dropout(p, dropout_p, philox);
+  const int64_t samples = count_samples(philox, no_tensor(), batch);
+  p.sample_heads = samples > 0 ? batch / samples * heads : 0;
+  describe_dropout(p, dropout_p, philox, samples);
   Tensor keep = empty({batch, heads, seqlen_q, seqlen_k}, ScalarType::Bool);
   p.dropout_keep = (uint8_t*)keep.data_ptr();
   run(kernel_table().dropout_keep_mask, p);
@@ -806,11 +811,21 @@ Tensor dense_rows(const Tensor& tensor) {
 void describe_sinks(SoftmaxParams& p, const OptionalTensor& sinks, int64_t dims) {
   if (!sinks) return;
   STD_TORCH_CHECK(dims >= 3, "sinks: expected an input of at least 3 dimensions, [..., H, M, N]");
-  STD_TORCH_CHECK(sinks->is_cpu() && sinks->dim() == 1 && sinks->size(0) == p.heads &&
-                      sinks->is_contiguous() && sinks->scalar_type() == accumulation_dtype(p),
-                  "sinks: expected a contiguous CPU tensor [", p.heads, "] in ",
-                  p.dtype == DType::kFloat64 ? "float64" : "float32");
+  STD_TORCH_CHECK(sinks->is_cpu() && (sinks->dim() == 1 || sinks->dim() == 2) &&
+                      sinks->size(-1) == p.heads && sinks->is_contiguous() &&
+                      sinks->scalar_type() == accumulation_dtype(p),
+                  "sinks: expected a contiguous CPU tensor [", p.heads, "] or [samples, ", p.heads,
+                  "] in ", p.dtype == DType::kFloat64 ? "float64" : "float32");
   p.sinks = sinks->data_ptr();
+}
+
+// Returns how many samples there are, see count_samples.
+int64_t describe_samples(SoftmaxParams& p, const OptionalTensor& philox,
+                         const OptionalTensor& sinks) {
+  const int64_t matrices = p.queries > 0 ? p.groups / p.queries : 0;
+  const int64_t samples = count_samples(philox, sinks, p.heads > 0 ? matrices / p.heads : 0);
+  p.sample_heads = samples > 0 ? matrices / samples : 0;
+  return samples;
 }
 
 // Everything but where the results go.
@@ -834,7 +849,7 @@ SoftmaxParams describe_softmax(const Tensor& input, double scale, int64_t causal
     p.bias = bias->data_ptr();
   }
   describe_sinks(p, sinks, (int64_t)sizes.size());
-  describe_dropout(p, dropout_p, philox);
+  describe_dropout(p, dropout_p, philox, describe_samples(p, philox, sinks));
   return p;
 }
 
@@ -921,7 +936,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_backward(
   const Tensor dense_weights = dense_rows(weights), dense_grad = dense_rows(grad_out);
   SoftmaxParams p = describe_rows(dense_weights, "weights", causal);
   p.scale = scale;
-  describe_dropout(p, dropout_p, philox);
+  describe_dropout(p, dropout_p, philox, describe_samples(p, philox, no_tensor()));
   Tensor dx = empty(sizes, weights.scalar_type());
   describe_operand(p, SoftmaxParams::kInput, dense_weights, "weights", sizes, false);
   describe_operand(p, SoftmaxParams::kGradOut, dense_grad, "grad_out", sizes, false);

@@ -8,6 +8,7 @@ with a (1, 8, S, S) bias gradient, 903 for Dv != D, 923 for a 3-D mask, 80 for a
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +104,13 @@ def test_a_training_step_holds_no_scores(case):
 
 def test_the_measurement_sees_scores():
     assert extra_mib("plain", "reference") >= 8 * 3072 * 3072 * 4 / 2**20
+
+
+@pytest.mark.parametrize("row", ["double backward, all", "jvp, with forward", "jvp of grad"])
+@pytest.mark.parametrize("case", ["float32", "float32 dropout 0.1"])
+def test_second_derivatives_hold_no_scores(case, row):
+    """Peak above inputs and results; a score matrix is 288 MiB."""
+    script = Path(__file__).parent.parent / "benchmarks" / "bench_tangents.py"
+    command = [sys.executable, str(script), "--memory-of", case, row]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(child.stdout) <= 80

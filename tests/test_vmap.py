@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from feature_cases import CASES, finite
 from fused_attention import attention, dropout_mask, scaled_dot_product_attention, testing
@@ -12,7 +13,7 @@ from fused_attention import attention, dropout_mask, scaled_dot_product_attentio
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # PyTorch warns of "a performance drop" where an operator has no vmap rule.
-    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("error:There is a performance drop"),
 ]
 
 SAMPLES = 3
@@ -137,6 +138,49 @@ def test_every_feature(name):
         assert_as_loop(gradients, in_dims, *args)
     for in_dims in [(0,) * count, *all_but]:
         assert_as_loop(function, in_dims, *tensors_like(*given.values(), in_dims=in_dims))
+
+
+class Calls(TorchDispatchMode):
+    """The names of our operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fused_attention":
+            self.names.append(func._schema.name.removeprefix("fused_attention::"))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("in_dim", [0, None])
+@pytest.mark.parametrize("name", CASES)
+def test_one_call_for_all_samples(name, in_dim):
+    """Of each operator, whatever is mapped besides value, in both modes and the backward."""
+    inputs = testing.make_inputs(CASES[name])
+    keywords = {n: x for n, x in inputs.keywords.items() if not isinstance(x, torch.Tensor)}
+    options = {n: x for n, x in inputs.keywords.items() if n not in keywords}
+    given = {**inputs.tensors, **options}
+
+    def loss(*args):
+        call = keywords | dict(zip(given, args, strict=True))
+        out, lse = finite(attention(**call, return_lse=True, backend="cpu"))
+        return out.sin().sum() + lse.sin().sum()
+
+    floating = tuple(range(len(inputs.tensors)))
+    gradients = torch.func.grad(loss, argnums=floating)
+
+    def product(*args):
+        tensors, rest = args[: len(floating)], args[len(floating) :]
+        return torch.func.jvp(lambda *x: gradients(*x, *rest), tensors, tensors)[1]
+
+    in_dims = tuple(0 if n == "value" else in_dim for n in given)
+    args = tensors_like(*given.values(), in_dims=in_dims)
+    with Calls() as calls:
+        torch.vmap(product, in_dims)(*args)
+    expected = ["attention_backward", "attention_backward_jvp", "attention_forward"]
+    assert sorted(calls.names) == [*expected, "attention_jvp"]
+    assert_as_loop(product, in_dims, *args)
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (1, 1, 5), (2, 2, 3, 5), (2, 1, 1, 1)])

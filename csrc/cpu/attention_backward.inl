@@ -243,24 +243,30 @@ struct AttentionBackwardDelta {
   }
 };
 
-// dsink = sum over rows of p_sink * (0 - delta), p_sink = exp(sink - lse). Task: one head.
+// dsink = sum over rows of p_sink * (0 - delta), p_sink = exp(sink - lse). Task: one head of one
+// sample.
 template <typename T>
 struct AttentionBackwardSinks {
-  static int64_t num_tasks(const AttentionParams& p) { return p.dsinks != nullptr ? p.Hq : 0; }
+  static int64_t num_tasks(const AttentionParams& p) {
+    return p.dsinks != nullptr ? p.B / batch_of_a_sample(p) * p.Hq : 0;
+  }
   static size_t workspace_bytes(const AttentionParams&) { return 0; }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void*) {
-    for (int64_t h = begin; h < end; ++h) {
+    const int64_t batch = batch_of_a_sample(p);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t h = task % p.Hq, first = task / p.Hq * batch;
+      const double sink = (double)*sink_of<T>(p, first, h);
       double sum = 0;
-      for (int64_t b = 0; b < p.B; ++b) {
+      for (int64_t b = first; b < first + batch; ++b) {
         const Sequence seq = sequence_of(p, b);
         for (int64_t i = 0; i < seq.Sq; ++i) {
           const int64_t row = row_number(p, seq, h, i);
-          const double lse = ((const T*)p.lse)[row], sink = ((const T*)p.sinks)[h];
+          const double lse = ((const T*)p.lse)[row];
           if (lse == -__builtin_inf()) continue;  // and so is the sink: it has no weight
           sum -= __builtin_exp(sink - lse) * (double)((const T*)p.delta)[row];
         }
       }
-      ((T*)p.dsinks)[h] = (T)sum;
+      ((T*)p.dsinks)[task] = (T)sum;
     }
   }
 };

@@ -345,8 +345,8 @@ void decode_word(const AttentionParams& p, const Sequence& seq, int64_t h_kv, in
     const T top = decode_logits(p, seq, h, i, n, columns, t.visible[r], t.bias, s);
     t.alpha[r] = decode_softmax(top, s, result.row_max + r, result.row_sum + r);
     if (p.dropout_threshold > 0) {  // after the sum: the denominator is that of all weights
-      dropout_keep_row(p.philox_seed, p.philox_offset, p.dropout_threshold,
-                       (uint32_t)(seq.b * p.Hq + h), (uint32_t)i, n, columns, t.keep);
+      dropout_keep_row(philox_stream(p, seq.b * p.Hq + h), p.dropout_threshold, (uint32_t)i, n,
+                       columns, t.keep);
       const Vec<T> zero = broadcast((T)0);
       each_vector<T>(
           [&](int j, int) { store(s + j, select_bits(*t.keep >> j, load(s + j), zero)); });
@@ -374,7 +374,7 @@ void decode_word(const AttentionParams& p, const Sequence& seq, int64_t h_kv, in
 template <typename T>
 void decode_finish(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i, T row_max,
                    T row_sum, T* acc) {
-  const T* sink = p.sinks ? (const T*)p.sinks + h : nullptr;
+  const T* sink = sink_of<T>(p, seq.b, h);
   if (p.lse != nullptr) {
     *lse_of<T>(p, seq, h, i) = log_sum_exp(row_max, row_sum, sink);
   }

@@ -91,7 +91,7 @@ void attention_forward_block(const AttentionParams& p, const Sequence& seq, int6
   t.products.template flush<kVectors>(p, t.acc_t);
   transpose_tile(width_v, kRow, t.acc_t, kRow, t.out, width_v);
   for (int64_t i = 0; i < rows; ++i) {
-    const T* sink = p.sinks ? (const T*)p.sinks + h : nullptr;
+    const T* sink = sink_of<T>(p, seq.b, h);
     const T max = t.rows.max[i], sum = t.rows.sum[i];
     if (p.lse != nullptr) {
       *lse_of<T>(p, seq, h, m_start + i) = log_sum_exp(max, sum, sink);

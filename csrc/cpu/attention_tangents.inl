@@ -243,8 +243,9 @@ void attention_jvp_block(const AttentionParams& p, int64_t b, int64_t h, int64_t
   for (int64_t i = 0; i < rows; ++i) {
     T t_lse = t.t_lse[i];
     if (p.tangent.sinks != nullptr) {  // + p_sink t_sink
-      const double sink = ((const T*)p.sinks)[h];
-      t_lse += (T)__builtin_exp(sink - (double)t.lse[i]) * ((const T*)p.tangent.sinks)[h];
+      const T* sink = sink_of<T>(p, b, h);
+      const T t_sink = ((const T*)p.tangent.sinks)[sink - (const T*)p.sinks];
+      t_lse += (T)__builtin_exp((double)*sink - (double)t.lse[i]) * t_sink;
     }
     ((T*)p.tangent.lse)[row_number(p, b, h, m_start + i)] = t_lse;
     T *t_out = t.sum + i * width_v, *out = t.sum2 + i * width_v;
@@ -330,18 +331,22 @@ struct TangentDelta : TangentQueriesPhase<T> {
   }
 };
 
-// Task: one head.
+// Task: one head of one sample.
 template <typename T>
 struct TangentSinks {
-  static int64_t num_tasks(const AttentionParams& p) { return p.dsinks != nullptr ? p.Hq : 0; }
+  static int64_t num_tasks(const AttentionParams& p) {
+    return p.dsinks != nullptr ? p.B / batch_of_a_sample(p) * p.Hq : 0;
+  }
   static size_t workspace_bytes(const AttentionParams&) { return 0; }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void*) {
     const Tangents& d = p.tangent;
-    for (int64_t h = begin; h < end; ++h) {
-      const double sink = ((const T*)p.sinks)[h];
-      const double t_sink = d.sinks != nullptr ? (double)((const T*)d.sinks)[h] : 0.0;
+    const int64_t batch = batch_of_a_sample(p);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t h = task % p.Hq, first = task / p.Hq * batch;
+      const double sink = (double)((const T*)p.sinks)[task];
+      const double t_sink = d.sinks != nullptr ? (double)((const T*)d.sinks)[task] : 0.0;
       double sum = 0;
-      for (int64_t b = 0; b < p.B; ++b) {
+      for (int64_t b = first; b < first + batch; ++b) {
         for (int64_t i = 0; i < p.Sq; ++i) {
           const int64_t row = row_number(p, b, h, i);
           const double lse = ((const T*)p.lse)[row];
@@ -351,7 +356,7 @@ struct TangentSinks {
           sum -= __builtin_exp(sink - lse) * (change * delta + t_delta);
         }
       }
-      ((T*)p.dsinks)[h] = (T)sum;
+      ((T*)p.dsinks)[task] = (T)sum;
     }
   }
 };

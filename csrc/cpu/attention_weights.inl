@@ -198,7 +198,7 @@ void attention_weights_delta(const AttentionParams& p, int64_t b, int64_t h, int
   for (int64_t i = 0; i < rows; ++i) {
     T total = t.total[i];
     if (p.sinks != nullptr) {
-      total += (T)__builtin_exp((double)(((const T*)p.sinks)[h] - t.lse[i]));
+      total += (T)__builtin_exp((double)(*sink_of<T>(p, b, h) - t.lse[i]));
     }
     if (total != 0) delta[i] += t.delta[i] / total * factor;
   }

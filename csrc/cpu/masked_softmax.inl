@@ -37,7 +37,10 @@ struct SoftmaxRows {
   }
   int64_t number() const { return offset[SoftmaxParams::kNumber]; }
   int64_t matrix() const { return number() / p.queries; }
-  int64_t head() const { return matrix() % p.heads; }
+  int64_t sink() const {
+    const int64_t sample = p.sample_heads == 0 ? 0 : matrix() / p.sample_heads;
+    return sample * p.heads + matrix() % p.heads;
+  }
   // Columns that the diagonal leaves.
   int64_t visible_columns() const {
     if (!p.causal) return p.columns;
@@ -249,7 +252,7 @@ struct MaskedSoftmax {
       }
     }
     if (p.dropout_threshold > 0) {
-      dropout_keep_row(p.philox_seed, p.philox_offset, p.dropout_threshold, (uint32_t)row.matrix(),
+      dropout_keep_row(philox_stream(p, row.matrix()), p.dropout_threshold,
                        (uint32_t)(row.number() % p.queries), 0, columns, t.keep);
       keep = t.keep;
     }
@@ -290,7 +293,7 @@ struct MaskedSoftmax {
     const bool has_sink = p.sinks != nullptr;
     double sink = 0, sum = 0;
     if (has_sink) {
-      sink = (double)((const T*)p.sinks)[row.head()] * (double)kLog2e<T>;
+      sink = (double)((const T*)p.sinks)[row.sink()] * (double)kLog2e<T>;
       if (!(sink <= *top)) *top = sink;
     }
     for (int64_t b = 0; b < count; ++b) {
@@ -434,7 +437,7 @@ struct MaskedSoftmaxBackward {
     const T dropout_scale = (T)p.dropout_scale, scale = (T)p.scale;
     const uint64_t* keep = nullptr;
     if (p.dropout_threshold > 0) {
-      dropout_keep_row(p.philox_seed, p.philox_offset, p.dropout_threshold, (uint32_t)row.matrix(),
+      dropout_keep_row(philox_stream(p, row.matrix()), p.dropout_threshold,
                        (uint32_t)(row.number() % p.queries), 0, columns, t.keep);
       keep = t.keep;
     }

@@ -71,6 +71,17 @@ bool online_softmax_update(int64_t columns, double factor, T slack, T* s, const 
   return grew;
 }
 
+// The sink of one head, or null.
+template <typename T>
+FA_INLINE const T* sink_of(const AttentionParams& p, int64_t b, int64_t h) {
+  if (p.sinks == nullptr) return nullptr;
+  const int64_t sample = p.sample_heads == 0 ? 0 : b * p.Hq / p.sample_heads;
+  return (const T*)p.sinks + sample * p.Hq + h;
+}
+FA_INLINE int64_t batch_of_a_sample(const AttentionParams& p) {
+  return p.sample_heads == 0 ? p.B : p.sample_heads / p.Hq;
+}
+
 // The sink is one more logit, without a value: it only joins the denominator.
 struct Denominator {
   double top, sum;  // sum * exp(top)

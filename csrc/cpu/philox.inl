@@ -21,17 +21,30 @@ FA_INLINE void philox4x32(VecU32* x, uint64_t seed) {
   }
 }
 
+// What the weights of one head are drawn from; heads are numbered through the batch of a sample.
+struct PhiloxStream {
+  uint64_t seed;
+  uint32_t offset, head;
+};
+template <typename Params>
+FA_INLINE PhiloxStream philox_stream(const Params& p, int64_t head) {
+  if (p.philox_states == nullptr) return {p.philox_seed, p.philox_offset, (uint32_t)head};
+  const int64_t* state = p.philox_states + head / p.sample_heads * 2;
+  return {(uint64_t)state[0], (uint32_t)state[1], (uint32_t)(head % p.sample_heads)};
+}
+
 // keep[j], bit i: is the weight of query m_start + i and key n_start + j kept? n_start is a
 // multiple of 8; whole groups of 8 columns are written.
 void dropout_keep_bits(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
                        int64_t rows, int64_t n_start, int64_t columns, uint64_t* keep) {
+  const PhiloxStream stream = philox_stream(p, b * p.Hq + h);
   for (int64_t group = 0; group < columns; group += 8) {
     fill(keep + group, 8, (uint64_t)0);
     for (int64_t i = 0; i < rows; i += kU32Lanes) {
       VecU32 x[4] = {broadcast_u32((uint32_t)((n_start + group) / 8)),
                      add_u32(broadcast_u32((uint32_t)(m_start + i)), iota_u32()),
-                     broadcast_u32((uint32_t)(b * p.Hq + h)), broadcast_u32(p.philox_offset)};
-      philox4x32(x, p.philox_seed);
+                     broadcast_u32(stream.head), broadcast_u32(stream.offset)};
+      philox4x32(x, stream.seed);
       for (int word = 0; word < 4; ++word) {
         keep[group + 2 * word] |= low16_ge(x[word], p.dropout_threshold) << i;
         keep[group + 2 * word + 1] |= high16_ge(x[word], p.dropout_threshold) << i;
@@ -54,14 +67,14 @@ FA_INLINE uint64_t transpose_bits(uint64_t x) {
 // columns: bit i of keep[w] says whether the weight in column first + 64 w + i is kept. Written are
 // whole vectors of groups, at most kKeepSlack words too many.
 constexpr int64_t kKeepSlack = 2;
-void dropout_keep_row(uint64_t seed, uint32_t offset, uint32_t threshold, uint32_t matrix,
-                      uint32_t row, int64_t first, int64_t columns, uint64_t* keep) {
+void dropout_keep_row(PhiloxStream stream, uint32_t threshold, uint32_t row, int64_t first,
+                      int64_t columns, uint64_t* keep) {
   constexpr int kAtOnce = kU32Lanes < 8 ? kU32Lanes : 8;
   fill(keep, ceil_div(columns, 64) + kKeepSlack, (uint64_t)0);
   for (int64_t group = 0; group * 8 < columns; group += kU32Lanes) {
     VecU32 x[4] = {add_u32(broadcast_u32((uint32_t)(first / 8 + group)), iota_u32()),
-                   broadcast_u32(row), broadcast_u32(matrix), broadcast_u32(offset)};
-    philox4x32(x, seed);
+                   broadcast_u32(row), broadcast_u32(stream.head), broadcast_u32(stream.offset)};
+    philox4x32(x, stream.seed);
     uint64_t kept[8];  // bit g: column j of group g
     for (int word = 0; word < 4; ++word) {
       kept[2 * word] = low16_ge(x[word], threshold);

@@ -38,7 +38,7 @@ Tensor empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype) {
   return Tensor(handle);
 }
 
-void set_philox(cuda::Call& p, const int64_t* state) { p.philox = state; }
+void set_philox(cuda::Call& p, const int64_t* state, int64_t) { p.philox = state; }
 
 }  // namespace
 }  // namespace fused_attention
@@ -112,6 +112,7 @@ void describe(Call& p, const Input& query, const Input& key, const Input& value,
   p.lse_stride_b = p.Hq * p.Sq;
   p.lse_stride_h = p.Sq;
   describe_options(p, options);
+  STD_TORCH_CHECK(p.sample_heads == 0, "philox, sinks: rows for several samples, for CPU tensors");
 }
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,

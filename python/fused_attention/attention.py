@@ -208,7 +208,8 @@ def attention(
 
     A row that sees no key gives 0 (lse: -inf, or its sink) and zero gradients. A key that no query
     of its batch and head sees influences nothing, whatever bits it holds. Under autocast query,
-    key, value and bias are cast. Deterministic, for any number of threads.
+    key, value and bias are cast. Deterministic, for any number of threads. Differentiable twice and
+    in forward mode on a CPU, unless sequences are packed.
 
     Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
     RuntimeError) for wrong arguments, NotImplementedError for what the named backend cannot serve.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import cuda, ops
-from .problem import Plan, Problem
+from .problem import Plan, Problem, check_transforms
 from .tangents import attention_gradients, attention_tangents
 
 _NOT_PACKED = (None,) * 6  # cu_seqlens_q, ... block_table
@@ -286,7 +286,7 @@ def plan_cuda(problem: Problem) -> Plan:
 
 
 def _plan(problem: Problem, operators: ops.Operators, functions: Functions) -> Plan:
-    _check_transforms()
+    check_transforms("attention")
     function: Callable[..., Any]
     if not problem.differentiable:
         if problem.is_plain:
@@ -307,30 +307,12 @@ def _plan(problem: Problem, operators: ops.Operators, functions: Functions) -> P
 
 def plan_with_weights(problem: Problem) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """What gives (out, lse, weights), from the inputs of `AttentionWithWeights`."""
-    _check_transforms()
+    check_transforms("attention")
     if not problem.differentiable:
         return forward_with_weights
     if torch.compiler.is_compiling():
         return lambda *inputs: AttentionWithWeights.apply(*_distinct(inputs))
     return AttentionWithWeightsForwardMode.apply
-
-
-def _check_transforms() -> None:
-    if torch.compiler.is_compiling() and _loses_gradients(torch.is_grad_enabled()):
-        raise NotImplementedError(
-            "attention: gradients of or inside torch.func transforms inside torch.compile are not "
-            "built yet; call the transform outside torch.compile, or torch.vmap under "
-            "torch.no_grad(), or use backend='reference'"
-        )
-
-
-@torch.compiler.assume_constant_result
-def _loses_gradients(grad_enabled: bool) -> bool:
-    # Under a transform Dynamo takes no Function, and an operator alone has zeros for its gradients.
-    # Whether what vmap maps requires any, it does not see.
-    vmap = torch._C._functorch.TransformType.Vmap
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return any(grad_enabled or level.key() != vmap for level in levels)
 
 
 def _first(function: Callable[..., Any]) -> Callable[..., Tensor]:

@@ -2,8 +2,8 @@
 
 Importing `fused_attention._native` defines the operators and registers their kernels; here is what
 is written in Python: shapes and strides for tracing (`register_fake`), rules for `torch.vmap` (the
-mapped dimension is folded into the batch, without copying or expanding; where that would change the
-meaning, one call per sample), and `philox_state`, which draws the seed of dropout.
+mapped dimension is folded into the batch; of packed sequences, and on a GPU of dropout and mapped
+sinks, one call per sample), and `philox_state`, which draws the seed of dropout.
 """
 
 from __future__ import annotations
@@ -276,32 +276,36 @@ _refuse_on_triton("attention_backward_jvp", "second derivatives are")
 SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table")
 
 
-class _OneCallPerSample(Exception):
-    """Folding the mapped dimension into the batch would copy, or would change the meaning."""
+# A row for each sample, where they differ or heads are numbered anew for each
+_ROWS = ("philox", "sinks", "tangent_sinks")
 
 
-def _fold(name: str, x: Any, dim: int | None, samples: int, batch: int) -> Any:
-    """Argument `x`, mapped along `dim`, for a call whose batch is samples * batch."""
+def _fold_batch(
+    name: str, x: Any, dim: int | None, samples: int, batch: int, own: frozenset[str]
+) -> Any:
+    """Argument `x`, mapped along `dim`, for a call whose batch is samples * batch.
+
+    own: the arguments of which each sample gets one of its own although all have the same.
+    """
     if not isinstance(x, Tensor):
         return x
+    if name in _ROWS:
+        if name not in own:
+            return x
+        x = x.expand(samples, *x.shape) if dim is None else x.movedim(dim, 0)
+        x = x if x.dim() == 3 else x.unsqueeze(1)  # [samples, samples of an inner vmap, ...]
+        return x.flatten(0, 1).contiguous()
     if name in ("mask", "bias", "tangent_bias") and dim is None and x.shape[0] == 1:
-        return x  # stays broadcast
-    if name in ("sinks", "tangent_sinks", "alibi_slopes") and dim is None and x.dim() == 1:
-        return x
+        if name not in own:
+            return x  # stays broadcast
     if name == "alibi_slopes":  # [Hq] or [B, Hq] of each sample, or [B, Hq] of all
+        if dim is None and x.dim() == 1:
+            return x
         slopes = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
         slopes = slopes.unsqueeze(1) if slopes.dim() == 2 else slopes
         return slopes.expand(samples, batch, -1).flatten(0, 1).contiguous()
-    if name in ("sinks", "tangent_sinks", "philox"):
-        raise _OneCallPerSample
-    if dim is None:
-        if batch != 1 and name != "key_padding_mask":
-            raise _OneCallPerSample
-        return x.expand(samples, *x.shape).flatten(0, 1)
-    x = x.movedim(dim, 0)
-    if x.shape[1] != batch:  # a mask or bias that is broadcast within each sample
-        raise _OneCallPerSample
-    return x.flatten(0, 1)
+    x = x.expand(samples, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.expand(samples, batch, *x.shape[2:]).flatten(0, 1)
 
 
 def _vmap_rule(op: Any, batched_outputs: int) -> Callable[..., Any]:
@@ -313,28 +317,42 @@ def _vmap_rule(op: Any, batched_outputs: int) -> Callable[..., Any]:
         samples = info.batch_size
         query, query_dim = call["query"], dims["query"]
         batch = query.shape[0] if query_dim is None else query.movedim(query_dim, 0).shape[1]
-        try:
-            if call.get("bias_grad") or call.get("sinks_grad"):
-                raise _OneCallPerSample  # their gradients are sums over the batch of one sample
-            if any(call.get(name) is not None for name in SEQUENCES):
-                raise _OneCallPerSample
-            folded = {
-                name: _fold(name, x, dims.get(name), samples, batch) for name, x in call.items()
-            }
-        except _OneCallPerSample:
+        bias_grad, sinks_grad = call.get("bias_grad"), call.get("sinks_grad")
+        own: set[str] = {"bias"} if bias_grad else set()
+        sinks_are_mapped = any(dims.get(name) is not None for name in _ROWS)
+        if call.get("philox") is not None or sinks_are_mapped or sinks_grad:
+            own |= set(_ROWS)
+        packed = any(call.get(name) is not None for name in SEQUENCES)
+        on_gpu = query.device.type == "cuda" or op.namespace != "fused_attention"
+        if packed or samples == 0 or (_ROWS[0] in own and on_gpu):
             results = [op(**_sample(call, dims, i)) for i in range(max(samples, 1))]
             if isinstance(results[0], Tensor):
                 return torch.stack(results)[:samples], 0
             stacked = tuple(torch.stack(x)[:samples] for x in zip(*results, strict=True))
             return stacked, (0,) * len(stacked)
-        result = op(**folded)
+        result = op(
+            **{
+                name: _fold_batch(name, x, dims.get(name), samples, batch, frozenset(own))
+                for name, x in call.items()
+            }
+        )
         if isinstance(result, Tensor):
             return result.unflatten(0, (samples, batch)), 0
         outputs = [
             x.unflatten(0, (samples, batch)) if i < batched_outputs else x
             for i, x in enumerate(result)
         ]
-        return tuple(outputs), tuple(0 if i < batched_outputs else None for i in range(len(result)))
+        mapped: list[int | None] = [0] * batched_outputs + [None] * (len(outputs) - batched_outputs)
+        if bias_grad:  # summed over the batch of a sample where that shares a bias
+            dbias = outputs[3].unflatten(0, (samples, batch))
+            bias, dim = call["bias"], dims["bias"]
+            shared = (bias if dim is None else bias.movedim(dim, 0)[0]).shape[0] == 1
+            outputs[3], mapped[3] = dbias.sum(1, keepdim=True) if shared else dbias, 0
+        if sinks_grad:
+            sinks, dim = call["sinks"], dims["sinks"]
+            shape = (sinks if dim is None else sinks.movedim(dim, 0)[0]).shape
+            outputs[4], mapped[4] = outputs[4].view(samples, *shape), 0
+        return tuple(outputs), tuple(mapped)
 
     return rule
 
@@ -379,17 +397,24 @@ torch.library.register_vmap(
 )
 
 
-@torch.library.register_vmap("fused_attention::dropout_keep_mask")
-def _vmap_dropout_keep_mask(
-    info: Any, in_dims: tuple[Any, ...], philox: Tensor, *rest: Any
+def dropout_keep_masks(
+    info: Any, in_dims: tuple[Any, ...], philox: Tensor, dropout_p: float, batch: int, *sizes: int
 ) -> tuple[Tensor, int]:
-    call = {"philox": philox}
-    dims = {"philox": in_dims[0]}
-    masks = [
-        dropout_keep_mask(_sample(call, dims, i)["philox"], *rest)
-        for i in range(max(info.batch_size, 1))
-    ]
-    return torch.stack(masks)[: info.batch_size], 0
+    """The rule of vmap: a mask for each sample, also where all have the same seed."""
+    samples = info.batch_size
+    if samples == 0 or philox.device.type == "cuda":
+        call, dims = {"philox": philox}, {"philox": in_dims[0]}
+        masks = [
+            dropout_keep_mask(_sample(call, dims, i)["philox"], dropout_p, batch, *sizes)
+            for i in range(max(samples, 1))
+        ]
+        return torch.stack(masks)[:samples], 0
+    states = _fold_batch("philox", philox, in_dims[0], samples, batch, frozenset(_ROWS))
+    keep = dropout_keep_mask(states, dropout_p, samples * batch, *sizes)
+    return keep.unflatten(0, (samples, batch)), 0
+
+
+torch.library.register_vmap("fused_attention::dropout_keep_mask", dropout_keep_masks)
 
 
 @torch.library.register_vmap("fused_attention::philox_state")
@@ -444,57 +469,60 @@ def _fake_softmax_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, T
     return weights.new_empty(weights.shape), dbias, dsinks
 
 
-def _fold_rows(name: str, x: Any, dim: int | None, samples: int, rank: int, own_grad: bool) -> Any:
-    """Argument `x` for a call whose input has the samples in front of `rank` dimensions.
-
-    own_grad: each sample gets a gradient of the bias of its own.
-    """
-    if not isinstance(x, Tensor):
-        return x
-    if name == "philox" or (name == "sinks" and dim is not None):
-        raise _OneCallPerSample
-    broadcasts = name in ("mask", "bias", "sinks")
-    if dim is None and broadcasts and not (name == "bias" and own_grad):
-        return x
-    x = x.expand(samples, *x.shape) if dim is None else x.movedim(dim, 0)
-    if broadcasts:
-        return x.reshape(samples, *(1,) * (rank + 1 - x.dim()), *x.shape[1:])
-    return x
-
-
 def _softmax_vmap_rule(
     op: Any, main: str, mapped: Callable[[dict[str, Any]], tuple[bool, bool, bool]]
 ) -> Callable[..., Any]:
     """The rule for an operator on rows: the samples are one more dimension in front of them.
 
     main: the argument whose shape is that of the rows. mapped: which results there are for each
-    sample; the others are empty. One call per sample where the number of a row counts (dropout), or
-    where results are sums over the rows of one sample (the gradient of sinks).
+    sample; the others are empty.
     """
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
         call = arguments(op, args, kwargs)
         dims = dict(zip(call, in_dims, strict=False))
         samples, own_grad = info.batch_size, bool(call.get("bias_grad"))
-        rank = call[main].dim() - (dims[main] is not None)
-        try:
-            if call.get("sinks_grad"):
-                raise _OneCallPerSample
-            folded = {
-                name: _fold_rows(name, x, dims.get(name), samples, rank, own_grad)
-                for name, x in call.items()
-            }
-        except _OneCallPerSample:
+        if call.get("sinks_grad"):
+            from .softmax_tangents import gradients_of_samples
+
+            gradients = gradients_of_samples(info, call, dims)
+            return gradients, tuple(
+                0 if of_sample else None for of_sample in (True, own_grad, True)
+            )
+        own_rows = call.get("philox") is not None or dims.get("sinks") is not None
+        if samples == 0 or (own_rows and call[main].device.type == "cuda"):
             each = [op(**_sample(call, dims, i)) for i in range(max(samples, 1))]
             stacked = tuple(torch.stack(x)[:samples] for x in zip(*each, strict=True))
             return stacked, (0, 0, 0)
-        dbias_shape = () if call.get("bias") is None else call["bias"].shape
-        if own_grad and dims["bias"] is not None:
-            dbias_shape = call["bias"].movedim(dims["bias"], 0).shape[1:]
-        results = op(**folded)
+        x, dim = call[main], dims[main]
+        shape = x.shape if dim is None else x.movedim(dim, 0).shape[1:]
+        # The dimensions of a head and its queries, if they are counted
+        padding = (1,) * (3 - len(shape)) if own_rows else ()
+        rank = len(padding) + len(shape)
+
+        def fold(name: str, x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            dim = dims.get(name)
+            if name in ("philox", "sinks"):
+                return _fold_batch(name, x, dim, samples, 1, frozenset(_ROWS if own_rows else ()))
+            broadcasts = name in ("mask", "bias")
+            if dim is None and broadcasts and not (name == "bias" and own_grad):
+                return x
+            x = x.expand(samples, *x.shape) if dim is None else x.movedim(dim, 0)
+            ones = (1,) * (rank + 1 - x.dim()) if broadcasts else padding
+            return x.reshape(samples, *ones, *x.shape[1:])
+
+        results = list(op(**{name: fold(name, x) for name, x in call.items()}))
+        if padding:
+            results[0] = results[0].view(samples, *shape)
+            if main == "input" and results[1].dim() > 1:
+                results[1] = results[1].view(samples, *shape)
         if own_grad:
-            results = (results[0], results[1].view(samples, *dbias_shape), results[2])
-        return results, tuple(0 if of_sample else None for of_sample in mapped(call))
+            bias, dim = call["bias"], dims["bias"]
+            bias_shape = bias.shape if dim is None else bias.movedim(dim, 0).shape[1:]
+            results[1] = results[1].view(samples, *bias_shape)
+        return tuple(results), tuple(0 if of_sample else None for of_sample in mapped(call))
 
     return rule
 
@@ -504,7 +532,11 @@ torch.library.register_vmap(
     _softmax_vmap_rule(
         softmax_forward,
         "input",
-        lambda call: (True, False, call["save"] and call["sinks"] is not None),
+        lambda call: (
+            True,
+            call["save"] and call["dropout_p"] > 0,
+            call["save"] and call["sinks"] is not None,
+        ),
     ),
 )
 torch.library.register_vmap(

@@ -486,9 +486,30 @@ class Plan(NamedTuple):
 
 def transform_is_active() -> bool:
     """torch.func or a forward-mode level, in which a bare operator would have no derivative."""
-    if torch.compiler.is_compiling():  # Dynamo does not see what else a derivative may be taken of
-        return False
+    if torch.compiler.is_compiling():  # maybe of this function alone, in a frame of its own
+        return _loses_gradients(torch.is_grad_enabled())
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def check_transforms(name: str) -> None:
+    """Raises while compiling under a transform or a forward-mode level, where gradients and
+    tangents would be lost without a word."""
+    if torch.compiler.is_compiling() and _loses_gradients(torch.is_grad_enabled()):
+        raise NotImplementedError(
+            f"{name}: gradients of or inside torch.func transforms, and forward mode, inside "
+            "torch.compile are not built yet; call the transform outside torch.compile, or "
+            "torch.vmap under torch.no_grad(), or use backend='reference' of attention"
+        )
+
+
+@torch.compiler.assume_constant_result
+def _loses_gradients(grad_enabled: bool) -> bool:
+    # Under a transform Dynamo takes no Function, and an operator alone has zeros for its gradients.
+    # Whether what vmap maps requires any, it does not see.
+    vmap = torch._C._functorch.TransformType.Vmap
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    in_forward_mode = forward_ad._current_level >= 0
+    return in_forward_mode or any(grad_enabled or level.key() != vmap for level in levels)
 
 
 def is_direct(*tensors: Tensor | None) -> bool:

@@ -28,6 +28,7 @@ from .problem import (
     check_number,
     check_philox_seed,
     check_tensor,
+    check_transforms,
     shape_of,
     transform_is_active,
     wrong_value,
@@ -238,8 +239,8 @@ def masked_softmax(
     bits they hold; a visible NaN or +inf makes every visible element of its row NaN. A NaN or
     infinity in the gradient that arrives for a weight of exactly 0 is ignored. Under autocast input
     and mask are cast first, and computed with in float32. Deterministic, for any number of threads.
-    A GPU is served by the Triton kernels, float64 there by the reference. Double backward and
-    forward mode raise.
+    A GPU is served by the Triton kernels, float64 there by the reference. Second derivatives and
+    forward mode: see `softmax_tangents`; third derivatives raise.
 
     Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
     RuntimeError) for wrong arguments, NotImplementedError on other devices.
@@ -251,6 +252,7 @@ def masked_softmax(
     options = _options(input, mask, dropout_p, sinks, philox_seed)
     if not _has_kernel(input):
         return _reference(input, scale, diagonal, options)
+    check_transforms("masked_softmax")
     gradients = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in (input, mask, sinks)
     )

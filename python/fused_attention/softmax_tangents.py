@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import ops
+from .problem import check_transforms
 
 _BLOCK = 1 << 17  # elements: a few of them fit a second-level cache
 Index = tuple[slice, ...]
@@ -265,7 +266,8 @@ _FULL = (
 _OF_ROWS = ("sink_weight", "grad_sink_weight", "tangent_sink_weight", "tangent_grad_sink_weight")
 
 
-def _define(name: str, arguments: str, results: int, kernel: Any) -> Any:
+def _define(name: str, arguments: str, results: int, kernel: Any) -> tuple[Any, Any]:
+    """The operator and its rule of vmap."""
     returns = ", ".join(["Tensor"] * results)
     ops._library.define(f"{name}({arguments}) -> ({returns})")
     ops._library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -300,17 +302,17 @@ def _define(name: str, arguments: str, results: int, kernel: Any) -> Any:
         return tuple(values), tuple(0 if x.dim() > 1 else None for x in values)
 
     torch.library.register_vmap(f"fused_attention::{name}", rule)
-    return op
+    return op, rule
 
 
-jvp = _define("masked_softmax_jvp", f"{_WEIGHTS}, {_DIRECTION}", 3, jvp_kernel)
-gradients = _define(
+jvp, _ = _define("masked_softmax_jvp", f"{_WEIGHTS}, {_DIRECTION}", 3, jvp_kernel)
+gradients, _gradients_rule = _define(
     "masked_softmax_gradients", f"{_WEIGHTS}, {_GRADIENT}, {_RESULTS}", 3, gradients_kernel
 )
-weights_grad = _define(
+weights_grad, _ = _define(
     "masked_softmax_weights_grad", f"{_WEIGHTS}, {_GRADIENT}, {_DIRECTION}", 2, weights_grad_kernel
 )
-gradients_jvp = _define(
+gradients_jvp, _ = _define(
     "masked_softmax_gradients_jvp",
     f"{_WEIGHTS}, {_GRADIENT}, Tensor? tangent_grad_out, Tensor? tangent_grad_weights, "
     "Tensor? tangent_grad_sink_weight, Tensor? tangent_weights, Tensor? tangent_sink_weight, "
@@ -336,11 +338,19 @@ def _operands(
     """The first arguments of the operators."""
     keep = None
     if dropout_p:
-        shape = (1,) * (3 - weights.dim()) + tuple(weights.shape)
-        sizes = (math.prod(shape[:-3]), *shape[-3:])
-        keep = ops.dropout_keep_mask(philox, dropout_p, *sizes).view(weights.shape)
+        keep = ops.dropout_keep_mask(philox, dropout_p, *_sizes(weights.shape)).view(weights.shape)
+    return weights, sink_weight, keep, _kept_scale(dropout_p), scale
+
+
+def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a dropout mask: batch, heads, queries, keys."""
+    shape = (1,) * (3 - len(shape)) + tuple(shape)
+    return math.prod(shape[:-3]), *shape[-3:]
+
+
+def _kept_scale(dropout_p: float) -> float:
     kept = 65536 - round(dropout_p * 65536)
-    return weights, sink_weight, keep, 65536 / kept if kept else 0.0, scale
+    return 65536 / kept if kept else 0.0
 
 
 def _arrived(inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -499,9 +509,31 @@ def _gradients(*inputs: Any) -> Three:
     )
 
 
+def gradients_of_samples(info: Any, call: dict[str, Any], dims: dict[str, int | None]) -> Three:
+    """The rule of vmap of masked_softmax_backward with sinks_grad, whose sums are a sample's."""
+    weights, dropout_p, dim = call["weights"], call["dropout_p"], dims["weights"]
+    shape = tuple(weights.shape if dim is None else weights.movedim(dim, 0).shape[1:])
+    keep = None
+    if dropout_p:
+        sizes = _sizes(shape)
+        keep, _ = ops.dropout_keep_masks(info, (dims["philox"],), call["philox"], dropout_p, *sizes)
+        keep = keep.view(info.batch_size, *shape)
+    kept_scale = _kept_scale(dropout_p)
+    bias, bias_dim = (call["bias"], dims["bias"]) if call["bias_grad"] else (None, None)
+    results, _ = _gradients_rule(
+        info,
+        (dim, dims["sink_weight"], 0, None, None, dims["grad_out"], None, None, bias_dim, None),
+        *(weights, call["sink_weight"], keep, kept_scale, call["scale"]),
+        *(call["grad_out"], None, None, bias, True),
+    )
+    dinput, dbias, dsink = results
+    return dinput, dbias, dsink.sum([d for d in range(1, dsink.dim()) if d != dsink.dim() - 2])
+
+
 def softmax_gradients(*inputs: Any) -> Three:
     """The gradients of input, bias and sinks, part of a graph where somebody may differentiate
     again: with create_graph=True, always under torch.func, and where forward mode is on."""
+    check_transforms("masked_softmax")
     differentiable = torch.is_grad_enabled() or forward_ad._current_level >= 0
     if differentiable and not torch.compiler.is_compiling():
         return SoftmaxGradients.apply(*inputs)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import ops
+from .problem import check_transforms
 
 _BACKWARD_DEFAULTS = [argument.default_value for argument in ops.backward._schema.arguments]
 
@@ -154,6 +155,7 @@ class AttentionGradientTangents(Function):
 def attention_gradients(*inputs: Any) -> Gradients:
     """attention_backward, part of a graph where somebody may differentiate again: with
     create_graph=True, always under torch.func, and where forward mode is on."""
+    check_transforms("attention")
     differentiable = torch.is_grad_enabled() or forward_ad._current_level >= 0
     if differentiable and not torch.compiler.is_compiling():
         return AttentionGradients.apply(*inputs, *_BACKWARD_DEFAULTS[len(inputs) :])
