@@ -1,0 +1,164 @@
+"""What the reference transformer learns: the long runs, one after the other, into one JSON file.
+
+    python benchmarks/train_models.py            # about two and a half hours on two free cores
+    python benchmarks/train_models.py --quick    # three steps of each: does it run?
+
+Translation with three seeds, with fused attention and PyTorch's; the LSTM, given the seconds of the
+first; French; twenty minutes; transfer learning with and without pre-trained weights; summaries;
+Whisper's word error rate on ten recordings beside transformers' own implementation. What it needs
+is fetched. It goes on where it was cut: each run has a directory below `runs/`.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_attention import console
+from fused_attention.benchmark.harness import machine
+from fused_attention.models import speech
+from fused_attention.models.fetch import fetch
+from fused_attention.models.pretrained import load_whisper, read_ctranslate2_whisper
+from fused_attention.models.tasks import Settings, run, word_errors
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "training.json"
+
+
+def plan(quick: bool) -> dict[str, tuple[Settings, float]]:
+    """Settings and seconds of training at most, by name."""
+    translate = Settings("translate", dropout=0.0)  # DATA's recipe: 860 steps, peak 2e-3
+    runs = {}
+    for attention in ("fused", "sdpa"):
+        for seed in range(3):
+            settings = dataclasses.replace(translate, attention=attention, seed=seed)
+            runs[f"translate-{attention}-{seed}"] = (settings, math.inf)
+    lstm = dataclasses.replace(translate, model="lstm", steps=100_000)
+    runs["translate-lstm"] = (lstm, math.nan)  # as long as the transformer, see main
+    runs["translate-fr"] = (dataclasses.replace(translate, language="fr"), math.inf)
+    long = dataclasses.replace(translate, steps=100_000, dropout=0.1)
+    runs["translate-20-minutes"] = (long, 1200.0)
+    tuning = Settings("classify", peak=3e-4, steps=400)
+    runs["classify-pretrained"] = (dataclasses.replace(tuning, pretrained=True), math.inf)
+    runs["classify-random"] = (tuning, math.inf)
+    summarize = Settings("summarize", peak=3e-4, pretrained=True)
+    runs["summarize-pretrained"] = (summarize, math.inf)
+    runs["summarize-random"] = (
+        dataclasses.replace(summarize, peak=2e-3, pretrained=False),
+        math.inf,
+    )
+    runs["lm"] = (Settings("lm"), math.inf)
+    runs["caption"] = (Settings("caption", tokens=320, peak=1e-3), math.inf)
+    if quick:
+        small = {"steps": 3, "examples": 100}
+        runs = {name: (dataclasses.replace(s, **small), t) for name, (s, t) in runs.items()}
+    return runs
+
+
+def word_error_rates() -> dict[str, Any]:
+    """Of ours and of transformers' on the ten recordings, in lower case without punctuation."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    recordings = fetch("speech")
+    path = fetch("whisper")
+    model, tokenizer, lists = load_whisper(path)
+    content = b"".join(part.read_bytes() for part in sorted(path.glob("model.bin.part*")))
+    config, state = read_ctranslate2_whisper(content)
+    theirs = WhisperForConditionalGeneration(WhisperConfig(**config)).eval()
+    theirs.load_state_dict({name: x.float() for name, x in state.items()}, strict=False)
+    theirs.tie_weights()
+    errors = {"fused_attention": [0, 0], "transformers": [0, 0]}
+    texts = []
+    for transcription in (
+        recordings / "librivox" / "transcription",
+        recordings / "cards" / "cards.transcription",
+    ):
+        for line in transcription.read_text().splitlines():
+            words, _, name = line.removeprefix("<s> ").rpartition(" </s> (")
+            sound = speech.read_wav(transcription.parent / f"{name.rstrip(')')}.wav")
+            (ours,) = speech.hear(model, lists, [sound])
+            generated = theirs.generate(
+                speech.spectra([sound]),
+                decoder_input_ids=torch.tensor([speech.PROMPT]),
+                suppress_tokens=lists["suppress_ids"],
+                begin_suppress_tokens=lists["suppress_ids_begin"],
+                eos_token_id=speech.END,
+                do_sample=False,
+                max_new_tokens=200,
+            )[0].tolist()
+            heard = {"fused_attention": ours, "transformers": generated}
+            said = {who: tokenizer.decode(tokens) for who, tokens in heard.items()}
+            for who, text in said.items():
+                wrong, count = word_errors(plain(text), plain(words))
+                errors[who][0] += wrong
+                errors[who][1] += count
+            texts.append({"right": words.strip(), **said})
+    return {
+        "word_error_rate": {who: wrong / count for who, (wrong, count) in errors.items()},
+        "words": errors["transformers"][1],
+        "texts": texts,
+    }
+
+
+def plain(text: str) -> str:
+    kept = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower())
+    return " ".join(kept.split())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="three steps of each")
+    parser.add_argument("--only", help="runs whose name begins so")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="their directories")
+    options = parser.parse_args()
+    for name in ("descriptions", "interface", "minilm", "whisper", "speech"):
+        print(fetch(name))
+    results: dict[str, Any] = {}
+    if RESULTS.exists() and not options.quick:
+        results = json.loads(RESULTS.read_text())
+    results["machine"] = machine() | {"threads": torch.get_num_threads()}
+
+    def save() -> None:
+        if not options.quick:
+            RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+    for name, (settings, seconds) in plan(options.quick).items():
+        if options.only and not name.startswith(options.only):
+            continue
+        if math.isnan(seconds):
+            first = results.get("translate-fused-0", {"training_seconds": 300.0})
+            seconds = first["training_seconds"]
+        directory = options.runs / ("quick" if options.quick else "") / name
+        with console.progress(settings.steps) as step:
+            found = run(
+                settings,
+                directory,
+                seconds,
+                lambda number, history: step(f"step {number}, loss {history.losses[-1]:.3f}"),
+            )
+        losses = found.pop("losses")
+        found["losses_every_20"] = losses[::20]
+        results[name] = found
+        figures = {k: v for k, v in found["results"].items() if k != "samples"}
+        print(
+            name,
+            found["steps"],
+            "steps,",
+            round(found["training_seconds"]),
+            "s:",
+            figures,
+            flush=True,
+        )
+        save()
+    if not options.only or options.only == "whisper":
+        results["whisper"] = word_error_rates()
+        print("whisper:", results["whisper"]["word_error_rate"])
+        save()
+
+
+if __name__ == "__main__":
+    main()
