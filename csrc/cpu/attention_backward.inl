@@ -8,11 +8,11 @@
 //   dv = p^T do,  dk = scale ds^T q
 //   dq = scale ds k
 //
-// With enough heads one phase more does the rest, five products a tile: a task is all queries of a
-// key head against its keys, and adds up dk and dv of the head. With few heads there are two more,
-// seven products, so that the work splits further: dk and dv of a block of keys, against the
-// queries that see it; dq of a block of queries, against the keys that it sees. Which of both
-// depends on the shape.
+// One phase more does the rest, five products a tile: a task is the queries of a key head against
+// its keys, and adds up dk and dv of the head. With few heads a task has a part of the queries, and
+// a phase adds up the parts, in order. Where those sums would take too much memory there are two
+// phases, seven products: dk and dv of a block of keys, against the queries that see it; dq of a
+// block of queries, against the keys that it sees. Which it is depends on the shape.
 //
 // Dropout replaces p by z * p in dv and dp by z * dp in ds, z the kept weights' scale (delta is
 // unchanged, for do * o already holds it). dbias = ds, summed where the bias is broadcast: by the
@@ -152,14 +152,24 @@ uint64_t seeing_queries(int64_t rows, int64_t columns, Visible seen, const uint6
   return seeing & low_bits(rows);
 }
 
-// One task owns all of a key head (of several where they share a part of dbias): how they split.
+// One task owns all of a key head (of several where they share a part of dbias), or its blocks of
+// queries m with m % parts == part: how they split.
 struct HeadTasks {
-  // A task's accumulators may take so much, and that many tasks keep the threads busy.
-  static constexpr int64_t kMostBytes = 8 << 20, kFewest = 8;
-  int64_t batches, heads;  // how many tasks there are along each
+  // A task's accumulators may take so much; that many tasks keep the threads busy; and those of all
+  // parts may take so much.
+  static constexpr int64_t kMostBytes = 8 << 20, kFewest = 8, kMostSharedBytes = 16 << 20;
+  int64_t batches, heads, parts = 1;  // how many tasks there are along each
   explicit HeadTasks(const AttentionParams& p)
       : batches(p.dbias.data != nullptr && p.dbias.stride_b == 0 ? 1 : p.B),
-        heads(p.dbias.data != nullptr && p.dbias.stride_h == 0 ? 1 : p.Hkv) {}
+        heads(p.dbias.data != nullptr && p.dbias.stride_h == 0 ? 1 : p.Hkv) {
+    const bool owns_heads = batches == p.B && heads == p.Hkv;
+    const bool sums_of_keys = p.dbias.data != nullptr && p.dbias.stride_q == 0;
+    const int64_t owners = batches * heads;
+    if (owners > 0 && owners < kFewest && owns_heads && !sums_of_keys) {
+      parts = ceil_div(kFewest, owners);
+    }
+  }
+  int64_t count() const { return batches * heads * parts; }
 };
 // Elements of dk and dv of one key head, as they are added up.
 template <typename T>
@@ -170,10 +180,13 @@ int64_t head_gradients_size(const AttentionParams& p) {
 template <typename T>
 bool in_one_pass(const AttentionParams& p) {
   const HeadTasks tasks(p);
-  const int64_t number = tasks.batches * tasks.heads;
-  return number >= HeadTasks::kFewest &&
-         p.B * p.Hkv / number * head_gradients_size<T>(p) * (int64_t)sizeof(T) <=
-             HeadTasks::kMostBytes;
+  if (tasks.count() < HeadTasks::kFewest) return false;
+  const int64_t bytes = head_gradients_size<T>(p) * (int64_t)sizeof(T);
+  if (tasks.parts > 1) {
+    return p.Sq >= 2 * tasks.parts * kBlockM<T> &&
+           tasks.count() * bytes <= HeadTasks::kMostSharedBytes;
+  }
+  return p.B * p.Hkv / tasks.count() * bytes <= HeadTasks::kMostBytes;
 }
 
 // -- phase 1: delta. Task: kBlockM queries of one head -------------------------------------------
@@ -242,7 +255,7 @@ struct AttentionBackwardSinks {
   }
 };
 
-// -- few heads: dk, dv. Task: kBlockN keys of one key head ---------------------------------------
+// -- two passes: dk, dv. Task: kBlockN keys of one key head --------------------------------------
 
 // The part of dbias that one task owns when the bias is broadcast over the queries.
 template <typename T, int kVectors>
@@ -403,7 +416,7 @@ struct AttentionBackwardPages {
   }
 };
 
-// -- few heads: dq. Task: kBlockM queries of one head --------------------------------------------
+// -- two passes: dq. Task: kBlockM queries of one head -------------------------------------------
 
 // What a task adds up beside dq in one pass, of the whole key head; in two passes null.
 template <typename T>
@@ -533,22 +546,23 @@ struct AttentionBackwardQueries {
   }
 };
 
-// -- many heads: dq, dk, dv. Task: a key head, see HeadTasks -------------------------------------
+// -- one pass: dq, dk, dv. Task: a key head, see HeadTasks ---------------------------------------
 
 template <typename Arithmetic>
 struct AttentionBackwardHeads {
   using T = typename Arithmetic::T;
   static int64_t num_tasks(const AttentionParams& p) {
-    const HeadTasks tasks(p);
-    return in_one_pass<T>(p) ? tasks.batches * tasks.heads : 0;
+    return in_one_pass<T>(p) ? HeadTasks(p).count() : 0;
   }
-  // Tiles, and behind them dk and dv of the task's heads and, for each dbias of its own, key sums.
+  // Tiles, and behind them dk and dv of the task's heads, unless they are a part of many in
+  // p.shared, and, for each dbias of its own, key sums.
   struct Memory {
     BackwardTile<Arithmetic> tile;
     T *dk, *dv, *key_sums;
     size_t place(const AttentionParams& p, void* workspace) {
       const HeadTasks tasks(p);
-      const int64_t keys = p.B / tasks.batches * (p.Hkv / tasks.heads) * round_up(p.Sk, kBlockN);
+      const int64_t heads = tasks.parts > 1 ? 0 : p.B / tasks.batches * (p.Hkv / tasks.heads);
+      const int64_t keys = heads * round_up(p.Sk, kBlockN);
       const bool sums = p.dbias.data != nullptr && p.dbias.stride_q == 0;
       Arena arena{(char*)workspace, tile.place(p, workspace)};
       dk = arena.take<T>(keys * round_up(p.D, kLanes<T>));
@@ -567,12 +581,18 @@ struct AttentionBackwardHeads {
     memory.place(p, workspace);
     const HeadTasks tasks(p);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / tasks.heads, h = task % tasks.heads;
+      const int64_t owner = task / tasks.parts, part = task % tasks.parts;
+      const int64_t b = owner / tasks.heads, h = owner % tasks.heads;
+      if (tasks.parts > 1) {
+        memory.dk = (T*)p.shared + task * head_gradients_size<T>(p);
+        memory.dv = memory.dk + round_up(p.Sk, kBlockN) * round_up(p.D, kLanes<T>);
+      }
       run_heads(p, tasks.batches == 1 ? Range{0, p.B} : Range{b, b + 1},
-                tasks.heads == 1 ? Range{0, p.Hkv} : Range{h, h + 1}, memory);
+                tasks.heads == 1 ? Range{0, p.Hkv} : Range{h, h + 1}, part, tasks.parts, memory);
     }
   }
-  static void run_heads(const AttentionParams& p, Range bs, Range hs, Memory& memory) {
+  static void run_heads(const AttentionParams& p, Range bs, Range hs, int64_t part, int64_t parts,
+                        Memory& memory) {
     BackwardTile<Arithmetic>& tile = memory.tile;
     const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
     const int64_t keys = round_up(p.Sk, kBlockN), group = p.Hq / p.Hkv;
@@ -583,7 +603,7 @@ struct AttentionBackwardHeads {
     fill(memory.dk, all_keys * width, (T)0);
     fill(memory.dv, all_keys * width_v, (T)0);
     if (memory.key_sums != nullptr) fill(memory.key_sums, groups * keys, (T)0);
-    for (int64_t m = 0; m < p.Sq; m += kBlockM<T>) {
+    for (int64_t m = part * kBlockM<T>; m < p.Sq; m += parts * kBlockM<T>) {
       const QueryBias<T> dbias(p, m);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = hs.begin * group + g * count;
@@ -602,7 +622,7 @@ struct AttentionBackwardHeads {
     for (int64_t g = 0; memory.key_sums != nullptr && g < groups; ++g) {
       store_key_sums(p, {bs.begin, hs.begin * group + g * count, 0}, memory.key_sums + g * keys);
     }
-    for (int64_t b = bs.begin; b < bs.end; ++b) {
+    for (int64_t b = bs.begin; parts == 1 && b < bs.end; ++b) {
       const Sequence seq = sequence_of(p, b);
       for (int64_t h = hs.begin; h < hs.end; ++h) {
         const int64_t at = ((b - bs.begin) * heads + h - hs.begin) * keys;
@@ -618,6 +638,43 @@ struct AttentionBackwardHeads {
     }
     const int64_t offset = block.b * p.dbias.stride_b + block.h * p.dbias.stride_h;
     store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype, sums, count, (T)1);
+  }
+};
+
+// dk, dv <- their parts, in order. Task: kBlockN keys of one key head.
+template <typename T>
+struct AttentionBackwardParts {
+  static size_t shared_bytes(const AttentionParams& p) {
+    const HeadTasks tasks(p);
+    const bool has_parts = tasks.parts > 1 && in_one_pass<T>(p);
+    return has_parts ? (size_t)(tasks.count() * head_gradients_size<T>(p)) * sizeof(T) : 0;
+  }
+  static int64_t num_tasks(const AttentionParams& p) {
+    return shared_bytes(p) > 0 ? p.B * p.Hkv * ceil_div(p.Sk, kBlockN) : 0;
+  }
+  static size_t workspace_bytes(const AttentionParams&) { return 0; }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void*) {
+    const int64_t blocks = ceil_div(p.Sk, kBlockN), parts = HeadTasks(p).parts;
+    const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t owner = task / blocks, n_start = task % blocks * kBlockN;
+      const Sequence seq = sequence_of(p, owner / p.Hkv);
+      const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
+      if (columns <= 0) continue;
+      const int64_t size = head_gradients_size<T>(p);
+      T* first = (T*)p.shared + owner * parts * size;
+      T *dk = first + n_start * width, *dv = first + blocks * kBlockN * width + n_start * width_v;
+      for (int64_t part = 1; part < parts; ++part) {
+        add_to(dk, dk + part * size, columns * width);
+        add_to(dv, dv + part * size, columns * width_v);
+      }
+      store_key_gradients(p, seq, owner % p.Hkv, n_start, columns, dk, dv);
+    }
+  }
+  static void add_to(T* sums, const T* terms, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      store(sums + i, add(load(sums + i), load(terms + i)));
+    }
   }
 };
 

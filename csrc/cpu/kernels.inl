@@ -177,6 +177,11 @@ constexpr KernelTable kKernels = {
     phase<ByArithmetic<AttentionBackwardKeys>>(),
     phase<ByArithmetic<AttentionBackwardQueries>>(),
     phase<ByArithmetic<AttentionBackwardHeads>>(),
+    phase<ByType<AttentionBackwardParts>>(),
+    [](const AttentionParams& p) {
+      return p.dtype == DType::kFloat64 ? AttentionBackwardParts<double>::shared_bytes(p)
+                                        : AttentionBackwardParts<float>::shared_bytes(p);
+    },
     phase<ByType<AttentionBackwardPages>>(),
     phase<DropoutKeepMask>(),
     phase<ByType<MaskedSoftmax, SoftmaxParams>, SoftmaxParams>(),
