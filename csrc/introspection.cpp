@@ -80,6 +80,7 @@ py::dict attention_kernel(const std::string& dtype, const std::array<int64_t, 7>
                               ? kernels.attention_backward_heads
                               : kernels.attention_backward_queries;
   out["backward_workspace_bytes"] = backward.workspace_bytes(p);
+  out["backward_shared_bytes"] = kernels.attention_backward_shared_bytes(p);
   return out;
 }
 

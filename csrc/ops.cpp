@@ -402,12 +402,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (p.B * p.Hq == 0) return {dq, dk, dv, dbias, dsinks};
   const std::optional<Shared> mask_blocks = note_mask_blocks(p);
   const KernelTable& kernels = kernel_table();
+  std::optional<Shared> shared;
+  if (const size_t bytes = kernels.attention_backward_shared_bytes(p)) {
+    p.shared = shared.emplace(bytes).data();
+  }
   run(kernels.attention_backward_delta, p);
   run(kernels.attention_weights_delta, p);
   run(kernels.attention_backward_sinks, p);
   run(kernels.attention_backward_keys, p);
   run(kernels.attention_backward_queries, p);
   run(kernels.attention_backward_heads, p);
+  run(kernels.attention_backward_parts, p);
   run(kernels.attention_backward_pages, p);
   return {dq, dk, dv, dbias, dsinks};
 }

@@ -64,6 +64,57 @@ struct Direct : OnVectors {
 };
 
 #ifdef FUSED_ATTENTION_PAIRS
+// -- pairs ----------------------------------------------------------------------------------------
+
+// Of a row of D bfloat16 numbers: in pairs, to whole vectors; with neighbouring rows in pairs.
+FA_INLINE int64_t pair_width(int64_t D) { return round_up(ceil_div(D, 2), kLanes<float>); }
+FA_INLINE int64_t paired_rows_width(int64_t D) { return round_up(D, 32); }
+
+// dst <- D elements, zero to whole vectors; with none of them, all zero.
+FA_INLINE void copy_row_of_pairs(Pair* dst, const void* src, int64_t D, bool counts) {
+  uint16_t* row = (uint16_t*)dst;
+  const int64_t copied = counts ? D : 0;
+  __builtin_memcpy(row, src, (size_t)copied * sizeof *row);
+  fill(row + copied, 2 * pair_width(D) - copied, (uint16_t)0);
+}
+
+// Do rows lie in pairs, one after the other?
+FA_INLINE bool rows_in_pairs(const AttentionParams& p, const TensorView& view, int64_t D) {
+  return D % 2 == 0 && view.stride_s % 2 == 0 && p.block_table == nullptr;
+}
+
+// Rows of keys or values, in place or in scratch [rows][pair_width(D)].
+Scalars<Pair> rows_of_pairs(const AttentionParams& p, const TensorView& view, const Sequence& seq,
+                            int64_t h_kv, int64_t n_start, int64_t rows, int64_t D, Pair* scratch) {
+  if (rows_in_pairs(p, view, D) && keys_in_a_row(p, seq, n_start, rows) >= rows) {
+    return {(const Pair*)key_row(p, view, seq, h_kv, n_start), view.stride_s / 2, 1};
+  }
+  for (int64_t j = 0; j < rows; ++j) {
+    copy_row_of_pairs(scratch + j * pair_width(D), key_row(p, view, seq, h_kv, n_start + j), D,
+                      true);
+  }
+  return {scratch, pair_width(D), 1};
+}
+
+// Rows 2 j and 2 j + 1 of keys or values together, [ceil(rows / 2)][paired_rows_width(D)]. A key
+// that nobody sees, or that is past the end, counts as 0, whatever it held.
+void pair_rows_of_keys(const AttentionParams& p, const TensorView& view, const Sequence& seq,
+                       int64_t h_kv, int64_t n_start, int64_t rows, int64_t D,
+                       const uint64_t* visible, Pair* dst) {
+  for (int64_t j = 0; j < rows; j += 2) {
+    const bool odd = j + 1 == rows;
+    const bool low_used = visible == nullptr || visible[j] != 0;
+    const bool high_used = !odd && (visible == nullptr || visible[j + 1] != 0);
+    const auto* low = (const uint16_t*)key_row(p, view, seq, h_kv, n_start + j);
+    const auto* high = (const uint16_t*)key_row(p, view, seq, h_kv, n_start + (odd ? j : j + 1));
+    Pair* row = dst + j / 2 * paired_rows_width(D);
+    for (int64_t d = 0; d < D; d += 32) {
+      const uint64_t valid = low_bits(D - d);
+      pair_rows(low + d, low_used ? valid : 0, high + d, high_used ? valid : 0, row + d);
+    }
+  }
+}
+
 // bfloat16 numbers, two at a time on each float lane: pairs along head_dim in the first product,
 // along the keys in the second. Keys are read as they lie in memory.
 struct Pairs : OnVectors {
@@ -73,75 +124,46 @@ struct Pairs : OnVectors {
   Pair* k;        // keys [kBlockN][D / 2], where they do not lie in pairs, or in one page
   Pair* v;        // values, rows 2 j and 2 j + 1 together: [kBlockN / 2][Dv]
 
-  static int64_t width(const AttentionParams& p) {
-    return round_up(ceil_div(p.D, 2), kLanes<float>);
-  }
-  static int64_t width_v(const AttentionParams& p) { return round_up(p.Dv, 32); }
-
   void place(const AttentionParams& p, Arena& arena) {
-    q_t = arena.take<Pair>(width(p) * kBlockM<float>);
-    q = arena.take<Pair>(kBlockM<float> * width(p));
-    v = arena.take<Pair>(kBlockN / 2 * width_v(p));
-    k = arena.take<Pair>(in_pairs(p) && p.block_table == nullptr ? 0 : kBlockN * width(p));
-  }
-
-  static bool in_pairs(const AttentionParams& p) { return p.D % 2 == 0 && p.key.stride_s % 2 == 0; }
-
-  // Row `r` of dst <- D elements, zero to whole vectors; with none of them, all zero.
-  static void copy_row(const AttentionParams& p, Pair* dst, int64_t r, const void* src, int64_t D) {
-    uint16_t* row = (uint16_t*)(dst + r * width(p));
-    __builtin_memcpy(row, src, (size_t)D * sizeof *row);
-    fill(row + D, 2 * width(p) - D, (uint16_t)0);
+    q_t = arena.take<Pair>(pair_width(p.D) * kBlockM<float>);
+    q = arena.take<Pair>(kBlockM<float> * pair_width(p.D));
+    v = arena.take<Pair>(kBlockN / 2 * paired_rows_width(p.Dv));
+    k = arena.take<Pair>(rows_in_pairs(p, p.key, p.D) ? 0 : kBlockN * pair_width(p.D));
   }
 
   template <int kVectors>
   void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                     int64_t rows) const {
     constexpr int kRow = kVectors * kLanes<float>;
+    const int64_t width = pair_width(p.D);
     for (int64_t r = 0; r < kRow; ++r) {
       const int64_t i = seq.q_start + m_start + (r < rows ? r : 0);
-      copy_row(p, q, r, row_of(p.query, p.dtype, seq.b, h, i), r < rows ? p.D : 0);
+      copy_row_of_pairs(q + r * width, row_of(p.query, p.dtype, seq.b, h, i), p.D, r < rows);
     }
-    transpose_tile(kRow, width(p), (const float*)q, width(p), (float*)q_t, kRow);
+    transpose_tile(kRow, width, (const float*)q, width, (float*)q_t, kRow);
   }
 
   template <int kVectors>
   void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
               int64_t columns, float* s) const {
     constexpr int kRow = kVectors * kLanes<float>;
-    Scalars<Pair> keys{(const Pair*)key_row(p, p.key, seq, h_kv, n_start), p.key.stride_s / 2, 1};
-    if (!in_pairs(p) || keys_in_a_row(p, seq, n_start, columns) < columns) {
-      for (int64_t j = 0; j < columns; ++j) {
-        copy_row(p, k, j, key_row(p, p.key, seq, h_kv, n_start + j), p.D);
-      }
-      keys = {k, width(p), 1};
-    }
+    const Scalars<Pair> keys = rows_of_pairs(p, p.key, seq, h_kv, n_start, columns, p.D, k);
     multiply<kVectors, false>(columns, ceil_div(p.D, 2), keys, q_t, kRow, s, kRow);
   }
 
-  // A key that nobody sees, or that is past the end, has a value of 0, whatever it held.
   template <int kVectors>
   void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
                   int64_t columns, const uint64_t* visible, const uint64_t* keep, float* weights,
                   const RowState<float>& rows, float* acc_t) const {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
     const int64_t pairs = ceil_div(columns, 2);
+    pair_rows_of_keys(p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, v);
     Pair* paired = (Pair*)weights;  // row j takes the place of rows 2 j and 2 j + 1
     const Vec<float> zero = broadcast(0.0f);
     Vec<float> sum[kVectors];
     for (int x = 0; x < kVectors; ++x) sum[x] = load(rows.rounded_sum + x * W);
     for (int64_t j = 0; j < pairs; ++j) {
       const bool odd = 2 * j + 1 == columns;
-      const bool low_used = visible == nullptr || visible[2 * j] != 0;
-      const bool high_used = !odd && (visible == nullptr || visible[2 * j + 1] != 0);
-      const int64_t n = n_start + 2 * j;
-      const auto* low_value = (const uint16_t*)key_row(p, p.value, seq, h_kv, n);
-      const auto* high_value = (const uint16_t*)key_row(p, p.value, seq, h_kv, odd ? n : n + 1);
-      for (int64_t d = 0; d < p.Dv; d += 32) {
-        const uint64_t valid = low_bits(p.Dv - d);
-        pair_rows(low_value + d, low_used ? valid : 0, high_value + d, high_used ? valid : 0,
-                  v + j * width_v(p) + d);
-      }
       for (int x = 0; x < kVectors; ++x) {
         const float* at = weights + 2 * j * kRow + x * W;
         Vec<float> low = load(at), high = odd ? zero : load(at + kRow);
@@ -155,8 +177,231 @@ struct Pairs : OnVectors {
       }
     }
     for (int x = 0; x < kVectors; ++x) store(rows.rounded_sum + x * W, sum[x]);
-    multiply<kVectors, true>(p.Dv, pairs, Scalars<Pair>{v, 1, width_v(p)}, paired, kRow, acc_t,
+    multiply<kVectors, true>(p.Dv, pairs, Scalars<Pair>{v, 1, paired_rows_width(p.Dv)}, paired,
+                             kRow, acc_t, kRow);
+  }
+};
+#endif
+
+// -- backward -------------------------------------------------------------------------------------
+
+// What its five products are computed in, for one tile; the algorithm (attention_backward.inl) is
+// the same for each:
+//
+//   place, load_queries    scratch memory; q and do of a block, 0 where `counted` has no bit
+//   load_keys              k and v of a tile
+//   scores                 s[key][query] <- k q^T, dp[key][query] <- v do^T
+//   select_queries         before the next two: the queries that see some key of the tile
+//   add_to_dv, add_to_dk   dv <- dv + p^T do, dk <- dk + ds^T q
+//   add_to_dq              dq^T[d][query] <- dq^T + k^T ds^T
+//
+// Queries that are not selected, and keys without a bit in `visible`, count as 0 in sums over them,
+// since 0 * NaN would not be 0.
+
+template <typename T_>
+struct DirectBackward {
+  using T = T_;
+  T *q, *q_t, *grad_out, *grad_out_t;   // [kBlockM][D or Dv], and transposed
+  T *selected_q, *selected_grad_out;    // with 0 where they are not selected
+  T *k_tile, *v_tile;                   // converted [kBlockN][D or Dv]
+  const T *q_to_add, *grad_out_to_add;  // either of the first two
+  Scalars<T> k, v;
+
+  static int64_t width(int64_t D) { return round_up(D, kLanes<T>); }
+
+  void place(const AttentionParams& p, Arena& arena) {
+    constexpr int M = kBlockM<T>;
+    q = arena.take<T>(M * width(p.D));
+    q_t = arena.take<T>(M * width(p.D));
+    grad_out = arena.take<T>(M * width(p.Dv));
+    grad_out_t = arena.take<T>(M * width(p.Dv));
+    selected_q = arena.take<T>(M * width(p.D));
+    selected_grad_out = arena.take<T>(M * width(p.Dv));
+    k_tile = arena.take<T>(kBlockN * p.D);
+    v_tile = arena.take<T>(kBlockN * p.Dv);
+  }
+
+  template <int kVectors>
+  void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
+                    int64_t rows, uint64_t counted) {
+    constexpr int kRow = kVectors * kLanes<T>;
+    const int64_t token = seq.q_start + m_start;
+    load_tile(q, p.query, p.dtype, seq.b, h, token, rows, p.D, kRow);
+    load_tile(grad_out, p.grad_out, p.dtype, seq.b, h, token, rows, p.Dv, kRow);
+    for (int64_t i = 0; i < kRow; ++i) {
+      if (counted >> i & 1) continue;
+      fill(q + i * width(p.D), width(p.D), (T)0);
+      fill(grad_out + i * width(p.Dv), width(p.Dv), (T)0);
+    }
+    transpose_tile(kRow, width(p.D), q, width(p.D), q_t, kRow);
+    transpose_tile(kRow, width(p.Dv), grad_out, width(p.Dv), grad_out_t, kRow);
+  }
+  void load_keys(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+                 int64_t columns, const uint64_t* visible) {
+    k = key_rows(p, p.key, seq, h_kv, n_start, columns, p.D, visible, k_tile);
+    v = key_rows(p, p.value, seq, h_kv, n_start, columns, p.Dv, nullptr, v_tile);
+  }
+  template <int kVectors>
+  void scores(const AttentionParams& p, int64_t columns, T* s, T* dp) const {
+    constexpr int kRow = kVectors * kLanes<T>;
+    multiply<kVectors, false>(columns, p.D, k, q_t, kRow, s, kRow);
+    multiply<kVectors, false>(columns, p.Dv, v, grad_out_t, kRow, dp, kRow);
+  }
+  void select_queries(const AttentionParams& p, int64_t rows, uint64_t selected) {
+    const bool all = selected == low_bits(rows);
+    q_to_add = all ? q : selected_q;
+    grad_out_to_add = all ? grad_out : selected_grad_out;
+    if (all) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool counts = selected >> i & 1;
+      copy_or_clear(selected_q, q, i, width(p.D), counts);
+      copy_or_clear(selected_grad_out, grad_out, i, width(p.Dv), counts);
+    }
+  }
+  static void copy_or_clear(T* dst, const T* src, int64_t row, int64_t width, bool copies) {
+    for (int64_t i = row * width; i < (row + 1) * width; i += kLanes<T>) {
+      store(dst + i, copies ? load(src + i) : broadcast((T)0));
+    }
+  }
+  template <int kVectors>
+  void add_to_dv(const AttentionParams& p, int64_t rows, int64_t columns, const T* weights,
+                 T* dv) const {
+    multiply_wide(columns, rows, width(p.Dv), Scalars<T>{weights, kVectors * kLanes<T>, 1},
+                  grad_out_to_add, width(p.Dv), dv, width(p.Dv));
+  }
+  template <int kVectors>
+  void add_to_dk(const AttentionParams& p, int64_t rows, int64_t columns, const T* ds,
+                 T* dk) const {
+    multiply_wide(columns, rows, width(p.D), Scalars<T>{ds, kVectors * kLanes<T>, 1}, q_to_add,
+                  width(p.D), dk, width(p.D));
+  }
+  template <int kVectors>
+  void add_to_dq(const AttentionParams& p, const Sequence&, int64_t, int64_t, int64_t columns,
+                 const uint64_t*, const T* ds, T* dq_t) const {
+    constexpr int kRow = kVectors * kLanes<T>;
+    multiply<kVectors, true>(p.D, columns, Scalars<T>{k.data, k.column, k.row}, ds, kRow, dq_t,
                              kRow);
   }
+};
+
+#ifdef FUSED_ATTENTION_PAIRS
+// Pairs along head_dim, along the queries, along the keys; p and ds rounded to bfloat16.
+struct PairsBackward {
+  using T = float;
+  Pair *q, *q_t, *grad_out, *grad_out_t;  // [kBlockM][D / 2 or Dv / 2], and transposed
+  Pair *q_rows, *grad_out_rows;           // rows 2 i and 2 i + 1 together: [kBlockM / 2][D or Dv]
+  Pair *k_tile, *v_tile;  // [kBlockN][D / 2 or Dv / 2], where they do not lie in pairs
+  Pair* k_rows;           // [kBlockN / 2][D]
+  uint16_t* rounded;      // p or ds [kBlockN][kBlockM]
+  Pair* ds_rows;          // [kBlockN / 2][kBlockM]
+  Scalars<Pair> k, v;
+
+  void place(const AttentionParams& p, Arena& arena) {
+    constexpr int M = kBlockM<float>;
+    q = arena.take<Pair>(M * pair_width(p.D));
+    q_t = arena.take<Pair>(M * pair_width(p.D));
+    grad_out = arena.take<Pair>(M * pair_width(p.Dv));
+    grad_out_t = arena.take<Pair>(M * pair_width(p.Dv));
+    q_rows = arena.take<Pair>(M / 2 * paired_rows_width(p.D));
+    grad_out_rows = arena.take<Pair>(M / 2 * paired_rows_width(p.Dv));
+    k_tile = arena.take<Pair>(rows_in_pairs(p, p.key, p.D) ? 0 : kBlockN * pair_width(p.D));
+    v_tile = arena.take<Pair>(rows_in_pairs(p, p.value, p.Dv) ? 0 : kBlockN * pair_width(p.Dv));
+    k_rows = arena.take<Pair>(kBlockN / 2 * paired_rows_width(p.D));
+    rounded = arena.take<uint16_t>(kBlockN * M);
+    ds_rows = arena.take<Pair>(kBlockN / 2 * paired_rows_width(M));
+  }
+
+  template <int kVectors>
+  void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
+                    int64_t rows, uint64_t counted) {
+    constexpr int kRow = kVectors * kLanes<float>;
+    const int64_t width = pair_width(p.D), width_v = pair_width(p.Dv);
+    for (int64_t r = 0; r < kRow; ++r) {
+      const int64_t i = seq.q_start + m_start + (r < rows ? r : 0);
+      const bool counts = counted >> r & 1;
+      copy_row_of_pairs(q + r * width, row_of(p.query, p.dtype, seq.b, h, i), p.D, counts);
+      copy_row_of_pairs(grad_out + r * width_v, row_of(p.grad_out, p.dtype, seq.b, h, i), p.Dv,
+                        counts);
+    }
+    transpose_tile(kRow, width, (const float*)q, width, (float*)q_t, kRow);
+    transpose_tile(kRow, width_v, (const float*)grad_out, width_v, (float*)grad_out_t, kRow);
+    selected_ = 0;
+  }
+  void load_keys(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+                 int64_t columns, const uint64_t*) {
+    k = rows_of_pairs(p, p.key, seq, h_kv, n_start, columns, p.D, k_tile);
+    v = rows_of_pairs(p, p.value, seq, h_kv, n_start, columns, p.Dv, v_tile);
+  }
+  template <int kVectors>
+  void scores(const AttentionParams& p, int64_t columns, float* s, float* dp) const {
+    constexpr int kRow = kVectors * kLanes<float>;
+    multiply<kVectors, false>(columns, ceil_div(p.D, 2), k, q_t, kRow, s, kRow);
+    multiply<kVectors, false>(columns, ceil_div(p.Dv, 2), v, grad_out_t, kRow, dp, kRow);
+  }
+  void select_queries(const AttentionParams& p, int64_t rows, uint64_t selected) {
+    if (selected == selected_) return;  // as for the tile before
+    selected_ = selected;
+    pair_selected(q, p.D, rows, q_rows);
+    pair_selected(grad_out, p.Dv, rows, grad_out_rows);
+  }
+  void pair_selected(const Pair* src, int64_t D, int64_t rows, Pair* dst) const {
+    const int64_t width = pair_width(D);
+    for (int64_t r = 0; r < rows; r += 2) {
+      const auto *low = (const uint16_t*)(src + r * width), *high = low + 2 * width;
+      const uint64_t low_used = 0 - (selected_ >> r & 1), high_used = 0 - (selected_ >> r >> 1 & 1);
+      Pair* row = dst + r / 2 * paired_rows_width(D);
+      for (int64_t d = 0; d < D; d += 32)
+        pair_rows(low + d, low_used, high + d, high_used, row + d);
+    }
+  }
+  template <int kVectors>
+  void round(int64_t columns, const float* src) const {
+    for (int64_t i = 0; i < columns * kVectors * kLanes<float>; i += kLanes<float>) {
+      store_rounded(rounded + i, load(src + i));
+    }
+  }
+  // Sums over the queries, of `rounded`.
+  template <int kVectors>
+  void add_to_keys(int64_t rows, int64_t columns, int64_t D, const Pair* factor,
+                   float* sums) const {
+    constexpr int kPairs = kVectors * kLanes<float> / 2;
+    multiply_wide(columns, ceil_div(rows, 2), round_up(D, kLanes<float>),
+                  Scalars<Pair>{(const Pair*)rounded, kPairs, 1}, factor, paired_rows_width(D),
+                  sums, round_up(D, kLanes<float>));
+  }
+  template <int kVectors>
+  void add_to_dv(const AttentionParams& p, int64_t rows, int64_t columns, const float* weights,
+                 float* dv) const {
+    round<kVectors>(columns, weights);
+    add_to_keys<kVectors>(rows, columns, p.Dv, grad_out_rows, dv);
+  }
+  template <int kVectors>
+  void add_to_dk(const AttentionParams& p, int64_t rows, int64_t columns, const float* ds,
+                 float* dk) const {
+    round<kVectors>(columns, ds);
+    add_to_keys<kVectors>(rows, columns, p.D, q_rows, dk);
+  }
+  template <int kVectors>
+  void add_to_dq(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+                 int64_t columns, const uint64_t* visible, const float* ds, float* dq_t) const {
+    constexpr int kRow = kVectors * kLanes<float>, kWidth = (kRow + 31) / 32 * 32;
+    round<kVectors>(columns, ds);
+    for (int64_t j = 0; j < columns; j += 2) {
+      const uint16_t* low = rounded + j * kRow;
+      const bool odd = j + 1 == columns;
+      for (int x = 0; x < kRow; x += 32) {
+        const uint64_t valid = low_bits(kRow - x);
+        pair_rows(low + x, valid, odd ? low : low + kRow + x, odd ? 0 : valid,
+                  ds_rows + j / 2 * kWidth + x);
+      }
+    }
+    pair_rows_of_keys(p, p.key, seq, h_kv, n_start, columns, p.D, visible, k_rows);
+    multiply<kVectors, true>(p.D, ceil_div(columns, 2),
+                             Scalars<Pair>{k_rows, 1, paired_rows_width(p.D)}, ds_rows, kWidth,
+                             dq_t, kRow);
+  }
+
+ private:
+  uint64_t selected_ = 0;  // of the rows in pairs
 };
 #endif

@@ -8,11 +8,11 @@
 //   dv = p^T do,  dk = scale ds^T q
 //   dq = scale ds k
 //
-// With enough heads one phase more does the rest, five products a tile: a task is all queries of a
-// key head against its keys, and adds up dk and dv of the head. With few heads there are two more,
-// seven products, so that the work splits further: dk and dv of a block of keys, against the
-// queries that see it; dq of a block of queries, against the keys that it sees. Which of both
-// depends on the shape.
+// One phase more does the rest, five products a tile: a task is the queries of a key head against
+// its keys, and adds up dk and dv of the head. With few heads a task has a part of the queries, and
+// a phase adds up the parts, in order. Where those sums would take too much memory there are two
+// phases, seven products: dk and dv of a block of keys, against the queries that see it; dq of a
+// block of queries, against the keys that it sees. Which it is depends on the shape.
 //
 // Dropout replaces p by z * p in dv and dp by z * dp in ds, z the kept weights' scale (delta is
 // unchanged, for do * o already holds it). dbias = ds, summed where the bias is broadcast: by the
@@ -23,40 +23,32 @@
 // Where the weights w = z * p were returned too, their gradient dw adds to do v^T, and
 // rowsum(w * dw) to delta (attention_weights.inl).
 
-template <typename T>
+template <typename Arithmetic>
 struct BackwardTile {
-  T *q, *q_t, *grad_out, *grad_out_t;  // [kBlockM][D or Dv] and transposed
-  T *lse, *delta;                      // [kBlockM]
-  T *p, *ds;                           // weights and score gradients [kBlockN][kBlockM]
-  T* softcap_slope;                    // [kBlockN][kBlockM]
-  T *bias, *bias_t;                    // then dw [kBlockM][kBlockN] and transposed
-  T *k, *v;                            // converted keys and values [kBlockN][D or Dv]
-  uint64_t *visible, *keep;            // [kBlockN]
-  T *dk, *dv;                          // [kBlockN][D or Dv]
-  T *dq_t, *dq;                        // [D][kBlockM] and transposed
-  T *seeing_q, *seeing_grad_out;       // q and do, 0 where a query sees no key of the tile
+  using T = typename Arithmetic::T;
+  Arithmetic products;       // with q and do of the queries, k and v of the keys
+  T *lse, *delta;            // [kBlockM]
+  T *p, *ds;                 // weights and score gradients [kBlockN][kBlockM]
+  T* softcap_slope;          // [kBlockN][kBlockM]
+  T *bias, *bias_t;          // then dw [kBlockM][kBlockN] and transposed
+  uint64_t *visible, *keep;  // [kBlockN]
+  T *dk, *dv;                // [kBlockN][D or Dv]
+  T *dq_t, *dq;              // [D][kBlockM] and transposed
   T* dbias;  // for the owner of keys [heads of a group][kBlockN], of queries [kBlockM][Sk]
 
   size_t place(const AttentionParams& p_, void* workspace) {
     constexpr int M = kBlockM<T>;
     const int64_t width = round_up(p_.D, kLanes<T>), width_v = round_up(p_.Dv, kLanes<T>);
     Arena arena{(char*)workspace, 0};
-    q = arena.take<T>(M * width);
-    q_t = arena.take<T>(M * width);
-    grad_out = arena.take<T>(M * width_v);
-    grad_out_t = arena.take<T>(M * width_v);
+    products.place(p_, arena);
     lse = arena.take<T>(M);
     delta = arena.take<T>(M);
     p = arena.take<T>(kBlockN * M);
     ds = arena.take<T>(kBlockN * M);
     visible = arena.take<uint64_t>(kBlockN);
     keep = arena.take<uint64_t>(kBlockN);
-    k = arena.take<T>(kBlockN * p_.D);
-    v = arena.take<T>(kBlockN * p_.Dv);
     dk = arena.take<T>(kBlockN * width);
     dv = arena.take<T>(kBlockN * width_v);
-    seeing_q = arena.take<T>(M * width);
-    seeing_grad_out = arena.take<T>(M * width_v);
     dq_t = arena.take<T>(M * width);
     dq = arena.take<T>(M * width);
     softcap_slope = arena.take<T>(p_.softcap > 0 ? kBlockN * M : 0);
@@ -73,38 +65,32 @@ struct BackwardTile {
   }
 };
 
-// q and do of a block of queries, as they are and transposed, with lse and delta. Queries past the
-// end and queries that saw nothing have p = exp(s - inf) = 0 and are zero, whatever they held.
-template <typename T, int kVectors>
+// A block of queries with lse and delta. Queries past the end and queries that saw nothing have
+// p = exp(s - inf) = 0 and count as zero, whatever they held.
+template <int kVectors, typename Arithmetic>
 void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
-                  int64_t rows, const BackwardTile<T>& t) {
-  constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const int64_t width = round_up(p.D, W), width_v = round_up(p.Dv, W);
-  load_tile(t.q, p.query, p.dtype, seq.b, h, seq.q_start + m_start, rows, p.D, kRow);
-  load_tile(t.grad_out, p.grad_out, p.dtype, seq.b, h, seq.q_start + m_start, rows, p.Dv, kRow);
+                  int64_t rows, BackwardTile<Arithmetic>& t) {
+  using T = typename Arithmetic::T;
   const int64_t first = row_number(p, seq, h, m_start);
-  for (int64_t i = 0; i < kRow; ++i) {
+  uint64_t counted = 0;
+  for (int64_t i = 0; i < kVectors * kLanes<T>; ++i) {
     const T lse = i < rows ? ((const T*)p.lse)[first + i] : -kInf<T>;
     const bool empty = lse == -kInf<T>;
     t.lse[i] = empty ? kInf<T> : lse;
     t.delta[i] = empty ? (T)0 : ((const T*)p.delta)[first + i];
-    if (empty) {
-      fill(t.q + i * width, width, (T)0);
-      fill(t.grad_out + i * width_v, width_v, (T)0);
-    }
+    counted |= (uint64_t)!empty << i;
   }
-  transpose_tile(kRow, width, t.q, width, t.q_t, kRow);
-  transpose_tile(kRow, width_v, t.grad_out, width_v, t.grad_out_t, kRow);
+  t.products.template load_queries<kVectors>(p, seq, h, m_start, rows, counted);
 }
 
 // t.p <- the weights as dv meets them, t.ds <- the gradient of the logits, both [key][query].
-template <typename T, int kVectors>
+template <int kVectors, typename Arithmetic>
 void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
-                     int64_t rows, int64_t n_start, int64_t columns, Visible seen, Scalars<T> k,
-                     Scalars<T> v, const BackwardTile<T>& t) {
+                     int64_t rows, int64_t n_start, int64_t columns, Visible seen,
+                     const BackwardTile<Arithmetic>& t) {
+  using T = typename Arithmetic::T;
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  multiply<kVectors, false>(columns, p.D, k, t.q_t, kRow, t.p, kRow);           // s <- k q^T
-  multiply<kVectors, false>(columns, p.Dv, v, t.grad_out_t, kRow, t.ds, kRow);  // dp <- v do^T
+  t.products.template scores<kVectors>(p, columns, t.p, t.ds);  // s <- k q^T, dp <- v do^T
   const double factor = finish_scores<T, kVectors>(p, seq, h, m_start, rows, n_start, columns, t.p,
                                                    t.bias, t.bias_t, t.softcap_slope);
   if (p.weights.data != nullptr) {  // dp <- dp + dw
@@ -148,47 +134,42 @@ void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, i
 }
 
 // ds <- ds * d logit / d (scale q.k), once dbias has taken what it needs.
-template <typename T, int kVectors>
-void apply_softcap_slope(const AttentionParams& p, int64_t columns, const BackwardTile<T>& t) {
+template <int kVectors, typename Arithmetic>
+void apply_softcap_slope(const AttentionParams& p, int64_t columns,
+                         const BackwardTile<Arithmetic>& t) {
+  using T = typename Arithmetic::T;
   if (p.softcap <= 0) return;
   for (int64_t i = 0; i < columns * kVectors * kLanes<T>; i += kLanes<T>) {
     store(t.ds + i, mul(load(t.ds + i), load(t.softcap_slope + i)));
   }
 }
 
-// q and do with zeros for the queries that see no key of the tile, since 0 * NaN would not be 0.
-template <typename T>
-struct SeeingQueries {
-  const T *q, *grad_out;
-  SeeingQueries(int64_t rows, int64_t columns, int64_t width, int64_t width_v, Visible seen,
-                const BackwardTile<T>& t)
-      : q(t.q), grad_out(t.grad_out) {
-    uint64_t seeing = seen == Visible::kSome ? 0 : low_bits(rows);
-    for (int64_t j = 0; seen == Visible::kSome && j < columns; ++j) seeing |= t.visible[j];
-    if (seeing == low_bits(rows)) return;
-    for (int64_t i = 0; i < rows; ++i) {
-      const bool sees = seeing >> i & 1;
-      copy_or_clear(t.seeing_q + i * width, t.q + i * width, width, sees);
-      copy_or_clear(t.seeing_grad_out + i * width_v, t.grad_out + i * width_v, width_v, sees);
-    }
-    q = t.seeing_q;
-    grad_out = t.seeing_grad_out;
-  }
-  static void copy_or_clear(T* dst, const T* src, int64_t count, bool copies) {
-    for (int64_t i = 0; i < count; i += kLanes<T>) {
-      store(dst + i, copies ? load(src + i) : broadcast((T)0));
-    }
-  }
-};
+// A bit for each query that sees some key of the tile.
+uint64_t seeing_queries(int64_t rows, int64_t columns, Visible seen, const uint64_t* visible) {
+  if (seen == Visible::kAll) return low_bits(rows);
+  uint64_t seeing = 0;
+  for (int64_t j = 0; j < columns; ++j) seeing |= visible[j];
+  return seeing & low_bits(rows);
+}
 
-// One task owns all of a key head (of several where they share a part of dbias): how they split.
+// One task owns all of a key head (of several where they share a part of dbias), or its blocks of
+// queries m with m % parts == part: how they split.
 struct HeadTasks {
-  // A task's accumulators may take so much, and that many tasks keep the threads busy.
-  static constexpr int64_t kMostBytes = 8 << 20, kFewest = 8;
-  int64_t batches, heads;  // how many tasks there are along each
+  // A task's accumulators may take so much; that many tasks keep the threads busy; and those of all
+  // parts may take so much.
+  static constexpr int64_t kMostBytes = 8 << 20, kFewest = 8, kMostSharedBytes = 16 << 20;
+  int64_t batches, heads, parts = 1;  // how many tasks there are along each
   explicit HeadTasks(const AttentionParams& p)
       : batches(p.dbias.data != nullptr && p.dbias.stride_b == 0 ? 1 : p.B),
-        heads(p.dbias.data != nullptr && p.dbias.stride_h == 0 ? 1 : p.Hkv) {}
+        heads(p.dbias.data != nullptr && p.dbias.stride_h == 0 ? 1 : p.Hkv) {
+    const bool owns_heads = batches == p.B && heads == p.Hkv;
+    const bool sums_of_keys = p.dbias.data != nullptr && p.dbias.stride_q == 0;
+    const int64_t owners = batches * heads;
+    if (owners > 0 && owners < kFewest && owns_heads && !sums_of_keys) {
+      parts = ceil_div(kFewest, owners);
+    }
+  }
+  int64_t count() const { return batches * heads * parts; }
 };
 // Elements of dk and dv of one key head, as they are added up.
 template <typename T>
@@ -199,10 +180,13 @@ int64_t head_gradients_size(const AttentionParams& p) {
 template <typename T>
 bool in_one_pass(const AttentionParams& p) {
   const HeadTasks tasks(p);
-  const int64_t number = tasks.batches * tasks.heads;
-  return number >= HeadTasks::kFewest &&
-         p.B * p.Hkv / number * head_gradients_size<T>(p) * (int64_t)sizeof(T) <=
-             HeadTasks::kMostBytes;
+  if (tasks.count() < HeadTasks::kFewest) return false;
+  const int64_t bytes = head_gradients_size<T>(p) * (int64_t)sizeof(T);
+  if (tasks.parts > 1) {
+    return p.Sq >= 2 * tasks.parts * kBlockM<T> &&
+           tasks.count() * bytes <= HeadTasks::kMostSharedBytes;
+  }
+  return p.B * p.Hkv / tasks.count() * bytes <= HeadTasks::kMostBytes;
 }
 
 // -- phase 1: delta. Task: kBlockM queries of one head -------------------------------------------
@@ -271,7 +255,7 @@ struct AttentionBackwardSinks {
   }
 };
 
-// -- few heads: dk, dv. Task: kBlockN keys of one key head ---------------------------------------
+// -- two passes: dk, dv. Task: kBlockN keys of one key head --------------------------------------
 
 // The part of dbias that one task owns when the bias is broadcast over the queries.
 template <typename T, int kVectors>
@@ -301,16 +285,16 @@ void store_key_gradients(const AttentionParams& p, const Sequence& seq, int64_t 
   }
 }
 
-template <typename T>
+template <typename Arithmetic>
 void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
-                             const BackwardTile<T>& t) {
-  constexpr int W = kLanes<T>;
-  const int64_t width = round_up(p.D, W), width_v = round_up(p.Dv, W), group = p.Hq / p.Hkv;
+                             BackwardTile<Arithmetic>& t) {
+  using T = typename Arithmetic::T;
+  const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
+  const int64_t group = p.Hq / p.Hkv;
   const Sequence seq = sequence_of(p, b);
   const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
   if (columns <= 0) return;
-  const Scalars<T> k = key_rows(p, p.key, seq, h_kv, n_start, columns, p.D, nullptr, t.k);
-  const Scalars<T> v = key_rows(p, p.value, seq, h_kv, n_start, columns, p.Dv, nullptr, t.v);
+  t.products.load_keys(p, seq, h_kv, n_start, columns, nullptr);
   fill(t.dk, columns * width, (T)0);
   fill(t.dv, columns * width_v, (T)0);
 
@@ -322,28 +306,27 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
       const Visible seen = tile_visibility(p, seq, h, m, rows, n_start, columns, t.visible);
       if (seen == Visible::kNone) continue;
       with_vectors<T>(rows, [&](auto vectors) {
-        constexpr int kVectors = vectors.value, kRow = kVectors * W;
-        load_queries<T, kVectors>(p, seq, h, m, rows, t);
-        score_gradients<T, kVectors>(p, seq, h, m, rows, n_start, columns, seen, k, v, t);
-        const SeeingQueries<T> queries_of_tile(rows, columns, width, width_v, seen, t);
+        constexpr int kVectors = vectors.value;
+        load_queries<kVectors>(p, seq, h, m, rows, t);
+        score_gradients<kVectors>(p, seq, h, m, rows, n_start, columns, seen, t);
+        t.products.select_queries(p, rows, seeing_queries(rows, columns, seen, t.visible));
         // dv <- dv + p^T do
-        multiply_wide<T>(columns, rows, width_v, {t.p, kRow, 1}, queries_of_tile.grad_out, width_v,
-                         t.dv, width_v);
+        t.products.template add_to_dv<kVectors>(p, rows, columns, t.p, t.dv);
         if (p.dbias.data != nullptr && p.dbias.stride_q == 0) {
           add_key_sums<T, kVectors>(rows, columns, t.ds, key_sums);
         }
-        apply_softcap_slope<T, kVectors>(p, columns, t);
+        apply_softcap_slope<kVectors>(p, columns, t);
         // dk <- dk + ds^T q
-        multiply_wide<T>(columns, rows, width, {t.ds, kRow, 1}, queries_of_tile.q, width, t.dk,
-                         width);
+        t.products.template add_to_dk<kVectors>(p, rows, columns, t.ds, t.dk);
       });
     }
   }
   store_key_gradients(p, seq, h_kv, n_start, columns, t.dk, t.dv);
 }
 
-template <typename T>
+template <typename Arithmetic>
 struct AttentionBackwardKeys {
+  using T = typename Arithmetic::T;
   // How far the work splits: all of it, or less where tasks would share a part of dbias.
   struct Split {
     bool by_batch, by_head, by_block;
@@ -361,11 +344,11 @@ struct AttentionBackwardKeys {
            (s.by_block ? ceil_div(p.Sk, kBlockN) : 1);
   }
   static size_t workspace_bytes(const AttentionParams& p) {
-    BackwardTile<T> tile;
+    BackwardTile<Arithmetic> tile;
     return tile.place(p, nullptr);
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
-    BackwardTile<T> tile;
+    BackwardTile<Arithmetic> tile;
     tile.place(p, workspace);
     const Split s = split(p);
     const int64_t blocks = s.by_block ? ceil_div(p.Sk, kBlockN) : 1;
@@ -433,7 +416,7 @@ struct AttentionBackwardPages {
   }
 };
 
-// -- few heads: dq. Task: kBlockM queries of one head --------------------------------------------
+// -- two passes: dq. Task: kBlockM queries of one head -------------------------------------------
 
 // What a task adds up beside dq in one pass, of the whole key head; in two passes null.
 template <typename T>
@@ -442,14 +425,15 @@ struct HeadGradients {
   T* key_sums = nullptr;           // dbias that is broadcast over the queries, [Sk]
 };
 
-template <typename T, int kVectors>
+template <int kVectors, typename Arithmetic>
 void attention_backward_queries(const AttentionParams& p, const Sequence& seq, int64_t h,
-                                int64_t m_start, int64_t rows, const BackwardTile<T>& t,
-                                const HeadGradients<T>& head) {
-  constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const int64_t width = round_up(p.D, W), width_v = round_up(p.Dv, W);
+                                int64_t m_start, int64_t rows, BackwardTile<Arithmetic>& t,
+                                const HeadGradients<typename Arithmetic::T>& head) {
+  using T = typename Arithmetic::T;
+  constexpr int kRow = kVectors * kLanes<T>;
+  const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
   const int64_t h_kv = h / (p.Hq / p.Hkv);
-  load_queries<T, kVectors>(p, seq, h, m_start, rows, t);
+  load_queries<kVectors>(p, seq, h, m_start, rows, t);
   fill(t.dq_t, width * kRow, (T)0);
 
   const Range keys = visible_keys(p, seq, m_start, m_start + rows);
@@ -458,14 +442,12 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
     const Visible seen = tile_visibility(p, seq, h, m_start, rows, n, columns, t.visible);
     if (seen == Visible::kNone) continue;
     const uint64_t* visible = seen == Visible::kSome ? t.visible : nullptr;
-    const Scalars<T> k = key_rows(p, p.key, seq, h_kv, n, columns, p.D, visible, t.k);
-    const Scalars<T> v = key_rows(p, p.value, seq, h_kv, n, columns, p.Dv, nullptr, t.v);
-    score_gradients<T, kVectors>(p, seq, h, m_start, rows, n, columns, seen, k, v, t);
+    t.products.load_keys(p, seq, h_kv, n, columns, visible);
+    score_gradients<kVectors>(p, seq, h, m_start, rows, n, columns, seen, t);
 
-    const SeeingQueries<T> queries(head.dk ? rows : 0, columns, width, width_v, seen, t);
     if (head.dv != nullptr) {  // dv <- dv + p^T do
-      multiply_wide<T>(columns, rows, width_v, {t.p, kRow, 1}, queries.grad_out, width_v,
-                       head.dv + n * width_v, width_v);
+      t.products.select_queries(p, rows, seeing_queries(rows, columns, seen, t.visible));
+      t.products.template add_to_dv<kVectors>(p, rows, columns, t.p, head.dv + n * width_v);
     }
     if (head.key_sums != nullptr) {
       add_key_sums<T, kVectors>(rows, columns, t.ds, head.key_sums + n);
@@ -479,14 +461,12 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
         for (int64_t j = 0; j < columns; ++j) row[one_a_row ? 0 : j] += t.bias[i * kBlockN + j];
       }
     }
-    apply_softcap_slope<T, kVectors>(p, columns, t);
+    apply_softcap_slope<kVectors>(p, columns, t);
     if (head.dk != nullptr) {  // dk <- dk + ds^T q
-      multiply_wide<T>(columns, rows, width, {t.ds, kRow, 1}, queries.q, width, head.dk + n * width,
-                       width);
+      t.products.template add_to_dk<kVectors>(p, rows, columns, t.ds, head.dk + n * width);
     }
     // dq^T <- dq^T + k^T ds^T
-    multiply<kVectors, true>(p.D, columns, Scalars<T>{k.data, k.column, k.row}, t.ds, kRow, t.dq_t,
-                             kRow);
+    t.products.template add_to_dq<kVectors>(p, seq, h_kv, n, columns, visible, t.ds, t.dq_t);
   }
   transpose_tile(width, kRow, t.dq_t, kRow, t.dq, width);
   for (int64_t i = 0; i < rows; ++i) {
@@ -498,14 +478,15 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
 bool has_dbias_of_queries(const AttentionParams& p) {
   return p.dbias.data != nullptr && p.dbias.stride_q != 0;
 }
-template <typename T>
-void run_query_block(const AttentionParams& p, const Block& block, const BackwardTile<T>& tile,
-                     const HeadGradients<T>& head) {
+template <typename Arithmetic>
+void run_query_block(const AttentionParams& p, const Block& block, BackwardTile<Arithmetic>& tile,
+                     const HeadGradients<typename Arithmetic::T>& head) {
+  using T = typename Arithmetic::T;
   const Sequence seq = sequence_of(p, block.b);
   const int64_t rows = min_of(kBlockM<T>, seq.Sq - block.start);
   if (rows <= 0) return;
   with_vectors<T>(rows, [&](auto vectors) {
-    attention_backward_queries<T, vectors.value>(p, seq, block.h, block.start, rows, tile, head);
+    attention_backward_queries<vectors.value>(p, seq, block.h, block.start, rows, tile, head);
   });
 }
 
@@ -517,19 +498,20 @@ struct QueryBias {
       : rows(min_of(kBlockM<T>, p.Sq - m_start)),
         row(p.dbias.stride_k == 0 ? 1 : round_up(p.Sk, kBlockN)),
         columns(p.dbias.stride_k == 0 ? 1 : p.Sk) {}
-  void clear(const BackwardTile<T>& t) const { fill(t.dbias, rows * row, (T)0); }
-  void store_block(const AttentionParams& p, const Block& block, const BackwardTile<T>& t) const {
+  void clear(T* dbias) const { fill(dbias, rows * row, (T)0); }
+  void store_block(const AttentionParams& p, const Block& block, const T* dbias) const {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t offset = block.b * p.dbias.stride_b + block.h * p.dbias.stride_h +
                              (block.start + i) * p.dbias.stride_q;
-      store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype, t.dbias + i * row,
+      store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype, dbias + i * row,
                 columns, (T)1);
     }
   }
 };
 
-template <typename T>
+template <typename Arithmetic>
 struct AttentionBackwardQueries {
+  using T = typename Arithmetic::T;
   static int64_t batches(const AttentionParams& p) { return p.dbias.stride_b == 0 ? 1 : p.B; }
   static int64_t heads(const AttentionParams& p) { return p.dbias.stride_h == 0 ? 1 : p.Hq; }
   static int64_t num_tasks(const AttentionParams& p) {
@@ -538,11 +520,11 @@ struct AttentionBackwardQueries {
     return batches(p) * heads(p) * ceil_div(p.Sq, kBlockM<T>);
   }
   static size_t workspace_bytes(const AttentionParams& p) {
-    BackwardTile<T> tile;
+    BackwardTile<Arithmetic> tile;
     return tile.place(p, nullptr);
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
-    BackwardTile<T> tile;
+    BackwardTile<Arithmetic> tile;
     tile.place(p, workspace);
     const int64_t blocks = ceil_div(p.Sq, kBlockM<T>);
     for (int64_t task = begin; task < end; ++task) {
@@ -555,30 +537,32 @@ struct AttentionBackwardQueries {
       const Range hs = heads(p) == p.Hq ? Range{h_task, h_task + 1} : Range{0, p.Hq};
       const Range bs = batches(p) == p.B ? Range{b_task, b_task + 1} : Range{0, p.B};
       const QueryBias<T> dbias(p, m_start);
-      dbias.clear(tile);
+      dbias.clear(tile.dbias);
       for (int64_t b = bs.begin; b < bs.end; ++b) {
         for (int64_t h = hs.begin; h < hs.end; ++h) run_query_block(p, {b, h, m_start}, tile, {});
       }
-      dbias.store_block(p, {bs.begin, hs.begin, m_start}, tile);
+      dbias.store_block(p, {bs.begin, hs.begin, m_start}, tile.dbias);
     }
   }
 };
 
-// -- many heads: dq, dk, dv. Task: a key head, see HeadTasks -------------------------------------
+// -- one pass: dq, dk, dv. Task: a key head, see HeadTasks ---------------------------------------
 
-template <typename T>
+template <typename Arithmetic>
 struct AttentionBackwardHeads {
+  using T = typename Arithmetic::T;
   static int64_t num_tasks(const AttentionParams& p) {
-    const HeadTasks tasks(p);
-    return in_one_pass<T>(p) ? tasks.batches * tasks.heads : 0;
+    return in_one_pass<T>(p) ? HeadTasks(p).count() : 0;
   }
-  // Tiles, and behind them dk and dv of the task's heads and, for each dbias of its own, key sums.
+  // Tiles, and behind them dk and dv of the task's heads, unless they are a part of many in
+  // p.shared, and, for each dbias of its own, key sums.
   struct Memory {
-    BackwardTile<T> tile;
+    BackwardTile<Arithmetic> tile;
     T *dk, *dv, *key_sums;
     size_t place(const AttentionParams& p, void* workspace) {
       const HeadTasks tasks(p);
-      const int64_t keys = p.B / tasks.batches * (p.Hkv / tasks.heads) * round_up(p.Sk, kBlockN);
+      const int64_t heads = tasks.parts > 1 ? 0 : p.B / tasks.batches * (p.Hkv / tasks.heads);
+      const int64_t keys = heads * round_up(p.Sk, kBlockN);
       const bool sums = p.dbias.data != nullptr && p.dbias.stride_q == 0;
       Arena arena{(char*)workspace, tile.place(p, workspace)};
       dk = arena.take<T>(keys * round_up(p.D, kLanes<T>));
@@ -597,13 +581,19 @@ struct AttentionBackwardHeads {
     memory.place(p, workspace);
     const HeadTasks tasks(p);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / tasks.heads, h = task % tasks.heads;
+      const int64_t owner = task / tasks.parts, part = task % tasks.parts;
+      const int64_t b = owner / tasks.heads, h = owner % tasks.heads;
+      if (tasks.parts > 1) {
+        memory.dk = (T*)p.shared + task * head_gradients_size<T>(p);
+        memory.dv = memory.dk + round_up(p.Sk, kBlockN) * round_up(p.D, kLanes<T>);
+      }
       run_heads(p, tasks.batches == 1 ? Range{0, p.B} : Range{b, b + 1},
-                tasks.heads == 1 ? Range{0, p.Hkv} : Range{h, h + 1}, memory);
+                tasks.heads == 1 ? Range{0, p.Hkv} : Range{h, h + 1}, part, tasks.parts, memory);
     }
   }
-  static void run_heads(const AttentionParams& p, Range bs, Range hs, const Memory& memory) {
-    const BackwardTile<T>& tile = memory.tile;
+  static void run_heads(const AttentionParams& p, Range bs, Range hs, int64_t part, int64_t parts,
+                        Memory& memory) {
+    BackwardTile<Arithmetic>& tile = memory.tile;
     const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
     const int64_t keys = round_up(p.Sk, kBlockN), group = p.Hq / p.Hkv;
     const int64_t heads = hs.end - hs.begin, all_keys = (bs.end - bs.begin) * heads * keys;
@@ -613,26 +603,26 @@ struct AttentionBackwardHeads {
     fill(memory.dk, all_keys * width, (T)0);
     fill(memory.dv, all_keys * width_v, (T)0);
     if (memory.key_sums != nullptr) fill(memory.key_sums, groups * keys, (T)0);
-    for (int64_t m = 0; m < p.Sq; m += kBlockM<T>) {
+    for (int64_t m = part * kBlockM<T>; m < p.Sq; m += parts * kBlockM<T>) {
       const QueryBias<T> dbias(p, m);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = hs.begin * group + g * count;
-        if (has_dbias_of_queries(p)) dbias.clear(tile);
+        if (has_dbias_of_queries(p)) dbias.clear(tile.dbias);
         for (int64_t b = bs.begin; b < bs.end; ++b) {
           for (int64_t h = first; h < first + count; ++h) {
             const int64_t at = ((b - bs.begin) * heads + h / group - hs.begin) * keys;
-            run_query_block<T>(p, {b, h, m}, tile,
-                               {memory.dk + at * width, memory.dv + at * width_v,
-                                memory.key_sums == nullptr ? nullptr : memory.key_sums + g * keys});
+            run_query_block(p, {b, h, m}, tile,
+                            {memory.dk + at * width, memory.dv + at * width_v,
+                             memory.key_sums == nullptr ? nullptr : memory.key_sums + g * keys});
           }
         }
-        if (has_dbias_of_queries(p)) dbias.store_block(p, {bs.begin, first, m}, tile);
+        if (has_dbias_of_queries(p)) dbias.store_block(p, {bs.begin, first, m}, tile.dbias);
       }
     }
     for (int64_t g = 0; memory.key_sums != nullptr && g < groups; ++g) {
       store_key_sums(p, {bs.begin, hs.begin * group + g * count, 0}, memory.key_sums + g * keys);
     }
-    for (int64_t b = bs.begin; b < bs.end; ++b) {
+    for (int64_t b = bs.begin; parts == 1 && b < bs.end; ++b) {
       const Sequence seq = sequence_of(p, b);
       for (int64_t h = hs.begin; h < hs.end; ++h) {
         const int64_t at = ((b - bs.begin) * heads + h - hs.begin) * keys;
@@ -648,5 +638,65 @@ struct AttentionBackwardHeads {
     }
     const int64_t offset = block.b * p.dbias.stride_b + block.h * p.dbias.stride_h;
     store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype, sums, count, (T)1);
+  }
+};
+
+// dk, dv <- their parts, in order. Task: kBlockN keys of one key head.
+template <typename T>
+struct AttentionBackwardParts {
+  static size_t shared_bytes(const AttentionParams& p) {
+    const HeadTasks tasks(p);
+    const bool has_parts = tasks.parts > 1 && in_one_pass<T>(p);
+    return has_parts ? (size_t)(tasks.count() * head_gradients_size<T>(p)) * sizeof(T) : 0;
+  }
+  static int64_t num_tasks(const AttentionParams& p) {
+    return shared_bytes(p) > 0 ? p.B * p.Hkv * ceil_div(p.Sk, kBlockN) : 0;
+  }
+  static size_t workspace_bytes(const AttentionParams&) { return 0; }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void*) {
+    const int64_t blocks = ceil_div(p.Sk, kBlockN), parts = HeadTasks(p).parts;
+    const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t owner = task / blocks, n_start = task % blocks * kBlockN;
+      const Sequence seq = sequence_of(p, owner / p.Hkv);
+      const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
+      if (columns <= 0) continue;
+      const int64_t size = head_gradients_size<T>(p);
+      T* first = (T*)p.shared + owner * parts * size;
+      T *dk = first + n_start * width, *dv = first + blocks * kBlockN * width + n_start * width_v;
+      for (int64_t part = 1; part < parts; ++part) {
+        add_to(dk, dk + part * size, columns * width);
+        add_to(dv, dv + part * size, columns * width_v);
+      }
+      store_key_gradients(p, seq, owner % p.Hkv, n_start, columns, dk, dv);
+    }
+  }
+  static void add_to(T* sums, const T* terms, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      store(sums + i, add(load(sums + i), load(terms + i)));
+    }
+  }
+};
+
+// -- which arithmetic ----------------------------------------------------------------------------
+
+template <template <typename> class Kernel>
+struct ByArithmetic {
+  template <typename F>
+  static auto with(const AttentionParams& p, F f) {
+    if (p.dtype == DType::kFloat64) return f(Kernel<DirectBackward<double>>());
+#ifdef FUSED_ATTENTION_PAIRS
+    if (p.dtype == DType::kBFloat16) return f(Kernel<PairsBackward>());
+#endif
+    return f(Kernel<DirectBackward<float>>());
+  }
+  static int64_t num_tasks(const AttentionParams& p) {
+    return with(p, [&](auto kernel) { return kernel.num_tasks(p); });
+  }
+  static size_t workspace_bytes(const AttentionParams& p) {
+    return with(p, [&](auto kernel) { return kernel.workspace_bytes(p); });
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    with(p, [&](auto kernel) { kernel.run(p, begin, end, workspace); });
   }
 };

@@ -466,17 +466,17 @@ void tangent_keys(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_s
         tangent_gradients<T, kVectors>(p, seq, h, m, rows, n_start, columns, keys, t);
         clear_blind_tangents(rows, columns, width, width_v, t);
         // t_dv <- t_dv + (z t_p)^T do + (z p)^T t_do
-        multiply_wide<T>(columns, rows, width_v, {t.tp, kRow, 1}, t.grad_out, width_v, tdv,
-                         width_v);
+        multiply_wide(columns, rows, width_v, Scalars<T>{t.tp, kRow, 1}, t.grad_out, width_v, tdv,
+                      width_v);
         if (p.tangent.grad_out.data != nullptr) {
-          multiply_wide<T>(columns, rows, width_v, {t.p, kRow, 1}, t.t_grad_out, width_v, tdv,
-                           width_v);
+          multiply_wide(columns, rows, width_v, Scalars<T>{t.p, kRow, 1}, t.t_grad_out, width_v,
+                        tdv, width_v);
         }
         apply_tangent_softcap<T, kVectors>(p, columns, t);
         // t_dk <- t_dk + t_e^T q + e^T t_q
-        multiply_wide<T>(columns, rows, width, {t.tds, kRow, 1}, t.q, width, tdk, width);
+        multiply_wide(columns, rows, width, Scalars<T>{t.tds, kRow, 1}, t.q, width, tdk, width);
         if (p.tangent.query.data != nullptr) {
-          multiply_wide<T>(columns, rows, width, {t.ds, kRow, 1}, t.tq, width, tdk, width);
+          multiply_wide(columns, rows, width, Scalars<T>{t.ds, kRow, 1}, t.tq, width, tdk, width);
         }
       });
     }

@@ -41,7 +41,9 @@ struct KernelTable {
   Phase attention_backward_sinks;
   Phase attention_backward_keys;  // these two, or
   Phase attention_backward_queries;
-  Phase attention_backward_heads;  // this one has tasks
+  Phase attention_backward_heads;  // these two have tasks,
+  Phase attention_backward_parts;  // with so much in p.shared
+  size_t (*attention_backward_shared_bytes)(const AttentionParams&);
   Phase attention_backward_pages;
   Phase dropout_keep_mask;
   SoftmaxPhase masked_softmax_forward;

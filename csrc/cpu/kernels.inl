@@ -174,9 +174,14 @@ constexpr KernelTable kKernels = {
       {phase<ByType<DirectForward>>()}}},
     phase<ByType<AttentionBackwardDelta>>(),
     phase<ByType<AttentionBackwardSinks>>(),
-    phase<ByType<AttentionBackwardKeys>>(),
-    phase<ByType<AttentionBackwardQueries>>(),
-    phase<ByType<AttentionBackwardHeads>>(),
+    phase<ByArithmetic<AttentionBackwardKeys>>(),
+    phase<ByArithmetic<AttentionBackwardQueries>>(),
+    phase<ByArithmetic<AttentionBackwardHeads>>(),
+    phase<ByType<AttentionBackwardParts>>(),
+    [](const AttentionParams& p) {
+      return p.dtype == DType::kFloat64 ? AttentionBackwardParts<double>::shared_bytes(p)
+                                        : AttentionBackwardParts<float>::shared_bytes(p);
+    },
     phase<ByType<AttentionBackwardPages>>(),
     phase<DropoutKeepMask>(),
     phase<ByType<MaskedSoftmax, SoftmaxParams>, SoftmaxParams>(),

@@ -28,6 +28,10 @@ FA_INLINE PairVec round_to_pair(__m512 low, __m512 high) {
   const __m512i b = _mm512_add_epi32(_mm512_castps_si512(high), half);
   return {(__m512bh)_mm512_mask_mov_epi16(a, 0xaaaaaaaa, b)};
 }
+// Each the nearest bfloat16, NaN for NaN.
+FA_INLINE void store_rounded(uint16_t* dst, __m512 x) {
+  _mm256_storeu_si256((__m256i*)dst, (__m256i)_mm512_cvtneps_pbh(x));
+}
 // pairs[i] = (low[i], high[i]) for i < 32; where a bit is not set nothing is read, and it is 0.
 FA_INLINE void pair_rows(const uint16_t* low, uint64_t low_bits, const uint16_t* high,
                          uint64_t high_bits, Pair* pairs) {

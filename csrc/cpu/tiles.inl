@@ -116,8 +116,8 @@ void multiply(int64_t rows, int64_t depth, Scalars<F> a, const F* b, int64_t b_r
 }
 
 // c[rows][width] += a [rows][depth] @ b [depth][width], width a multiple of the lanes.
-template <typename T>
-void multiply_wide(int64_t rows, int64_t depth, int64_t width, Scalars<T> a, const T* b,
+template <typename F, typename T>
+void multiply_wide(int64_t rows, int64_t depth, int64_t width, Scalars<F> a, const F* b,
                    int64_t b_row, T* c, int64_t c_row) {
   int64_t x = 0;
   for (; x + 2 * kLanes<T> <= width; x += 2 * kLanes<T>) {

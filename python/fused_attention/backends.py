@@ -98,11 +98,12 @@ def _cpu_details(problem: Problem) -> Details:
     rows = problem.batch * problem.heads_q * problem.seqlen_q
     lse_bytes = rows * (8 if problem.dtype == torch.float64 else 4)
     workspaces = [kernel["forward_workspace_bytes"], kernel["backward_workspace_bytes"] * backward]
+    shared = [kernel["shared_bytes"], kernel["backward_shared_bytes"] * backward]
     return Details(
         kernel=kernel["kernel"] + " + attention_backward" * backward,
         reason=kernel["reason"],
         extra_bytes=torch.get_num_threads() * max(workspaces)
-        + kernel["shared_bytes"]
+        + max(shared)
         + lse_bytes * (not plain)
         + lse_bytes * backward  # delta = rowsum(do * o)
         + problem.copied_bytes,

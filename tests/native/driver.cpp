@@ -169,11 +169,17 @@ Array contiguous(Sizes sizes, DType dtype) {
   return x;
 }
 
+// What phases hand on to one another, as p.shared.
+std::vector<char> share(AttentionParams& p, size_t bytes) {
+  std::vector<char> shared(bytes + 63);
+  p.shared = (void*)(((uintptr_t)shared.data() + 63) / 64 * 64);
+  return shared;
+}
+
 // The phases of the kernel that serves the call.
 void run_forward(AttentionParams& p, const Array& out, const Array& lse) {
   const ForwardKernel& forward = choose_forward(kernel_table(), p);
-  std::vector<char> shared(forward.shared_bytes ? forward.shared_bytes(p) + 63 : 0);
-  p.shared = (void*)(((uintptr_t)shared.data() + 63) / 64 * 64);
+  const std::vector<char> shared = share(p, forward.shared_bytes ? forward.shared_bytes(p) : 0);
   std::vector<std::function<void(int)>> phases;
   for (const Phase& phase : forward.phases) {
     if (phase.run != nullptr) phases.push_back([&](int count) { run(phase, p, count); });
@@ -381,9 +387,11 @@ void attention_case(Random& random) {
     p.weights = through_weights ? score_view(grad_weights) : ScoreView();
   }
   if (!backward) return;
+  const std::vector<char> shared = share(p, kernels.attention_backward_shared_bytes(p));
   run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_weights_delta),
            bound(kernels.attention_backward_sinks), bound(kernels.attention_backward_keys),
-           bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads)},
+           bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads),
+           bound(kernels.attention_backward_parts)},
           {&delta, &dq, &dk, &dv, &dbias, &dsinks});
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);
@@ -572,10 +580,11 @@ void sequences_case(Random& random) {
   const auto clear_pages = [&](int) {
     for (Array* x : {&dk, &dv}) x->each([&](char* at) { set(at, type, 0); });
   };
+  const std::vector<char> shared = share(p, kernels.attention_backward_shared_bytes(p));
   run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_backward_sinks),
            clear_pages, bound(kernels.attention_backward_keys),
            bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads),
-           bound(kernels.attention_backward_pages)},
+           bound(kernels.attention_backward_parts), bound(kernels.attention_backward_pages)},
           {&delta, &dq, &dk, &dv, &dsinks});
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);
