@@ -170,7 +170,7 @@ Array contiguous(Sizes sizes, DType dtype) {
 }
 
 // What phases hand on to one another, as p.shared.
-std::vector<char> share(AttentionParams& p, size_t bytes) {
+std::vector<char> shared_memory(AttentionParams& p, size_t bytes) {
   std::vector<char> shared(bytes + 63);
   p.shared = (void*)(((uintptr_t)shared.data() + 63) / 64 * 64);
   return shared;
@@ -179,7 +179,8 @@ std::vector<char> share(AttentionParams& p, size_t bytes) {
 // The phases of the kernel that serves the call.
 void run_forward(AttentionParams& p, const Array& out, const Array& lse) {
   const ForwardKernel& forward = choose_forward(kernel_table(), p);
-  const std::vector<char> shared = share(p, forward.shared_bytes ? forward.shared_bytes(p) : 0);
+  const std::vector<char> shared =
+      shared_memory(p, forward.shared_bytes ? forward.shared_bytes(p) : 0);
   std::vector<std::function<void(int)>> phases;
   for (const Phase& phase : forward.phases) {
     if (phase.run != nullptr) phases.push_back([&](int count) { run(phase, p, count); });
@@ -387,7 +388,7 @@ void attention_case(Random& random) {
     p.weights = through_weights ? score_view(grad_weights) : ScoreView();
   }
   if (!backward) return;
-  const std::vector<char> shared = share(p, kernels.attention_backward_shared_bytes(p));
+  const std::vector<char> shared = shared_memory(p, kernels.attention_backward_shared_bytes(p));
   run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_weights_delta),
            bound(kernels.attention_backward_sinks), bound(kernels.attention_backward_keys),
            bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads),
@@ -580,7 +581,7 @@ void sequences_case(Random& random) {
   const auto clear_pages = [&](int) {
     for (Array* x : {&dk, &dv}) x->each([&](char* at) { set(at, type, 0); });
   };
-  const std::vector<char> shared = share(p, kernels.attention_backward_shared_bytes(p));
+  const std::vector<char> shared = shared_memory(p, kernels.attention_backward_shared_bytes(p));
   run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_backward_sinks),
            clear_pages, bound(kernels.attention_backward_keys),
            bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads),
