@@ -170,6 +170,10 @@ struct HeadTasks {
     }
   }
   int64_t count() const { return batches * heads * parts; }
+  // Key heads of one task; none of an empty batch, which has no task.
+  int64_t heads_of_each(const AttentionParams& p) const {
+    return p.B * p.Hkv / max_of(batches * heads, 1);
+  }
 };
 // Elements of dk and dv of one key head, as they are added up.
 template <typename T>
@@ -186,7 +190,7 @@ bool in_one_pass(const AttentionParams& p) {
     return p.Sq >= 2 * tasks.parts * kBlockM<T> &&
            tasks.count() * bytes <= HeadTasks::kMostSharedBytes;
   }
-  return p.B * p.Hkv / tasks.count() * bytes <= HeadTasks::kMostBytes;
+  return tasks.heads_of_each(p) * bytes <= HeadTasks::kMostBytes;
 }
 
 // -- phase 1: delta. Task: kBlockM queries of one head -------------------------------------------
@@ -561,7 +565,7 @@ struct AttentionBackwardHeads {
     T *dk, *dv, *key_sums;
     size_t place(const AttentionParams& p, void* workspace) {
       const HeadTasks tasks(p);
-      const int64_t heads = tasks.parts > 1 ? 0 : p.B / tasks.batches * (p.Hkv / tasks.heads);
+      const int64_t heads = tasks.parts > 1 ? 0 : tasks.heads_of_each(p);
       const int64_t keys = heads * round_up(p.Sk, kBlockN);
       const bool sums = p.dbias.data != nullptr && p.dbias.stride_q == 0;
       Arena arena{(char*)workspace, tile.place(p, workspace)};
