@@ -167,8 +167,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 1 + 0.9 * len(rows)), layout="constrained")
     colours = dict(zip(IMPLEMENTATIONS, ("#2f6fb0", "#e08e45", "#b8bcc4"), strict=True))
     quantities = (
-        ("tokens_per_second", "tokens per second, fused = 1 (longer is faster)", 1.0),
-        ("peak_extra_bytes", "peak memory beyond the model's, MiB (shorter is better)", 2**-20),
+        ("tokens_per_second", "tokens per second; bars: fused = 1 (longer is faster)", 1.0),
+        ("peak_extra_bytes", "peak memory of a call, MiB (shorter is better)", 2**-20),
     )
     for side, (key, label, unit) in zip(axes, quantities, strict=True):
         for number, row in enumerate(rows):
@@ -177,13 +177,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 length = value / row[key]["fused"] if key == "tokens_per_second" else value
                 y = number + (place - 1) * 0.27
                 side.barh(y, length, 0.25, color=colours[name], label=None if number else name)
-                side.text(length, y, f" {value:.3g}", va="center", fontsize=8)
+                text = f" {value:,.0f}" if value >= 100 else f" {value:.3g}"
+                side.text(length, y, text, va="center", fontsize=8)
         side.set_yticks(range(len(rows)), [row["name"] for row in rows])
         side.invert_yaxis()
         side.set_xlabel(label)
         side.margins(x=0.15)
         side.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="lower right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -1,5 +1,5 @@
 """A training step of an encoder-decoder transformer with PyTorch's attention and with ours:
-results/training.json.
+results/training_step.json.
 
 nn.Transformer with 3 + 3 layers of width 256 (4 heads of 64, feed-forward 1024), about 4096 tokens
 a batch on either side; forward, backward and AdamW. The decoder is causal. "plain": no dropout and
@@ -21,7 +21,7 @@ from fused_attention import _native, replace_multihead_attention
 from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
 from fused_attention.testing import num_threads
 
-RESULTS = Path(__file__).resolve().parent / "results" / "training.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "training_step.json"
 OURS, PYTORCH = "fused_attention", "torch.nn"
 WIDTH, TOKENS = 256, 4096
 LENGTHS = (40, 128, 512, 1024, 2048)
