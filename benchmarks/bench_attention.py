@@ -1,10 +1,11 @@
-"""Attention forward by class of shapes, against PyTorch and FlexAttention: results/attention.json.
+"""Attention forward by class of shapes, against PyTorch, FlexAttention and, where it is installed,
+ONNX Runtime: results/attention.json.
 
 Every case runs all peers interleaved, on random data. A class has the geometric mean of PyTorch's
 median over ours, beside what it must reach and what is aimed at on a machine with AMX; the lowest
-ratio to FlexAttention; our rate and its share of the machine's ceiling, which is that of the same
+ratios to the other two; our rate and its share of the machine's ceiling, which is that of the same
 ISA's products on registers, measured in the same run. Classes that hold both sides to an
-instruction set run in a process of their own.
+instruction set run in a process of their own, without ONNX Runtime, which takes no notice.
 """
 
 import argparse
@@ -22,12 +23,13 @@ import torch
 from fused_attention import _native
 from fused_attention.benchmark.bench import bench
 from fused_attention.benchmark.harness import real_time_priority
+from fused_attention.benchmark.onnx_runtime import onnx_runtime
 from fused_attention.benchmark.peers import OURS, PEERS, flex
 from fused_attention.benchmark.shapes import CLASSES, CaseClass
 from fused_attention.console import table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
-PYTORCH, FLEX = "PyTorch SDPA", "FlexAttention"
+PYTORCH, FLEX, ONNX = "PyTorch SDPA", "FlexAttention", "ONNX Runtime"
 # What holds PyTorch and the libraries below it to an instruction set
 LIMITS = {
     "": {},
@@ -44,6 +46,7 @@ HEADER = [
     "must",
     "aim",
     "vs Flex",
+    "vs ONNX",
     "GF/s",
     "of ceiling",
     "error ours",
@@ -81,6 +84,8 @@ def measure(classes: list[CaseClass], seconds: float, threads: int) -> list[dict
     peers = {OURS: PEERS[OURS], PYTORCH: PEERS[PYTORCH], FLEX: flex}
     results = []
     for group in classes:
+        if not group.isa:
+            peers[ONNX] = onnx_runtime
         dtype = str(group.cases[0].dtype).removeprefix("torch.")
         with real_time_priority():
             top = ceiling(dtype, threads)
@@ -97,10 +102,14 @@ def mean(values: list[float]) -> float:
 def row(result: dict, group: CaseClass) -> list[str]:
     of = {
         peer: [m for m in result["measurements"] if m["peer"] == peer]
-        for peer in (OURS, PYTORCH, FLEX)
+        for peer in (OURS, PYTORCH, FLEX, ONNX)
     }
     ratios = [m["ratio"] for m in of[PYTORCH] if m["ratio"] is not None]
-    flex_ratios = [m["ratio"] for m in of[FLEX] if m["ratio"] is not None]
+
+    def lowest(peer: str) -> str:
+        found = [m["ratio"] for m in of[peer] if m["ratio"] is not None]
+        return f"{min(found):.2f}x" if found else "-"
+
     rate = mean([m["gflops"] for m in of[OURS]])
     missing = len(group.cases) - len(ratios)
     return [
@@ -109,7 +118,8 @@ def row(result: dict, group: CaseClass) -> list[str]:
         + (f" ({missing} disturbed)" if missing else ""),
         f"{group.must:g}x",
         f"{group.aim:g}x",
-        f"{min(flex_ratios):.2f}x" if flex_ratios else "-",
+        lowest(FLEX),
+        lowest(ONNX),
         f"{rate:.0f}",
         f"{100 * rate / result['ceiling_gflops']:.0f} %",
         f"{max(m['error'] for m in of[OURS]):.1e}",

@@ -14,6 +14,7 @@ from torch.nn.attention import flex_attention
 from fused_attention import cli, implementations
 from fused_attention.benchmark import bench, harness, peers, shapes
 from fused_attention.benchmark.harness import Timing
+from fused_attention.benchmark.onnx_runtime import onnx_runtime
 from fused_attention.implementations import NotOffered
 
 TINY = {
@@ -39,7 +40,10 @@ def test_every_peer_computes_the_same(name, peer):
     try:
         out = peers.bench_peers()[peer](case, inputs)()
     except NotOffered as reason:
-        assert peer == "PyTorch flash" and str(reason) == "no such kernel for this case"
+        assert (peer, str(reason)) in {
+            ("PyTorch flash", "no such kernel for this case"),
+            ("ONNX Runtime", "no backward, dropout or window"),
+        }
         return
     assert bench.error_of(out, case, bench.exact(case, inputs)) < 1e-5
     other = bench.exact(case, shapes.make_inputs(case, seed=1))
@@ -60,6 +64,17 @@ def test_flex_attention_says_what_it_cannot_do():
     for name, change in (("dropout", {"dropout_p": 0.5}), ("backward", {"backward": True})):
         with pytest.raises(NotOffered, match=name):
             peers.flex(replace(TINY["plain"], **change), shapes.make_inputs(TINY["plain"]))
+
+
+def test_onnx_runtime_says_what_it_cannot_do(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(NotOffered, match="not installed"):
+        onnx_runtime(TINY["plain"], shapes.make_inputs(TINY["plain"]))
+    monkeypatch.undo()
+    pytest.importorskip("onnxruntime")
+    for case in (TINY["window"], replace(TINY["plain"], dropout_p=0.5), TINY["bias"]):
+        with pytest.raises(NotOffered, match="no backward, dropout or window"):
+            onnx_runtime(case, shapes.make_inputs(case))
 
 
 def test_flops_count_what_is_visible():

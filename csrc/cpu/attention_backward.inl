@@ -236,7 +236,7 @@ struct AttentionBackwardDelta {
 template <typename T>
 struct AttentionBackwardSinks {
   static int64_t num_tasks(const AttentionParams& p) {
-    return p.dsinks != nullptr ? p.B / batch_of_a_sample(p) * p.Hq : 0;
+    return p.dsinks != nullptr ? samples_of(p) * p.Hq : 0;
   }
   static size_t workspace_bytes(const AttentionParams&) { return 0; }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void*) {

@@ -78,6 +78,9 @@ FA_INLINE const T* sink_of(const AttentionParams& p, int64_t b, int64_t h) {
   const int64_t sample = p.sample_heads == 0 ? 0 : b * p.Hq / p.sample_heads;
   return (const T*)p.sinks + sample * p.Hq + h;
 }
+FA_INLINE int64_t samples_of(const AttentionParams& p) {
+  return p.sample_heads == 0 ? 1 : p.B * p.Hq / p.sample_heads;
+}
 FA_INLINE int64_t batch_of_a_sample(const AttentionParams& p) {
   return p.sample_heads == 0 ? p.B : p.sample_heads / p.Hq;
 }

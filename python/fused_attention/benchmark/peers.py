@@ -6,6 +6,7 @@ that it does not offer raises NotOffered, there or in the call.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import attention
 from ..implementations import Implementation, NotOffered
+from .onnx_runtime import onnx_runtime
 from .shapes import Case, Inputs
 
 Forward = Callable[[], Tensor]
@@ -160,6 +162,8 @@ def bench_peers(implementation: Implementation | None = None) -> dict[str, Peer]
         "FlexAttention": flex,
         "naive maths": naive,
     }
+    if importlib.util.find_spec("onnxruntime"):
+        peers["ONNX Runtime"] = onnx_runtime
     if implementation is not None:
         peers[implementation.name] = with_keywords(implementation)
     return peers
