@@ -107,7 +107,9 @@ void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, i
   const Vec<T> scale = broadcast((T)factor), zero = broadcast((T)0);
   const Vec<T> kept_scale = broadcast((T)p.dropout_scale), log2e = broadcast(kLog2e<T>);
   for (int64_t j = 0; j < columns; ++j) {
-    const uint64_t visible = seen == Visible::kSome ? t.visible[j] : ~(uint64_t)0;
+    // Nothing in lanes past the last row: what the sums over queries read there must be 0.
+    const uint64_t visible =
+        low_bits(rows) & (seen == Visible::kSome ? t.visible[j] : ~(uint64_t)0);
     for (int x = 0; x < kVectors; ++x) {
       T *at_p = t.p + j * kRow + x * W, *at_ds = t.ds + j * kRow + x * W;
       const Vec<T> lse = load(t.lse + x * W), delta = load(t.delta + x * W);

@@ -60,24 +60,27 @@ void apply_math_by_type(MathFunction function, DType dtype, const void* in, void
 }
 
 // Independent chains of fma(F, F, T), as many as `multiply` has. Every chain counts its products; a
-// float counts to 2^24.
+// float counts to 2^24. The compiler must take neither the chains for one nor an fma for an add.
 template <typename T, typename F>
 double multiply_vectors(F one, int64_t rounds) {
   constexpr int kRows = kRowsInRegisters<kMaxVectors>;
-  constexpr int64_t kCounted = 1 << 20;
+  constexpr int64_t kCounted = 1 << 19;
+  __asm__ volatile("" : "+m"(one));  // any value, for all it knows
   double total = 0;
   for (int64_t done = 0; done < rounds; done += kCounted) {
     Vec<T> sums[kRows][kMaxVectors];
-    for (auto& row : sums) {
-      for (Vec<T>& sum : row) sum = broadcast((T)0);
+    for (int r = 0; r < kRows; ++r) {
+      for (int x = 0; x < kMaxVectors; ++x) sums[r][x] = broadcast((T)(r * kMaxVectors + x));
     }
     for (int64_t i = done; i < min_of(rounds, done + kCounted); ++i) {
       for (auto& row : sums) {
         for (Vec<T>& sum : row) sum = fma(broadcast(one), broadcast(one), sum);
       }
     }
-    for (auto& row : sums) {
-      for (const Vec<T>& sum : row) total += (double)reduce_add(sum);
+    for (int r = 0; r < kRows; ++r) {
+      for (int x = 0; x < kMaxVectors; ++x) {
+        total += (double)reduce_add(sums[r][x]) - (double)(kLanes<T> * (r * kMaxVectors + x));
+      }
     }
   }
   return 2 * total;
