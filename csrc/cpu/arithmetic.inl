@@ -325,7 +325,7 @@ struct PairsBackward {
     }
     transpose_tile(kRow, width, (const float*)q, width, (float*)q_t, kRow);
     transpose_tile(kRow, width_v, (const float*)grad_out, width_v, (float*)grad_out_t, kRow);
-    selected_ = 0;
+    selected_ = kNone;
   }
   void load_keys(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
                  int64_t columns, const uint64_t*) {
@@ -402,6 +402,7 @@ struct PairsBackward {
   }
 
  private:
-  uint64_t selected_ = 0;  // of the rows in pairs
+  static constexpr uint64_t kNone = ~(uint64_t)0;  // no tile has 64 queries
+  uint64_t selected_ = kNone;                      // whose rows are in pairs
 };
 #endif
