@@ -41,6 +41,7 @@ from .primitives import (
     visible_tile,
     weights_gradient,
     weights_of,
+    with_descriptor,
 )
 
 
@@ -183,7 +184,8 @@ def keys_meet_all_queries(
 
 @triton.jit
 def attention_dkdv_kernel(
-    q, k, v, grad_out, lse, delta, dk, dv, call, Hkv, users, first_user,
+    q, k, v, grad_out, lse, delta, dk, dv, call, Hkv, users, first_user, q_descriptor,
+    do_descriptor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
@@ -194,6 +196,7 @@ def attention_dkdv_kernel(
     entries b * (pages of a sequence) + n of the table are this page, [first_user[page],
     first_user[page + 1]).
     """
+    q, grad_out = with_descriptor(q, q_descriptor), with_descriptor(grad_out, do_descriptor)
     offs_n, offs_d = tl.arange(0, BLOCK_N).to(INDEX), tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -288,7 +291,7 @@ def queries_meet_keys(
 
 @triton.jit
 def attention_dq_kernel(
-    q, k, v, grad_out, lse, delta, dq, call,
+    q, k, v, grad_out, lse, delta, dq, call, k_descriptor, v_descriptor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
@@ -299,6 +302,7 @@ def attention_dq_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     in_q = m_start + offs_m < seq.Sq
     q, grad_out = from_token(q, seq.q_start), from_token(grad_out, seq.q_start)
+    k, v = with_descriptor(k, k_descriptor), with_descriptor(v, v_descriptor)
     k, v = from_token(k, seq.k_start), from_token(v, seq.k_start)
     dq = from_token(dq, seq.q_start)
     at = row_number(call, seq, h) + m_start + offs_m

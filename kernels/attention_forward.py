@@ -23,6 +23,7 @@ from .primitives import (
     sinks_of,
     store_tile,
     visible_tile,
+    with_descriptor,
 )
 
 
@@ -32,17 +33,18 @@ def attend(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, INDEX: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    SPECIALIZE: tl.constexpr = False,
 ):  # fmt: skip
     """The queries m_start + i, [M, 1], against the keys [n_begin, n_end) of h_kv, in blocks.
 
     They are among [m_start, m_end). h: their head, or that of each, [M, 1]. STAGES: of the
-    pipeline, None: those of the launch.
+    pipeline, None: those of the launch. SPECIALIZE: warps, see `tiles.Tiles`.
     """
     BLOCK_M: tl.constexpr = q_tile.shape[0]
     offs_n = tl.arange(0, BLOCK_N).to(INDEX)
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     j = offs_n[None, :]
-    for n_start in tl.range(n_begin, n_end, BLOCK_N, num_stages=STAGES):
+    for n_start in tl.range(n_begin, n_end, BLOCK_N, num_stages=STAGES, warp_specialize=SPECIALIZE):
         seen, in_k, in_v = None, None, None
         if MASKED and (call.mask is not None or call.key_padding is not None):
             seen = visible_tile(call, seq, h, m_start, n_start, i, j)
@@ -78,10 +80,10 @@ def attend(
 
 @triton.jit
 def attention_forward_kernel(
-    q, k, v, out, lse, call,
+    q, k, v, out, lse, call, k_descriptor, v_descriptor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_N: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. q, k, v, out: Rows; lse: [B, Hq, Sq] or None.
 
@@ -91,6 +93,7 @@ def attention_forward_kernel(
     seq, h, m_start = query_block(call, BLOCK_M)
     h_kv = h // call.group
     q, out = from_token(q, seq.q_start), from_token(out, seq.q_start)
+    k, v = with_descriptor(k, k_descriptor), with_descriptor(v, v_descriptor)
     k, v = from_token(k, seq.k_start), from_token(v, seq.k_start)
     offs_m, offs_d = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -117,7 +120,7 @@ def attention_forward_kernel(
         acc, row_max, row_sum = attend(
             acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, m_end, i,
             full_begin, full_end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, False,
-            None,
+            None, SPECIALIZE,
         )  # fmt: skip
     if (
         not EVEN_N

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import attention_backward, attention_decode, attention_weights, masked_softmax
 from . import tiles as tables
@@ -93,6 +94,31 @@ def ceil_div(a: int, b: int) -> int:
 def rows(x: Tensor) -> Rows:
     """[B, H, S, D] whose last stride is 1, or [B, H, S]."""
     return Rows(x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
+
+
+def descriptor(x: Tensor, block: int, call: Call, arch: Arch) -> TensorDescriptor | None:
+    """By which `block` rows of x, [B, H, S, D], are copied at once; they are 0 beyond its sizes.
+
+    None where they come by pointers: without TMA; for float32, whose matrix operands pass through
+    registers; for calls that mask every tile or whose tiles cross pages; and where an address or a
+    stride is no multiple of 16 bytes, or a size is 0.
+    """
+    *sizes, D = x.shape
+    whole_row = ceil_div(D, 8) * 8  # in place of the stride of a size of 1, which may be anything
+    strides = [
+        stride if size > 1 else whole_row for size, stride in zip(sizes, x.stride(), strict=False)
+    ]
+    if (
+        not arch.has_tma
+        or x.element_size() != 2
+        or (call.mask is not None or call.key_padding is not None)
+        or (call.pages is not None and call.pages.whole is None)
+        or min(x.shape) == 0
+        or x.data_ptr() % 16 != 0
+        or any(stride == 0 or stride % 8 != 0 for stride in strides)
+    ):
+        return None
+    return TensorDescriptor(x, [*sizes, D], [*strides, 1], [1, 1, block, padded_head_dim(D)])
 
 
 def scores(x: Tensor | None, data: Tensor | None = None) -> Scores | None:
@@ -252,6 +278,13 @@ def _constants(
     }
 
 
+def can_specialize(call: Call, arch: Arch, constants: dict[str, Any], copied: bool) -> bool:
+    """Whether Triton 3.9 takes `warp_specialize` for attention_forward: for sm_100, with key and
+    value `copied` by descriptors, if no loop follows that over whole tiles."""
+    whole = call.left is None and call.right is None and constants["EVEN_N"]
+    return arch.name == "sm_100" and copied and whole
+
+
 def forward_launch(
     query: Tensor,
     key: Tensor,
@@ -269,11 +302,15 @@ def forward_launch(
     tiles = tiles or attention_tiles("forward", arch, query.dtype, head_dim, is_per_score(call))
     q, k, v, o = (rows(x) for x in (query, key, value, out))
     wide = is_wide(tiles, q, k, v, o, call.mask, call.bias, call.key_padding)
+    call = for_tiles(call, tiles)
+    descriptors = [descriptor(x, tiles.block_n, call, arch) for x in (key, value)]
+    constants = _constants(call, tiles, arch, query, DV, precision, wide)
+    taken = can_specialize(call, arch, constants, None not in descriptors)
     return Launch(
         attention_forward_kernel,
         (call.Hq * query_blocks(call, tiles.block_m),),
-        (q, k, v, o, lse, for_tiles(call, tiles)),
-        _constants(call, tiles, arch, query, DV, precision, wide),
+        (q, k, v, o, lse, call, *descriptors),
+        constants | {"SPECIALIZE": tiles.warp_specialize and taken},
         tiles.num_warps,
         tiles.num_stages,
     )
@@ -428,11 +465,15 @@ def backward_launches(
                 queries.num_stages,
             )
         )
+    key_call, query_call = for_tiles(call, keys), for_tiles(call, queries)
     launches += [
         Launch(
             attention_backward.attention_dkdv_kernel,
             (Hkv * key_blocks(call, keys.block_n),),
-            (q, k, v, do, lse, delta, *gradients[1:], for_tiles(call, keys), Hkv, *users),
+            (
+                *(q, k, v, do, lse, delta, *gradients[1:], key_call, Hkv, *users),
+                *(descriptor(x, keys.block_m, key_call, arch) for x in (query, grad_out)),
+            ),
             key_constants,
             keys.num_warps,
             keys.num_stages,
@@ -440,7 +481,10 @@ def backward_launches(
         Launch(
             attention_backward.attention_dq_kernel,
             (Hq * query_blocks(call, queries.block_m),),
-            (q, k, v, do, lse, delta, gradients[0], for_tiles(call, queries)),
+            (
+                *(q, k, v, do, lse, delta, gradients[0], query_call),
+                *(descriptor(x, queries.block_n, query_call, arch) for x in (key, value)),
+            ),
             query_constants,
             queries.num_warps,
             queries.num_stages,

@@ -28,6 +28,8 @@ class Rows(NamedTuple):
     stride_b: Any
     stride_h: Any
     stride_s: Any
+    descriptor: Any = None  # for tiles that are read as a whole, see `launch.descriptor`
+    first: Any = None  # which row of the descriptor's `data` points to
 
 
 class Scores(NamedTuple):
@@ -218,10 +220,28 @@ def row_number(call, seq, h):
 
 
 @triton.jit
+def with_descriptor(x, descriptor):
+    return Rows(
+        data=x.data,
+        stride_b=x.stride_b,
+        stride_h=x.stride_h,
+        stride_s=x.stride_s,
+        descriptor=descriptor,
+        first=0,
+    )
+
+
+@triton.jit
 def from_token(x, first):
     """The rows of x from `first` on: where the tokens of a packed sequence lie."""
-    data = x.data + tl.cast(first, tl.int64) * x.stride_s
-    return Rows(data=data, stride_b=x.stride_b, stride_h=x.stride_h, stride_s=x.stride_s)
+    return Rows(
+        data=x.data + tl.cast(first, tl.int64) * x.stride_s,
+        stride_b=x.stride_b,
+        stride_h=x.stride_h,
+        stride_s=x.stride_s,
+        descriptor=x.descriptor,
+        first=first,
+    )
 
 
 @triton.jit
@@ -254,12 +274,16 @@ def place_of_keys(call, seq, n_start, offs_n, rows):
 def load_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows start + offs_s of x: [len(offs_s), BLOCK_D], 0 where `rows` (None = all) is False.
 
-    b and h are numbers, or one for each row, [len(offs_s), 1].
+    b and h are numbers, or one for each row, [len(offs_s), 1]. Tiles of all rows come by x's
+    descriptor if it has one; then offs_s are 0, 1, 2, ..., and b and h are numbers.
     """
     base = x.data + b * x.stride_b + h * x.stride_h + tl.cast(start, tl.int64) * x.stride_s
     pointers = base + (offs_s[:, None] * x.stride_s + offs_d[None, :])
     if rows is None:
-        if D == BLOCK_D:
+        if x.descriptor is not None:
+            place = [tl.cast(b, tl.int32), tl.cast(h, tl.int32), x.first + start, 0]
+            tile = tl.reshape(x.descriptor.load(place), (offs_s.shape[0], BLOCK_D))
+        elif D == BLOCK_D:
             tile = tl.load(pointers)
         else:
             tile = tl.load(pointers, mask=(offs_d < D)[None, :], other=0.0)

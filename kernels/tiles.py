@@ -13,19 +13,30 @@ import torch
 
 
 class Tiles(NamedTuple):
-    """A tile of block_m queries and block_n keys, computed by num_warps warps."""
+    """A tile of block_m queries and block_n keys, computed by num_warps warps.
+
+    warp_specialize: by more warps, each of which only copies, multiplies or does the rest, where
+    `launch.can_specialize`. No entry says so: what Triton 3.9 makes of it for sm_100 has run
+    nowhere yet, and for sm_90 it makes nothing of it (test_triton_compile.py). `tune` tries it.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    warp_specialize: bool = False
 
 
 class Arch(NamedTuple):
-    """What a table entry is chosen by; `shared_bytes` is the most that one block may use."""
+    """What a table entry is chosen by.
+
+    shared_bytes: the most that one block may use. has_tma: a unit of its own copies tiles, as a
+    descriptor tells it (NVIDIA's Tensor Memory Accelerator).
+    """
 
     name: str
     shared_bytes: int
+    has_tma: bool = False
 
 
 # NVIDIA by compute capability, AMD by name. KiB from the vendors' documents.
@@ -33,11 +44,11 @@ ARCHS = {
     "sm_80": Arch("sm_80", 163 * 1024),
     "sm_86": Arch("sm_86", 99 * 1024),
     "sm_89": Arch("sm_86", 99 * 1024),
-    "sm_90": Arch("sm_90", 227 * 1024),
-    "sm_100": Arch("sm_100", 227 * 1024),
-    "sm_103": Arch("sm_100", 227 * 1024),
-    "sm_120": Arch("sm_120", 99 * 1024),
-    "sm_121": Arch("sm_120", 99 * 1024),
+    "sm_90": Arch("sm_90", 227 * 1024, True),
+    "sm_100": Arch("sm_100", 227 * 1024, True),
+    "sm_103": Arch("sm_100", 227 * 1024, True),
+    "sm_120": Arch("sm_120", 99 * 1024, True),
+    "sm_121": Arch("sm_120", 99 * 1024, True),
     "gfx942": Arch("gfx942", 64 * 1024),
     "gfx950": Arch("gfx950", 160 * 1024),
 }

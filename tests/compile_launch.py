@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_process import compiling
 
@@ -36,9 +37,11 @@ class CompiledLaunch:
     shared: int
     threads: int
     scratch: int
+    descriptors: tuple[dict[str, Any], ...]
 
     def arguments(self, args: tuple[Any, ...]) -> list[Any]:
-        """Those that the compiled kernel takes; its last two are scratch memory and a profile."""
+        """Those that the compiled kernel takes; its last two are scratch memory and a profile. A
+        `TensorDescriptor` stands for several parameters, see `tests/ptx/triton_compile.py`."""
         return [_at(args, path) for path in self.parameters]
 
 
@@ -59,6 +62,8 @@ def compile_launch(target: str, launch: Any) -> CompiledLaunch:
 def _without_data(x: Any) -> Any:
     if isinstance(x, torch.Tensor):
         return Pointer(x.dtype, x.data_ptr() % 4096)
+    if isinstance(x, TensorDescriptor):
+        return replace(x, base=_without_data(x.base))
     if isinstance(x, tuple):
         return (
             type(x)(*map(_without_data, x))
@@ -116,4 +121,5 @@ def _compile(
         metadata.shared,
         metadata.num_warps * gpu.warp_size,
         0 if is_amd else metadata.global_scratch_size,
+        tuple(getattr(metadata, "tensordesc_meta", None) or ()),
     )

@@ -403,6 +403,72 @@ def test_a_launch_is_a_function_of_shapes_and_strides():
     ).constants["PLAIN"]
 
 
+BY_DESCRIPTOR = {
+    "dense": ({}, True),
+    "other layout": ({"layout": "BSHD", "dtype": torch.bfloat16}, True),
+    "head size 40": ({"D": 40}, True),
+    "one head": ({"H": 1, "B": 1, "D": 100}, False),  # rows of 200 bytes
+    "one row": ({"S": 1, "H": 1, "B": 1, "D": 100}, True),  # nobody asks for the next one
+    "head size 36": ({"D": 36}, False),
+    "float32": ({"dtype": torch.float32}, False),
+    "sm_80": ({"arch": "sm_80"}, False),
+    "AMD": ({"arch": "gfx942"}, False),
+    "the same head for all": ({"expand": 1}, False),
+    "an address between": ({"first": 1}, False),
+    "no row": ({"S": 0}, False),
+    "mask": ({"mask": meta(1, 1, 9, 300, dtype=torch.bool)}, False),
+    "key padding": ({"key_padding": meta(2, 300, dtype=torch.bool)}, False),
+}
+
+
+@pytest.mark.parametrize("name", BY_DESCRIPTOR)
+def test_whose_tiles_come_by_descriptor(name):
+    how, expected = BY_DESCRIPTOR[name]
+    how = {"B": 2, "H": 4, "S": 300, "D": 64, "dtype": torch.float16, "arch": "sm_90"} | how
+    B, H, S, D = (how[x] for x in "BHSD")
+    x = meta(B, S, H, D + how.get("first", 0), dtype=how["dtype"])[..., how.get("first", 0) :]
+    x = x.transpose(1, 2) if how.get("layout") else meta(*x.transpose(1, 2).shape, dtype=x.dtype)
+    if "first" in how:
+        x = torch.empty(B * H * S * D + 1, dtype=x.dtype)[1:].view(B, H, S, D)
+    if "expand" in how:
+        x = x[:, :1].expand(-1, H, -1, -1)
+    call = launch.describe(
+        x, x, 0.125, 0, -1, -1, mask=how.get("mask"), key_padding_mask=how.get("key_padding")
+    )
+    one = launch.descriptor(x, 128, call, tiles.ARCHS[how["arch"]])
+    assert (one is not None) == expected
+    if one is not None:
+        assert one.shape == list(x.shape)
+        assert one.block_shape == [1, 1, 128, tiles.padded_head_dim(D)]
+        assert all(own == x.stride(i) for i, own in enumerate(one.strides) if x.shape[i] > 1)
+
+
+def test_tiles_that_cross_pages_do_not_come_by_descriptor():
+    query, pages = meta(2, 4, 9, 64), meta(99, 48, 2, 64).transpose(1, 2)
+    table = meta(2, 7, dtype=torch.int32)
+    call = launch.describe(query, pages, 0.125, 0, -1, -1, block_table=table)
+    for block, expected in ((16, True), (32, False)):
+        own = launch.for_tiles(call, tiles.Tiles(64, block, 4, 2))
+        one = launch.descriptor(pages, block, own, tiles.ARCHS["sm_90"])
+        assert (one is not None) == expected
+
+
+def test_warps_are_specialized_only_where_the_compiler_takes_it():
+    x, lse = meta(2, 4, 1024, 64), meta(2, 4, 1024, dtype=torch.float32)
+    special = tiles.Tiles(128, 128, 8, 2, warp_specialize=True)
+
+    def is_special(x, causal, arch, chosen=special):
+        call = launch.describe(x, x, 0.125, causal, -1, -1)
+        one = launch.forward_launch(x, x, x, x, lse, call, 0, tiles.ARCHS[arch], chosen)
+        return one.constants["SPECIALIZE"]
+
+    assert is_special(x, 0, "sm_100")
+    assert not is_special(x, 0, "sm_100", special._replace(warp_specialize=False))
+    assert not is_special(x, 1, "sm_100") and not is_special(x, 0, "sm_90")
+    assert not is_special(x[:, :, :1000], 0, "sm_100")  # a ragged end
+    assert not is_special(x.float(), 0, "sm_100")  # no descriptor
+
+
 def test_strides_of_broadcast_operands_are_zero():
     x = launch.scores(meta(1, 8, 1, 777))
     assert (x.stride_b, x.stride_h, x.stride_q, x.stride_k) == (0, 777, 0, 1)

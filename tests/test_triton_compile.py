@@ -12,11 +12,12 @@ import random
 import pytest
 import torch
 
-from compile_kernels import Request, measured
+import main_loop
+from compile_kernels import Request, compiled, instruction_counts, measured
 
 pytest.importorskip("triton")
 
-from fused_attention.kernels import tiles
+from fused_attention.kernels import launch, tiles
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
 ATTENTION = ["attention_forward_kernel", "attention_dkdv_kernel", "attention_dq_kernel"]
@@ -69,12 +70,42 @@ def test_main_configurations(request_):
     }.get(request_.target, ["mfma"])
     if request_.kernel == "attention_decode_kernel" and request_.target.startswith("sm_"):
         must_have = ["mma"]  # wgmma and tcgen05 have no tiles of 16 rows
-    if request_.kernel.endswith(("forward_kernel", "decode_kernel")) and request_.target.startswith(
-        "sm_"
-    ):
-        must_have.append("cp.async")
+    if request_.target.startswith("sm_"):
+        if request_.kernel.endswith("decode_kernel") or request_.target == "sm_80":
+            must_have.append("cp.async")
+        else:
+            must_have.append("tma")
     for name in must_have:
         assert result[name] > 0, (name, result)
+
+
+SPECIAL = tiles.Tiles(128, 128, 8, 2, warp_specialize=True)
+
+
+def specialized(monkeypatch, target: str, causal: int, D: int = 64, forced: bool = False):
+    monkeypatch.setitem(tiles._TABLE, ("forward", target, 16), {D: SPECIAL})
+    if forced:
+        monkeypatch.setattr(launch, "can_specialize", lambda *rest: True)
+    return compiled(Request(target, "attention_forward_kernel", "bfloat16", D, causal=causal))
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_warp_specialization(monkeypatch, D):
+    """More warps than asked for, no stack, and still the target's products and copies."""
+    one, code = specialized(monkeypatch, "sm_100", 0, D)
+    assert code.threads > 32 * one.num_warps
+    assert code.shared <= tiles.ARCHS["sm_100"].shared_bytes
+    assert main_loop.resources(code.binary)["stack"] == 0
+    counts = instruction_counts(code.assembly)
+    assert counts["tcgen05"] and counts["tma"]
+
+
+def test_warp_specialization_is_still_refused_where_it_was(monkeypatch):
+    """When this fails, Triton has learned something: see `launch.can_specialize`."""
+    with pytest.raises(RuntimeError, match="PassManager"):
+        specialized(monkeypatch, "sm_100", 1, forced=True)
+    one, code = specialized(monkeypatch, "sm_90", 0, forced=True)
+    assert code.threads == 32 * one.num_warps  # it changes nothing
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

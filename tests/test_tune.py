@@ -11,7 +11,7 @@ from fused_attention import tune
 from fused_attention.cli import main
 from fused_attention.kernels import tiles
 
-ARCH = tiles.ARCHS["sm_80"]
+ARCH, SPECIAL = tiles.ARCHS["sm_80"], tiles.ARCHS["sm_100"]
 A, B, C = tiles.Tiles(64, 64, 4, 2), tiles.Tiles(128, 64, 4, 2), tiles.Tiles(128, 32, 8, 1)
 
 
@@ -27,6 +27,9 @@ def test_candidates_fit(kernel, head_dim):
     found = tune.candidates(kernel, ARCH, head_dim)
     assert 5 < len(found) < 120 and len(set(found)) == len(found)
     assert all(tune.shared_bytes(kernel, x, head_dim, 2) <= ARCH.shared_bytes for x in found)
+    assert any(x.warp_specialize for x in tune.candidates(kernel, SPECIAL, head_dim)) == (
+        kernel == "forward"
+    )
     fewer = tune.candidates(kernel, tiles.SMALLEST, head_dim)
     assert fewer and set(fewer) <= set(found)
 

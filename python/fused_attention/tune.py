@@ -56,7 +56,8 @@ def candidates(kernel: str, arch: Arch, head_dim: int, itemsize: int = 2) -> lis
 
     found = []
     blocks, warps, stages = (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
-    for values in itertools.product(blocks, blocks, warps, stages):
+    specialized = (False, True) if kernel == "forward" and arch.name == "sm_100" else (False,)
+    for values in itertools.product(blocks, blocks, warps, stages, specialized):
         tiles = Tiles(*values)
         scores = tiles.block_m * tiles.block_n * (1 if kernel == "forward" else 2)
         kept = tiles.block_n * 2 if kernel == "dkdv" else tiles.block_m
@@ -197,11 +198,12 @@ def tune(dtype: torch.dtype, head_dims: Sequence[int], rounds: int = 20) -> list
 
 
 def as_text(result: Tuned) -> str:
-    block_m, block_n, num_warps, num_stages = result.tiles
+    block_m, block_n, num_warps, num_stages, specialized = result.tiles
     causal, full = result.microseconds
     return (
         f"{result.kernel} head_dim {result.head_dim}: {block_m} x {block_n}, {num_warps} warps, "
-        f"{num_stages} stages: {causal:.0f} us causal (was {result.before[0]:.0f}), "
+        f"{num_stages} stages{', specialized' if specialized else ''}: "
+        f"{causal:.0f} us causal (was {result.before[0]:.0f}), "
         f"{full:.0f} us full (was {result.before[1]:.0f})"
     )
 

@@ -25,6 +25,7 @@ from fused_attention.kernels.launch import Launch
 
 from .machine import Finding, Report
 from .machine import launch as execute
+from .triton_compile import flat_arguments
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def execute_launch(
     scratch = None
     if compiled.scratch:
         scratch = torch.zeros(compiled.scratch * launch.grid[0], dtype=torch.uint8)
-    arguments = [*compiled.arguments(launch.args), scratch, None]
+    passed = flat_arguments(compiled.arguments(launch.args), compiled.descriptors)
+    arguments = [*passed, scratch, None]
     text = compiled.assembly if ptx is None else ptx
     return execute(
         text, compiled.name, launch.grid, compiled.threads, arguments, compiled.shared, schedule

@@ -5,6 +5,7 @@ An edit is given the compiled launch, whose `parameters` tell where an argument 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ LOAD = r"@!?%p\d+ (ld\.global)"
 STORE = r"@!?%p\d+ (st\.global)"
 # A masked copy reads 0 bytes where the mask is off.
 MASKED_COPY = r"(cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x(?:10|8|4)), %r\d+;"
+TRY_WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, \[%r\d+\], %r\d+;"
 SIXTEENTH = "mov.b32 \\1, 0f3D800000;"  # in place of 1/8
 
 BOTH = ("sm_80", "sm_90")
@@ -77,8 +79,8 @@ FAULTS = [
         {
             ("sm_80", "forward"): (0, 4, 7, 11), ("sm_80", "dkdv"): (1, 4, 10),
             ("sm_80", "dq"): (0, 3, 10), ("sm_80", "dbias"): (1, 3),
-            ("sm_90", "forward"): (0, 4, 8), ("sm_90", "dkdv"): (0, 6, 16),
-            ("sm_90", "dq"): (0, 3, 10),
+            ("sm_90", "forward"): (14, 17, 20), ("sm_90", "dkdv"): (0, 9, 16),
+            ("sm_90", "dq"): (0, 11, 14),
         },
     ),
     *numbered(
@@ -94,22 +96,43 @@ FAULTS = [
     ),
     *numbered(
         "fence between the proxies", r"fence\.proxy\.async\.shared::cta;", "missing proxy fence",
-        {("sm_90", "forward"): (0, 2), ("sm_90", "dkdv"): (0, 4), ("sm_90", "dq"): (0, 3)},
+        {("sm_90", "forward"): (0, 2), ("sm_90", "dkdv"): (1, 6), ("sm_90", "dq"): (2,)},
     ),
+    *numbered(
+        "arrival for a copy by TMA", r"@%p\d+ mbarrier\.arrive\.expect_tx[^;]*;", "deadlock",
+        {("sm_90", "forward"): (0, 3), ("sm_90", "dkdv"): (0, 1), ("sm_90", "dq"): (0, 1)},
+    ),
+    *numbered(
+        "copy by TMA", r"@%p\d+ cp\.async\.bulk\.tensor[^;]*;", "deadlock",
+        {("sm_90", "forward"): (0, 3), ("sm_90", "dkdv"): (0, 3), ("sm_90", "dq"): (0, 3)},
+    ),
+    *[
+        KernelFault("wait for a copy by TMA dropped", "sm_90", kernel,
+                    text(replace(TRY_WAIT, "mov.pred complete, -1;")), "missing async wait")
+        for kernel in MAIN
+    ],
     *[
         KernelFault(f"wait for copies {n} loosened", target, kernel,
                     text(replace(WAIT_COPIES, "cp.async.wait_group 7;", n)), "missing async wait")
-        for target in BOTH for kernel in MAIN for n in (0, 1)
+        for target, kernel, numbers in (
+            *[("sm_80", kernel, (0, 1)) for kernel in MAIN],
+            ("sm_90", "dkdv", (0, 1)), ("sm_90", "dq", (0,)),
+        )
+        for n in numbers
     ],
     *[
         KernelFault("bounds check of copies removed", target, kernel,
                     text(everywhere(MASKED_COPY, r"\1;")), "out of bounds")
-        for target in BOTH for kernel in MAIN
+        for target, kernel in [("sm_80", "forward"), *itertools.product(BOTH, ("dkdv", "dq"))]
     ],
     *[
-        KernelFault("bounds check of loads removed", "sm_80", kernel,
+        KernelFault("bounds check of loads removed", target, kernel,
                     text(everywhere(LOAD, r"\1")), "out of bounds")
-        for kernel in (*MAIN, "delta", "dbias", "dsinks", "softmax", "softmax backward")
+        for target, kernel in [
+            ("sm_90", "forward"),
+            *[("sm_80", x) for x in (*MAIN, "delta", "dbias", "dsinks")],
+            *[("sm_80", x) for x in ("softmax", "softmax backward")],
+        ]
     ],
     *[
         KernelFault("bounds check of stores removed", target, kernel,

@@ -86,6 +86,44 @@ def test_covering_set(target, name):
         assert {"wgmma" if target == "sm_90" else "mma", "cp"} <= used
 
 
+TMA = {
+    "full": case(Sk=300),
+    "causal": case(dtype=torch.bfloat16, causal="bottom_right", Sq=200, Sk=300, layout="BSHD"),
+    "window, gqa": case(D=128, Dv=72, Hkv=1, Sq=300, Sk=300, window_size=(280, 200)),
+    "dropout, bias": case(Sk=300, D=40, dropout_p=0.2, bias="1HQK"),
+}
+
+
+def copied_by_tma(device: PTXDevice) -> set[str]:
+    return {
+        one.name
+        for one in device.executions
+        if any(opcode.startswith("cp.async.bulk.tensor") for opcode in one.report.opcodes)
+    }
+
+
+@pytest.mark.parametrize("name", TMA)
+def test_tiles_come_by_descriptor(name):
+    device = check("sm_90", TMA[name])
+    kernels = {"attention_forward_kernel", "attention_dkdv_kernel", "attention_dq_kernel"}
+    assert copied_by_tma(device) == kernels
+
+
+def test_the_same_tiles_come_by_pointers_where_they_must():
+    """Where an address is no multiple of 16: the same bits."""
+    inputs = testing.make_inputs(TMA["causal"])
+    with PTXDevice("sm_90") as device:
+        expected = run(inputs)
+    for part, x in inputs.tensors.items():
+        memory = torch.empty(x.numel() + 1, dtype=x.dtype)[1:]
+        inputs.tensors[part] = memory.as_strided(x.shape, x.stride()).copy_(x)
+    with PTXDevice("sm_90") as device:
+        got = run(inputs)
+    no_findings(device)
+    assert copied_by_tma(device) <= {"attention_dkdv_kernel"}  # for grad_out
+    assert all(torch.equal(x, expected[name]) for name, x in got.items())
+
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FEATURES = [
     dataclasses.replace(

@@ -45,20 +45,26 @@ class CompiledKernel:
         """
         if set(arguments) != set(self.arguments):
             raise ValueError(f"{self.name}: expected {self.arguments}, got {tuple(arguments)}")
-        flat: list[Any] = []
-        described = iter(self.descriptors)
-        for name in self.arguments:
-            value = arguments[name]
-            if hasattr(value, "block_shape"):
-                flat += _descriptor_parameters(value, next(described, None))
-            else:
-                flat.append(value)
+        flat = flat_arguments([arguments[name] for name in self.arguments], self.descriptors)
         blocks = int(np.prod(grid))
         scratch = np.zeros(self.global_scratch * blocks, np.uint8) if self.global_scratch else None
         return launch(
             ptx or self.ptx, self.name, grid, self.threads, [*flat, scratch, None], self.shared,
             schedule, seed,
         )  # fmt: skip
+
+
+def flat_arguments(arguments: Sequence[Any], descriptors: Sequence[Any]) -> list[Any]:
+    """With what a `TensorDescriptor` among them is passed as. descriptors: the compiler's metadata
+    of these, in order."""
+    flat: list[Any] = []
+    described = iter(descriptors)
+    for value in arguments:
+        if hasattr(value, "block_shape"):
+            flat += _descriptor_parameters(value, next(described, None))
+        else:
+            flat.append(value)
+    return flat
 
 
 def _descriptor_parameters(descriptor: Any, metadata: Mapping[str, Any] | None) -> list[Any]:
