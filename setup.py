@@ -169,7 +169,7 @@ def units(torch: Path) -> list[Unit]:
 # -- the CUDA library ----------------------------------------------------------------------
 
 # Units: csrc/cuda/<kernel>.cu for each type and head size, FA_TYPE and FA_HEAD_DIM there.
-CUDA_KERNELS = ("attention_backward", "attention_forward")
+CUDA_KERNELS = ("attention_backward", "attention_decode", "attention_forward")
 CUDA_TYPES = ("Half", "BFloat16", "float")
 CUDA_HEAD_DIMS = (32, 64, 96, 128, 256)
 CUDA_ARCHS = "80 90 100"

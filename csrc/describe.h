@@ -249,6 +249,61 @@ void describe_options(Params& p, const Options& o) {
   }
 }
 
+// -- sequences that are not all alike -------------------------------------------------------------
+
+// An int32 tensor as kernels read it.
+Tensor int32_tensor(const Tensor& tensor, const char* name, int64_t dim, int64_t size) {
+  STD_TORCH_CHECK(is_here(tensor) && tensor.scalar_type() == ScalarType::Int &&
+                      tensor.dim() == dim && tensor.size(0) == size,
+                  name, ": expected an int32 ", kDevice, " tensor of ", dim,
+                  " dimensions, the first ", size);
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+const int32_t* int32_data(const Tensor& tensor) { return (const int32_t*)tensor.const_data_ptr(); }
+
+// The tensors that tell the lengths and places of sequences, dense, while a call uses them.
+struct Sequences {
+  OptionalTensor cu_seqlens_q, cu_seqlens_k, seqused_k, block_table;
+};
+
+// Batch, lengths and places, but for what the tensors hold.
+Sequences describe_places(AttentionParams& p, const Options& o, const Input& key) {
+  Sequences held;
+  const int64_t Tq = p.Sq, num_pages = key.shape.size[0];
+  if (o.cu_seqlens_q) {
+    STD_TORCH_CHECK(o.cu_seqlens_q->dim() == 1 && o.cu_seqlens_q->size(0) > 0,
+                    "cu_seqlens_q: expected [B + 1] offsets");
+    STD_TORCH_CHECK(!o.mask && !o.bias && !o.key_padding_mask,
+                    "mask, bias, key_padding_mask: expected none beside cu_seqlens_q");
+    p.B = o.cu_seqlens_q->size(0) - 1;
+    held.cu_seqlens_q = int32_tensor(*o.cu_seqlens_q, "cu_seqlens_q", 1, p.B + 1);
+    p.cu_seqlens_q = int32_data(*held.cu_seqlens_q);
+    STD_TORCH_CHECK(o.cu_seqlens_k || o.block_table, "cu_seqlens_k: expected beside cu_seqlens_q");
+  } else {
+    STD_TORCH_CHECK(!o.cu_seqlens_k, "cu_seqlens_q: expected beside cu_seqlens_k");
+    STD_TORCH_CHECK(o.block_table || num_pages == p.B, "key, value: expected batch ", p.B, ", got ",
+                    num_pages);
+  }
+  if (o.block_table) {
+    held.block_table = int32_tensor(*o.block_table, "block_table", 2, p.B);
+    p.block_table = int32_data(*held.block_table);
+    p.block_table_stride_b = held.block_table->size(1);
+    p.page_size = p.Sk;
+    p.Sk = p.page_size * p.block_table_stride_b;
+  }
+  if (o.cu_seqlens_k) {
+    held.cu_seqlens_k = int32_tensor(*o.cu_seqlens_k, "cu_seqlens_k", 1, p.B + 1);
+    p.cu_seqlens_k = int32_data(*held.cu_seqlens_k);
+  }
+  if (o.seqused_k) {
+    held.seqused_k = int32_tensor(*o.seqused_k, "seqused_k", 1, p.B);
+    p.seqused_k = int32_data(*held.seqused_k);
+  }
+  p.lse_stride_b = p.cu_seqlens_q != nullptr ? 0 : p.Hq * Tq;
+  p.lse_stride_h = Tq;
+  return held;
+}
+
 ScalarType lse_dtype(const AttentionParams& p) {
   return p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
@@ -295,8 +350,10 @@ void describe_gradients(AttentionParams& p, const Input& query, const Input& out
 // -- forward --------------------------------------------------------------------------------------
 
 // What the library does: out and, unless null, *lse.
+// longest_q, longest_k: how many queries and keys a sequence has at most, as far as is known.
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
-               Tensor* lse);
+               Tensor* lse, std::optional<int64_t> longest_q = {},
+               std::optional<int64_t> longest_k = {});
 
 // Twenty-two arguments cost 2 us in the dispatcher alone: the plain calls have operators of their
 // own.
@@ -330,15 +387,15 @@ std::tuple<Tensor, Tensor> attention_forward(
     const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
     double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
-    std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
+    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> max_seqlen_k, const OptionalTensor& seqused_k,
     const OptionalTensor& block_table) {
   Tensor lse;
   Tensor out = forward(query, key, value,
                        {scale, causal, window_left, window_right, precision, mask, bias,
                         key_padding_mask, alibi_slopes, sinks, philox, softcap, dropout_p,
                         cu_seqlens_q, cu_seqlens_k, seqused_k, block_table},
-                       &lse);
+                       &lse, max_seqlen_q, max_seqlen_k);
   return {out, lse};
 }
 

@@ -142,15 +142,6 @@ void run(const PhaseOf<Params>& phase, const Params& params, bool own_shares = f
 
 // -- sequences that are not all alike -------------------------------------------------------------
 
-// An int32 tensor as kernels read it.
-Tensor int32_tensor(const Tensor& tensor, const char* name, int64_t dim, int64_t size) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Int &&
-                      tensor.dim() == dim && tensor.size(0) == size,
-                  name, ": expected an int32 CPU tensor of ", dim, " dimensions, the first ", size);
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-const int32_t* int32_data(const Tensor& tensor) { return (const int32_t*)tensor.const_data_ptr(); }
-
 // Offsets of packed sequences: 0, ... rising to at most `total`.
 void check_offsets(const char* name, const int32_t* offsets, int64_t B, int64_t total) {
   STD_TORCH_CHECK(offsets[0] == 0, name, ": expected 0 first, got ", offsets[0]);
@@ -170,47 +161,13 @@ void check_pages(const int32_t* pages, int64_t used, int64_t page_size, int64_t 
   }
 }
 
-// The tensors that tell the lengths and places of sequences, dense, while a call uses them.
-struct Sequences {
-  OptionalTensor cu_seqlens_q, cu_seqlens_k, seqused_k, block_table;
-};
-
-// Batch, lengths and places. Whatever the tensors hold, nothing is read out of bounds from here on.
-Sequences describe_sequences(AttentionParams& p, const Options& o, const Input& key) {
-  Sequences held;
-  const int64_t Tq = p.Sq, num_pages = key.shape.size[0];
-  if (o.cu_seqlens_q) {
-    STD_TORCH_CHECK(o.cu_seqlens_q->dim() == 1 && o.cu_seqlens_q->size(0) > 0,
-                    "cu_seqlens_q: expected [B + 1] offsets");
-    STD_TORCH_CHECK(!o.mask && !o.bias && !o.key_padding_mask,
-                    "mask, bias, key_padding_mask: expected none beside cu_seqlens_q");
-    p.B = o.cu_seqlens_q->size(0) - 1;
-    held.cu_seqlens_q = int32_tensor(*o.cu_seqlens_q, "cu_seqlens_q", 1, p.B + 1);
-    p.cu_seqlens_q = int32_data(*held.cu_seqlens_q);
-    check_offsets("cu_seqlens_q", p.cu_seqlens_q, p.B, Tq);
-    STD_TORCH_CHECK(o.cu_seqlens_k || o.block_table, "cu_seqlens_k: expected beside cu_seqlens_q");
-  } else {
-    STD_TORCH_CHECK(!o.cu_seqlens_k, "cu_seqlens_q: expected beside cu_seqlens_k");
-    STD_TORCH_CHECK(o.block_table || num_pages == p.B, "key, value: expected batch ", p.B, ", got ",
-                    num_pages);
-  }
-  if (o.block_table) {
-    held.block_table = int32_tensor(*o.block_table, "block_table", 2, p.B);
-    p.block_table = int32_data(*held.block_table);
-    p.block_table_stride_b = held.block_table->size(1);
-    p.page_size = p.Sk;
-    p.Sk = p.page_size * p.block_table_stride_b;
-  }
-  if (o.cu_seqlens_k) {
-    held.cu_seqlens_k = int32_tensor(*o.cu_seqlens_k, "cu_seqlens_k", 1, p.B + 1);
-    p.cu_seqlens_k = int32_data(*held.cu_seqlens_k);
+// Whatever the tensors of `describe_places` hold, nothing is read out of bounds from here on.
+void check_places(const AttentionParams& p, int64_t Tq, int64_t num_pages) {
+  if (p.cu_seqlens_q != nullptr) check_offsets("cu_seqlens_q", p.cu_seqlens_q, p.B, Tq);
+  if (p.cu_seqlens_k != nullptr) {
     // Of paged keys they tell the lengths only.
-    const int64_t total = o.block_table ? std::numeric_limits<int32_t>::max() : p.Sk;
+    const int64_t total = p.block_table != nullptr ? std::numeric_limits<int32_t>::max() : p.Sk;
     check_offsets("cu_seqlens_k", p.cu_seqlens_k, p.B, total);
-  }
-  if (o.seqused_k) {
-    held.seqused_k = int32_tensor(*o.seqused_k, "seqused_k", 1, p.B);
-    p.seqused_k = int32_data(*held.seqused_k);
   }
   for (int64_t b = 0; b < p.B; ++b) {
     int64_t room = p.Sk;
@@ -227,8 +184,11 @@ Sequences describe_sequences(AttentionParams& p, const Options& o, const Input& 
       check_pages(p.block_table + b * p.block_table_stride_b, used, p.page_size, num_pages);
     }
   }
-  p.lse_stride_b = p.cu_seqlens_q != nullptr ? 0 : p.Hq * Tq;
-  p.lse_stride_h = Tq;
+}
+Sequences describe_sequences(AttentionParams& p, const Options& o, const Input& key) {
+  const int64_t Tq = p.Sq;
+  Sequences held = describe_places(p, o, key);
+  check_places(p, Tq, key.shape.size[0]);
   return held;
 }
 
@@ -313,7 +273,8 @@ void clear_rest(const AttentionParams& p, int64_t Tq, T* lse) {
 }
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
-               Tensor* lse) {
+               Tensor* lse, std::optional<int64_t> /*longest_q*/,
+               std::optional<int64_t> /*longest_k*/) {
   const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   AttentionParams p;

@@ -34,8 +34,12 @@ NVCC = SETUP["find_nvcc"]()
 # Where a kernel is defined.
 HEADERS = {
     "attention_forward": "attention_forward",
+    **dict.fromkeys(("attention_decode", "attention_combine"), "attention_decode"),
     **dict.fromkeys(
-        (f"attention_{name}" for name in ("delta", "backward", "dbias", "dsinks")),
+        (
+            f"attention_{name}"
+            for name in ("delta", "backward", "dbias", "dsinks", "page_gradients")
+        ),
         "attention_backward",
     ),
 }

@@ -70,7 +70,8 @@ class Call(ctypes.Structure):
         ("weights", ScoreView), ("average_weights", ctypes.c_bool), ("tangent", Tangents),
         # Of cuda::Call
         ("philox", PTR), ("row_lse", PTR),
-        ("lse_in_log2", ctypes.c_bool), ("aligned", ctypes.c_bool),
+        ("lse_in_log2", ctypes.c_bool), ("aligned", ctypes.c_bool), ("page_count", I64),
+        ("splits", I64), ("part_out", PTR), ("part_max", PTR), ("part_sum", PTR),
     ]  # fmt: skip
 
     def operands(self) -> dict[str, np.ndarray]:
@@ -80,14 +81,20 @@ class Call(ctypes.Structure):
         )
         item = ITEM_BYTES[self.dtype]
         found: dict[str, np.ndarray] = {}
-        for name, H, S, width in (
-            ("query", Hq, Sq, D), ("key", Hkv, Sk, D), ("value", Hkv, Sk, Dv), ("out", Hq, Sq, Dv),
-            ("grad_out", Hq, Sq, Dv), ("dq", Hq, Sq, D), ("dk", Hkv, Sk, D), ("dv", Hkv, Sk, Dv),
+        # Packed tokens are one batch entry; pages are entries too, each of page_size tokens.
+        packed, pages = bool(self.cu_seqlens_q), bool(self.block_table)
+        tokens, rows = (1 if packed else B, Sq), 1 if packed else B
+        keys = (self.page_count, self.page_size) if pages else (1 if packed else B, Sk)
+        for name, H, (entries, S), width in (
+            ("query", Hq, tokens, D), ("key", Hkv, keys, D), ("value", Hkv, keys, Dv),
+            ("out", Hq, tokens, Dv), ("grad_out", Hq, tokens, Dv), ("dq", Hq, tokens, D),
+            ("dk", Hkv, (B, Sk) if pages else keys, D), ("dv", Hkv, (B, Sk) if pages else keys, Dv),
+            ("page_dk", Hkv, keys, D), ("page_dv", Hkv, keys, Dv),
         ):  # fmt: skip
             t = getattr(self, name)
             if t.data:
                 strides = [t.stride_b, t.stride_h, t.stride_s, 1]
-                found[name] = view(t.data, [B, H, S, width], strides, item)
+                found[name] = view(t.data, [entries, H, S, width], strides, item)
         for name in ("mask", "bias", "dbias"):
             t = getattr(self, name)
             if t.data:
@@ -97,15 +104,21 @@ class Call(ctypes.Structure):
                 width = 1 if name == "mask" else ITEM_BYTES[t.dtype]
                 found[name] = view(t.data, shape, strides, width)
         for name, shape, strides, width in (
-            ("lse", [B, Hq, Sq], [self.lse_stride_b, self.lse_stride_h, 1], 4),
-            ("delta", [B, Hq, Sq], [Hq * Sq, Sq, 1], 4),
-            ("row_lse", [B, Hq, Sq], [Hq * Sq, Sq, 1], 4),
-            ("grad_lse", [B, Hq, Sq],
+            ("lse", [rows, Hq, Sq], [self.lse_stride_b, self.lse_stride_h, 1], 4),
+            ("delta", [rows, Hq, Sq], [Hq * Sq, Sq, 1], 4),
+            ("row_lse", [rows, Hq, Sq], [Hq * Sq, Sq, 1], 4),
+            ("grad_lse", [rows, Hq, Sq],
              [self.grad_lse_stride_b, self.grad_lse_stride_h, self.grad_lse_stride_s], 4),
             ("key_padding_mask", [B, Sk],
              [self.key_padding_stride_b, self.key_padding_stride_k], 1),
             ("alibi_slopes", [B if self.alibi_stride_b else 1, Hq], [self.alibi_stride_b, 1], 4),
             ("sinks", [Hq], [1], 4), ("dsinks", [Hq], [1], 4), ("philox", [2], [1], 8),
+            ("cu_seqlens_q", [B + 1], [1], 4), ("cu_seqlens_k", [B + 1], [1], 4),
+            ("seqused_k", [B], [1], 4),
+            ("block_table", [B, self.block_table_stride_b], [self.block_table_stride_b, 1], 4),
+            ("part_out", [self.splits, rows * Hq * Sq, Dv], [rows * Hq * Sq * Dv, Dv, 1], 4),
+            ("part_max", [self.splits, rows * Hq * Sq], [rows * Hq * Sq, 1], 4),
+            ("part_sum", [self.splits, rows * Hq * Sq], [rows * Hq * Sq, 1], 4),
             ("dropout_keep", [B * Hq * Sq * Sk], [1], 1),
         ):  # fmt: skip
             address = getattr(self, name)

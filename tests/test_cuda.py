@@ -13,12 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cuda_interpreter
+import test_triton_sequences as sequences
 from cuda_interpreter import interpreted
 from fused_attention import autograd, backends, cuda, reference, testing
 from fused_attention.backends import CUDA
 from fused_attention.problem import CAUSAL, Problem
 from fused_attention.testing import Case
 from ptx import SCHEDULES, faults
+from test_triton_sequences import Packing
 
 needs_nvcc = pytest.mark.skipif(cuda_interpreter.NVCC is None, reason="nvcc not found")
 
@@ -40,6 +42,7 @@ def options(inputs):
 
 
 OPS = torch.ops.fused_attention_cuda
+PLAIN_NUMBERS = (0.125, 0, -1, -1, 0)
 
 
 def run(inputs, precision=0, gradients=True, schedule="lockstep", edit=None):
@@ -170,6 +173,144 @@ def test_dropout_is_that_of_every_backend():
     assert torch.equal(got["out"] != 0, kept)
 
 
+# -- Sequences, whose own tests know what is right --------------------------------------------
+
+PACKINGS = {
+    "packed": Packing([*sequences.LENGTHS, (70, 140)]),
+    "packed, used": Packing(sequences.LENGTHS, used=True),
+    "packed, pages of 7": Packing(sequences.LENGTHS, page_size=7),
+    "used": Packing(sequences.SAME, packed=False),
+    "pages of 16": Packing(sequences.SAME, packed=False, page_size=16),
+}
+OPTIONS = {
+    "plain": dataclasses.replace(sequences.OPTIONS["plain"], D=16, Dv=24),
+    **{name: sequences.OPTIONS[name] for name in ("window", "all the rest")},
+    "causal": dataclasses.replace(sequences.OPTIONS["top left"], D=24, Dv=8, sinks=True),
+}
+SEQUENCES = [
+    pytest.param(
+        *(packing, name, sequences.DTYPES[(x + y) % 3]),
+        id=f"{how}-{name}",
+        marks=[pytest.mark.slow] if (x + 2 * y) % 3 else [],
+    )
+    for x, (how, packing) in enumerate(PACKINGS.items())
+    for y, name in enumerate(OPTIONS)
+]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("packing, name, dtype", SEQUENCES)
+def test_sequences(monkeypatch, packing, name, dtype):
+    cuda_interpreter.library()
+    monkeypatch.setattr(sequences, "operators", OPS)
+    with interpreted() as runs:
+        sequences.check(dataclasses.replace(OPTIONS[name], dtype=dtype), packing)
+    assert not findings(runs), "\n".join(findings(runs))
+
+
+@needs_nvcc
+def test_a_page_that_many_share_gets_the_gradients_of_all():
+    B, H, size, D = 300, 1, 4, 8
+    query, pages = torch.randn(B, H, 1, D), torch.randn(2, size, H, D)
+    table = torch.zeros(B, 1, dtype=torch.int32)
+    table[1] = 1
+    leaves = [x.requires_grad_() for x in (query, pages.clone(), pages.clone())]
+    used = torch.full((B,), 3, dtype=torch.int32)
+    rest = (*(None,) * 6, 0.0, 0.0, *(None,) * 4, used, table)
+    cuda_interpreter.library()
+    with torch.no_grad(), interpreted() as runs:
+        out, lse = OPS.attention_forward(*leaves, *PLAIN_NUMBERS, *rest)
+        grads = OPS.attention_backward(out, None, *leaves, out, lse, *PLAIN_NUMBERS, *rest)
+    assert not findings(runs)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    keys, values = (x[table[:, 0].long(), :3].transpose(1, 2) for x in wide[1:])
+    weights = (wide[0] @ keys.mT * 0.125).softmax(-1)
+    expected = torch.autograd.grad(weights @ values, wide, out.double())
+    for got, want in zip(grads, expected, strict=False):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+# -- Few queries ------------------------------------------------------------------------------
+
+DECODE = Case(B=1, Hq=4, Hkv=2, Sq=1, Sk=200, D=20, Dv=20)
+FEW = {
+    "one query": DECODE,
+    "float16, one head a group": dataclasses.replace(DECODE, Hq=2, dtype=torch.float16, D=128),
+    "five heads, one group": dataclasses.replace(
+        DECODE, Hq=5, Hkv=1, dtype=torch.bfloat16, Dv=64, D=64
+    ),
+    "few keys": dataclasses.replace(DECODE, Sk=15, Sq=2),
+    "no keys": dataclasses.replace(DECODE, Sk=0),
+    "parts": dataclasses.replace(DECODE, Sk=1000, dtype=torch.bfloat16, D=64, Dv=64),
+    "parts of several rows": dataclasses.replace(
+        DECODE, Sq=9, Sk=600, causal="bottom_right", dtype=torch.float16, D=32, Dv=24, sinks=True
+    ),
+    "window": dataclasses.replace(DECODE, Sq=3, causal="bottom_right", window_size=(70, 0)),
+    "everything": dataclasses.replace(
+        DECODE, B=2, Sq=3, Sk=700, Dv=10, causal="bottom_right", window_size=(690, 0),
+        mask="BHQK", bias="1HQK", key_padding=True, softcap=4.0, alibi="BH", sinks=True,
+        layout="BSHD",
+    ),
+    "wide": dataclasses.replace(DECODE, D=256, Dv=200, dtype=torch.float16),
+    "wide float32": dataclasses.replace(DECODE, D=200, Dv=256, scale=-0.3, Sk=40),
+}  # fmt: skip
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", FEW)
+def test_few_queries(name):
+    inputs = testing.make_inputs(FEW[name])
+    got, runs = run(inputs, gradients=False)
+    assert not findings(runs), "\n".join(findings(runs))
+    kernels = [run.kernel.split("_kernel")[0] for run in runs]
+    assert kernels == ["attention_decode", "attention_combine"]
+    splits = runs[0].blocks // (FEW[name].B * FEW[name].Hkv)
+    assert splits == max(1, FEW[name].Sk // 256)
+    exact, naive = testing.exact(inputs), testing.naive(inputs)
+    assert not [e.message for e in testing.errors(got, exact, naive) if e.is_wrong]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != "lockstep"])
+def test_few_queries_in_every_order_of_the_warps(schedule):
+    inputs = testing.make_inputs(FEW["parts of several rows"])
+    got, runs = run(inputs, gradients=False, schedule=schedule)
+    assert not findings(runs), "\n".join(findings(runs))
+    exact, naive = testing.exact(inputs), testing.naive(inputs)
+    assert not [e.message for e in testing.errors(got, exact, naive) if e.is_wrong]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("page_size", [None, 7])
+def test_few_queries_of_sequences(monkeypatch, page_size):
+    cuda_interpreter.library()
+    monkeypatch.setattr(sequences, "operators", OPS)
+    name, dtype = (
+        ("causal", torch.float16) if page_size is None else ("all the rest", torch.float32)
+    )
+    with interpreted() as runs:
+        sequences.check(
+            dataclasses.replace(OPTIONS[name], dtype=dtype),
+            Packing(sequences.DECODED, page_size=page_size),
+        )
+    assert not findings(runs), "\n".join(findings(runs))
+    assert runs[0].kernel.startswith("attention_decode_kernel")
+
+
+@needs_nvcc
+def test_a_wrong_hint_changes_no_result(monkeypatch):
+    """max_seqlen_q = 1 of sequences that are longer: attention_decode takes them row by row."""
+    cuda_interpreter.library()
+    monkeypatch.setattr(sequences, "operators", OPS)
+    right = Packing.arguments
+    hint = property(lambda self: (*right.fget(self)[:2], 1, 1, *right.fget(self)[4:]))
+    monkeypatch.setattr(Packing, "arguments", hint)
+    with interpreted() as runs:
+        sequences.check(OPTIONS["window"], Packing(sequences.LENGTHS))
+    assert not findings(runs), "\n".join(findings(runs))
+    assert runs[0].kernel.startswith("attention_decode_kernel")
+
+
 # Each caught by a finding, or by the numbers where only they show it.
 FAULTS = {
     "no barrier before v is read": (faults.drop(faults.BAR, -1), "finding"),
@@ -227,9 +368,6 @@ def qkv(dtype=torch.float16, B=2, Hq=4, Hkv=2, Sq=130, Sk=200, D=64, Dv=None, de
         return torch.randn(*shape, device=device).to(dtype)
 
     return randn(B, Hq, Sq, D), randn(B, Hkv, Sk, D), randn(B, Hkv, Sk, Dv or D)
-
-
-PLAIN_NUMBERS = (0.125, 0, -1, -1, 0)
 
 
 def test_the_operators_refuse_tensors_that_are_not_on_a_gpu(loaded):

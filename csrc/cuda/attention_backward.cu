@@ -29,6 +29,7 @@ FA_BACKWARD(true, kQuery);
 // What does not depend on the head size.
 #if FA_HEAD_DIM == 32
 FA_KERNEL(attention_delta_kernel<FA_TYPE>);
+FA_KERNEL(attention_page_gradients_kernel<FA_TYPE>);
 #if FA_FLOAT
 FA_KERNEL(attention_dsinks_kernel<256>);
 #endif

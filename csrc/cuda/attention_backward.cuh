@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(32 * kRowsOfDelta)
     attention_delta_kernel(const __grid_constant__ Call p) {
   const int64_t row = (int64_t)blockIdx.x * kRowsOfDelta + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  if (row >= p.B * p.Hq * p.Sq) return;
+  if (row >= (is_packed(p) ? 1 : p.B) * p.Hq * p.Sq) return;
   const int64_t head = row / p.Sq, i = row % p.Sq, b = head / p.Hq, h = head % p.Hq;
   const T* out = head_of<const T>(p.out, (int)b, (int)h) + i * p.out.stride_s;
   const T* grad = head_of<const T>(p.grad_out, (int)b, (int)h) + i * p.grad_out.stride_s;
@@ -66,7 +66,7 @@ struct BackwardBlock {
 
   const Call& p;
   const Sequence seq;
-  const int b, head;  // head: of the owned rows
+  const int head;  // of the owned rows
   const int row_start, row_end, row_warp;
   const float scale_log2;
   const uint32_t x_tile, y_tile, stages;  // rows of q or k, of do or v
@@ -79,12 +79,11 @@ struct BackwardBlock {
   Dropout dropout;
   float row_lse[kRowTiles][2], row_delta[kRowTiles][2];  // where rows are queries
 
-  FA_DEVICE BackwardBlock(const Call& params, int b_, int head_, int row_start_, uint32_t shared)
+  FA_DEVICE BackwardBlock(const Call& params, const TokenBlock& block, uint32_t shared)
       : p(params),
-        seq(sequence_of(p, b_)),
-        b(b_),
-        head(head_),
-        row_start(row_start_),
+        seq(sequence_of(p, block.b)),
+        head(block.h),
+        row_start(block.start),
         row_end(min(row_start + kRows, kKeys ? seq.Sk : seq.Sq)),
         row_warp(row_start + threadIdx.x / 32 * 16 * kRowTiles),
         scale_log2((float)p.scale * kLog2e),
@@ -94,20 +93,18 @@ struct BackwardBlock {
         x_read(RowTile::by_columns(x_tile + (row_warp - row_start) * RowTile::kRowBytes)),
         y_read(x_read + RowTile::kBytes) {}
 
+  // Of q and do, or of k and v.
+  template <bool kOfKeys>
   FA_DEVICE RowSource<T> source(const TensorView& view, int head_, int64_t width,
                                 Range rows) const {
-    return {head_of<const T>(view, b, head_),
-            view.stride_s,
-            rows.begin,
-            rows.end,
-            (int)width,
-            p.aligned};
+    return kOfKeys ? key_rows<T>(p, view, seq, head_, width, rows)
+                   : query_rows<T>(p, view, seq, head_, width, rows);
   }
 
   FA_DEVICE void load_rows() const {
     const Range rows = {row_start, row_end};
-    const RowSource<T> x = source(kKeys ? p.key : p.query, head, p.D, rows);
-    const RowSource<T> y = source(kKeys ? p.value : p.grad_out, head, p.Dv, rows);
+    const RowSource<T> x = source<kKeys>(kKeys ? p.key : p.query, head, p.D, rows);
+    const RowSource<T> y = source<kKeys>(kKeys ? p.value : p.grad_out, head, p.Dv, rows);
     load_tile<T, kRows, kHeadDim, kThreads, false, kPlain>(x_tile, x, row_start);
     load_tile<T, kRows, kHeadDim, kThreads, false, kPlain>(y_tile, y, row_start);
     copy_commit();
@@ -131,9 +128,9 @@ struct BackwardBlock {
 
   FA_DEVICE void select_head(int h_query, int h_columns) {
     h = h_query;
-    x_columns = source(kKeys ? p.query : p.key, h_columns, p.D, columns);
-    y_columns = source(kKeys ? p.grad_out : p.value, h_columns, p.Dv, columns);
-    dropout = dropout_of(p, b, h);
+    x_columns = source<!kKeys>(kKeys ? p.query : p.key, h_columns, p.D, columns);
+    y_columns = source<!kKeys>(kKeys ? p.grad_out : p.value, h_columns, p.Dv, columns);
+    dropout = dropout_of(p, seq.b, h);
     if constexpr (!kKeys) load_row_statistics();
   }
 
@@ -158,7 +155,7 @@ struct BackwardBlock {
   }
 
   FA_DEVICE const float* statistics(const void* of) const {
-    return (const float*)of + ((int64_t)b * p.Hq + h) * p.Sq;
+    return (const float*)of + row_number(p, seq, h);
   }
 
   FA_DEVICE void load_row_statistics() {
@@ -328,7 +325,7 @@ struct BackwardBlock {
 
   FA_DEVICE void store_rows(const TensorView& to, int width, float factor,
                             const Accumulators& acc) const {
-    T* rows = head_of<T>(to, b, head);
+    T* rows = head_of<T>(to, seq.b, head, kKeys ? seq.k_start : seq.q_start);
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -357,13 +354,53 @@ __global__ void __launch_bounds__(backward_tiles(Terms<T>::kCount == 3, kHeadDim
     attention_backward_kernel(const __grid_constant__ Call p) {
   extern __shared__ __align__(128) char shared[];
   using Block = BackwardBlock<T, kHeadDim, kPlain, kGradient>;
-  const uint32_t length = (uint32_t)(Block::kKeys ? p.Sk : p.Sq);
-  const uint32_t heads = (uint32_t)(Block::kKeys ? p.Hkv : p.Hq);
-  const uint32_t blocks = ceil_div(length, (uint32_t)Block::kRows);
-  const uint32_t head = blockIdx.x / blocks, block = blockIdx.x % blocks;
-  Block work(p, (int)(head / heads), (int)(head % heads), (int)block * Block::kRows,
-             shared_address(shared));
-  work.run();
+  const TokenBlock block = Block::kKeys ? key_block(p, Block::kRows) : query_block(p, Block::kRows);
+  Block work(p, block, shared_address(shared));
+  if (work.row_start < work.row_end) work.run();
+}
+
+// The gradients of a page are the sums of those of its users, the entries of the table that are it,
+// in order: a block a page and head. (Rounded in between only beyond kThreadsOfPages users.)
+template <typename T>
+__global__ void __launch_bounds__(kThreadsOfPages)
+    attention_page_gradients_kernel(const __grid_constant__ Call p) {
+  __shared__ int users[kThreadsOfPages];
+  __shared__ uint32_t found[kThreadsOfPages / 32];
+  const int page = (int)(blockIdx.x / (uint32_t)p.Hkv), h = (int)(blockIdx.x % (uint32_t)p.Hkv);
+  const int columns = (int)p.block_table_stride_b, size = (int)p.page_size;
+  const int entries = (int)p.B * columns, thread = threadIdx.x;
+  for (int first = 0; first == 0 || first < entries; first += kThreadsOfPages) {
+    const int entry = first + thread, b = entry < entries ? entry / columns : 0;
+    bool uses = entry < entries;
+    if (uses) {
+      uses = between(p.block_table[entry], 0, (int)p.page_count - 1) == page &&
+             entry % columns * size < sequence_of(p, b).Sk;
+    }
+    const uint32_t mine = __ballot_sync(~0u, uses);
+    __syncthreads();  // nobody reads the last users any more
+    if (thread % 32 == 0) found[thread / 32] = mine;
+    __syncthreads();
+    int count = 0, before = 0;
+    for (int warp = 0; warp < kThreadsOfPages / 32; ++warp) {
+      if (warp < thread / 32) before += __popc(found[warp]);
+      count += __popc(found[warp]);
+    }
+    if (uses) users[before + __popc(mine & ((1u << thread % 32) - 1))] = entry;
+    __syncthreads();
+    const int width = (int)(p.D + p.Dv);
+    for (int i = thread; i < size * width; i += kThreadsOfPages) {
+      const int row = i / width, column = i % width, is_dv = column >= (int)p.D;
+      const int d = is_dv ? column - (int)p.D : column;
+      T* to = head_of<T>(is_dv ? p.page_dv : p.page_dk, page, h, row) + d;
+      float sum = first == 0 ? 0.0f : to_float(*to);
+      for (int user = 0; user < count; ++user) {
+        const int of = users[user] / columns, key = users[user] % columns * size + row;
+        if (key >= sequence_of(p, of).Sk) continue;
+        sum += to_float(head_of<const T>(is_dv ? p.dv : p.dk, of, h, key)[d]);
+      }
+      *to = from_float<T>(sum);
+    }
+  }
 }
 
 FA_DEVICE void store_from_float(void* data, DType dtype, int64_t index, float x) {
@@ -432,7 +469,7 @@ __global__ void __launch_bounds__(backward_tiles(Terms<T>::kCount == 3, kHeadDim
     for (int h = begin[1]; h < end[1]; ++h) {
       for (int m = begin[2]; m < end[2]; ++m) {
         for (int n = begin[3]; n < end[3]; ++n) {
-          Block work(p, b, h, m * kRows, shared_address(shared));
+          Block work(p, {b, h, m * kRows}, shared_address(shared));
           work.add_to_bias(n * kColumns, sum);
         }
       }
@@ -447,7 +484,8 @@ template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     attention_dsinks_kernel(const __grid_constant__ Call p) {
   __shared__ float partial[kThreads];
-  const int64_t h = blockIdx.x, rows = p.B * p.Sq;
+  // Tokens of no sequence have no sink, as their lse of -inf tells.
+  const int64_t h = blockIdx.x, rows = (is_packed(p) ? 1 : p.B) * p.Sq;
   const float sink = ((const float*)p.sinks)[h];
   float sum = 0;
   for (int64_t i = threadIdx.x; i < rows; i += kThreads) {

@@ -46,15 +46,15 @@ struct ForwardBlock {
   float acc[kRowTiles][kHeadDim / 8][4];
   RowState<kRowTiles> rows;
 
-  FA_DEVICE ForwardBlock(const Call& params, const QueryBlock& block, uint32_t shared)
+  FA_DEVICE ForwardBlock(const Call& params, const TokenBlock& block, uint32_t shared)
       : p(params),
         seq(sequence_of(p, block.b)),
         h(block.h),
-        m_start(block.m_start),
+        m_start(block.start),
         m_warp(m_start + threadIdx.x / 32 * 16 * kRowTiles),
         keys(visible_keys(p, seq, m_start, min(m_start + kBlockM, seq.Sq))),
-        key(source(p.key, head_kv(), (int)p.D, keys)),
-        value(source(p.value, head_kv(), (int)p.Dv, keys)),
+        key(key_rows<T>(p, p.key, seq, head_kv(), p.D, keys)),
+        value(key_rows<T>(p, p.value, seq, head_kv(), p.Dv, keys)),
         dropout(dropout_of(p, block.b, block.h)),
         scale_log2((float)p.scale * kLog2e),
         q_tile(shared),
@@ -65,14 +65,6 @@ struct ForwardBlock {
         v_read(KeyTile::by_columns(v_tile)) {}
 
   FA_DEVICE int head_kv() const { return h / (int)((uint32_t)p.Hq / (uint32_t)p.Hkv); }
-  FA_DEVICE RowSource<T> source(const TensorView& view, int head, int width, Range rows_) const {
-    return {head_of<const T>(view, seq.b, head),
-            view.stride_s,
-            rows_.begin,
-            rows_.end,
-            width,
-            p.aligned};
-  }
 
   template <bool kWhole>
   FA_DEVICE void load_keys(uint32_t tile, const RowSource<T>& from, int n_start) const {
@@ -86,7 +78,7 @@ struct ForwardBlock {
     const int first = keys.begin / kBlockN * kBlockN;
     int n = (keys.end - 1) / kBlockN * kBlockN;
     if (keys.end == 0) n = -kBlockN;  // nobody sees anything
-    const RowSource<T> query = source(p.query, h, (int)p.D, {0, seq.Sq});
+    const RowSource<T> query = query_rows<T>(p, p.query, seq, h, p.D, {0, seq.Sq});
     load_tile<T, kBlockM, kHeadDim, kThreads, false, kPlain>(q_tile, query, m_start);
     copy_commit();
     if (n >= first) load_keys<false>(k_tile, key, n);
@@ -181,11 +173,10 @@ struct ForwardBlock {
   }
 
   FA_DEVICE void store() {
-    const float* sink = p.sinks == nullptr ? nullptr : (const float*)p.sinks + h;
-    T* out = head_of<T>(p.out, seq.b, h);
-    float* lse = p.lse == nullptr
-                     ? nullptr
-                     : (float*)p.lse + seq.b * p.lse_stride_b + h * p.lse_stride_h + seq.q_start;
+    const bool has_sink = p.sinks != nullptr && !is_rest(p, seq.b);
+    const float* sink = has_sink ? (const float*)p.sinks + h : nullptr;
+    T* out = head_of<T>(p.out, seq.b, h, seq.q_start);
+    float* lse = p.lse == nullptr ? nullptr : (float*)p.lse + row_number(p, seq, h);
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -257,9 +248,9 @@ __global__ void __launch_bounds__(ForwardBlock<T, kHeadDim, kPlain>::kThreads,
                                   kHeadDim <= 128 ? 2 : 1)
     attention_forward_kernel(const __grid_constant__ Call p) {
   extern __shared__ __align__(128) char shared[];
-  const QueryBlock block = query_block(p, ForwardBlock<T, kHeadDim, kPlain>::kBlockM);
+  const TokenBlock block = query_block(p, ForwardBlock<T, kHeadDim, kPlain>::kBlockM);
   ForwardBlock<T, kHeadDim, kPlain> work(p, block, shared_address(shared));
-  work.run();
+  if (work.m_start < work.seq.Sq) work.run();
 }
 
 }  // namespace fused_attention::cuda

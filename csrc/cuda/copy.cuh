@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mma.cuh"
+#include "sequence.cuh"
 
 namespace fused_attention::cuda {
 
@@ -64,7 +65,36 @@ struct RowSource {
   int begin, end;
   int width;
   bool aligned;  // every row starts at a multiple of 16 bytes
+  // Rows in pages: row n is row n % page_size of page pages[n / page_size], one of page_count, of
+  // which each is page_stride elements behind the one before. Null: they are not.
+  const int32_t* pages;
+  int page_size, page_count;
+  int64_t page_stride;
+
+  FA_DEVICE const T* row(int n) const {
+    if (pages == nullptr) return data + n * stride;
+    const uint32_t number = (uint32_t)n / (uint32_t)page_size;
+    const int page = between(pages[number], 0, page_count - 1);
+    return data + page * page_stride + (n - (int)number * page_size) * stride;
+  }
 };
+
+// The queries of a head, and its keys or values.
+template <typename T>
+FA_DEVICE RowSource<T> query_rows(const Call& p, const TensorView& view, const Sequence& seq, int h,
+                                  int64_t width, Range rows) {
+  const T* data = head_of<const T>(view, seq.b, h, seq.q_start);
+  return {data, view.stride_s, rows.begin, rows.end, (int)width, p.aligned, nullptr, 0, 0, 0};
+}
+template <typename T>
+FA_DEVICE RowSource<T> key_rows(const Call& p, const TensorView& view, const Sequence& seq, int h,
+                                int64_t width, Range rows) {
+  const bool paged = p.block_table != nullptr;
+  const T* data = head_of<const T>(view, paged ? 0 : seq.b, h, seq.k_start);
+  const int32_t* pages = paged ? p.block_table + seq.b * p.block_table_stride_b : nullptr;
+  return {data,      view.stride_s, rows.begin,       rows.end,          (int)width,
+          p.aligned, pages,         (int)p.page_size, (int)p.page_count, view.stride_b};
+}
 
 // 8 elements, of which `count` exist, through registers.
 template <typename T, typename Shared>
@@ -102,8 +132,8 @@ FA_DEVICE void load_piece(uint32_t to, const T* from, int count, bool aligned) {
 }
 
 // Every thread of the block copies pieces of 8 elements. kWhole: all rows are within [begin, end).
-// kAligned: known to be, and width to be a multiple of 8. The caller waits: copies are asynchronous
-// where they can be.
+// kAligned: known to be, width to be a multiple of 8, and rows not to lie in pages. The caller
+// waits: copies are asynchronous where they can be.
 template <typename T, int kRows, int kWidth, int kThreads, bool kWhole, bool kAligned>
 FA_DEVICE void load_tile(uint32_t tile, const RowSource<T>& source, int first) {
   using Shared = Tile<kRows, kWidth, Terms<T>::kCount>;
@@ -127,7 +157,10 @@ FA_DEVICE void load_tile(uint32_t tile, const RowSource<T>& source, int first) {
       const T* from = from0 + i * kStep * source.stride + j * kLow * 8;
       if constexpr (kAligned) {
         copy_async(to, from, inside && left > 0 ? 16 : 0);
-      } else if (sizeof(T) == 2 && source.aligned) {
+        continue;
+      }
+      if (source.pages != nullptr) from = inside ? source.row(row) + (low + j * kLow) * 8 : nullptr;
+      if (sizeof(T) == 2 && source.aligned) {
         copy_async(to, count > 0 ? from : source.data, count * 2);
       } else {
         load_piece<T, Shared>(to, from, count, source.aligned);

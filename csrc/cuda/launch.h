@@ -14,7 +14,12 @@ struct Call : AttentionParams {
   // if lse_in_log2, as the kernels without options want it, in units of log 2.
   float* row_lse = nullptr;
   bool lse_in_log2 = false;
-  bool aligned = false;  // every row of what is read in tiles starts at a multiple of 16 bytes
+  bool aligned = false;    // every row of what is read in tiles starts at a multiple of 16 bytes
+  int64_t page_count = 0;  // of all sequences
+  // Of few queries: the parts that the keys are cut into, and what each found, by part and row:
+  // float [splits, rows, Dv], [splits, rows] and [splits, rows], rows those of lse.
+  int64_t splits = 0;
+  float *part_out = nullptr, *part_max = nullptr, *part_sum = nullptr;
 };
 
 // Head sizes that kernels are compiled for; others are padded with zeros in shared memory.
@@ -41,6 +46,20 @@ struct ForwardTiles {
 constexpr ForwardTiles forward_tiles(bool is_float, int head_dim, bool plain) {
   if (!is_float) return {plain && head_dim <= 128 ? 2 : 1, 4, 64, 1, head_dim};
   return {1, head_dim <= 128 ? 4 : 2, head_dim <= 64 ? 64 : head_dim <= 128 ? 32 : 16, 3, head_dim};
+}
+
+// 16 rows, and tiles of 16 keys a warp.
+struct DecodeTiles {
+  int warps, stages, terms, head_dim;
+  constexpr int block_n() const { return 16 * warps; }
+  constexpr int threads() const { return 32 * warps; }
+  constexpr int shared_bytes() const {
+    return (16 + 2 * stages * block_n()) * head_dim * 2 * terms;
+  }
+};
+constexpr DecodeTiles decode_tiles(bool is_float, int head_dim) {
+  if (!is_float) return {head_dim <= 128 ? 4 : 2, 2, 1, head_dim};
+  return {head_dim <= 64 ? 4 : head_dim <= 128 ? 2 : 1, 1, 3, head_dim};
 }
 
 // What the backward computes in one go. kKeyValue: dk and dv of a block of keys. Of 256 columns
@@ -75,17 +94,78 @@ struct Launch {
 
 constexpr int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+// As sequence.cuh numbers them.
+inline int64_t query_blocks(const Call& p, int64_t size) {
+  if (p.cu_seqlens_q != nullptr) return p.Hq * (p.Sq / size + p.B + 1);
+  return p.B * p.Hq * blocks_of(p.Sq, size);
+}
+inline int64_t key_blocks(const Call& p, int64_t size) {
+  if (p.cu_seqlens_k != nullptr && p.block_table == nullptr) {
+    return p.Hkv * (p.Sk / size + p.B + 1);
+  }
+  return p.B * p.Hkv * blocks_of(p.Sk, size);
+}
+// Of lse and the like: [B, Hq, Sq], packed [Hq, Tq].
+inline int64_t rows_of(const Call& p) {
+  return (p.cu_seqlens_q != nullptr ? 1 : p.B) * p.Hq * p.Sq;
+}
+
 inline bool is_float(const Call& p) { return p.dtype == DType::kFloat32; }
 
 // Whether the kernel without options serves the call; then a row is whole 16-byte pieces.
 inline bool is_plain(const Call& p) {
   return !is_float(p) && p.aligned && p.D % 8 == 0 && p.Dv % 8 == 0 && p.scale > 0 &&
          p.softcap == 0 && p.mask.data == nullptr && p.bias.data == nullptr &&
-         p.key_padding_mask == nullptr && p.alibi_slopes == nullptr && p.dropout_threshold == 0;
+         p.key_padding_mask == nullptr && p.alibi_slopes == nullptr && p.dropout_threshold == 0 &&
+         p.block_table == nullptr;
 }
 
 inline const char* type_name(DType dtype) {
   return dtype == DType::kFloat32 ? "float" : dtype == DType::kFloat16 ? "Half" : "BFloat16";
+}
+
+// Few queries against many keys: worth it for so many rows at most (queries of heads that share
+// their keys), and beyond one tile of them only if that makes more blocks. There are about so many
+// blocks then, but no finer parts of the keys.
+constexpr int64_t kMaxDecodeRows = 64, kDecodeTileRows = 16;
+constexpr int64_t kDecodeBlocks = 256, kMinSplitKeys = 256;
+
+// Into how many parts attention_decode_kernel cuts the keys; 0 if attention_forward_kernel serves
+// the call. seqlen_q, seqlen_k: the longest, as far as is known; only speed depends on them.
+inline int64_t decode_splits(const Call& p, int64_t seqlen_q, int64_t seqlen_k) {
+  const int64_t rows = p.Hkv > 0 ? p.Hq / p.Hkv * seqlen_q : kMaxDecodeRows + 1;
+  if (rows > kMaxDecodeRows || p.dropout_threshold > 0) return 0;
+  if (p.window_left >= 0 && p.window_right >= 0) {
+    const int64_t seen = p.window_left + seqlen_q + p.window_right;
+    seqlen_k = seen < seqlen_k ? seen : seqlen_k;
+  }
+  const int64_t heads = p.B > 0 ? p.B * p.Hkv : 1;
+  const int64_t wanted = blocks_of(kDecodeBlocks, heads), most = seqlen_k / kMinSplitKeys;
+  const int64_t splits = wanted < most ? wanted : most;
+  return splits > 1 ? splits : rows <= kDecodeTileRows ? 1 : 0;
+}
+
+constexpr int kRowsOfCombine = 4;  // a block's, one a warp
+
+// The parts, and then what they found, together.
+struct DecodePlan {
+  Launch parts, combine;
+};
+inline DecodePlan plan_decode(const Call& p) {
+  const int head_dim = padded_head_dim(p.D, p.Dv);
+  const DecodeTiles tiles = decode_tiles(is_float(p), head_dim);
+  DecodePlan plan;
+  snprintf(plan.parts.kernel, sizeof plan.parts.kernel, "attention_decode_kernel<%s, %d>",
+           type_name(p.dtype), head_dim);
+  const int64_t rest = p.cu_seqlens_q != nullptr ? 1 : 0;  // tokens of no sequence
+  plan.parts.blocks = (p.B + rest) * p.Hkv * p.splits;
+  plan.parts.threads = tiles.threads();
+  plan.parts.shared_bytes = tiles.shared_bytes();
+  snprintf(plan.combine.kernel, sizeof plan.combine.kernel, "attention_combine_kernel<%s>",
+           type_name(p.dtype));
+  plan.combine.blocks = blocks_of(rows_of(p), kRowsOfCombine);
+  plan.combine.threads = 32 * kRowsOfCombine;
+  return plan;
 }
 
 inline Launch plan_forward(const Call& p) {
@@ -94,7 +174,7 @@ inline Launch plan_forward(const Call& p) {
   Launch launch;
   snprintf(launch.kernel, sizeof launch.kernel, "attention_forward_kernel<%s, %d, %s>",
            type_name(p.dtype), head_dim, is_plain(p) ? "true" : "false");
-  launch.blocks = p.B * p.Hq * blocks_of(p.Sq, tiles.block_m());
+  launch.blocks = query_blocks(p, tiles.block_m());
   launch.threads = tiles.threads();
   launch.shared_bytes = tiles.shared_bytes();
   return launch;
@@ -102,12 +182,13 @@ inline Launch plan_forward(const Call& p) {
 
 // The kernels of a backward, in order.
 struct BackwardPlan {
-  static constexpr int kMax = 6;
+  static constexpr int kMax = 7;
   Launch launches[kMax];
   int count = 0;
 };
 
 constexpr int kRowsOfDelta = 4;  // a block's, one a warp
+constexpr int kThreadsOfPages = 256;
 
 inline BackwardPlan plan_backward(const Call& p) {
   const int head_dim = padded_head_dim(p.D, p.Dv);
@@ -116,7 +197,7 @@ inline BackwardPlan plan_backward(const Call& p) {
   BackwardPlan plan;
   Launch& delta = plan.launches[plan.count++];
   snprintf(delta.kernel, sizeof delta.kernel, "attention_delta_kernel<%s>", type_name(p.dtype));
-  delta.blocks = blocks_of(p.B * p.Hq * p.Sq, kRowsOfDelta);
+  delta.blocks = blocks_of(rows_of(p), kRowsOfDelta);
   delta.threads = 32 * kRowsOfDelta;
   const auto add = [&](const char* gradient, int64_t blocks) {
     Launch& launch = plan.launches[plan.count++];
@@ -127,14 +208,21 @@ inline BackwardPlan plan_backward(const Call& p) {
     launch.threads = tiles.threads();
     launch.shared_bytes = tiles.shared_bytes();
   };
-  const int64_t of_keys = p.B * p.Hkv * blocks_of(p.Sk, tiles.rows());
+  const int64_t of_keys = key_blocks(p, tiles.rows());
   if (head_dim <= 128) {
     add("kKeyValue", of_keys);
   } else {
     add("kKey", of_keys);
     add("kValue", of_keys);
   }
-  add("kQuery", p.B * p.Hq * blocks_of(p.Sq, tiles.rows()));
+  if (p.block_table != nullptr) {
+    Launch& pages = plan.launches[plan.count++];
+    snprintf(pages.kernel, sizeof pages.kernel, "attention_page_gradients_kernel<%s>",
+             type_name(p.dtype));
+    pages.blocks = p.page_count * p.Hkv;
+    pages.threads = kThreadsOfPages;
+  }
+  add("kQuery", query_blocks(p, tiles.rows()));
   if (p.dbias.data != nullptr) {
     const BackwardTiles of_bias = backward_tiles(is_float(p), head_dim, false);
     Launch& bias = plan.launches[plan.count++];

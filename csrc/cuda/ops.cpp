@@ -98,38 +98,66 @@ void check_sizes(const Call& p) {
   STD_TORCH_CHECK(p.Sq + p.Sk < (int64_t)1 << 30, "query, key: expected fewer than 2^30 tokens");
 }
 
-void refuse_packed(const Options& o) {
-  STD_TORCH_CHECK(!o.cu_seqlens_q && !o.cu_seqlens_k && !o.seqused_k && !o.block_table,
-                  "cu_seqlens, seqused_k and block_table: not built yet for CUDA");
+// In the memory order of `like`; packed tokens and pages are contiguous.
+Tensor empty_like_input(const Tensor& tensor, const Input& like, Layout layout, int64_t last) {
+  if (layout == Layout::kDense) {
+    return empty_like_layout(like.given, like.given.size[2], last, tensor.scalar_type());
+  }
+  int64_t sizes[4];
+  for (int i = 0; i < (int)tensor.dim(); ++i) sizes[i] = tensor.size(i);
+  sizes[tensor.dim() - 1] = last;
+  return empty({sizes, (size_t)tensor.dim()}, tensor.scalar_type());
 }
 
-void describe(Call& p, const Input& query, const Input& key, const Input& value,
-              const Options& options) {
+// [B, Hq, Sq], packed [Hq, Tq].
+Tensor empty_rows(const Call& p, int64_t Tq) {
+  return p.cu_seqlens_q != nullptr ? empty({p.Hq, Tq}, ScalarType::Float)
+                                   : empty({p.B, p.Hq, Tq}, ScalarType::Float);
+}
+
+Sequences describe(Call& p, const Input& query, const Input& key, const Input& value,
+                   const Options& options) {
   describe_inputs(p, query, key, value);
+  Sequences held = describe_places(p, options, key);
+  p.page_count = key.shape.size[0];
+  if (p.page_count == 0 && p.block_table != nullptr) p.Sk = 0;
   check_sizes(p);
-  STD_TORCH_CHECK(key.shape.size[0] == p.B, "key, value: expected batch ", p.B, ", got ",
-                  key.shape.size[0]);
-  p.lse_stride_b = p.Hq * p.Sq;
-  p.lse_stride_h = p.Sq;
   describe_options(p, options);
   STD_TORCH_CHECK(p.sample_heads == 0, "philox, sinks: rows for several samples, for CPU tensors");
+  return held;
+}
+
+void start_decode(Call& p) {
+  const int64_t rows = cuda::rows_of(p);
+  Tensor parts = empty({p.splits * rows * (p.Dv + 2)}, ScalarType::Float);
+  p.part_out = (float*)parts.data_ptr();
+  p.part_max = p.part_out + p.splits * rows * p.Dv;
+  p.part_sum = p.part_max + p.splits * rows;
+  const cuda::DecodePlan plan = cuda::plan_decode(p);
+  start(plan.parts, &p);
+  start(plan.combine, &p);
 }
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
-               Tensor* lse) {
+               Tensor* lse, std::optional<int64_t> longest_q, std::optional<int64_t> longest_k) {
   const OnDeviceOf device(query);
-  refuse_packed(options);
-  const Input q(query, "query"), k(key, "key"), v(value, "value");
+  const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
+  const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   Call p;
-  describe(p, q, k, v, options);
-  Tensor out = empty_like_layout(q.given, p.Sq, p.Dv, query.scalar_type());
-  p.out = view_of(out);
+  const Sequences held = describe(p, q, k, v, options);
+  Tensor out = empty_like_input(query, q, layout, p.Dv);
+  p.out = view_of(out, layout);
   if (lse != nullptr) {
-    *lse = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
+    *lse = empty_rows(p, p.Sq);
     p.lse = lse->data_ptr();
   }
   p.aligned = is_aligned(q, p.dtype) && is_aligned(k, p.dtype) && is_aligned(v, p.dtype);
-  start(cuda::plan_forward(p), &p);
+  p.splits = cuda::decode_splits(p, longest_q.value_or(p.Sq), longest_k.value_or(p.Sk));
+  if (p.splits > 0) {
+    start_decode(p);
+  } else {
+    start(cuda::plan_forward(p), &p);
+  }
   return out;
 }
 
@@ -149,24 +177,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
                            mask,      bias,       key_padding_mask, alibi_slopes, sinks,
                            philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
                            seqused_k, block_table};
-  refuse_packed(options);
   STD_TORCH_CHECK(!grad_weights, "grad_weights: only the CPU kernels return attention weights");
-  const Input q(query, "query"), k(key, "key"), v(value, "value");
-  const Input o(out, "out"), grad_o(grad_out, "grad_out");
+  const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
+  const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
+  const Input o(out, "out", layout), grad_o(grad_out, "grad_out", layout);
   Call p;
-  describe(p, q, k, v, options);
+  const Sequences held = describe(p, q, k, v, options);
   describe_gradients(p, q, o, grad_o, grad_lse);
   const Tensor kept_lse = dense_lse(p, lse);
-  Tensor delta = empty({p.B, p.Hq, p.Sq}, ScalarType::Float);
-  Tensor row_lse = empty({p.B, p.Hq, p.Sq}, ScalarType::Float);
+  Tensor delta = empty_rows(p, p.Sq), row_lse = empty_rows(p, p.Sq);
   p.delta = delta.data_ptr();
   p.row_lse = (float*)row_lse.data_ptr();
 
   const ScalarType dtype = query.scalar_type();
-  Tensor dq = empty_like_layout(q.given, p.Sq, p.D, dtype);
-  Tensor dk = empty_like_layout(k.given, p.Sk, p.D, dtype);
-  Tensor dv = empty_like_layout(v.given, p.Sk, p.Dv, dtype);
-  p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
+  Tensor dq = empty_like_input(query, q, layout, p.D);
+  Tensor dk = empty_like_input(key, k, kv_layout, p.D);
+  Tensor dv = empty_like_input(value, v, kv_layout, p.Dv);
+  if (cu_seqlens_k || seqused_k) {  // keys that are not in use
+    torch::stable::zero_(dk);
+    torch::stable::zero_(dv);
+  }
+  p.dq = view_of(dq, layout), p.dk = view_of(dk, kv_layout), p.dv = view_of(dv, kv_layout);
+  Tensor whole_dk, whole_dv;  // of pages: of each sequence
+  if (block_table) {
+    p.page_dk = p.dk, p.page_dv = p.dv;
+    whole_dk = empty({p.B, p.Hkv, p.Sk, p.D}, dtype);
+    whole_dv = empty({p.B, p.Hkv, p.Sk, p.Dv}, dtype);
+    p.dk = view_of(whole_dk), p.dv = view_of(whole_dv);
+  }
   Tensor dbias = empty({0}, dtype), dsinks = empty({0}, ScalarType::Float);
   STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
   STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");

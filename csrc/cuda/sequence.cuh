@@ -14,21 +14,68 @@ struct Sequence {
   int diagonal_offset;   // key j meets query i at j = i + diagonal_offset
 };
 
+FA_DEVICE bool is_packed(const Call& p) { return p.cu_seqlens_q != nullptr; }
+// The sequence of packed tokens that belong to none, behind the last one: it sees no key.
+FA_DEVICE bool is_rest(const Call& p, int b) { return is_packed(p) && b == (int)p.B; }
+
 // Whatever the tensors hold, nothing beyond the memory of a call is touched: lengths are cut.
+FA_DEVICE int between(int x, int low, int high) { return max(low, min(x, high)); }
 FA_DEVICE Sequence sequence_of(const Call& p, int b) {
   Sequence seq = {b, (int)p.Sq, (int)p.Sk, 0, 0, 0};
+  const bool rest = is_rest(p, b);
+  if (is_packed(p)) {
+    seq.q_start = between(p.cu_seqlens_q[b], 0, (int)p.Sq);
+    const int end = rest ? (int)p.Sq : p.cu_seqlens_q[b + 1];
+    seq.Sq = between(end, seq.q_start, (int)p.Sq) - seq.q_start;
+  }
+  if (p.cu_seqlens_k != nullptr && !rest) {
+    const int first = p.cu_seqlens_k[b], last = p.cu_seqlens_k[b + 1];
+    if (p.block_table == nullptr) seq.k_start = between(first, 0, (int)p.Sk);
+    seq.Sk = p.block_table != nullptr ? between(last - first, 0, (int)p.Sk)
+                                      : between(last, seq.k_start, (int)p.Sk) - seq.k_start;
+  }
+  if (p.seqused_k != nullptr && !rest) {
+    seq.Sk = between(p.seqused_k[b], 0, p.block_table != nullptr ? (int)p.Sk : seq.Sk);
+  }
+  if (rest) seq.Sk = 0;
   if (p.bottom_right) seq.diagonal_offset = seq.Sk - seq.Sq;
   return seq;
 }
 
-struct QueryBlock {
-  int b, h, m_start;
+// A block of at most `size` tokens of one head of one sequence, which starts beyond its end if
+// there are none.
+struct TokenBlock {
+  int b, h, start;
 };
+// Number `number` of those of `heads` heads. Packed: the blocks of sequence b, which starts at
+// token t, are those from t / size + b on. That is room for all, since ceil(n / size) <=
+// (t + n) / size - t / size + 1.
+FA_DEVICE TokenBlock token_block(const Call& p, const int32_t* cu_seqlens, int64_t length,
+                                 int64_t heads, uint32_t number, int size, bool last_first) {
+  const bool packed = cu_seqlens != nullptr;
+  const uint32_t blocks =
+      (uint32_t)(packed ? length / size + p.B + 1 : ceil_div(length, (int64_t)size));
+  const uint32_t head = number / blocks;
+  int block = (int)(number % blocks);
+  if (last_first) block = (int)blocks - 1 - block;
+  if (!packed) {
+    return {(int)(head / (uint32_t)heads), (int)(head % (uint32_t)heads), block * size};
+  }
+  int low = 0, high = (int)p.B + 1;  // the last sequence whose first block is not beyond this one
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (cu_seqlens[middle] / size + middle <= block ? low : high) = middle;
+  }
+  return {low, (int)head, max(block - cu_seqlens[low] / size - low, 0) * size};
+}
 // Of each head the last queries first: under a causal mask they have the most keys.
-FA_DEVICE QueryBlock query_block(const Call& p, int size) {
-  const uint32_t blocks = (uint32_t)ceil_div((int)p.Sq, size), Hq = (uint32_t)p.Hq;
-  const uint32_t head = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;
-  return {(int)(head / Hq), (int)(head % Hq), (int)block * size};
+FA_DEVICE TokenBlock query_block(const Call& p, int size) {
+  return token_block(p, p.cu_seqlens_q, p.Sq, p.Hq, blockIdx.x, size, true);
+}
+// Of keys; in pages each sequence has room for as many.
+FA_DEVICE TokenBlock key_block(const Call& p, int size) {
+  const int32_t* cu_seqlens = p.block_table != nullptr ? nullptr : p.cu_seqlens_k;
+  return token_block(p, cu_seqlens, p.Sk, p.Hkv, blockIdx.x, size, false);
 }
 
 // Half-open; empty is {0, 0}.
@@ -54,10 +101,14 @@ FA_DEVICE Range visible_queries(const Call& p, const Sequence& seq, int n_start,
                    {right < 0 ? 0 : n_start - off - right, left < 0 ? seq.Sq : n_end - off + left});
 }
 
-// The rows of one head of a [B, H, S, D] tensor.
+// The rows of one head of a [B, H, S, D] tensor, from token `start` on.
 template <typename T>
-FA_DEVICE T* head_of(const TensorView& view, int b, int h) {
-  return (T*)view.data + b * view.stride_b + h * view.stride_h;
+FA_DEVICE T* head_of(const TensorView& view, int b, int h, int start = 0) {
+  return (T*)view.data + b * view.stride_b + h * view.stride_h + start * view.stride_s;
+}
+// Where lse, delta and the like have the queries of a head.
+FA_DEVICE int64_t row_number(const Call& p, const Sequence& seq, int h) {
+  return seq.b * p.lse_stride_b + h * p.lse_stride_h + seq.q_start;
 }
 
 }  // namespace fused_attention::cuda

@@ -208,14 +208,13 @@ def _reference_details(problem: Problem) -> Details:
 
 # -- The table ---------------------------------------------------------------------------
 
-_NOT_PACKED = frozenset(FEATURES) - {"varlen", "seqused_k", "block_table"}
 # On a GPU the first of CUDA and TRITON serves; no report of a GPU has decided their order yet.
 CUDA = Backend(
     "cuda",
     devices=frozenset({"cuda"}),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     head_dims=range(1, 257),
-    features=_NOT_PACKED,
+    features=frozenset(FEATURES),
     plan=autograd.plan_cuda,
     details=_cuda_details,
     missing=cuda.missing,
