@@ -168,10 +168,16 @@ def units(torch: Path) -> list[Unit]:
 
 # -- the CUDA library ----------------------------------------------------------------------
 
-# Units: csrc/cuda/<kernel>.cu for each type and head size, FA_TYPE and FA_HEAD_DIM there.
-CUDA_KERNELS = ("attention_backward", "attention_decode", "attention_forward")
+# Units: csrc/cuda/<kernel>.cu for each type and head size, FA_TYPE and FA_HEAD_DIM there; the
+# slowest first.
 CUDA_TYPES = ("Half", "BFloat16", "float")
-CUDA_HEAD_DIMS = (32, 64, 96, 128, 256)
+CUDA_HEAD_DIMS = (256, 128, 96, 64, 32)
+CUDA_KERNELS = {
+    "attention_backward": CUDA_HEAD_DIMS,
+    "attention_forward": CUDA_HEAD_DIMS,
+    "attention_decode": CUDA_HEAD_DIMS,
+    "masked_softmax": (0,),
+}
 CUDA_ARCHS = "80 90 100"
 
 
@@ -228,11 +234,11 @@ def cuda_kernels(nvcc: Path) -> list[Unit]:
                 *(*flags, f"-DFA_TYPE={type_}", f"-DFA_HEAD_DIM={head_dim}"),
                 f"-DFA_FLOAT={int(type_ == 'float')}",
             ],
-            variant=f"{type_}-{head_dim}",
+            variant=f"{type_}-{head_dim}" if head_dim else type_,
             compiler=[str(nvcc)],
         )
-        for head_dim in sorted(CUDA_HEAD_DIMS, reverse=True)  # the slowest first
-        for kernel in CUDA_KERNELS
+        for kernel, head_dims in CUDA_KERNELS.items()
+        for head_dim in head_dims
         for type_ in CUDA_TYPES
     ]
 

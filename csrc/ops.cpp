@@ -688,10 +688,6 @@ void kv_cache_append_(const Tensor& key_cache, const Tensor& value_cache, const 
 
 // -- masked softmax -------------------------------------------------------------------------------
 
-ScalarType accumulation_dtype(const SoftmaxParams& p) {
-  return p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
 // The first write to each page of new memory costs more than computing what is in it: most of it is
 // the trap, so the kernel is asked for many pages at once. No matter if it cannot (before
 // Linux 5.14).
@@ -705,248 +701,29 @@ void map_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #endif
 }
 
-// The rows of a tensor whose last stride is 1, numbered and visited in its order, in tasks of about
-// kTaskElements elements.
-SoftmaxParams describe_rows(const Tensor& tensor, const char* name, int64_t causal) {
-  constexpr int64_t kTaskElements = 65536;
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() >= 1, name,
-                  ": expected a CPU tensor of at least 1 dimension");
-  STD_TORCH_CHECK(causal >= 0 && causal <= 2, "causal: expected 0, 1 or 2, got ", causal);
-  const auto sizes = tensor.sizes();
-  SoftmaxParams p;
-  p.dtype = dtype_of(tensor, name);
-  const size_t last = sizes.size() - 1;
-  p.columns = sizes[last];
-  p.queries = last >= 1 ? sizes[last - 1] : 1;
-  p.heads = last >= 2 ? sizes[last - 2] : 1;
-  p.groups = 1;
-  for (size_t i = 0; i < last; ++i) {
-    p.groups *= sizes[i];
-    if (sizes[i] == 1) continue;
-    STD_TORCH_CHECK(p.dims < SoftmaxParams::kMaxDims, name, ": expected at most ",
-                    SoftmaxParams::kMaxDims, " dimensions beside the last, got ", last);
-    p.size[p.dims++] = sizes[i];
-  }
-  int64_t number = 1;
-  for (int d = p.dims; d-- > 0; number *= p.size[d]) p.stride[SoftmaxParams::kNumber][d] = number;
-  p.causal = causal != 0;
-  p.diagonal_offset = causal == (int64_t)Causal::kBottomRight ? p.columns - p.queries : 0;
-  p.groups_per_task = p.columns >= kTaskElements ? 1 : kTaskElements / (p.columns + 1);
-  return p;
-}
+using SoftmaxCall = SoftmaxParams;
+constexpr int64_t kBiasTasks = 64;
+struct OnDeviceOf {
+  explicit OnDeviceOf(const Tensor&) {}
+};
 
-// The strides of a row in `tensor`, whose shape equals or broadcasts to the input's; returns the
-// stride along the columns. 0 where it is broadcast.
-int64_t describe_operand(SoftmaxParams& p, SoftmaxParams::Operand operand, const Tensor& tensor,
-                         const char* name, Sizes input, bool broadcast) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  const size_t missing = input.size() - sizes.size();
-  STD_TORCH_CHECK(tensor.is_cpu() && sizes.size() <= input.size() && (broadcast || missing == 0),
-                  name, ": expected a CPU tensor of ", input.size(), " dimensions");
-  int d = 0;
-  int64_t last_stride = 0;
-  for (size_t i = 0; i < input.size(); ++i) {
-    const int64_t size = i < missing ? 1 : sizes[i - missing];
-    STD_TORCH_CHECK(size == input[i] || (broadcast && size == 1), name, ": size ", size,
-                    " does not fit ", input[i], " in dimension ", i);
-    const int64_t stride = size == 1 ? 0 : strides[i - missing];
-    if (i + 1 == input.size())
-      last_stride = stride;
-    else if (input[i] != 1)
-      p.stride[operand][d++] = stride;
-  }
-  return last_stride;
-}
-
-// Where the result goes: a new contiguous tensor, visited in its order if `in_order`. Small ones
-// lie in memory that malloc has had before.
-void describe_output(SoftmaxParams& p, const Tensor& out, Sizes sizes, bool in_order) {
+// Small ones lie in memory that malloc has had before.
+void expect_output(SoftmaxParams& p, const Tensor& out) {
   constexpr int64_t kNewMemory = 1 << 20;  // elements
-  describe_operand(p, SoftmaxParams::kOutput, out, "out", sizes, false);
-  p.output = out.data_ptr();
-  if (in_order && out.numel() >= kNewMemory) p.map_pages = map_pages;
+  if (out.numel() >= kNewMemory) p.map_pages = map_pages;
 }
-
-// In place if its last stride is 1, else copied.
-Tensor dense_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  const bool dense = last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1;
-  return dense ? tensor : torch::stable::contiguous(tensor);
-}
-
-void describe_sinks(SoftmaxParams& p, const OptionalTensor& sinks, int64_t dims) {
-  if (!sinks) return;
-  STD_TORCH_CHECK(dims >= 3, "sinks: expected an input of at least 3 dimensions, [..., H, M, N]");
-  STD_TORCH_CHECK(sinks->is_cpu() && (sinks->dim() == 1 || sinks->dim() == 2) &&
-                      sinks->size(-1) == p.heads && sinks->is_contiguous() &&
-                      sinks->scalar_type() == accumulation_dtype(p),
-                  "sinks: expected a contiguous CPU tensor [", p.heads, "] or [samples, ", p.heads,
-                  "] in ", p.dtype == DType::kFloat64 ? "float64" : "float32");
-  p.sinks = sinks->data_ptr();
-}
-
-// Returns how many samples there are, see count_samples.
-int64_t describe_samples(SoftmaxParams& p, const OptionalTensor& philox,
-                         const OptionalTensor& sinks) {
-  const int64_t matrices = p.queries > 0 ? p.groups / p.queries : 0;
-  const int64_t samples = count_samples(philox, sinks, p.heads > 0 ? matrices / p.heads : 0);
-  p.sample_heads = samples > 0 ? matrices / samples : 0;
-  return samples;
-}
-
-// Everything but where the results go.
-SoftmaxParams describe_softmax(const Tensor& input, double scale, int64_t causal,
-                               const OptionalTensor& mask, const OptionalTensor& bias,
-                               const OptionalTensor& sinks, const OptionalTensor& philox,
-                               double dropout_p) {
-  SoftmaxParams p = describe_rows(input, "input", causal);
-  const auto sizes = input.sizes();
-  describe_operand(p, SoftmaxParams::kInput, input, "input", sizes, false);
-  p.input = input.data_ptr();
-  p.scale = scale;
-  if (mask) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask: expected bool");
-    p.mask_stride_k = describe_operand(p, SoftmaxParams::kMask, *mask, "mask", sizes, true);
-    p.mask = (const uint8_t*)mask->data_ptr();
-  }
-  if (bias) {
-    p.bias_dtype = dtype_of(*bias, "bias");
-    p.bias_stride_k = describe_operand(p, SoftmaxParams::kBias, *bias, "bias", sizes, true);
-    p.bias = bias->data_ptr();
-  }
-  describe_sinks(p, sinks, (int64_t)sizes.size());
-  describe_dropout(p, dropout_p, philox, describe_samples(p, philox, sinks));
-  return p;
-}
-
-// out, and for the backward, if `save`, where they are not the same or not in out: the weights
-// before dropout, and the weights of the sinks.
-std::tuple<Tensor, Tensor, Tensor> masked_softmax_forward(
-    const Tensor& input, double scale, int64_t causal, bool save, const OptionalTensor& mask,
-    const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& philox,
-    double dropout_p) {
-  const Tensor dense = dense_rows(input);
-  SoftmaxParams p = describe_softmax(dense, scale, causal, mask, bias, sinks, philox, dropout_p);
-  const auto sizes = input.sizes();
-  Tensor out = empty(sizes, input.scalar_type());
-  describe_output(p, out, sizes, true);
-  const bool save_weights = save && dropout_p > 0, save_sinks = save && sinks.has_value();
-  Tensor weights =
-      save_weights ? empty(sizes, input.scalar_type()) : empty({0}, input.scalar_type());
-  Tensor sink_weight =
-      empty(save_sinks ? Sizes(sizes.data(), sizes.size() - 1) : Sizes({0}), accumulation_dtype(p));
-  if (save_weights) p.weights = weights.data_ptr();
-  if (save_sinks) p.sink_weight = sink_weight.data_ptr();
-  run(kernel_table().masked_softmax_forward, p, true);
-  return {out, weights, sink_weight};
-}
-
-void masked_softmax_(const Tensor& input, double scale, int64_t causal, const OptionalTensor& mask,
-                     const OptionalTensor& bias, const OptionalTensor& sinks,
-                     const OptionalTensor& philox, double dropout_p) {
-  const auto sizes = input.sizes(), strides = input.strides();
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    STD_TORCH_CHECK(sizes[i] <= 1 || strides[i] != 0,
-                    "input: expected elements with memory of their own, got an expanded tensor");
-  }
-  Tensor dense = dense_rows(input);
-  SoftmaxParams p = describe_softmax(dense, scale, causal, mask, bias, sinks, philox, dropout_p);
-  describe_operand(p, SoftmaxParams::kOutput, dense, "input", sizes, false);
-  p.output = dense.data_ptr();
-  run(kernel_table().masked_softmax_forward, p, true);
-  if (dense.data_ptr() != input.data_ptr()) {
-    Tensor target = input;
-    torch::stable::copy_(target, dense);
-  }
-}
-
-// Visits first along the dimensions along which dbias is summed, so that a group is what is summed
-// into one of its rows; a long sum is cut into chunks, which are added up in the end.
-void describe_bias_gradient(SoftmaxParams& p, const Tensor& bias, Sizes sizes) {
-  constexpr int64_t kTasks = 64, kMinRows = 8;
-  p.bias_dtype = dtype_of(bias, "bias");
-  // Where the shape is broadcast; an expanded bias has a gradient of full size.
-  Tensor shape = empty(bias.sizes(), bias.scalar_type());
-  const int64_t columns = describe_operand(p, SoftmaxParams::kBias, shape, "bias", sizes, true);
-  p.bias_width = p.columns == 1 || columns != 0 ? p.columns : 1;
-  const SoftmaxParams given = p;
-  p.groups = p.group_rows = 1;
-  int d = 0;
-  for (const bool kept : {true, false}) {
-    for (int i = 0; i < p.dims; ++i) {
-      if ((given.stride[SoftmaxParams::kBias][i] != 0) != kept) continue;
-      (kept ? p.groups : p.group_rows) *= given.size[i];
-      p.size[d] = given.size[i];
-      for (int k = 0; k < SoftmaxParams::kOperands; ++k) p.stride[k][d] = given.stride[k][i];
-      ++d;
-    }
-  }
-  if (p.groups * p.group_rows == 0) return;
-  p.groups_per_task = given.groups_per_task / p.group_rows;
-  if (p.groups_per_task > 0) return;
-  p.groups_per_task = 1;
-  const int64_t wanted = kTasks / p.groups, most = p.group_rows / kMinRows;
-  const int64_t chunks = wanted < most ? wanted : most;
-  p.chunks = chunks > 1 ? chunks : 1;
-}
-
-std::tuple<Tensor, Tensor, Tensor> masked_softmax_backward(
-    const Tensor& grad_out, const Tensor& weights, double scale, int64_t causal,
-    const OptionalTensor& bias, const OptionalTensor& sink_weight, const OptionalTensor& philox,
-    double dropout_p, bool bias_grad, bool sinks_grad) {
-  STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
-  STD_TORCH_CHECK(!sinks_grad || sink_weight, "sinks_grad: expected sink_weight");
-  STD_TORCH_CHECK(grad_out.scalar_type() == weights.scalar_type(),
-                  "grad_out: expected the dtype of the weights");
-  const auto sizes = weights.sizes();
-  const Tensor dense_weights = dense_rows(weights), dense_grad = dense_rows(grad_out);
-  SoftmaxParams p = describe_rows(dense_weights, "weights", causal);
-  p.scale = scale;
-  describe_dropout(p, dropout_p, philox, describe_samples(p, philox, no_tensor()));
-  Tensor dx = empty(sizes, weights.scalar_type());
-  describe_operand(p, SoftmaxParams::kInput, dense_weights, "weights", sizes, false);
-  describe_operand(p, SoftmaxParams::kGradOut, dense_grad, "grad_out", sizes, false);
-  describe_output(p, dx, sizes, !bias_grad);
-  p.input = dense_weights.data_ptr();
-  p.grad_out = dense_grad.data_ptr();
-  const int64_t rows = p.groups;
-
-  Tensor dbias = empty({0}, weights.scalar_type()), partial = dbias;
-  if (bias_grad) {
-    describe_bias_gradient(p, *bias, sizes);
-    dbias = empty(bias->sizes(), bias->scalar_type());
-    p.dbias = dbias.data_ptr();
-    if (p.chunks > 1) {
-      partial = empty({p.groups * p.chunks * p.bias_width}, accumulation_dtype(p));
-      p.partial = partial.data_ptr();
-    }
-  }
-  Tensor dsinks = empty({0}, accumulation_dtype(p)), sink_terms = dsinks;
-  if (sinks_grad) {
-    STD_TORCH_CHECK(sizes.size() >= 3 && sink_weight->is_cpu() && sink_weight->is_contiguous() &&
-                        sink_weight->numel() == rows &&
-                        sink_weight->scalar_type() == accumulation_dtype(p),
-                    "sink_weight: expected what masked_softmax_forward saved");
-    p.sink_weight = sink_weight->data_ptr();
-    dsinks = empty({p.heads}, accumulation_dtype(p));
-    sink_terms = empty({rows}, accumulation_dtype(p));
-    p.dsinks = dsinks.data_ptr();
-    p.sink_terms = sink_terms.data_ptr();
-  }
-  if (rows == 0 || p.columns == 0) {
-    if (bias_grad) torch::stable::zero_(dbias);
-    if (sinks_grad) torch::stable::zero_(dsinks);
-    return {dx, dbias, dsinks};
-  }
+void run_softmax(const SoftmaxParams& p) { run(kernel_table().masked_softmax_forward, p, true); }
+void run_softmax_backward(const SoftmaxParams& p) {
   const KernelTable& kernels = kernel_table();
   run(kernels.masked_softmax_backward, p, true);
   if (p.chunks > 1) run(kernels.masked_softmax_backward_bias, p);
-  if (sinks_grad) run(kernels.masked_softmax_backward_sinks, p);
-  return {dx, dbias, dsinks};
+  if (p.dsinks != nullptr) run(kernels.masked_softmax_backward_sinks, p);
 }
 
 }  // namespace
 }  // namespace fused_attention
+
+#include "softmax_operators.h"
 
 STABLE_TORCH_LIBRARY(fused_attention, m) {
   using namespace fused_attention;

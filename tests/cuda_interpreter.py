@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from cuda_params import Call
+from cuda_params import Call, SoftmaxCall
 from fused_attention import cuda
 from ptx import Report, launch
 
@@ -41,6 +41,10 @@ HEADERS = {
             for name in ("delta", "backward", "dbias", "dsinks", "page_gradients")
         ),
         "attention_backward",
+    ),
+    **dict.fromkeys(
+        (f"masked_softmax{name}" for name in ("", "_backward", "_dbias", "_dbias_sum", "_dsinks")),
+        "masked_softmax",
     ),
 }
 SUBSTITUTE = ctypes.CFUNCTYPE(
@@ -71,7 +75,8 @@ def compile_kernel(kernel: str, arch: str, *options: str) -> Path:
     text = (
         f'#include "cuda/{header}.cuh"\n'
         "namespace fused_attention::cuda {\n"
-        f"template __global__ void {kernel}(const __grid_constant__ Call);\n"
+        f"template __global__ void {kernel}"
+        f"(const __grid_constant__ {params_of(kernel).__name__});\n"
         "}\n"
     )
     kind = "cubin" if "-cubin" in options else "ptx"
@@ -87,6 +92,10 @@ def compile_kernel(kernel: str, arch: str, *options: str) -> Path:
         source.unlink()
 
     return kept(f"{safe}_{arch}.{kind}", " ".join(options), make)
+
+
+def params_of(kernel: str) -> type[Call] | type[SoftmaxCall]:
+    return SoftmaxCall if kernel.startswith("masked_softmax") else Call
 
 
 @functools.cache
@@ -144,7 +153,7 @@ class Interpreter:
             ptx = ptx_of(name)
             report = launch(
                 self.edit(ptx) if self.edit else ptx, None, [blocks], threads,
-                [Call.from_address(params)], shared_bytes, self.schedule,
+                [params_of(name).from_address(params)], shared_bytes, self.schedule,
             )  # fmt: skip
             self.runs.append(Run(name, blocks, threads, shared_bytes, report))
         except Exception as error:  # it must not pass through C++

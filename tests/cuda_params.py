@@ -47,6 +47,19 @@ def view(address: int, shape: list[int], strides: list[int], item: int) -> np.nd
     return np.lib.stride_tricks.as_strided(flat, shape, [s * item for s in strides])
 
 
+def encode(params: Any, memory: Any) -> bytes:
+    """The bytes of the kernel's parameter, with the addresses of the interpreter's memory."""
+    copy = type(params).from_buffer_copy(params)
+    for name, array in params.operands().items():
+        address = memory.bind(array) if array.size else 0
+        field = getattr(copy, name)
+        if isinstance(field, (TensorView, ScoreView)):
+            field.data = address
+        else:
+            setattr(copy, name, address)
+    return bytes(copy)
+
+
 class Call(ctypes.Structure):
     _fields_ = [
         ("dtype", ctypes.c_int32),
@@ -126,14 +139,52 @@ class Call(ctypes.Structure):
                 found[name] = view(address, shape, strides, width)
         return found
 
-    def encode_for(self, memory: Any) -> bytes:
-        """The bytes of the kernel's parameter, with the addresses of the interpreter's memory."""
-        copy = type(self).from_buffer_copy(self)
-        for name, array in self.operands().items():
-            address = memory.bind(array) if array.size else 0
-            field = getattr(copy, name)
-            if isinstance(field, (TensorView, ScoreView)):
-                field.data = address
-            else:
-                setattr(copy, name, address)
-        return bytes(copy)
+    encode_for = encode
+
+
+KINDS = ("input", "grad_out", "output", "mask", "bias", "number")  # SoftmaxParams::Operand
+
+
+class SoftmaxCall(ctypes.Structure):
+    MAX_DIMS = 16
+    _fields_ = [
+        ("dtype", ctypes.c_int32), ("columns", I64), ("queries", I64), ("heads", I64),
+        ("dims", ctypes.c_int), ("size", I64 * MAX_DIMS), ("stride", I64 * MAX_DIMS * len(KINDS)),
+        ("input", PTR), ("output", PTR), ("mask", PTR), ("bias", PTR), ("map_pages", PTR),
+        ("mask_stride_k", I64), ("bias_stride_k", I64), ("bias_dtype", ctypes.c_int32),
+        ("sinks", PTR), ("scale", F64), ("causal", ctypes.c_bool), ("diagonal_offset", I64),
+        ("dropout_threshold", U32), ("dropout_scale", F64), ("philox_seed", U64),
+        ("philox_offset", U32), ("philox_states", PTR), ("sample_heads", I64),
+        ("weights", PTR), ("sink_weight", PTR), ("grad_out", PTR), ("dsinks", PTR),
+        ("sink_terms", PTR), ("dbias", PTR), ("partial", PTR), ("bias_width", I64),
+        ("groups", I64), ("group_rows", I64), ("groups_per_task", I64), ("chunks", I64),
+        # Of cuda::SoftmaxCall
+        ("philox", PTR), ("delta", PTR),
+    ]  # fmt: skip
+
+    def operands(self) -> dict[str, np.ndarray]:
+        """What each pointer may be used for, by its field's name."""
+        item, bias_item = ITEM_BYTES[self.dtype], ITEM_BYTES[self.bias_dtype]
+        rows, sizes = self.groups * self.group_rows, self.size[: self.dims]
+        found: dict[str, np.ndarray] = {}
+        for kind, last, width in (
+            ("input", 1, item), ("grad_out", 1, item), ("output", 1, item),
+            ("mask", self.mask_stride_k, 1), ("bias", self.bias_stride_k, bias_item),
+        ):  # fmt: skip
+            if address := getattr(self, kind):
+                strides = [*self.stride[KINDS.index(kind)][: self.dims], last]
+                shape = [
+                    1 if s == 0 else n for n, s in zip([*sizes, self.columns], strides, strict=True)
+                ]
+                found[kind] = view(address, shape, strides, width)
+        for name, count, width in (
+            ("weights", rows * self.columns, item), ("sinks", self.heads, 4), ("philox", 2, 8),
+            ("sink_weight", rows, 4), ("sink_terms", rows, 4), ("dsinks", self.heads, 4),
+            ("delta", rows, 4), ("dbias", self.groups * self.bias_width, bias_item),
+            ("partial", self.groups * self.chunks * self.bias_width, 4),
+        ):  # fmt: skip
+            if address := getattr(self, name):
+                found[name] = view(address, [count], [1], width)
+        return found
+
+    encode_for = encode

@@ -243,4 +243,66 @@ inline BackwardPlan plan_backward(const Call& p) {
   return plan;
 }
 
+// -- masked softmax -------------------------------------------------------------------------------
+
+struct SoftmaxCall : SoftmaxParams {
+  const int64_t* philox = nullptr;  // as of Call
+  float* delta = nullptr;           // backward with a bias gradient: [rows], sum_k p_k dp_k
+};
+
+// A row is computed by `threads` threads, in pieces of 8 neighbouring columns a thread. kHeld: up
+// to kSoftmaxPieces of them each, which stay in registers; a longer row is computed twice.
+constexpr int kSoftmaxPieces = 4, kSoftmaxBlock = 256, kBiasColumns = 128, kSinkThreads = 256;
+// A bias gradient that is a long sum is divided, so that there are about so many blocks.
+constexpr int64_t kBiasTasks = 512;
+
+struct SoftmaxPlan {
+  static constexpr int kMax = 4;
+  Launch launches[kMax];
+  int count = 0;
+};
+
+inline int64_t softmax_rows(const SoftmaxCall& p) { return p.groups * p.group_rows; }
+
+inline Launch plan_softmax_rows(const SoftmaxCall& p, const char* kernel) {
+  const int64_t pieces = blocks_of(p.columns, 8);
+  const int threads = pieces <= 32 * kSoftmaxPieces ? 32 : kSoftmaxBlock;
+  const bool held = pieces <= threads * kSoftmaxPieces;
+  Launch launch;
+  snprintf(launch.kernel, sizeof launch.kernel, "%s<%s, %d, %s>", kernel, type_name(p.dtype),
+           threads, held ? "true" : "false");
+  launch.blocks = p.columns == 0 ? 0 : blocks_of(softmax_rows(p), kSoftmaxBlock / threads);
+  launch.threads = kSoftmaxBlock;
+  return launch;
+}
+inline Launch plan_softmax(const SoftmaxCall& p) {
+  return plan_softmax_rows(p, "masked_softmax_kernel");
+}
+
+// The kernels of a backward, in order.
+inline SoftmaxPlan plan_softmax_backward(const SoftmaxCall& p) {
+  SoftmaxPlan plan;
+  plan.launches[plan.count++] = plan_softmax_rows(p, "masked_softmax_backward_kernel");
+  if (p.dbias != nullptr) {
+    Launch& bias = plan.launches[plan.count++];
+    snprintf(bias.kernel, sizeof bias.kernel, "masked_softmax_dbias_kernel<%s>",
+             type_name(p.dtype));
+    bias.blocks = p.groups * p.chunks * blocks_of(p.bias_width, kBiasColumns);
+    bias.threads = kBiasColumns;
+    if (p.chunks > 1) {
+      Launch& sum = plan.launches[plan.count++];
+      snprintf(sum.kernel, sizeof sum.kernel, "masked_softmax_dbias_sum_kernel<%d>", kBiasColumns);
+      sum.blocks = blocks_of(p.groups * p.bias_width, kBiasColumns);
+      sum.threads = kBiasColumns;
+    }
+  }
+  if (p.dsinks != nullptr) {
+    Launch& sinks = plan.launches[plan.count++];
+    snprintf(sinks.kernel, sizeof sinks.kernel, "masked_softmax_dsinks_kernel<%d>", kSinkThreads);
+    sinks.blocks = p.heads;
+    sinks.threads = kSinkThreads;
+  }
+  return plan;
+}
+
 }  // namespace fused_attention::cuda

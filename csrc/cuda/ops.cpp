@@ -38,7 +38,10 @@ Tensor empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype) {
   return Tensor(handle);
 }
 
-void set_philox(cuda::Call& p, const int64_t* state, int64_t) { p.philox = state; }
+template <typename Params>
+void set_philox(Params& p, const int64_t* state, int64_t) {
+  p.philox = state;
+}
 
 }  // namespace
 }  // namespace fused_attention
@@ -229,8 +232,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, dbias, dsinks};
 }
 
-}  // namespace
+// -- masked softmax -------------------------------------------------------------------------------
 
+using cuda::kBiasTasks, cuda::SoftmaxCall;
+
+void expect_output(SoftmaxCall&, const Tensor&) {}
+void check_softmax(const SoftmaxCall& p) {
+  STD_TORCH_CHECK(p.dtype != DType::kFloat64, "input: expected float32, bfloat16 or float16");
+  STD_TORCH_CHECK(p.sample_heads == 0, "philox, sinks: rows for several samples, for CPU tensors");
+  STD_TORCH_CHECK(p.columns < (int64_t)1 << 34, "input: expected rows of fewer than 2^34 columns");
+}
+void run_softmax(SoftmaxCall& p) {
+  check_softmax(p);
+  start(cuda::plan_softmax(p), &p);
+}
+void run_softmax_backward(SoftmaxCall& p) {
+  check_softmax(p);
+  std::optional<Tensor> delta;
+  if (p.dbias != nullptr) {
+    delta = empty({cuda::softmax_rows(p)}, ScalarType::Float);
+    p.delta = (float*)delta->data_ptr();
+  }
+  const cuda::SoftmaxPlan plan = cuda::plan_softmax_backward(p);
+  for (int i = 0; i < plan.count; ++i) start(plan.launches[i], &p);
+}
+
+}  // namespace
+}  // namespace fused_attention
+
+#include "../softmax_operators.h"
+
+namespace fused_attention {
 namespace cuda {
 
 namespace {
@@ -261,13 +293,19 @@ STABLE_TORCH_LIBRARY(fused_attention_cuda, m) {
   m.def(kAttentionForwardPlainLse);
   m.def(kAttentionForward);
   m.def(kAttentionBackward);
+  m.def(kMaskedSoftmaxForward);
+  m.def(kMaskedSoftmax);
+  m.def(kMaskedSoftmaxBackward);
 }
 
 #define FA_IMPLEMENT(m)                                                                            \
   m.impl("attention_forward_plain", TORCH_BOX(&fused_attention::attention_forward_plain));         \
   m.impl("attention_forward_plain_lse", TORCH_BOX(&fused_attention::attention_forward_plain_lse)); \
   m.impl("attention_forward", TORCH_BOX(&fused_attention::attention_forward));                     \
-  m.impl("attention_backward", TORCH_BOX(&fused_attention::attention_backward))
+  m.impl("attention_backward", TORCH_BOX(&fused_attention::attention_backward));                   \
+  m.impl("masked_softmax_forward", TORCH_BOX(&fused_attention::masked_softmax_forward));           \
+  m.impl("masked_softmax_", TORCH_BOX(&fused_attention::masked_softmax_));                         \
+  m.impl("masked_softmax_backward", TORCH_BOX(&fused_attention::masked_softmax_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda, CUDA, m) { FA_IMPLEMENT(m); }
 // For the substitute.

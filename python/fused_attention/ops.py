@@ -232,29 +232,41 @@ def _fake_kv_cache_append(*args: Any, **kwargs: Any) -> None:
     check_devices(*args, *kwargs.values())
 
 
-# -- CUDA and HIP: the Triton kernels ----------------------------------------------------
+# -- CUDA and HIP ------------------------------------------------------------------------
+
+# Of attention itself, `backends.BACKENDS` chooses between Triton and the CUDA library, and calls
+# that one's operators.
+IN_CUDA_LIBRARY = ("masked_softmax_forward", "masked_softmax_", "masked_softmax_backward")
 
 
-def _register_triton(name: str) -> None:
-    """The kernels, and with them Triton, are imported by the first call."""
+def gpu_kernel(name: str) -> Callable[..., Any]:
+    """What serves the operator on a GPU: the CUDA library as far as it is there and can, else
+    Triton. They are imported by the first call."""
+    from . import cuda
 
+    if name in IN_CUDA_LIBRARY and not cuda.missing():
+        return getattr(getattr(torch.ops, cuda.NAMESPACE), name)
+    from .kernels import operators
+
+    return getattr(operators, name)
+
+
+def _register_on_gpu(name: str) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
-        from .kernels import operators
-
         # Triton launches on the current device, which need not be that of the tensors.
         inputs = (*args, *kwargs.values())
         with torch.cuda.device(next(x.device for x in inputs if isinstance(x, Tensor))):
-            return getattr(operators, name)(*args, **kwargs)
+            return gpu_kernel(name)(*args, **kwargs)
 
     _library.impl(name, call, "CUDA")
 
 
 for _name in (
     *("attention_forward_plain", "attention_forward_plain_lse", "attention_forward"),
-    *("attention_backward", "dropout_keep_mask", "masked_softmax_forward", "masked_softmax_"),
-    *("masked_softmax_backward", "attention_weights", "kv_cache_append_"),
+    *("attention_backward", "dropout_keep_mask", "attention_weights", "kv_cache_append_"),
+    *IN_CUDA_LIBRARY,
 ):
-    _register_triton(_name)
+    _register_on_gpu(_name)
 
 
 def _refuse_on_triton(name: str, what: str) -> None:

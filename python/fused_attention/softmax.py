@@ -179,10 +179,10 @@ def _options(
 
 
 def _has_kernel(input: Tensor) -> bool:
-    from .backends import TRITON
+    from .backends import CUDA, TRITON
 
     if input.device.type == "cuda":
-        return not TRITON.missing() and input.dtype in TRITON.dtypes
+        return input.dtype in TRITON.dtypes and not (TRITON.missing() and CUDA.missing())
     return input.device.type in ("cpu", "meta")
 
 
@@ -239,8 +239,8 @@ def masked_softmax(
     bits they hold; a visible NaN or +inf makes every visible element of its row NaN. A NaN or
     infinity in the gradient that arrives for a weight of exactly 0 is ignored. Under autocast input
     and mask are cast first, and computed with in float32. Deterministic, for any number of threads.
-    A GPU is served by the Triton kernels, float64 there by the reference. Second derivatives and
-    forward mode: see `softmax_tangents`; third derivatives raise.
+    A GPU is served by the CUDA or Triton kernels, float64 there by the reference. Second
+    derivatives and forward mode: see `softmax_tangents`; third derivatives raise.
 
     Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
     RuntimeError) for wrong arguments, NotImplementedError on other devices.

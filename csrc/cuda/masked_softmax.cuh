@@ -1,0 +1,392 @@
+// Softmax of rows, p_j = e^(s_j) / (e^sink + sum_k e^(s_k)) over the visible columns of
+// s = scale * x + bias, and its gradient ds = p * (dp - sum_k p_k dp_k), for rows of any length.
+//
+// kThreads threads share a row, a warp or a block; each takes pieces of 8 neighbouring columns, as
+// many as Philox draws bits for. Up to kSoftmaxPieces pieces a thread stay in registers (kHeld), so
+// that memory is read once; longer rows are read twice, the first time with a running maximum
+// (online softmax, Milakov & Gimelshein 2018).
+#pragma once
+
+#include "philox.cuh"
+
+namespace fused_attention::cuda {
+
+// -- rows -----------------------------------------------------------------------------------------
+
+// Where a row lies in every operand.
+struct SoftmaxRow {
+  int64_t offset[SoftmaxParams::kOperands];
+  FA_DEVICE SoftmaxRow(const SoftmaxCall& p, int64_t row) : offset{} {
+    for (int d = p.dims - 1; d >= 0; --d) {
+      const int64_t index = row % p.size[d];
+      row /= p.size[d];
+#pragma unroll
+      for (int k = 0; k < SoftmaxParams::kOperands; ++k) offset[k] += index * p.stride[k][d];
+    }
+  }
+  FA_DEVICE int64_t number() const { return offset[SoftmaxParams::kNumber]; }
+  FA_DEVICE int query(const SoftmaxCall& p) const { return (int)(number() % p.queries); }
+  FA_DEVICE int64_t matrix(const SoftmaxCall& p) const { return number() / p.queries; }
+  FA_DEVICE int head(const SoftmaxCall& p) const { return (int)(matrix(p) % p.heads); }
+};
+
+FA_DEVICE Dropout dropout_of(const SoftmaxCall& p, const SoftmaxRow& row) {
+  if (p.dropout_threshold == 0) return {};
+  return {(uint64_t)p.philox[0], (uint32_t)p.philox[1], (uint32_t)row.matrix(p),
+          p.dropout_threshold};
+}
+
+// Columns [8 * piece, 8 * piece + 8) of a row of `columns`, 0 beyond its end.
+template <typename T>
+FA_DEVICE void load_eight(const T* row, int64_t piece, int64_t columns, float (&x)[8]) {
+  const T* from = row + 8 * piece;
+  if ((uint64_t)from % 16 == 0 && 8 * piece + 8 <= columns) {
+    T values[8];
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; ++i) ((uint4*)values)[i] = ((const uint4*)from)[i];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = to_float(values[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = 8 * piece + i < columns ? to_float(from[i]) : 0.0f;
+  }
+}
+template <typename T>
+FA_DEVICE void store_eight(T* row, int64_t piece, int64_t columns, const float (&x)[8]) {
+  T* to = row + 8 * piece;
+  if ((uint64_t)to % 16 == 0 && 8 * piece + 8 <= columns) {
+    T values[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = from_float<T>(x[i]);
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; ++i) ((uint4*)to)[i] = ((const uint4*)values)[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (8 * piece + i < columns) to[i] = from_float<T>(x[i]);
+    }
+  }
+}
+
+// The threads of a row: a warp, or the block.
+template <int kThreads>
+struct RowGroup {
+  static constexpr int kRows = kSoftmaxBlock / kThreads;
+  static FA_DEVICE int thread() { return threadIdx.x % kThreads; }
+  static FA_DEVICE int64_t row() { return (int64_t)blockIdx.x * kRows + threadIdx.x / kThreads; }
+
+  // combine(x of each thread), in an order that does not depend on chance; `shared`: 32 floats.
+  template <typename Combine>
+  static FA_DEVICE float reduce(float x, float* shared, const Combine& combine) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) x = combine(x, __shfl_xor_sync(~0u, x, lanes));
+    if constexpr (kThreads > 32) {
+      __syncthreads();  // nobody reads the last ones any more
+      if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+      __syncthreads();
+      x = shared[0];
+#pragma unroll
+      for (int warp = 1; warp < kThreads / 32; ++warp) x = combine(x, shared[warp]);
+    }
+    return x;
+  }
+  static FA_DEVICE float maximum(float x, float* shared) {
+    return reduce(x, shared, [](float a, float b) { return fmaxf(a, b); });
+  }
+  static FA_DEVICE float total(float x, float* shared) {
+    return reduce(x, shared, [](float a, float b) { return a + b; });
+  }
+};
+
+// -- forward --------------------------------------------------------------------------------------
+
+// s <- scale * x + bias, -inf where hidden, of one piece; bit i: is column i visible?
+template <typename T>
+FA_DEVICE uint32_t softmax_logits(const SoftmaxCall& p, const SoftmaxRow& row, int64_t piece,
+                                  int64_t visible_columns, float (&s)[8]) {
+  const T* input = (const T*)p.input + row.offset[SoftmaxParams::kInput];
+  load_eight(input, piece, p.columns, s);
+  uint32_t visible = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int64_t column = 8 * piece + i;
+    bool sees = column < visible_columns;
+    if (sees && p.mask != nullptr) {
+      sees = p.mask[row.offset[SoftmaxParams::kMask] + column * p.mask_stride_k] != 0;
+    }
+    s[i] *= (float)p.scale;
+    if (sees && p.bias != nullptr) {
+      s[i] += load_as_float(p.bias, p.bias_dtype,
+                            row.offset[SoftmaxParams::kBias] + column * p.bias_stride_k);
+    }
+    if (!sees) s[i] = -kInf;
+    visible |= (uint32_t)sees << i;
+  }
+  return visible;
+}
+
+// e^(s - top). -inf - (-inf) is NaN: what sees nothing but -inf is measured from 0.
+FA_DEVICE float exp_from(float s, float top) {
+  return exp2_approx((s - (top == -kInf ? 0.0f : top)) * kLog2e);
+}
+FA_DEVICE void add_weights(uint32_t visible, float top, const float (&s)[8], float& sum) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (visible >> i & 1) sum += exp_from(s[i], top);
+  }
+}
+// max and sum of e^(s - max) of some columns.
+struct SoftmaxState {
+  float max, sum;
+};
+
+// The weights of one piece, before dropout, and out.
+template <typename T>
+FA_DEVICE void store_weights(const SoftmaxCall& p, const SoftmaxRow& row, const Dropout& dropout,
+                             int64_t piece, uint32_t visible, float top, float factor,
+                             float (&s)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) s[i] = visible >> i & 1 ? exp_from(s[i], top) * factor : 0.0f;
+  if (p.weights != nullptr) {
+    store_eight((T*)p.weights + row.number() * p.columns, piece, p.columns, s);
+  }
+  if (dropout.threshold > 0) {
+    const uint32_t kept = kept_byte(dropout, row.query(p), (int)piece);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s[i] = kept >> i & 1 ? s[i] * (float)p.dropout_scale : 0.0f;
+  }
+  store_eight((T*)p.output + row.offset[SoftmaxParams::kOutput], piece, p.columns, s);
+}
+
+template <typename T, int kThreads, bool kHeld>
+__global__ void __launch_bounds__(kSoftmaxBlock)
+    masked_softmax_kernel(const __grid_constant__ SoftmaxCall p) {
+  using Group = RowGroup<kThreads>;
+  __shared__ float shared[32];
+  if (Group::row() >= p.groups * p.group_rows) return;
+  const SoftmaxRow row(p, Group::row());
+  const Dropout dropout = dropout_of(p, row);
+  int64_t seen = p.columns;  // by the diagonal
+  if (p.causal) seen = max((int64_t)0, min(seen, row.query(p) + p.diagonal_offset + 1));
+  const int64_t pieces = (p.columns + 7) / 8, first = Group::thread();
+
+  // m <- max(s), l <- sum(e^(s - m))
+  float held[kHeld ? kSoftmaxPieces : 1][8];
+  uint32_t visible[kHeld ? kSoftmaxPieces : 1];
+  SoftmaxState own = {-kInf, 0};
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int k = 0; k < kSoftmaxPieces; ++k) {
+      const int64_t piece = first + k * kThreads;
+      visible[k] = 0;
+      if (piece >= pieces) continue;
+      visible[k] = softmax_logits<T>(p, row, piece, seen, held[k]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) own.max = fmaxf(own.max, held[k][i]);
+    }
+  } else {
+    for (int64_t piece = first; piece < pieces; piece += kThreads) {
+      visible[0] = softmax_logits<T>(p, row, piece, seen, held[0]);
+      float top = own.max;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) top = fmaxf(top, held[0][i]);
+      if (top != -kInf) own.sum *= exp_from(own.max, top);
+      own.max = top;
+      add_weights(visible[0], top, held[0], own.sum);
+    }
+  }
+  const bool has_sink = p.sinks != nullptr;
+  const float sink = has_sink ? ((const float*)p.sinks)[row.head(p)] : -kInf;
+  const float most = Group::maximum(own.max, shared), top = fmaxf(most, sink);
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int k = 0; k < kSoftmaxPieces; ++k) {
+      add_weights(visible[k], top, held[k], own.sum);
+    }
+  } else if (top != -kInf) {
+    own.sum *= exp_from(own.max, top);
+  }
+  const float sum = Group::total(own.sum, shared);
+  const float of_sink = has_sink && sink != -kInf ? exp_from(sink, top) : 0.0f;
+  // A row that sees nothing is 0; NaN stays.
+  const float factor = sum == 0 ? 0.0f : 1 / (sum + of_sink);
+  if (p.sink_weight != nullptr && first == 0) {
+    const float all = sum + of_sink;
+    ((float*)p.sink_weight)[row.number()] = all == 0 ? 0.0f : of_sink / all;
+  }
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int k = 0; k < kSoftmaxPieces; ++k) {
+      const int64_t piece = first + k * kThreads;
+      if (piece < pieces) {
+        store_weights<T>(p, row, dropout, piece, visible[k], top, factor, held[k]);
+      }
+    }
+  } else {
+    for (int64_t piece = first; piece < pieces; piece += kThreads) {
+      visible[0] = softmax_logits<T>(p, row, piece, seen, held[0]);
+      store_weights<T>(p, row, dropout, piece, visible[0], top, factor, held[0]);
+    }
+  }
+}
+
+// -- backward -------------------------------------------------------------------------------------
+
+// w <- p, dp <- the gradient that arrives for p, of one piece. What has no weight has no gradient,
+// whatever arrived for it.
+template <typename T>
+FA_DEVICE void load_weights(const SoftmaxCall& p, const SoftmaxRow& row, const Dropout& dropout,
+                            int64_t piece, float (&w)[8], float (&dp)[8]) {
+  load_eight((const T*)p.input + row.offset[SoftmaxParams::kInput], piece, p.columns, w);
+  load_eight((const T*)p.grad_out + row.offset[SoftmaxParams::kGradOut], piece, p.columns, dp);
+  uint32_t kept = ~0u;
+  if (dropout.threshold > 0) kept = kept_byte(dropout, row.query(p), (int)piece);
+  const float scale = dropout.threshold > 0 ? (float)p.dropout_scale : 1.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) dp[i] = w[i] != 0 && (kept >> i & 1) ? dp[i] * scale : 0.0f;
+}
+
+template <typename T, int kThreads, bool kHeld>
+__global__ void __launch_bounds__(kSoftmaxBlock)
+    masked_softmax_backward_kernel(const __grid_constant__ SoftmaxCall p) {
+  using Group = RowGroup<kThreads>;
+  __shared__ float shared[32];
+  if (Group::row() >= p.groups * p.group_rows) return;
+  const SoftmaxRow row(p, Group::row());
+  const Dropout dropout = dropout_of(p, row);
+  const int64_t pieces = (p.columns + 7) / 8, first = Group::thread();
+  T* dx = (T*)p.output + row.offset[SoftmaxParams::kOutput];
+
+  // delta <- sum_k p_k dp_k
+  float w[kHeld ? kSoftmaxPieces : 1][8], dp[kHeld ? kSoftmaxPieces : 1][8], delta = 0;
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int k = 0; k < kSoftmaxPieces; ++k) {
+      const int64_t piece = first + k * kThreads;
+      if (piece >= pieces) continue;
+      load_weights<T>(p, row, dropout, piece, w[k], dp[k]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) delta += w[k][i] * dp[k][i];
+    }
+  } else {
+    for (int64_t piece = first; piece < pieces; piece += kThreads) {
+      load_weights<T>(p, row, dropout, piece, w[0], dp[0]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) delta += w[0][i] * dp[0][i];
+    }
+  }
+  delta = Group::total(delta, shared);
+  if (first == 0) {
+    if (p.delta != nullptr) p.delta[row.number()] = delta;
+    if (p.sink_terms != nullptr) {
+      const float weight = ((const float*)p.sink_weight)[row.number()];
+      ((float*)p.sink_terms)[row.number()] = weight == 0 ? 0.0f : -weight * delta;
+    }
+  }
+  // dx <- scale p (dp - delta)
+  const auto finish = [&](int64_t piece, float (&weight)[8], float (&gradient)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float ds = weight[i] == 0 ? 0.0f : weight[i] * (gradient[i] - delta);
+      gradient[i] = (float)p.scale * ds;
+    }
+    store_eight(dx, piece, p.columns, gradient);
+  };
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int k = 0; k < kSoftmaxPieces; ++k) {
+      const int64_t piece = first + k * kThreads;
+      if (piece < pieces) finish(piece, w[k], dp[k]);
+    }
+  } else {
+    for (int64_t piece = first; piece < pieces; piece += kThreads) {
+      load_weights<T>(p, row, dropout, piece, w[0], dp[0]);
+      finish(piece, w[0], dp[0]);
+    }
+  }
+}
+
+FA_DEVICE void store_bias_gradient(const SoftmaxCall& p, int64_t at, float x) {
+  if (p.bias_dtype == DType::kFloat32) ((float*)p.dbias)[at] = x;
+  if (p.bias_dtype == DType::kBFloat16) ((BFloat16*)p.dbias)[at] = from_float<BFloat16>(x);
+  if (p.bias_dtype == DType::kFloat16) ((Half*)p.dbias)[at] = from_float<Half>(x);
+  if (p.bias_dtype == DType::kFloat64) ((double*)p.dbias)[at] = x;
+}
+
+// ds summed over a chunk of the rows of a group: a thread a column, or all threads for one where
+// the bias has one value for all columns.
+template <typename T>
+__global__ void __launch_bounds__(kBiasColumns)
+    masked_softmax_dbias_kernel(const __grid_constant__ SoftmaxCall p) {
+  __shared__ float shared[kBiasColumns];
+  const int64_t width = p.bias_width, parts = (width + kBiasColumns - 1) / kBiasColumns;
+  const int64_t task = blockIdx.x / parts, group = task / p.chunks, chunk = task % p.chunks;
+  const bool narrow = width == 1 && p.columns > 1;
+  const int64_t own = blockIdx.x % parts * kBiasColumns + threadIdx.x;
+  const int64_t begin = group * p.group_rows + p.group_rows * chunk / p.chunks;
+  const int64_t end = group * p.group_rows + p.group_rows * (chunk + 1) / p.chunks;
+  float sum = 0;
+  for (int64_t number = begin; number < end; ++number) {
+    const SoftmaxRow row(p, number);
+    const Dropout dropout = dropout_of(p, row);
+    const float delta = p.delta[row.number()];
+    const int64_t last = narrow ? p.columns : min(own + 1, p.columns);
+    for (int64_t column = narrow ? (int64_t)threadIdx.x : own; column < last;
+         column += kBiasColumns) {
+      const float w = to_float(((const T*)p.input)[row.offset[SoftmaxParams::kInput] + column]);
+      if (w == 0) continue;
+      float dp = to_float(((const T*)p.grad_out)[row.offset[SoftmaxParams::kGradOut] + column]);
+      if (dropout.threshold > 0) {
+        const uint32_t kept = kept_byte(dropout, row.query(p), (int)(column / 8));
+        dp = kept >> column % 8 & 1 ? dp * (float)p.dropout_scale : 0.0f;
+      }
+      sum += w * (dp - delta);
+    }
+  }
+  if (narrow) {
+    shared[threadIdx.x] = sum;
+    for (int half = kBiasColumns / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if ((int)threadIdx.x < half) shared[threadIdx.x] = sum += shared[threadIdx.x + half];
+    }
+  }
+  if (own >= width) return;
+  if (p.chunks > 1) {
+    ((float*)p.partial)[task * width + own] = sum;
+  } else {
+    store_bias_gradient(p, group * width + own, sum);
+  }
+}
+
+// The chunks of each group, in order: a thread an element of dbias.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    masked_softmax_dbias_sum_kernel(const __grid_constant__ SoftmaxCall p) {
+  const int64_t at = (int64_t)blockIdx.x * kThreads + threadIdx.x, width = p.bias_width;
+  if (at >= p.groups * width) return;
+  const float* parts = (const float*)p.partial + at / width * p.chunks * width + at % width;
+  float sum = 0;
+  for (int64_t chunk = 0; chunk < p.chunks; ++chunk) sum += parts[chunk * width];
+  store_bias_gradient(p, at, sum);
+}
+
+// dsinks: the terms of a head's rows, a block a head.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    masked_softmax_dsinks_kernel(const __grid_constant__ SoftmaxCall p) {
+  __shared__ float shared[kThreads];
+  const int64_t h = blockIdx.x, rows = p.groups * p.group_rows / p.heads;
+  float sum = 0;
+  for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
+    const int64_t number = (i / p.queries * p.heads + h) * p.queries + i % p.queries;
+    sum += ((const float*)p.sink_terms)[number];
+  }
+  shared[threadIdx.x] = sum;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if ((int)threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) ((float*)p.dsinks)[h] = shared[0];
+}
+
+}  // namespace fused_attention::cuda
