@@ -169,7 +169,7 @@ def units(torch: Path) -> list[Unit]:
 # -- the CUDA library ----------------------------------------------------------------------
 
 # Units: csrc/cuda/<kernel>.cu for each type and head size, FA_TYPE and FA_HEAD_DIM there; the
-# slowest first.
+# slowest first. Those of HOPPER are for compute capability 9.0 alone, and of 16 bits.
 CUDA_TYPES = ("Half", "BFloat16", "float")
 CUDA_HEAD_DIMS = (256, 128, 96, 64, 32)
 CUDA_KERNELS = {
@@ -178,6 +178,7 @@ CUDA_KERNELS = {
     "attention_decode": CUDA_HEAD_DIMS,
     "masked_softmax": (0,),
 }
+HOPPER = {"attention_forward_hopper": (64, 128)}
 CUDA_ARCHS = "80 90 100"
 
 
@@ -225,22 +226,32 @@ def cuda_operators(torch: Path) -> Unit:
 def cuda_kernels(nvcc: Path) -> list[Unit]:
     archs = cuda_archs()
     flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
-    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    flags += [f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"]
-    return [
-        Unit(
-            CSRC / f"cuda/{kernel}.cu",
-            [
-                *(*flags, f"-DFA_TYPE={type_}", f"-DFA_HEAD_DIM={head_dim}"),
-                f"-DFA_FLOAT={int(type_ == 'float')}",
-            ],
-            variant=f"{type_}-{head_dim}" if head_dim else type_,
-            compiler=[str(nvcc)],
-        )
-        for kernel, head_dims in CUDA_KERNELS.items()
-        for head_dim in head_dims
-        for type_ in CUDA_TYPES
-    ]
+    general = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    general += [f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"]
+
+    def units_of(
+        kernels: dict[str, tuple[int, ...]], targets: list[str], types: tuple[str, ...]
+    ) -> list[Unit]:
+        return [
+            Unit(
+                CSRC / f"cuda/{kernel}.cu",
+                [
+                    *(*flags, *targets, f"-DFA_TYPE={type_}", f"-DFA_HEAD_DIM={head_dim}"),
+                    f"-DFA_FLOAT={int(type_ == 'float')}",
+                ],
+                variant=f"{type_}-{head_dim}" if head_dim else type_,
+                compiler=[str(nvcc)],
+            )
+            for kernel, head_dims in kernels.items()
+            for head_dim in head_dims
+            for type_ in types
+        ]
+
+    units = units_of(CUDA_KERNELS, general, CUDA_TYPES)
+    if "90" in archs:
+        hopper = ["-gencode=arch=compute_90a,code=sm_90a"]
+        units += units_of(HOPPER, hopper, CUDA_TYPES[:2])
+    return units
 
 
 def cudart(nvcc: Path) -> Path:

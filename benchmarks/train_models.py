@@ -131,7 +131,11 @@ def main() -> None:
         if options.only and not name.startswith(options.only):
             continue
         if math.isnan(seconds):
-            own = [x["training_seconds"] for n, x in results.items() if n.startswith("translate-")]
+            own = [
+                x["training_seconds"]
+                for n, x in results.items()
+                if n[:-1] in ("translate-fused-", "translate-sdpa-")
+            ]
             seconds = statistics.median(own or [300.0])
         directory = options.runs / ("quick" if options.quick else "") / name
         with console.progress(settings.steps) as step:

@@ -25,7 +25,7 @@ import torch
 
 from cuda_params import Call, SoftmaxCall
 from fused_attention import cuda
-from ptx import Report, launch
+from ptx import Report, TensorMap, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "cuda"
@@ -34,6 +34,7 @@ NVCC = SETUP["find_nvcc"]()
 # Where a kernel is defined.
 HEADERS = {
     "attention_forward": "attention_forward",
+    "attention_forward_hopper": "attention_forward_hopper",
     **dict.fromkeys(("attention_decode", "attention_combine"), "attention_decode"),
     **dict.fromkeys(
         (
@@ -72,11 +73,12 @@ def kept(name: str, extra: str, make: Callable[[Path], None]) -> Path:
 def compile_kernel(kernel: str, arch: str, *options: str) -> Path:
     """What nvcc makes of a template-id such as "attention_forward_kernel<Half, 64, true>"."""
     header = HEADERS[kernel.split("_kernel")[0]]
+    types = [params_of(kernel).__name__, *["TensorMap"] * 3 * is_hopper(kernel)]
+    parameters = [f"const __grid_constant__ {type_}" for type_ in types]
     text = (
         f'#include "cuda/{header}.cuh"\n'
         "namespace fused_attention::cuda {\n"
-        f"template __global__ void {kernel}"
-        f"(const __grid_constant__ {params_of(kernel).__name__});\n"
+        f"template __global__ void {kernel}({', '.join(parameters)});\n"
         "}\n"
     )
     kind = "cubin" if "-cubin" in options else "ptx"
@@ -98,9 +100,23 @@ def params_of(kernel: str) -> type[Call] | type[SoftmaxCall]:
     return SoftmaxCall if kernel.startswith("masked_softmax") else Call
 
 
+def is_hopper(kernel: str) -> bool:
+    return "_hopper_" in kernel
+
+
 @functools.cache
-def ptx_of(kernel: str, arch: str = "80") -> str:
+def ptx_of(kernel: str) -> str:
+    arch = "90a" if is_hopper(kernel) else "80"
     return compile_kernel(kernel, arch, "-ptx", "-lineinfo").read_text()
+
+
+def tensor_maps(call: Call) -> list[TensorMap]:
+    """Of query, key and value, as attention_forward_hopper.cu encodes them."""
+    operands = call.operands()
+    return [
+        TensorMap(operands[name], (1, 1, 128, 64), swizzle=128)
+        for name in ("query", "key", "value")
+    ]
 
 
 def cubin_of(kernel: str, arch: str, *options: str) -> tuple[Path, str]:
@@ -151,9 +167,12 @@ class Interpreter:
         try:
             name = kernel.decode()
             ptx = ptx_of(name)
+            arguments = [params_of(name).from_address(params)]
+            if is_hopper(name):
+                arguments += tensor_maps(arguments[0])
             report = launch(
-                self.edit(ptx) if self.edit else ptx, None, [blocks], threads,
-                [params_of(name).from_address(params)], shared_bytes, self.schedule,
+                self.edit(ptx) if self.edit else ptx, None, [blocks], threads, arguments,
+                shared_bytes, self.schedule,
             )  # fmt: skip
             self.runs.append(Run(name, blocks, threads, shared_bytes, report))
         except Exception as error:  # it must not pass through C++
@@ -164,14 +183,17 @@ class Interpreter:
 
 @contextlib.contextmanager
 def interpreted(
-    schedule: str = "lockstep", edit: Callable[[str], str] | None = None
+    schedule: str = "lockstep",
+    edit: Callable[[str], str] | None = None,
+    compute_capability: int = 80,
 ) -> Iterator[list[Run]]:
-    """Launches of torch.ops.fused_attention_cuda are interpreted, and listed."""
+    """Launches of torch.ops.fused_attention_cuda are interpreted, and listed. compute_capability:
+    of the GPU that is played."""
     interpreter = Interpreter(schedule, edit)
     substitute = SUBSTITUTE(interpreter)
     set_substitute = library().fused_attention_cuda_substitute
-    set_substitute(substitute)
+    set_substitute(substitute, compute_capability)
     try:
         yield interpreter.runs
     finally:
-        set_substitute(None)
+        set_substitute(None, 0)

@@ -4,6 +4,7 @@ operators: numbers against the definition, no finding, and what is launched.
 No test needs a GPU. Without nvcc only the operators and their plans are tested.
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -45,12 +46,12 @@ OPS = torch.ops.fused_attention_cuda
 PLAIN_NUMBERS = (0.125, 0, -1, -1, 0)
 
 
-def run(inputs, precision=0, gradients=True, schedule="lockstep", edit=None):
+def run(inputs, precision=0, gradients=True, schedule="lockstep", edit=None, capability=80):
     """Results by name, as `testing.run` gives them, and the launches."""
     cuda_interpreter.library()
     q, k, v = (inputs.tensors[name] for name in ("query", "key", "value"))
     call = (*numbers(inputs, precision), *options(inputs))
-    with interpreted(schedule, edit) as runs:
+    with interpreted(schedule, edit, capability) as runs:
         out, lse = OPS.attention_forward(q, k, v, *call)
         results = {"out": out, "lse": lse}
         if gradients:
@@ -311,6 +312,130 @@ def test_a_wrong_hint_changes_no_result(monkeypatch):
     assert runs[0].kernel.startswith("attention_decode_kernel")
 
 
+# -- Hopper -----------------------------------------------------------------------------------
+
+ON_HOPPER = {
+    "full": Case(dtype=torch.bfloat16, B=1, Hq=2, Hkv=1, Sq=200, Sk=300, D=64, Dv=64),
+    "causal": Case(
+        dtype=torch.float16, B=2, Hq=1, Hkv=1, Sq=140, Sk=400, D=128, Dv=128,
+        causal="bottom_right", sinks=True, layout="BSHD",
+    ),
+    "window": Case(
+        dtype=torch.bfloat16, B=1, Hq=1, Hkv=1, Sq=300, Sk=520, D=40, Dv=64, causal="bottom_right",
+        window_size=(150, 0),
+    ),
+    "head size 96": Case(
+        dtype=torch.float16, B=1, Hq=1, Hkv=1, Sq=70, Sk=270, D=96, Dv=72, causal="top_left"
+    ),
+}  # fmt: skip
+
+
+def check_on_hopper(case, **how):
+    def answer(case):
+        inputs = testing.make_inputs(case)
+        got, runs = run(inputs, gradients=False, capability=90, **how)
+        assert [run.kernel.split("_kernel")[0] for run in runs] == ["attention_forward_hopper"]
+        assert not findings(runs), "\n".join(findings(runs))
+        want = testing.exact(inputs)
+        return got, {name: want[name] for name in got}, testing.naive(inputs)
+
+    assert not testing.check_answers(case, answer)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", ON_HOPPER)
+def test_hopper(name):
+    check_on_hopper(ON_HOPPER[name])
+
+
+@needs_nvcc
+@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != "lockstep"])
+def test_hopper_in_every_order_of_the_warps(schedule):
+    check_on_hopper(ON_HOPPER["causal"], schedule=schedule)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", ["plain", "causal"])
+def test_sequences_on_hopper(monkeypatch, name):
+    cuda_interpreter.library()
+    monkeypatch.setattr(sequences, "operators", OPS)
+    with interpreted(compute_capability=90) as runs:
+        case = dataclasses.replace(OPTIONS[name], dtype=torch.float16)
+        sequences.check(case, Packing([*sequences.LENGTHS, (70, 140)], used=name == "causal"))
+    assert not findings(runs), "\n".join(findings(runs))
+    assert runs[0].kernel == "attention_forward_hopper_kernel<Half, 64>"
+
+
+@needs_nvcc
+def test_what_nobody_sees_may_be_nan_on_hopper():
+    """Rows of a tile that TMA brings although no query of the block sees them."""
+    case = dataclasses.replace(
+        ON_HOPPER["window"], Sq=64, Sk=500, D=64, window_size=(100, 0), dtype=torch.float16
+    )
+    inputs = testing.make_inputs(case)
+    unseen = torch.arange(case.Sk) < case.Sk - case.Sq - 100
+    want = testing.exact(inputs)
+    for name in ("key", "value"):
+        inputs.tensors[name].masked_fill_(unseen[:, None], torch.nan)
+    got, runs = run(inputs, gradients=False, capability=90)
+    assert runs[0].kernel.startswith("attention_forward_hopper") and not findings(runs)
+    torch.testing.assert_close(got["out"].double(), want["out"], rtol=0, atol=1e-2)
+
+
+TRY_WAIT_PARITY = r"(mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, \[%r\d+\]), %r\d+;"
+TRY_WAIT = TRY_WAIT_PARITY.replace("(", "").replace(")", "")
+HOPPER_FAULTS = {
+    "no wait for k": (faults.replace(TRY_WAIT, "mov.pred complete, -1;", 1), "finding"),
+    "wrong parity": (faults.replace(TRY_WAIT_PARITY, r"\1, 1;", 0), "finding"),
+    "no arrival for k": (
+        faults.drop(r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64[^;]*;", 1), "finding"
+    ),
+    "no word that a stage is empty": (
+        faults.drop(r"mbarrier\.arrive\.shared::cta\.b64[^;]*;", -1), "finding"
+    ),
+    "no fence before a product": (faults.drop(r"wgmma\.fence\.sync\.aligned;", 1), "finding"),
+    "no wait for a product": (
+        faults.drop(r"wgmma\.wait_group\.sync\.aligned[^;]*;", -1), "finding"
+    ),
+    "no fence between the proxies": (faults.drop(r"fence\.proxy\.async[^;]*;", 0), "finding"),
+    "a product is left out": (faults.drop(r"wgmma\.mma_async[^;]*;", -1), "numbers"),
+    "a part of a tile is left out": (
+        faults.drop(r"cp\.async\.bulk\.tensor[^;]*;", -1), "finding"
+    ),
+}  # fmt: skip
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", HOPPER_FAULTS)
+def test_faults_planted_on_hopper_are_caught(name):
+    edit, caught_by = HOPPER_FAULTS[name]
+    inputs = testing.make_inputs(dataclasses.replace(ON_HOPPER["full"], Sq=100, Sk=420, Hq=1))
+    got, runs = run(inputs, gradients=False, edit=edit, capability=90)
+    want = testing.exact(inputs)
+    wrong = testing.mismatches(got, {n: want[n] for n in got}, testing.naive(inputs))
+    assert findings(runs) if caught_by == "finding" else wrong
+
+
+def test_what_hopper_serves(recorded_on_hopper):
+    """Calls without options of up to 128 columns; the others go to the kernels of sm_80."""
+    few = {"Sq": 1, "Sk": 4000}
+    for call, kernel in (
+        ({}, "attention_forward_hopper_kernel<Half, 64>"),
+        ({"D": 72, "dtype": torch.bfloat16}, "attention_forward_hopper_kernel<BFloat16, 128>"),
+        ({"D": 256}, "attention_forward_kernel<Half, 256, true>"),
+        ({"D": 65}, "attention_forward_kernel<Half, 96, false>"),
+        ({"dtype": torch.float32}, "attention_forward_kernel<float, 64, false>"),
+        (few, "attention_decode_kernel<Half, 64>"),
+    ):
+        recorded_on_hopper.clear()
+        OPS.attention_forward_plain(*qkv(**call), *PLAIN_NUMBERS)
+        assert recorded_on_hopper[0][0] == kernel
+    q, k, v = qkv()
+    recorded_on_hopper.clear()
+    OPS.attention_forward_plain(q, k[:, :1].expand_as(k), v, *PLAIN_NUMBERS)
+    assert recorded_on_hopper[0][0] == "attention_forward_kernel<Half, 64, true>"
+
+
 # Each caught by a finding, or by the numbers where only they show it.
 FAULTS = {
     "no barrier before v is read": (faults.drop(faults.BAR, -1), "finding"),
@@ -348,8 +473,8 @@ def loaded():
     return OPS
 
 
-@pytest.fixture
-def recorded(loaded, monkeypatch):
+@contextlib.contextmanager
+def recording(compute_capability):
     """Launches, none of which is run: kernel, blocks, threads, bytes of shared memory."""
     launches = []
 
@@ -358,9 +483,23 @@ def recorded(loaded, monkeypatch):
         launches.append((kernel.decode(), blocks, threads, shared_bytes))
 
     set_substitute = cuda_interpreter.library().fused_attention_cuda_substitute
-    set_substitute(record)
-    yield launches
-    set_substitute(None)
+    set_substitute(record, compute_capability)
+    try:
+        yield launches
+    finally:
+        set_substitute(None, 0)
+
+
+@pytest.fixture
+def recorded(loaded):
+    with recording(80) as launches:
+        yield launches
+
+
+@pytest.fixture
+def recorded_on_hopper(loaded):
+    with recording(90) as launches:
+        yield launches
 
 
 def qkv(dtype=torch.float16, B=2, Hq=4, Hkv=2, Sq=130, Sk=200, D=64, Dv=None, device="cpu"):

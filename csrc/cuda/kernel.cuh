@@ -7,17 +7,21 @@
 
 namespace fused_attention::cuda {
 
-template <auto* kKernel>
-const char* start_kernel(const Launch& launch, const void* params, void* stream) {
+inline const char* start_with(const void* kernel, const Launch& launch, void** arguments,
+                              void* stream) {
   // More than 48 KiB a block must be asked for.
-  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            (int)launch.shared_bytes);
   if (error == cudaSuccess) {
-    void* arguments[] = {(void*)params};
-    error = cudaLaunchKernel((const void*)kKernel, dim3(launch.blocks), dim3(launch.threads),
-                             arguments, launch.shared_bytes, (cudaStream_t)stream);
+    error = cudaLaunchKernel(kernel, dim3(launch.blocks), dim3(launch.threads), arguments,
+                             launch.shared_bytes, (cudaStream_t)stream);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+template <auto* kKernel>
+const char* start_kernel(const Launch& launch, const void* params, void* stream) {
+  void* arguments[] = {(void*)params};
+  return start_with((const void*)kKernel, launch, arguments, stream);
 }
 
 }  // namespace fused_attention::cuda

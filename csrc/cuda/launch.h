@@ -48,6 +48,22 @@ constexpr ForwardTiles forward_tiles(bool is_float, int head_dim, bool plain) {
   return {1, head_dim <= 128 ? 4 : 2, head_dim <= 64 ? 64 : head_dim <= 128 ? 32 : 16, 3, head_dim};
 }
 
+// On sm_90: `groups` warpgroups of 64 queries each, and one that copies.
+struct HopperTiles {
+  int groups, block_n, stages, head_dim;
+  constexpr int block_m() const { return 64 * groups; }
+  constexpr int threads() const { return 128 * (groups + 1); }
+  // q, stages of k and v, barriers, and what it takes to start at a multiple of 1024
+  constexpr int shared_bytes() const {
+    return (block_m() + 2 * stages * block_n) * head_dim * 2 + 32 * stages + 8 + 1024;
+  }
+};
+constexpr HopperTiles hopper_tiles(int head_dim) { return {2, 128, 2, head_dim}; }
+// A tensor as the copy engine sees it: CUDA's CUtensorMap.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
 // 16 rows, and tiles of 16 keys a warp.
 struct DecodeTiles {
   int warps, stages, terms, head_dim;
@@ -166,6 +182,29 @@ inline DecodePlan plan_decode(const Call& p) {
   plan.combine.blocks = blocks_of(rows_of(p), kRowsOfCombine);
   plan.combine.threads = 32 * kRowsOfCombine;
   return plan;
+}
+
+// Whether the kernel of sm_90 serves the call: one without options, of up to 128 columns, on
+// tensors that a copy engine can be told.
+inline bool serves_hopper(const Call& p, int compute_capability) {
+  const auto fits = [&](const TensorView& x, int64_t B, int64_t H, int64_t S) {
+    return (B <= 1 || x.stride_b > 0) && (H <= 1 || x.stride_h > 0) && (S <= 1 || x.stride_s > 0);
+  };
+  const int64_t B = p.cu_seqlens_q != nullptr ? 1 : p.B;
+  return compute_capability / 10 == 9 && is_plain(p) && p.D <= 128 && p.Dv <= 128 && p.Sk > 0 &&
+         fits(p.query, B, p.Hq, p.Sq) && fits(p.key, B, p.Hkv, p.Sk) &&
+         fits(p.value, B, p.Hkv, p.Sk);
+}
+inline Launch plan_hopper(const Call& p) {
+  const int head_dim = p.D <= 64 && p.Dv <= 64 ? 64 : 128;
+  const HopperTiles tiles = hopper_tiles(head_dim);
+  Launch launch;
+  snprintf(launch.kernel, sizeof launch.kernel, "attention_forward_hopper_kernel<%s, %d>",
+           type_name(p.dtype), head_dim);
+  launch.blocks = query_blocks(p, tiles.block_m());
+  launch.threads = tiles.threads();
+  launch.shared_bytes = tiles.shared_bytes();
+  return launch;
 }
 
 inline Launch plan_forward(const Call& p) {

@@ -18,6 +18,7 @@ using Substitute = const char* (*)(const char* kernel, int64_t blocks, int threa
 namespace {
 
 Substitute substitute = nullptr;
+int substitute_capability = 80;
 
 // The device of the call in hand.
 thread_local int32_t device_type = 0, device_index = 0;
@@ -130,6 +131,11 @@ Sequences describe(Call& p, const Input& query, const Input& key, const Input& v
   return held;
 }
 
+int device_capability() {
+  if (substitute != nullptr) return substitute_capability;
+  return cuda::compute_capability != nullptr ? cuda::compute_capability() : 80;
+}
+
 void start_decode(Call& p) {
   const int64_t rows = cuda::rows_of(p);
   Tensor parts = empty({p.splits * rows * (p.Dv + 2)}, ScalarType::Float);
@@ -158,6 +164,8 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   p.splits = cuda::decode_splits(p, longest_q.value_or(p.Sq), longest_k.value_or(p.Sk));
   if (p.splits > 0) {
     start_decode(p);
+  } else if (cuda::serves_hopper(p, device_capability())) {
+    start(cuda::plan_hopper(p), &p);
   } else {
     start(cuda::plan_forward(p), &p);
   }
@@ -265,6 +273,8 @@ void run_softmax_backward(SoftmaxCall& p) {
 namespace fused_attention {
 namespace cuda {
 
+int (*compute_capability)() = nullptr;
+
 namespace {
 Kernel* kernels = nullptr;
 }
@@ -282,9 +292,11 @@ const Kernel* find_kernel(const char* name) {
 }  // namespace cuda
 }  // namespace fused_attention
 
+// compute_capability: of the GPU that is played.
 extern "C" __attribute__((visibility("default"))) void fused_attention_cuda_substitute(
-    fused_attention::Substitute run) {
+    fused_attention::Substitute run, int compute_capability) {
   fused_attention::substitute = run;
+  fused_attention::substitute_capability = compute_capability;
 }
 
 STABLE_TORCH_LIBRARY(fused_attention_cuda, m) {

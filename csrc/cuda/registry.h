@@ -16,6 +16,9 @@ struct Kernel {
   Kernel* next;
 };
 
+// Of the current device, such as 90. Null where no kernel asks.
+extern int (*compute_capability)();
+
 // Null if it was not compiled.
 const Kernel* find_kernel(const char* name);
 
