@@ -4,8 +4,8 @@
     python benchmarks/train_models.py --quick    # three steps of each: does it run?
 
 Translation with three seeds, with fused attention and PyTorch's; the LSTM, given the seconds of the
-first; French; twenty minutes; transfer learning with and without pre-trained weights; summaries;
-Whisper's word error rate on ten recordings beside transformers' own implementation. What it needs
+first; French; twenty minutes; transfer learning with and without pre-trained weights, from 4100
+examples and from 400; summaries; Whisper's word error rate on ten recordings beside transformers' own implementation. What it needs
 is fetched. It goes on where it was cut: each run has a directory below `runs/`.
 """
 
@@ -46,6 +46,9 @@ def plan(quick: bool) -> dict[str, tuple[Settings, float]]:
     tuning = Settings("classify", peak=3e-4, steps=400)
     runs["classify-pretrained"] = (dataclasses.replace(tuning, pretrained=True), math.inf)
     runs["classify-random"] = (tuning, math.inf)
+    few = dataclasses.replace(tuning, examples=400, steps=200)
+    runs["classify-few-pretrained"] = (dataclasses.replace(few, pretrained=True), math.inf)
+    runs["classify-few-random"] = (few, math.inf)
     summarize = Settings("summarize", peak=3e-4, pretrained=True)
     runs["summarize-pretrained"] = (summarize, math.inf)
     runs["summarize-random"] = (

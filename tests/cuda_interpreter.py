@@ -90,7 +90,6 @@ def compile_kernel(kernel: str, arch: str, *options: str) -> Path:
         command = [NVCC, "-std=c++20", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}", *options]
         done = subprocess.run([*command, source, "-o", path], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        path.with_name(f"{safe}_{arch}.txt").write_text(done.stdout + done.stderr)
         source.unlink()
 
     return kept(f"{safe}_{arch}.{kind}", " ".join(options), make)
@@ -119,10 +118,14 @@ def tensor_maps(call: Call) -> list[TensorMap]:
     ]
 
 
-def cubin_of(kernel: str, arch: str, *options: str) -> tuple[Path, str]:
-    """And what ptxas reports."""
-    cubin = compile_kernel(kernel, arch, "-cubin", "-Xptxas=-v", *options)
-    return cubin, cubin.with_suffix(".txt").read_text()
+def cubin_of(kernel: str, arch: str) -> bytes:
+    return compile_kernel(kernel, arch, "-cubin").read_bytes()
+
+
+def nvcc_version() -> str:
+    """As in "13.0"."""
+    text = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    return text.split("release ")[1].split(",")[0]
 
 
 @functools.cache
