@@ -5,8 +5,9 @@
 
 Translation with three seeds, with fused attention and PyTorch's; the LSTM, given the seconds of the
 first; French; twenty minutes; transfer learning with and without pre-trained weights, from 4100
-examples and from 400; summaries; Whisper's word error rate on ten recordings beside transformers' own implementation. What it needs
-is fetched. It goes on where it was cut: each run has a directory below `runs/`.
+examples and from 400; summaries; Whisper's word error rate on ten recordings beside transformers'
+own implementation. What it needs is fetched. It goes on where it was cut: each run has a directory
+below `runs/`.
 """
 
 import argparse

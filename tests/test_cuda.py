@@ -281,6 +281,29 @@ def test_few_queries_in_every_order_of_the_warps(schedule):
     assert not [e.message for e in testing.errors(got, exact, naive) if e.is_wrong]
 
 
+DECODE_FAULTS = {
+    "no barrier before keys are read": (faults.drop(faults.BAR, 1), "finding"),
+    "no barrier before the warps' results are read": (faults.drop(faults.BAR, -1), "finding"),
+    "no wait for keys": (faults.drop(faults.WAIT_COPIES, 0), "finding"),
+    "a product is left out": (faults.drop(r"mma\.sync[^;]*;", -1), "numbers"),
+}  # fmt: skip
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", DECODE_FAULTS)
+def test_faults_planted_in_decode_are_caught(name):
+    edit, caught_by = DECODE_FAULTS[name]
+
+    def only_decode(ptx):
+        return edit(ptx) if "attention_decode_kernel" in ptx else ptx
+
+    inputs = testing.make_inputs(FEW["parts"])
+    got, runs = run(inputs, gradients=False, edit=only_decode)
+    exact, naive = testing.exact(inputs), testing.naive(inputs)
+    wrong = [e for e in testing.errors(got, exact, naive) if e.is_wrong]
+    assert findings(runs) if caught_by == "finding" else wrong
+
+
 @needs_nvcc
 @pytest.mark.parametrize("page_size", [None, 7])
 def test_few_queries_of_sequences(monkeypatch, page_size):
@@ -346,6 +369,17 @@ def check_on_hopper(case, **how):
 @pytest.mark.parametrize("name", ON_HOPPER)
 def test_hopper(name):
     check_on_hopper(ON_HOPPER[name])
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, head_dim, features", [x for x in PLAIN if x[1] <= 128])
+def test_kernel_without_options_on_hopper(dtype, head_dim, features):
+    for D, Dv in ((head_dim, head_dim), (head_dim - 8, head_dim - 24)):
+        case = Case(
+            dtype=dtype, B=1, Hq=2, Hkv=1, Sq=140, Sk=200, D=D, Dv=Dv, **features, seed=D
+        )  # fmt: skip
+        check_on_hopper(case)
 
 
 @needs_nvcc
