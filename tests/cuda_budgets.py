@@ -68,16 +68,17 @@ def measure(name: str) -> dict[str, Any]:
     return entry
 
 
-def excesses(entry: dict[str, Any], limit: dict[str, Any]) -> list[str]:
-    """In what a measured entry breaks a committed one. Fewer instructions are no fault."""
+def excesses(entry: dict[str, Any], limit: dict[str, Any], same_compiler: bool = True) -> list[str]:
+    """In what a measured entry breaks a committed one. Fewer instructions are no fault; another
+    version of nvcc may need somewhat more."""
     wrong = [
         f"{what}: {entry[what]}, limit {limit[what]}"
-        for what, slack in (("registers", 8), ("stack", 16))
-        if entry[what] > limit[what] + slack
+        for what, slack, other in (("registers", 8, 255), ("stack", 16, 128))
+        if entry[what] > limit[what] + (slack if same_compiler else other)
     ]
     for what in ("total", "spill") if "main" in limit else ():
         mine, most = entry["main"].get(what, 0.0), limit["main"].get(what, 0.0)
-        if mine > 1.02 * most + 1:
+        if mine > (1.02 if same_compiler else 1.15) * most + 1:
             wrong.append(f"{what} of the main loop: {mine} per 1024 scores, limit {most}")
     return wrong
 

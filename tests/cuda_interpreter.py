@@ -70,6 +70,13 @@ def kept(name: str, extra: str, make: Callable[[Path], None]) -> Path:
     return path
 
 
+@functools.cache
+def nvcc_version() -> str:
+    """As in "13.0"."""
+    text = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    return text.split("release ")[1].split(",")[0]
+
+
 def compile_kernel(kernel: str, arch: str, *options: str) -> Path:
     """What nvcc makes of a template-id such as "attention_forward_kernel<Half, 64, true>"."""
     header = HEADERS[kernel.split("_kernel")[0]]
@@ -92,7 +99,7 @@ def compile_kernel(kernel: str, arch: str, *options: str) -> Path:
         assert done.returncode == 0, done.stderr
         source.unlink()
 
-    return kept(f"{safe}_{arch}.{kind}", " ".join(options), make)
+    return kept(f"{safe}_{arch}.{kind}", " ".join([nvcc_version(), *options]), make)
 
 
 def params_of(kernel: str) -> type[Call] | type[SoftmaxCall]:
@@ -120,12 +127,6 @@ def tensor_maps(call: Call) -> list[TensorMap]:
 
 def cubin_of(kernel: str, arch: str) -> bytes:
     return compile_kernel(kernel, arch, "-cubin").read_bytes()
-
-
-def nvcc_version() -> str:
-    """As in "13.0"."""
-    text = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
-    return text.split("release ")[1].split(",")[0]
 
 
 @functools.cache
