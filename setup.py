@@ -178,7 +178,7 @@ CUDA_KERNELS = {
     "attention_decode": CUDA_HEAD_DIMS,
     "masked_softmax": (0,),
 }
-HOPPER = {"attention_forward_hopper": (64, 128)}
+HOPPER = {"attention_backward_hopper": (128, 64), "attention_forward_hopper": (128, 64)}
 CUDA_ARCHS = "80 90 100"
 
 

@@ -30,6 +30,10 @@ SCORES = {
     "attention_backward_kernel<BFloat16, 128, true, Gradient::kQuery>": 16 * 32,
     "attention_forward_hopper_kernel<BFloat16, 64>": 16 * 128,
     "attention_forward_hopper_kernel<BFloat16, 128>": 16 * 128,
+    "attention_backward_hopper_kernel<BFloat16, 64, true>": 16 * 64,
+    "attention_backward_hopper_kernel<BFloat16, 64, false>": 16 * 64,
+    "attention_backward_hopper_kernel<BFloat16, 128, true>": 16 * 64,
+    "attention_backward_hopper_kernel<BFloat16, 128, false>": 16 * 64,
 }
 # Without a loop over unmasked tiles, or not about matrix products: registers and stack only.
 OTHERS = (
@@ -114,7 +118,8 @@ def goals_of(name: str) -> dict[str, float]:
         return {}
     if arch == "sm_90" and not cuda_interpreter.is_hopper(kernel):
         return {}  # what serves where the kernel of sm_90 does not
-    part = "dkdv" if "kKeyValue" in kernel else "dq" if "kQuery" in kernel else "forward"
+    of_keys = "kKeyValue" in kernel or kernel.endswith("true>")
+    part = "forward" if "forward" in kernel else "dkdv" if of_keys else "dq"
     head_dim = int(re.search(r"BFloat16, (\d+)", kernel)[1])  # type: ignore[index]
     return budgets.GOALS.get((arch, part, head_dim), {})
 

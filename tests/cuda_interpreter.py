@@ -34,7 +34,7 @@ NVCC = SETUP["find_nvcc"]()
 # Where a kernel is defined.
 HEADERS = {
     "attention_forward": "attention_forward",
-    "attention_forward_hopper": "attention_forward_hopper",
+    **{name: name for name in ("attention_forward_hopper", "attention_backward_hopper")},
     **dict.fromkeys(("attention_decode", "attention_combine"), "attention_decode"),
     **dict.fromkeys(
         (
@@ -80,7 +80,7 @@ def nvcc_version() -> str:
 def compile_kernel(kernel: str, arch: str, *options: str) -> Path:
     """What nvcc makes of a template-id such as "attention_forward_kernel<Half, 64, true>"."""
     header = HEADERS[kernel.split("_kernel")[0]]
-    types = [params_of(kernel).__name__, *["TensorMap"] * 3 * is_hopper(kernel)]
+    types = [params_of(kernel).__name__, *["TensorMap"] * len(boxes_of(kernel))]
     parameters = [f"const __grid_constant__ {type_}" for type_ in types]
     text = (
         f'#include "cuda/{header}.cuh"\n'
@@ -116,12 +116,21 @@ def ptx_of(kernel: str) -> str:
     return compile_kernel(kernel, arch, "-ptx", "-lineinfo").read_text()
 
 
-def tensor_maps(call: Call) -> list[TensorMap]:
-    """Of query, key and value, as attention_forward_hopper.cu encodes them."""
+def boxes_of(kernel: str) -> list[tuple[str, int]]:
+    """The tensors of its maps, and the rows of a box, as the .cu files encode them."""
+    if kernel.startswith("attention_forward_hopper"):
+        return [("query", 128), ("key", 128), ("value", 128)]
+    if not is_hopper(kernel):
+        return []
+    of_queries, of_keys = ["query", "grad_out"], ["key", "value"]
+    rows, columns = (of_keys, of_queries) if "true" in kernel else (of_queries, of_keys)
+    return [*((name, 128) for name in rows), *((name, 64) for name in columns)]
+
+
+def tensor_maps(kernel: str, call: Call) -> list[TensorMap]:
     operands = call.operands()
     return [
-        TensorMap(operands[name], (1, 1, 128, 64), swizzle=128)
-        for name in ("query", "key", "value")
+        TensorMap(operands[name], (1, 1, rows, 64), swizzle=128) for name, rows in boxes_of(kernel)
     ]
 
 
@@ -173,7 +182,7 @@ class Interpreter:
             ptx = ptx_of(name)
             arguments = [params_of(name).from_address(params)]
             if is_hopper(name):
-                arguments += tensor_maps(arguments[0])
+                arguments += tensor_maps(name, arguments[0])
             report = launch(
                 self.edit(ptx) if self.edit else ptx, None, [blocks], threads, arguments,
                 shared_bytes, self.schedule,

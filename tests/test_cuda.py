@@ -353,11 +353,15 @@ ON_HOPPER = {
 }  # fmt: skip
 
 
+HOPPER_KERNELS = ["forward_hopper", "delta", "backward_hopper", "backward_hopper"]
+
+
 def check_on_hopper(case, **how):
     def answer(case):
         inputs = testing.make_inputs(case)
-        got, runs = run(inputs, gradients=False, capability=90, **how)
-        assert [run.kernel.split("_kernel")[0] for run in runs] == ["attention_forward_hopper"]
+        got, runs = run(inputs, capability=90, **how)
+        kernels = [run.kernel.split("_kernel")[0] for run in runs]
+        assert kernels[:4] == [f"attention_{name}" for name in HOPPER_KERNELS]
         assert not findings(runs), "\n".join(findings(runs))
         want = testing.exact(inputs)
         return got, {name: want[name] for name in got}, testing.naive(inputs)
@@ -398,6 +402,7 @@ def test_sequences_on_hopper(monkeypatch, name):
         sequences.check(case, Packing([*sequences.LENGTHS, (70, 140)], used=name == "causal"))
     assert not findings(runs), "\n".join(findings(runs))
     assert runs[0].kernel == "attention_forward_hopper_kernel<Half, 64>"
+    assert runs[2].kernel == "attention_backward_hopper_kernel<Half, 64, true>"
 
 
 @needs_nvcc
@@ -411,9 +416,26 @@ def test_what_nobody_sees_may_be_nan_on_hopper():
     want = testing.exact(inputs)
     for name in ("key", "value"):
         inputs.tensors[name].masked_fill_(unseen[:, None], torch.nan)
-    got, runs = run(inputs, gradients=False, capability=90)
-    assert runs[0].kernel.startswith("attention_forward_hopper") and not findings(runs)
-    torch.testing.assert_close(got["out"].double(), want["out"], rtol=0, atol=1e-2)
+    got, runs = run(inputs, capability=90)
+    assert runs[2].kernel.startswith("attention_backward_hopper") and not findings(runs)
+    for name, x in got.items():
+        torch.testing.assert_close(x.double(), want[name], rtol=0, atol=2e-2, msg=name)
+
+
+@needs_nvcc
+def test_queries_that_see_nothing_may_be_nan_on_hopper():
+    case = dataclasses.replace(
+        ON_HOPPER["window"], Sq=200, Sk=90, D=64, window_size=(-1, -1), dtype=torch.float16
+    )
+    inputs = testing.make_inputs(case)
+    want = testing.exact(inputs)
+    blind = torch.arange(case.Sq) < case.Sq - case.Sk
+    inputs.tensors["query"].masked_fill_(blind[:, None], torch.nan)
+    inputs.grad_out.masked_fill_(blind[:, None], torch.nan)
+    got, runs = run(inputs, capability=90)
+    assert runs[2].kernel.startswith("attention_backward_hopper") and not findings(runs)
+    for name in ("dkey", "dvalue"):
+        torch.testing.assert_close(got[name].double(), want[name], rtol=0, atol=2e-2, msg=name)
 
 
 TRY_WAIT_PARITY = r"(mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, \[%r\d+\]), %r\d+;"
@@ -445,6 +467,42 @@ def test_faults_planted_on_hopper_are_caught(name):
     edit, caught_by = HOPPER_FAULTS[name]
     inputs = testing.make_inputs(dataclasses.replace(ON_HOPPER["full"], Sq=100, Sk=420, Hq=1))
     got, runs = run(inputs, gradients=False, edit=edit, capability=90)
+    want = testing.exact(inputs)
+    wrong = testing.mismatches(got, {n: want[n] for n in got}, testing.naive(inputs))
+    assert findings(runs) if caught_by == "finding" else wrong
+
+
+BACKWARD_FAULTS = {
+    "no word that lse and delta are there": (
+        "true", faults.drop(r"mbarrier\.arrive\.shared::cta\.b64[^;]*;", 0), "finding"
+    ),
+    "no wait for the rows": ("false", faults.replace(TRY_WAIT, "mov.pred complete, -1;", 1),
+                             "finding"),
+    "no wait for a product": (
+        "true", faults.drop(r"wgmma\.wait_group\.sync\.aligned[^;]*;", -1), "finding"
+    ),
+    "no fence before a product": (
+        "false", faults.drop(r"wgmma\.fence\.sync\.aligned;", -1), "finding"
+    ),
+    "a product is left out": ("true", faults.drop(r"wgmma\.mma_async[^;]*;", -1), "numbers"),
+    "a copy is left out": (
+        "false", faults.drop(r"cp\.async\.bulk\.tensor[^;]*;", -1), "finding"
+    ),
+}  # fmt: skip
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", BACKWARD_FAULTS)
+def test_faults_planted_in_the_backward_on_hopper_are_caught(name):
+    keys, edit, caught_by = BACKWARD_FAULTS[name]
+
+    def only_one(ptx):
+        mine = "attention_backward_hopper_kernel" in ptx and f"Lb{int(keys == 'true')}E" in ptx
+        return edit(ptx) if mine else ptx
+
+    case = dataclasses.replace(ON_HOPPER["full"], Sq=200, Sk=200, Hq=1, D=128, Dv=128)
+    inputs = testing.make_inputs(case)
+    got, runs = run(inputs, edit=only_one, capability=90)
     want = testing.exact(inputs)
     wrong = testing.mismatches(got, {n: want[n] for n in got}, testing.naive(inputs))
     assert findings(runs) if caught_by == "finding" else wrong

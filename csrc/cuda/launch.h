@@ -59,6 +59,20 @@ struct HopperTiles {
   }
 };
 constexpr HopperTiles hopper_tiles(int head_dim) { return {2, 128, 2, head_dim}; }
+// A backward's: rows that a block owns, and tiles of the others.
+struct HopperBackwardTiles {
+  int groups, columns, stages, head_dim;
+  constexpr int rows() const { return 64 * groups; }
+  constexpr int threads() const { return 128 * (groups + 1); }
+  // Two operands, and two floats a column, to the next multiple of 1024
+  constexpr int stage_bytes() const {
+    return (2 * columns * head_dim * 2 + columns * 8 + 1023) / 1024 * 1024;
+  }
+  constexpr int shared_bytes() const {
+    return 2 * rows() * head_dim * 2 + stages * (stage_bytes() + 16) + 8 + 1024;
+  }
+};
+constexpr HopperBackwardTiles hopper_backward_tiles(int head_dim) { return {2, 64, 2, head_dim}; }
 // A tensor as the copy engine sees it: CUDA's CUtensorMap.
 struct alignas(64) TensorMap {
   uint64_t opaque[16];
@@ -184,7 +198,7 @@ inline DecodePlan plan_decode(const Call& p) {
   return plan;
 }
 
-// Whether the kernel of sm_90 serves the call: one without options, of up to 128 columns, on
+// Whether the kernels of sm_90 serve the call: one without options, of up to 128 columns, on
 // tensors that a copy engine can be told.
 inline bool serves_hopper(const Call& p, int compute_capability) {
   const auto fits = [&](const TensorView& x, int64_t B, int64_t H, int64_t S) {
@@ -193,10 +207,12 @@ inline bool serves_hopper(const Call& p, int compute_capability) {
   const int64_t B = p.cu_seqlens_q != nullptr ? 1 : p.B;
   return compute_capability / 10 == 9 && is_plain(p) && p.D <= 128 && p.Dv <= 128 && p.Sk > 0 &&
          fits(p.query, B, p.Hq, p.Sq) && fits(p.key, B, p.Hkv, p.Sk) &&
-         fits(p.value, B, p.Hkv, p.Sk);
+         fits(p.value, B, p.Hkv, p.Sk) &&
+         (p.grad_out.data == nullptr || fits(p.grad_out, B, p.Hq, p.Sq));
 }
+constexpr int hopper_head_dim(int64_t D, int64_t Dv) { return D <= 64 && Dv <= 64 ? 64 : 128; }
 inline Launch plan_hopper(const Call& p) {
-  const int head_dim = p.D <= 64 && p.Dv <= 64 ? 64 : 128;
+  const int head_dim = hopper_head_dim(p.D, p.Dv);
   const HopperTiles tiles = hopper_tiles(head_dim);
   Launch launch;
   snprintf(launch.kernel, sizeof launch.kernel, "attention_forward_hopper_kernel<%s, %d>",
@@ -229,7 +245,7 @@ struct BackwardPlan {
 constexpr int kRowsOfDelta = 4;  // a block's, one a warp
 constexpr int kThreadsOfPages = 256;
 
-inline BackwardPlan plan_backward(const Call& p) {
+inline BackwardPlan plan_backward(const Call& p, int compute_capability) {
   const int head_dim = padded_head_dim(p.D, p.Dv);
   const bool plain = is_plain(p);
   const BackwardTiles tiles = backward_tiles(is_float(p), head_dim, plain);
@@ -247,8 +263,20 @@ inline BackwardPlan plan_backward(const Call& p) {
     launch.threads = tiles.threads();
     launch.shared_bytes = tiles.shared_bytes();
   };
+  const bool hopper = serves_hopper(p, compute_capability);
+  const auto add_hopper = [&](bool keys) {
+    const HopperBackwardTiles own = hopper_backward_tiles(hopper_head_dim(p.D, p.Dv));
+    Launch& launch = plan.launches[plan.count++];
+    snprintf(launch.kernel, sizeof launch.kernel, "attention_backward_hopper_kernel<%s, %d, %s>",
+             type_name(p.dtype), own.head_dim, keys ? "true" : "false");
+    launch.blocks = keys ? key_blocks(p, own.rows()) : query_blocks(p, own.rows());
+    launch.threads = own.threads();
+    launch.shared_bytes = own.shared_bytes();
+  };
   const int64_t of_keys = key_blocks(p, tiles.rows());
-  if (head_dim <= 128) {
+  if (hopper) {
+    add_hopper(true);
+  } else if (head_dim <= 128) {
     add("kKeyValue", of_keys);
   } else {
     add("kKey", of_keys);
@@ -261,7 +289,11 @@ inline BackwardPlan plan_backward(const Call& p) {
     pages.blocks = p.page_count * p.Hkv;
     pages.threads = kThreadsOfPages;
   }
-  add("kQuery", query_blocks(p, tiles.rows()));
+  if (hopper) {
+    add_hopper(false);
+  } else {
+    add("kQuery", query_blocks(p, tiles.rows()));
+  }
   if (p.dbias.data != nullptr) {
     const BackwardTiles of_bias = backward_tiles(is_float(p), head_dim, false);
     Launch& bias = plan.launches[plan.count++];

@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.aligned = is_aligned(q, p.dtype) && is_aligned(k, p.dtype) && is_aligned(v, p.dtype) &&
               is_aligned(grad_o, p.dtype);
   p.lse_in_log2 = cuda::is_plain(p);
-  const cuda::BackwardPlan plan = cuda::plan_backward(p);
+  const cuda::BackwardPlan plan = cuda::plan_backward(p, device_capability());
   for (int i = 0; i < plan.count; ++i) start(plan.launches[i], &p);
   return {dq, dk, dv, dbias, dsinks};
 }
