@@ -18,7 +18,7 @@ import test_triton_sequences as sequences
 from cuda_interpreter import interpreted
 from fused_attention import autograd, backends, cuda, reference, testing
 from fused_attention.backends import CUDA
-from fused_attention.problem import CAUSAL, Problem
+from fused_attention.problem import CAUSAL, FEATURES, Problem
 from fused_attention.testing import Case
 from ptx import SCHEDULES, faults
 from test_triton_sequences import Packing
@@ -767,5 +767,8 @@ def test_the_row_serves_what_is_on_a_gpu(loaded, monkeypatch):
     assert CUDA.supports(on_gpu) == [] and backends.choose(on_gpu) is CUDA
     assert CUDA.details(on_gpu).kernel == "attention_forward"
     assert CUDA.plan(on_gpu).operator is cuda.operators().direct_forward_plain
-    packed = dataclasses.replace(on_gpu, features=on_gpu.features | {"varlen"})
-    assert CUDA.supports(packed) == ["varlen: not built yet"]
+    everything = dataclasses.replace(on_gpu, features=frozenset(FEATURES))
+    assert CUDA.supports(everything) == []
+    wide = dataclasses.replace(on_gpu, head_dim=512, dtype=torch.float64)
+    reasons = CUDA.supports(wide)
+    assert reasons[0].startswith("dtype torch.float64: only") and "head_dim 512" in reasons[1]

@@ -483,7 +483,6 @@ __global__ void __launch_bounds__(backward_tiles(Terms<T>::kCount == 3, kHeadDim
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     attention_dsinks_kernel(const __grid_constant__ Call p) {
-  __shared__ float partial[kThreads];
   // Tokens of no sequence have no sink, as their lse of -inf tells.
   const int64_t h = blockIdx.x, rows = (is_packed(p) ? 1 : p.B) * p.Sq;
   const float sink = ((const float*)p.sinks)[h];
@@ -493,12 +492,8 @@ __global__ void __launch_bounds__(kThreads)
     const float lse = ((const float*)p.lse)[at];
     if (lse != -kInf) sum -= exp2_approx((sink - lse) * kLog2e) * ((const float*)p.delta)[at];
   }
-  partial[threadIdx.x] = sum;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if ((int)threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
-  }
-  if (threadIdx.x == 0) ((float*)p.dsinks)[h] = partial[0];
+  sum = block_total<kThreads>(sum);
+  if (threadIdx.x == 0) ((float*)p.dsinks)[h] = sum;
 }
 
 }  // namespace fused_attention::cuda

@@ -75,14 +75,6 @@ struct HopperBackward {
 
   // -- copying ------------------------------------------------------------------------------------
 
-  FA_DEVICE static void copy_rows(uint32_t to, int part_bytes, const TensorMap* map, int row, int h,
-                                  int b, uint32_t barrier) {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      copy_box(to + part * part_bytes, map, part * 64, row, h, b, barrier);
-    }
-  }
-
   // x, y: the tensors that the rows are of; x_, y_: those of the columns.
   FA_DEVICE void copy(const TensorMap* x, const TensorMap* y, const TensorMap* x_,
                       const TensorMap* y_) const {
@@ -90,8 +82,8 @@ struct HopperBackward {
     const int row = (kKeys ? seq.k_start : seq.q_start) + row_start;
     if (tiles() > 0) {
       barrier_expect(rows_full(), 2 * kRowBytes);
-      copy_rows(x_tile, kRowPart, x, row, head, b, rows_full());
-      copy_rows(y_tile, kRowPart, y, row, head, b, rows_full());
+      copy_rows<kParts>(x_tile, kRowPart, x, row, head, b, rows_full());
+      copy_rows<kParts>(y_tile, kRowPart, y, row, head, b, rows_full());
     }
     for (int i = 0; i < tiles(); ++i) {
       const int stage = i % kStages, h = kKeys ? query_head(i) : head / group;
@@ -99,8 +91,8 @@ struct HopperBackward {
       const uint32_t to = stages + stage * kStageBytes;
       if (i >= kStages) barrier_wait(empty(stage), i / kStages % 2 ^ 1);
       barrier_expect(full(stage), 2 * kColumnBytes);
-      copy_rows(to, kColumnPart, x_, column, h, b, full(stage));
-      copy_rows(to + kColumnBytes, kColumnPart, y_, column, h, b, full(stage));
+      copy_rows<kParts>(to, kColumnPart, x_, column, h, b, full(stage));
+      copy_rows<kParts>(to + kColumnBytes, kColumnPart, y_, column, h, b, full(stage));
     }
   }
 

@@ -72,29 +72,20 @@ struct HopperBlock {
 
   // -- the copier ---------------------------------------------------------------------------------
 
-  // Rows of one head; part by part, 64 columns each.
-  FA_DEVICE static void copy_rows(uint32_t to, int part_bytes, const TensorMap* map, int row, int h,
-                                  int b, uint32_t barrier) {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      copy_box(to + part * part_bytes, map, part * 64, row, h, b, barrier);
-    }
-  }
-
   FA_DEVICE void copy(const TensorMap* query, const TensorMap* key, const TensorMap* value) const {
     const int h_kv = h / (int)((uint32_t)p.Hq / (uint32_t)p.Hkv), b = is_packed(p) ? 0 : seq.b;
     if (count > 0) {
       barrier_expect(q_full(), kQueryBytes);
-      copy_rows(q_tile, kQueryPart, query, seq.q_start + m_start, h, b, q_full());
+      copy_rows<kParts>(q_tile, kQueryPart, query, seq.q_start + m_start, h, b, q_full());
     }
     for (int i = 0; i < count; ++i) {
       const int stage = i % kStages, parity = i / kStages % 2 ^ 1, row = seq.k_start + start_of(i);
       if (i >= kStages) barrier_wait(k_empty(stage), parity);
       barrier_expect(k_full(stage), kKeyBytes);
-      copy_rows(k_tiles + stage * kKeyBytes, kKeyPart, key, row, h_kv, b, k_full(stage));
+      copy_rows<kParts>(k_tiles + stage * kKeyBytes, kKeyPart, key, row, h_kv, b, k_full(stage));
       if (i >= kStages) barrier_wait(v_empty(stage), parity);
       barrier_expect(v_full(stage), kKeyBytes);
-      copy_rows(v_tiles + stage * kKeyBytes, kKeyPart, value, row, h_kv, b, v_full(stage));
+      copy_rows<kParts>(v_tiles + stage * kKeyBytes, kKeyPart, value, row, h_kv, b, v_full(stage));
     }
   }
 

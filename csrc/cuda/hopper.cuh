@@ -66,6 +66,16 @@ FA_DEVICE void copy_box(uint32_t to, const TensorMap* map, int column, int row, 
       : "memory");
 }
 
+// Rows of one head, part by part, 64 columns each.
+template <int kParts>
+FA_DEVICE void copy_rows(uint32_t to, int part_bytes, const TensorMap* map, int row, int h, int b,
+                         uint32_t barrier) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    copy_box(to + part * part_bytes, map, part * 64, row, h, b, barrier);
+  }
+}
+
 // -- products -------------------------------------------------------------------------------------
 
 // Rows of 64 16-bit elements, 128 bytes, permuted as copies with that swizzle do; wider tiles are

@@ -164,7 +164,7 @@ constexpr int64_t kDecodeBlocks = 256, kMinSplitKeys = 256;
 // the call. seqlen_q, seqlen_k: the longest, as far as is known; only speed depends on them.
 inline int64_t decode_splits(const Call& p, int64_t seqlen_q, int64_t seqlen_k) {
   const int64_t rows = p.Hkv > 0 ? p.Hq / p.Hkv * seqlen_q : kMaxDecodeRows + 1;
-  if (rows > kMaxDecodeRows || p.dropout_threshold > 0) return 0;
+  if (rows == 0 || rows > kMaxDecodeRows || p.dropout_threshold > 0) return 0;
   if (p.window_left >= 0 && p.window_right >= 0) {
     const int64_t seen = p.window_left + seqlen_q + p.window_right;
     seqlen_k = seen < seqlen_k ? seen : seqlen_k;

@@ -318,7 +318,6 @@ FA_DEVICE void store_bias_gradient(const SoftmaxCall& p, int64_t at, float x) {
 template <typename T>
 __global__ void __launch_bounds__(kBiasColumns)
     masked_softmax_dbias_kernel(const __grid_constant__ SoftmaxCall p) {
-  __shared__ float shared[kBiasColumns];
   const int64_t width = p.bias_width, parts = (width + kBiasColumns - 1) / kBiasColumns;
   const int64_t task = blockIdx.x / parts, group = task / p.chunks, chunk = task % p.chunks;
   const bool narrow = width == 1 && p.columns > 1;
@@ -343,13 +342,7 @@ __global__ void __launch_bounds__(kBiasColumns)
       sum += w * (dp - delta);
     }
   }
-  if (narrow) {
-    shared[threadIdx.x] = sum;
-    for (int half = kBiasColumns / 2; half > 0; half /= 2) {
-      __syncthreads();
-      if ((int)threadIdx.x < half) shared[threadIdx.x] = sum += shared[threadIdx.x + half];
-    }
-  }
+  if (narrow) sum = block_total<kBiasColumns>(sum);
   if (own >= width) return;
   if (p.chunks > 1) {
     ((float*)p.partial)[task * width + own] = sum;
@@ -374,19 +367,14 @@ __global__ void __launch_bounds__(kThreads)
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     masked_softmax_dsinks_kernel(const __grid_constant__ SoftmaxCall p) {
-  __shared__ float shared[kThreads];
   const int64_t h = blockIdx.x, rows = p.groups * p.group_rows / p.heads;
   float sum = 0;
   for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
     const int64_t number = (i / p.queries * p.heads + h) * p.queries + i % p.queries;
     sum += ((const float*)p.sink_terms)[number];
   }
-  shared[threadIdx.x] = sum;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if ((int)threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-  }
-  if (threadIdx.x == 0) ((float*)p.dsinks)[h] = shared[0];
+  sum = block_total<kThreads>(sum);
+  if (threadIdx.x == 0) ((float*)p.dsinks)[h] = sum;
 }
 
 }  // namespace fused_attention::cuda

@@ -122,4 +122,16 @@ __host__ __device__ constexpr Number ceil_div(Number a, Number b) {
   return (a + b - 1) / b;
 }
 
+// The sum of x over a block of kThreads threads, always in the same order. Only thread 0 gets it.
+template <int kThreads>
+FA_DEVICE float block_total(float x) {
+  __shared__ float shared[kThreads];
+  shared[threadIdx.x] = x;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if ((int)threadIdx.x < half) shared[threadIdx.x] = x += shared[threadIdx.x + half];
+  }
+  return x;
+}
+
 }  // namespace fused_attention::cuda
