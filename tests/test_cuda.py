@@ -210,6 +210,7 @@ def test_sequences(monkeypatch, packing, name, dtype):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_a_page_that_many_share_gets_the_gradients_of_all():
     B, H, size, D = 300, 1, 4, 8
     query, pages = torch.randn(B, H, 1, D), torch.randn(2, size, H, D)
@@ -340,7 +341,7 @@ def test_a_wrong_hint_changes_no_result(monkeypatch):
 ON_HOPPER = {
     "full": Case(dtype=torch.bfloat16, B=1, Hq=2, Hkv=1, Sq=200, Sk=300, D=64, Dv=64),
     "causal": Case(
-        dtype=torch.float16, B=2, Hq=1, Hkv=1, Sq=140, Sk=400, D=128, Dv=128,
+        dtype=torch.float16, B=1, Hq=1, Hkv=1, Sq=140, Sk=400, D=128, Dv=128,
         causal="bottom_right", sinks=True, layout="BSHD",
     ),
     "window": Case(
@@ -387,7 +388,14 @@ def test_kernel_without_options_on_hopper(dtype, head_dim, features):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != "lockstep"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(s, marks=() if s == "serial" else pytest.mark.slow)
+        for s in SCHEDULES
+        if s != "lockstep"
+    ],
+)
 def test_hopper_in_every_order_of_the_warps(schedule):
     check_on_hopper(ON_HOPPER["causal"], schedule=schedule)
 

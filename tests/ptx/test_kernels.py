@@ -102,7 +102,7 @@ def copied_by_tma(device: PTXDevice) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("name", TMA)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=slow if "," in n else ()) for n in TMA])
 def test_tiles_come_by_descriptor(name):
     device = check("sm_90", TMA[name])
     kernels = {"attention_forward_kernel", "attention_dkdv_kernel", "attention_dq_kernel"}
