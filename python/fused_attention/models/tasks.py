@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,13 @@ class Prepared:
 
 def pair_size(pair: Pair) -> int:
     return max(len(pair.source), len(pair.target))
+
+
+def some(examples: Sequence[Text], count: int | None) -> Sequence[Text]:
+    """So many of them, of all kinds."""
+    if count is None or count >= len(examples):
+        return examples
+    return random.Random(0).sample(examples, count)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -182,7 +190,7 @@ def translate(settings: Settings) -> Prepared:
             results["samples"] += [[*x[:2], w] for x, w in zip(some[:5], written, strict=False)]
         return results
 
-    pairs = to_pairs(tokenizer, split.training[: settings.examples], BEGIN, END)
+    pairs = to_pairs(tokenizer, some(split.training, settings.examples), BEGIN, END)
     return Prepared(model, tokenizer, pairs, pair_size, pair_loss, evaluate)
 
 
@@ -207,7 +215,7 @@ def summarize(settings: Settings) -> Prepared:
             "samples": [[*x[:2], w] for x, w in zip(split.held_out[:10], written, strict=False)],
         }
 
-    pairs = to_pairs(tokenizer, split.training[: settings.examples], begin, end)
+    pairs = to_pairs(tokenizer, some(split.training, settings.examples), begin, end)
     return Prepared(model, tokenizer, pairs, pair_size, pair_loss, evaluate)
 
 
@@ -230,7 +238,7 @@ def lm(settings: Settings) -> Prepared:
             count += here
         return {"perplexity": math.exp(total / count), "tokens": count}
 
-    pairs = to_pairs(tokenizer, split.training[: settings.examples], BEGIN, END)
+    pairs = to_pairs(tokenizer, some(split.training, settings.examples), BEGIN, END)
     return Prepared(model, tokenizer, pairs, pair_size, pair_loss, evaluate)
 
 
@@ -295,7 +303,7 @@ def classify(settings: Settings) -> Prepared:
             "held_out": len(held_out),
         }
 
-    training = examples(split.training)[: settings.examples]
+    training = examples(some(split.training, settings.examples))
     model = Classifier(fresh, len(names))
     return Prepared(model, tokenizer, training, lambda x: len(x[0]), loss, evaluate)
 
