@@ -87,6 +87,29 @@ def excesses(entry: dict[str, Any], limit: dict[str, Any], same_compiler: bool =
     return wrong
 
 
+def copier_registers(kernel: str) -> tuple[int, int]:
+    """Of a kernel for sm_90: how many registers its copying warps keep, and how many they use."""
+    code = main_loop.sass(cuda_interpreter.cubin_of(kernel, "90a"))
+    flow = main_loop.graph(code)
+    (start,) = (
+        i
+        for i, x in enumerate(code.instructions)
+        if x.opcode == "USETMAXREG" and "DEALLOC" in x.modifiers
+    )
+    (first,) = (k for k, (begin, end) in enumerate(flow.blocks) if begin <= start < end)
+    reached, ahead = {first}, [first]
+    while ahead:
+        new = flow.successors[ahead.pop()] - reached
+        reached |= new
+        ahead += new
+    used = 0
+    for begin, end in (flow.blocks[k] for k in reached):
+        for x in code.instructions[max(begin, start) if begin <= start < end else begin : end]:
+            # at worst the first of a pair
+            used = max([used, *(int(n) + 2 for n in re.findall(r"\bR(\d+)\b", x.operands))])
+    return int(code.instructions[start].operands, 16), used
+
+
 # -- Goals ---------------------------------------------------------------------------------
 
 # Why a goal is missed: (regular expression for the configuration, cause).

@@ -32,6 +32,13 @@ def test_limit(name):
     assert not over, "regenerate with tests/cuda_budgets.py"
 
 
+@needs_nvcc
+@pytest.mark.parametrize("kernel", [n for n in cuda_budgets.SCORES if "hopper" in n])
+def test_copying_warps_use_no_register_that_they_gave_back(kernel):
+    kept, used = cuda_budgets.copier_registers(kernel)
+    assert 0 < used <= kept == 24
+
+
 def test_limits_are_of_the_known_configurations():
     assert list(LIMITS) == cuda_budgets.CONFIGURATIONS
 
