@@ -138,11 +138,13 @@ struct BackwardBlock {
   FA_DEVICE void against_columns(int h_query, int h_columns) {
     select_head(h_query, h_columns);
     const int begin = columns.begin / kColumns * kColumns;
+    // Where tiles start that need no mask, and whose neighbour, which they load, lies within the
+    // columns as a whole.
     Range whole = {0, 0};
     if (kPlain) whole = seen_by_all<kKeys>(p, seq, row_start, row_end);
-    whole.end -= kColumns - 1;
+    whole.end -= 2 * kColumns - 1;
     __syncthreads();  // nobody reads the last head's columns any more
-    if (columns.begin < columns.end) load_columns(begin, stages);
+    if (columns.begin < columns.end) load_columns<false>(begin, stages);
     int c = begin, stage = 0;
     while (c < columns.end) {
       for (; c < columns.end && !(c >= whole.begin && c < whole.end); c += kColumns) {
@@ -171,16 +173,17 @@ struct BackwardBlock {
     }
   }
 
+  template <bool kWhole>
   FA_DEVICE void load_columns(int column_start, uint32_t to) const {
-    load_tile<T, kColumns, kHeadDim, kThreads, false, kPlain>(to, x_columns, column_start);
+    load_tile<T, kColumns, kHeadDim, kThreads, kWhole, kPlain>(to, x_columns, column_start);
     to += ColumnTile::kBytes;
-    load_tile<T, kColumns, kHeadDim, kThreads, false, kPlain>(to, y_columns, column_start);
+    load_tile<T, kColumns, kHeadDim, kThreads, kWhole, kPlain>(to, y_columns, column_start);
     if constexpr (kKeys) {
       to += ColumnTile::kBytes;
       static_assert(2 * kColumns <= kThreads);
       const int i = threadIdx.x, query = column_start + i / 2;
       if (i < 2 * kColumns) {
-        const bool inside = query < columns.end;
+        const bool inside = kWhole || query < columns.end;
         const float* from = statistics(i % 2 == 0 ? p.row_lse : p.delta) + (inside ? query : 0);
         copy_word_async(to + i * 4, from, inside ? 4 : 0);
       }
@@ -196,7 +199,9 @@ struct BackwardBlock {
     __syncthreads();  // the columns are here, and nobody reads those of the other stage any more
     if (kStages == 2) {
       stage ^= 1;
-      if (next < columns.end) load_columns(next, stages + stage * kStageBytes);
+      if (!kMasked || next < columns.end) {
+        load_columns<!kMasked>(next, stages + stage * kStageBytes);
+      }
     }
     Scores s, dp;
     multiply(x_now, y_now, s, dp);
@@ -214,7 +219,7 @@ struct BackwardBlock {
     }
     if (kStages == 1 && next < columns.end) {
       __syncthreads();  // nobody reads the columns any more
-      load_columns(next, stages);
+      load_columns<!kMasked>(next, stages);
     }
   }
 
@@ -304,7 +309,7 @@ struct BackwardBlock {
     __syncthreads();  // nobody reads the last tiles any more
     load_rows();
     select_head(head, head / group);
-    load_columns(column_start, stages);
+    load_columns<false>(column_start, stages);
     copy_wait<0>();
     __syncthreads();
     Scores s, dp;
