@@ -182,7 +182,8 @@ struct HopperBlock {
     const float* sink = has_sink ? (const float*)p.sinks + h : nullptr;
     T* out = head_of<T>(p.out, seq.b, h, seq.q_start);
     float* lse = p.lse == nullptr ? nullptr : (float*)p.lse + row_number(p, seq, h);
-    // Through this warp's rows of q, which nobody reads any more, to write 16 bytes a lane.
+    // Through this warp's rows of q, to write 16 bytes a lane.
+    named_barrier(2 + group, 128);  // nobody in the warpgroup reads them any more
     const int row0 = m_warp - m_start, lane = threadIdx.x % 32;
     const auto at = [&](int row, int piece) {
       return q_tile + piece / 8 * kQueryPart + row * 128 + ((piece ^ row) % 8) * 16;
