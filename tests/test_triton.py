@@ -80,10 +80,18 @@ def run(inputs: testing.Inputs) -> testing.Results:
     return results
 
 
+# Of the naive error. The interpreter's products and exponentials are numpy's, and those of the naive
+# computation PyTorch's: how they compare is a matter of the machine. What a GPU would compute is
+# held to 2 in tests/ptx.
+FACTOR = 3.0
+
+
 def check(case: Case) -> None:
-    inputs = testing.make_inputs(case)
-    got = run(inputs)
-    assert not testing.mismatches(got, testing.exact(inputs), testing.naive(inputs))
+    def answer(case: Case):
+        inputs = testing.make_inputs(case)
+        return run(inputs), testing.exact(inputs), testing.naive(inputs)
+
+    assert not testing.check_answers(case, answer, FACTOR)
 
 
 def forward(query, key, value, **options):
