@@ -80,7 +80,7 @@ def run(inputs: testing.Inputs) -> testing.Results:
     return results
 
 
-# Of the naive error. The interpreter's products and exponentials are numpy's, and those of the naive
+# Of the naive error. The interpreter's products and exponentials are numpy's, those of the naive
 # computation PyTorch's: how they compare is a matter of the machine. What a GPU would compute is
 # held to 2 in tests/ptx.
 FACTOR = 3.0
