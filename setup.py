@@ -288,6 +288,14 @@ def build_library(all_units: list[Unit], target: Path, torch: Path, *libraries: 
 
 
 class BuildNative(build_ext):
+    cuda_library: Path | None = None
+
+    def copy_extensions_to_source(self) -> None:
+        """--inplace: setuptools copies what it knows."""
+        super().copy_extensions_to_source()
+        if self.cuda_library is not None:
+            shutil.copy2(self.cuda_library, "python/fused_attention")
+
     def build_extension(self, ext: Extension) -> None:
         torch = find_torch()
         target = Path(self.get_ext_fullpath(ext.name))
@@ -299,7 +307,8 @@ class BuildNative(build_ext):
                 return
             cuda_units = [*cuda_kernels(nvcc), cuda_operators(torch)]
             system = ["-lpthread", "-ldl", "-lrt"]
-            build_library(cuda_units, target.parent / "_cuda.so", torch, str(cudart(nvcc)), *system)
+            self.cuda_library = target.parent / "_cuda.so"
+            build_library(cuda_units, self.cuda_library, torch, str(cudart(nvcc)), *system)
 
 
 class MetadataNeedsTorch(dist_info):
