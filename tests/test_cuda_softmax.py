@@ -81,11 +81,14 @@ def test_what_serves_a_gpu(monkeypatch):
     """The library where it can, else Triton; which has the other operators."""
     from fused_attention.kernels import operators
 
+    ops.gpu_kernel.cache_clear()
     monkeypatch.setattr(cuda, "missing", lambda: "")
     assert ops.gpu_kernel("masked_softmax_forward") is OPS.masked_softmax_forward
     assert ops.gpu_kernel("attention_weights") is operators.attention_weights
+    ops.gpu_kernel.cache_clear()
     monkeypatch.setattr(cuda, "missing", lambda: "not built")
     assert ops.gpu_kernel("masked_softmax_forward") is operators.masked_softmax_forward
+    ops.gpu_kernel.cache_clear()
 
 
 def test_the_schemas_are_those_of_the_cpu():

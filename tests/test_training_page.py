@@ -16,3 +16,5 @@ def test_the_page_is_that_of_the_results(monkeypatch):
 
     results = json.loads(train_models.RESULTS.read_text())
     assert train_models.PAGE.read_text() == train_models.page(results)
+    for name in results.keys() - {"machine"}:  # also while there are not all of them
+        assert train_models.page({key: results[key] for key in ("machine", name)})

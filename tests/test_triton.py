@@ -80,10 +80,10 @@ def run(inputs: testing.Inputs) -> testing.Results:
     return results
 
 
-# Of the naive error. The interpreter's products and exponentials are numpy's, those of the naive
-# computation PyTorch's: how they compare is a matter of the machine. What a GPU would compute is
-# held to 2 in tests/ptx.
-FACTOR = 3.0
+# Of the naive error in float32, otherwise 2. The interpreter's products and exponentials are
+# numpy's, those of the naive computation PyTorch's: how they compare is a matter of the machine.
+# What a GPU would compute is held to 2 in tests/ptx.
+FACTOR_FLOAT32 = 3.0
 
 
 def check(case: Case) -> None:
@@ -91,7 +91,8 @@ def check(case: Case) -> None:
         inputs = testing.make_inputs(case)
         return run(inputs), testing.exact(inputs), testing.naive(inputs)
 
-    assert not testing.check_answers(case, answer, FACTOR)
+    factor = FACTOR_FLOAT32 if case.dtype == torch.float32 else 2.0
+    assert not testing.check_answers(case, answer, factor)
 
 
 def forward(query, key, value, **options):

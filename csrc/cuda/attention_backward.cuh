@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(32 * kRowsOfDelta)
     attention_delta_kernel(const __grid_constant__ Call p) {
   const int64_t row = (int64_t)blockIdx.x * kRowsOfDelta + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  if (row >= (is_packed(p) ? 1 : p.B) * p.Hq * p.Sq) return;
+  if (row >= count_rows(p)) return;
   const int64_t head = row / p.Sq, i = row % p.Sq, b = head / p.Hq, h = head % p.Hq;
   const T* out = head_of<const T>(p.out, (int)b, (int)h) + i * p.out.stride_s;
   const T* grad = head_of<const T>(p.grad_out, (int)b, (int)h) + i * p.grad_out.stride_s;

@@ -147,7 +147,7 @@ struct DecodeBlock {
       }
     }
     __syncthreads();
-    const int64_t total = (is_packed(p) ? 1 : p.B) * p.Hq * p.Sq;  // rows of the call
+    const int64_t total = count_rows(p);  // rows of the call
     for (int i = threadIdx.x; i < kRows * kWidth; i += kThreads) {
       const int at = i / kWidth, d = i % kWidth, row = first + at, query = row / group;
       if (query >= seq.Sq) break;
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(DecodeBlock<T, kHeadDim>::kThreads)
 template <typename T>
 __global__ void __launch_bounds__(32 * kRowsOfCombine)
     attention_combine_kernel(const __grid_constant__ Call p) {
-  const int64_t total = (is_packed(p) ? 1 : p.B) * p.Hq * p.Sq;
+  const int64_t total = count_rows(p);
   const int64_t row = (int64_t)blockIdx.x * kRowsOfCombine + threadIdx.x / 32;
   if (row >= total) return;
   const int64_t i = row % p.Sq, b = row / p.Sq / p.Hq, h = row / p.Sq % p.Hq;

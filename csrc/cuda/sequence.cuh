@@ -106,7 +106,9 @@ template <typename T>
 FA_DEVICE T* head_of(const TensorView& view, int b, int h, int start = 0) {
   return (T*)view.data + b * view.stride_b + h * view.stride_h + start * view.stride_s;
 }
-// Where lse, delta and the like have the queries of a head.
+// How many rows lse, delta and the like have: [B, Hq, Sq], packed [Hq, Tq].
+FA_DEVICE int64_t count_rows(const Call& p) { return (is_packed(p) ? 1 : p.B) * p.Hq * p.Sq; }
+// Where they have the queries of a head.
 FA_DEVICE int64_t row_number(const Call& p, const Sequence& seq, int h) {
   return seq.b * p.lse_stride_b + h * p.lse_stride_h + seq.q_start;
 }

@@ -239,6 +239,7 @@ def _fake_kv_cache_append(*args: Any, **kwargs: Any) -> None:
 IN_CUDA_LIBRARY = ("masked_softmax_forward", "masked_softmax_", "masked_softmax_backward")
 
 
+@functools.cache
 def gpu_kernel(name: str) -> Callable[..., Any]:
     """What serves the operator on a GPU: the CUDA library as far as it is there and can, else
     Triton. They are imported by the first call."""
