@@ -89,6 +89,7 @@ def test_translation_pairs(cache):
 def test_measures():
     assert tasks.rouge_l("The cat sat", "the cat sat") == 1
     assert tasks.rouge_l("a b c d", "x b d y") == pytest.approx(0.5)
+    assert tasks.rouge_l("c + + , library.", "C++ library") == 1
     assert tasks.rouge_l("", "a") == tasks.rouge_l("b", "a") == 0
     assert tasks.word_errors("a b c", "a b c") == (0, 3)
     assert tasks.word_errors("a x c d", "a b c") == (2, 3)

@@ -176,6 +176,20 @@ def test_the_schedule():
     assert rates == pytest.approx([2e-5, 1e-3, 2e-3, 1e-3])
 
 
+def test_a_pre_trained_encoder_learns_slower_than_the_decoder():
+    model = make_model()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    recipe = dataclasses.replace(RECIPE, steps=1, encoder_factor=0.25)
+    train(model, make_pairs("copy", 100, seed=1), pair_loss, size, recipe)
+    rate = recipe.learning_rate(1)  # and Adam's first step, where there is a gradient
+    for name, x in model.state_dict().items():
+        if name.endswith("key.bias"):
+            continue  # its gradient is zero but for rounding: softmax ignores what all keys share
+        moved = (x - before[name]).abs().max().item()
+        expected = rate if name.startswith("decoder.") else 0.25 * rate
+        assert moved == pytest.approx(expected, rel=0.05), name
+
+
 def test_padding_is_no_target():
     logits = torch.randn(2, 3, 5)
     targets, layout = pad([[1, 2, 3], [4]])

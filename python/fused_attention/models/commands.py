@@ -54,10 +54,6 @@ def train_task(arguments: argparse.Namespace) -> int:
     from .. import console
     from .tasks import Settings, run
 
-    default = Settings("lm")
-    peak = arguments.peak or (
-        3e-4 if arguments.pretrained or arguments.task == "classify" else None
-    )
     settings = Settings(
         arguments.task,
         language=arguments.language,
@@ -67,7 +63,7 @@ def train_task(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         steps=arguments.steps,
         tokens=arguments.tokens,
-        peak=peak or default.peak,
+        peak=arguments.peak,
         dropout=arguments.dropout,
         packed=arguments.packed,
         examples=arguments.examples,
@@ -244,7 +240,7 @@ def add_commands(commands: Any) -> None:
     add("--steps", type=positive, default=860)
     add("--seconds", type=float, default=math.inf, help="of training, at most")
     add("--tokens", type=positive, default=1600, help="of a batch, padding included")
-    add("--peak", type=float, help="learning rate; default 2e-3, of pre-trained weights 3e-4")
+    add("--peak", type=float, help="the largest learning rate; default: the task's")
     add("--dropout", type=float, default=0.1)
     add("--packed", action="store_true", help="batches without padding")
     add("--examples", type=positive, help="of training, at most: for trying out")

@@ -32,6 +32,7 @@ class Recipe:
     steps: int = 860
     tokens: int = 1600  # of a batch: its longest example times how many there are
     peak: float = 2e-3
+    encoder_factor: float = 1.0  # of the rate, for all but the decoder: see `groups`
     warmup: int = 150
     smoothing: float = 0.1
     clip: float = 1.0  # of the gradient's norm
@@ -105,6 +106,23 @@ def pair_loss(model: nn.Module, pairs: Sequence[Pair], recipe: Recipe) -> Tensor
     return token_loss(model(tokens, layout, *source), nexts, layout, recipe.smoothing)
 
 
+def groups(model: nn.Module, encoder_factor: float) -> list[dict[str, Any]]:
+    """The optimiser's: what is pre-trained learns slower than the decoder that knows nothing yet.
+
+    Liu & Lapata 2019, "Text Summarization with Pretrained Encoders", section 3.2.
+    """
+    fast: list[nn.Parameter] = []
+    slow: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (fast if name.startswith("decoder.") else slow).append(parameter)
+    return [
+        {"params": parameters, "factor": factor}
+        for parameters, factor in ((fast, 1.0), (slow, encoder_factor))
+        if parameters
+    ]
+
+
 # -- The loop -----------------------------------------------------------------------------------
 
 
@@ -135,7 +153,7 @@ def train(
     torch.manual_seed(recipe.seed)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(parameters, betas=(0.9, 0.98), eps=1e-9)
+    optimiser = torch.optim.Adam(groups(model, recipe.encoder_factor), betas=(0.9, 0.98), eps=1e-9)
     history = History([], [])
     if checkpoint is not None and checkpoint.exists():
         history = _resume(checkpoint, model, optimiser, recipe)
@@ -148,7 +166,7 @@ def train(
             break
         began = time.perf_counter()
         for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate(step)
+            group["lr"] = recipe.learning_rate(step) * group["factor"]
         value = loss(model, [examples[i] for i in batch], recipe)
         optimiser.zero_grad()
         value.backward()
