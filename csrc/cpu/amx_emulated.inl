@@ -31,25 +31,26 @@ FA_INLINE void tile_store(void* p, int64_t row_bytes) {
     __builtin_memcpy((char*)p + r * row_bytes, tile(kTile).rows[r], 64);
   }
 }
+// Subnormal numbers count as 0.
+FA_INLINE float number(uint32_t bits) {
+  return __builtin_bit_cast(float, (bits & 0x7f800000) == 0 ? 0 : bits);
+}
 template <int kC, int kA, int kB>
 FA_INLINE void tile_dot() {
   EmulatedTile &c = tile(kC), &a = tile(kA), &b = tile(kB);
-  const auto number = [](uint32_t bits) {
-    // Subnormal numbers count as 0.
-    if ((bits & 0x7f800000) == 0) bits = 0;
-    float x;
-    __builtin_memcpy(&x, &bits, sizeof x);
-    return x;
-  };
-  for (int m = 0; m < 16; ++m) {
-    for (int k = 0; k < 16; ++k) {
-      const float low = number(a.rows[m][k] << 16), high = number(a.rows[m][k] & 0xffff0000);
+  for (int k = 0; k < 16; ++k) {
+    float low[16], high[16];
+    for (int n = 0; n < 16; ++n) {
+      low[n] = number(b.rows[k][n] << 16);
+      high[n] = number(b.rows[k][n] & 0xffff0000);
+    }
+    for (int m = 0; m < 16; ++m) {
+      const float a_low = number(a.rows[m][k] << 16), a_high = number(a.rows[m][k] & 0xffff0000);
       for (int n = 0; n < 16; ++n) {
-        float sum;
-        __builtin_memcpy(&sum, &c.rows[m][n], sizeof sum);
-        sum += low * number(b.rows[k][n] << 16);
-        sum += high * number(b.rows[k][n] & 0xffff0000);
-        __builtin_memcpy(&c.rows[m][n], &sum, sizeof sum);
+        float sum = __builtin_bit_cast(float, c.rows[m][n]);
+        sum += a_low * low[n];
+        sum += a_high * high[n];
+        c.rows[m][n] = __builtin_bit_cast(uint32_t, sum);
       }
     }
   }

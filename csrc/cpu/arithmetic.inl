@@ -188,6 +188,7 @@ struct Pairs : OnVectors {
 // What its five products are computed in, for one tile; the algorithm (attention_backward.inl) is
 // the same for each:
 //
+//   begin, end             around a task
 //   place, load_queries    scratch memory; q and do of a block, 0 where `counted` has no bit
 //   load_keys              k and v of a tile
 //   scores                 s[key][query] <- k q^T, dp[key][query] <- v do^T
@@ -198,8 +199,8 @@ struct Pairs : OnVectors {
 // Queries that are not selected, and keys without a bit in `visible`, count as 0 in sums over them,
 // since 0 * NaN would not be 0.
 
-template <typename T_>
-struct DirectBackward {
+template <typename T_, int kVectorsOfQueries = kMaxVectors>
+struct DirectBackward : OnVectors {
   using T = T_;
   T *q, *q_t, *grad_out, *grad_out_t;   // [kBlockM][D or Dv], and transposed
   T *selected_q, *selected_grad_out;    // with 0 where they are not selected
@@ -210,7 +211,7 @@ struct DirectBackward {
   static int64_t width(int64_t D) { return round_up(D, kLanes<T>); }
 
   void place(const AttentionParams& p, Arena& arena) {
-    constexpr int M = kBlockM<T>;
+    constexpr int M = kVectorsOfQueries * kLanes<T>;
     q = arena.take<T>(M * width(p.D));
     q_t = arena.take<T>(M * width(p.D));
     grad_out = arena.take<T>(M * width(p.Dv));
@@ -244,8 +245,13 @@ struct DirectBackward {
   template <int kVectors>
   void scores(const AttentionParams& p, int64_t columns, T* s, T* dp) const {
     constexpr int kRow = kVectors * kLanes<T>;
-    multiply<kVectors, false>(columns, p.D, k, q_t, kRow, s, kRow);
+    query_scores<kVectors>(p, columns, s);
     multiply<kVectors, false>(columns, p.Dv, v, grad_out_t, kRow, dp, kRow);
+  }
+  template <int kVectors>
+  void query_scores(const AttentionParams& p, int64_t columns, T* s) const {
+    constexpr int kRow = kVectors * kLanes<T>;
+    multiply<kVectors, false>(columns, p.D, k, q_t, kRow, s, kRow);
   }
   void select_queries(const AttentionParams& p, int64_t rows, uint64_t selected) {
     const bool all = selected == low_bits(rows);
@@ -286,7 +292,7 @@ struct DirectBackward {
 
 #ifdef FUSED_ATTENTION_PAIRS
 // Pairs along head_dim, along the queries, along the keys; p and ds rounded to bfloat16.
-struct PairsBackward {
+struct PairsBackward : OnVectors {
   using T = float;
   Pair *q, *q_t, *grad_out, *grad_out_t;  // [kBlockM][D / 2 or Dv / 2], and transposed
   Pair *q_rows, *grad_out_rows;           // rows 2 i and 2 i + 1 together: [kBlockM / 2][D or Dv]

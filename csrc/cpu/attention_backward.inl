@@ -26,6 +26,7 @@
 template <typename Arithmetic>
 struct BackwardTile {
   using T = typename Arithmetic::T;
+  static constexpr int kBlockM = Arithmetic::kQueryVectors * kLanes<T>;
   Arithmetic products;       // with q and do of the queries, k and v of the keys
   T *lse, *delta;            // [kBlockM]
   T *p, *ds;                 // weights and score gradients [kBlockN][kBlockM]
@@ -37,7 +38,7 @@ struct BackwardTile {
   T* dbias;  // for the owner of keys [heads of a group][kBlockN], of queries [kBlockM][Sk]
 
   size_t place(const AttentionParams& p_, void* workspace) {
-    constexpr int M = kBlockM<T>;
+    constexpr int M = kBlockM;
     const int64_t width = round_up(p_.D, kLanes<T>), width_v = round_up(p_.Dv, kLanes<T>);
     Arena arena{(char*)workspace, 0};
     products.place(p_, arena);
@@ -61,7 +62,7 @@ struct BackwardTile {
   static int64_t dbias_size(const AttentionParams& p) {
     if (p.dbias.data == nullptr) return 0;
     if (p.dbias.stride_q == 0) return p.Hq / p.Hkv * kBlockN;
-    return kBlockM<T> * (p.dbias.stride_k == 0 ? 1 : round_up(p.Sk, kBlockN));
+    return kBlockM * (p.dbias.stride_k == 0 ? 1 : round_up(p.Sk, kBlockN));
   }
 };
 
@@ -87,7 +88,7 @@ void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int6
 template <int kVectors, typename Arithmetic>
 void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                      int64_t rows, int64_t n_start, int64_t columns, Visible seen,
-                     const BackwardTile<Arithmetic>& t) {
+                     BackwardTile<Arithmetic>& t) {
   using T = typename Arithmetic::T;
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   t.products.template scores<kVectors>(p, columns, t.p, t.ds);  // s <- k q^T, dp <- v do^T
@@ -304,14 +305,15 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
   fill(t.dk, columns * width, (T)0);
   fill(t.dv, columns * width_v, (T)0);
 
+  constexpr int kBlockM = BackwardTile<Arithmetic>::kBlockM;
   const Range queries = visible_queries(p, seq, n_start, n_start + columns);
   for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
     T* key_sums = t.dbias + (p.dbias.stride_h == 0 ? 0 : h % group) * kBlockN;
-    for (int64_t m = queries.begin / kBlockM<T> * kBlockM<T>; m < queries.end; m += kBlockM<T>) {
-      const int64_t rows = min_of(kBlockM<T>, queries.end - m);
+    for (int64_t m = queries.begin / kBlockM * kBlockM; m < queries.end; m += kBlockM) {
+      const int64_t rows = min_of(kBlockM, queries.end - m);
       const Visible seen = tile_visibility(p, seq, h, m, rows, n_start, columns, t.visible);
       if (seen == Visible::kNone) continue;
-      with_vectors<T>(rows, [&](auto vectors) {
+      with_vectors<T, Arithmetic::kQueryVectors>(rows, [&](auto vectors) {
         constexpr int kVectors = vectors.value;
         load_queries<kVectors>(p, seq, h, m, rows, t);
         score_gradients<kVectors>(p, seq, h, m, rows, n_start, columns, seen, t);
@@ -489,19 +491,19 @@ void run_query_block(const AttentionParams& p, const Block& block, BackwardTile<
                      const HeadGradients<typename Arithmetic::T>& head) {
   using T = typename Arithmetic::T;
   const Sequence seq = sequence_of(p, block.b);
-  const int64_t rows = min_of(kBlockM<T>, seq.Sq - block.start);
+  const int64_t rows = min_of(BackwardTile<Arithmetic>::kBlockM, seq.Sq - block.start);
   if (rows <= 0) return;
-  with_vectors<T>(rows, [&](auto vectors) {
+  with_vectors<T, Arithmetic::kQueryVectors>(rows, [&](auto vectors) {
     attention_backward_queries<vectors.value>(p, seq, block.h, block.start, rows, tile, head);
   });
 }
 
-// A block of dbias of queries, from its first batch and head on.
+// A block of dbias of at most `size` queries, from its first batch and head on.
 template <typename T>
 struct QueryBias {
   int64_t rows, row, columns;
-  QueryBias(const AttentionParams& p, int64_t m_start)
-      : rows(min_of(kBlockM<T>, p.Sq - m_start)),
+  QueryBias(const AttentionParams& p, int64_t m_start, int64_t size)
+      : rows(min_of(size, p.Sq - m_start)),
         row(p.dbias.stride_k == 0 ? 1 : round_up(p.Sk, kBlockN)),
         columns(p.dbias.stride_k == 0 ? 1 : p.Sk) {}
   void clear(T* dbias) const { fill(dbias, rows * row, (T)0); }
@@ -518,12 +520,13 @@ struct QueryBias {
 template <typename Arithmetic>
 struct AttentionBackwardQueries {
   using T = typename Arithmetic::T;
+  static constexpr int64_t kBlockM = BackwardTile<Arithmetic>::kBlockM;
   static int64_t batches(const AttentionParams& p) { return p.dbias.stride_b == 0 ? 1 : p.B; }
   static int64_t heads(const AttentionParams& p) { return p.dbias.stride_h == 0 ? 1 : p.Hq; }
   static int64_t num_tasks(const AttentionParams& p) {
     if (in_one_pass<T>(p)) return 0;
-    if (!has_dbias_of_queries(p)) return count_query_blocks(p, kBlockM<T>);
-    return batches(p) * heads(p) * ceil_div(p.Sq, kBlockM<T>);
+    if (!has_dbias_of_queries(p)) return count_query_blocks(p, kBlockM);
+    return batches(p) * heads(p) * ceil_div(p.Sq, kBlockM);
   }
   static size_t workspace_bytes(const AttentionParams& p) {
     BackwardTile<Arithmetic> tile;
@@ -532,17 +535,17 @@ struct AttentionBackwardQueries {
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
     BackwardTile<Arithmetic> tile;
     tile.place(p, workspace);
-    const int64_t blocks = ceil_div(p.Sq, kBlockM<T>);
+    const int64_t blocks = ceil_div(p.Sq, kBlockM);
     for (int64_t task = begin; task < end; ++task) {
       if (!has_dbias_of_queries(p)) {
-        run_query_block(p, query_block(p, task, kBlockM<T>), tile, {});
+        run_query_block(p, query_block(p, task, kBlockM), tile, {});
         continue;
       }
-      const int64_t m_start = (blocks - 1 - task % blocks) * kBlockM<T>;
+      const int64_t m_start = (blocks - 1 - task % blocks) * kBlockM;
       const int64_t h_task = task / blocks % heads(p), b_task = task / blocks / heads(p);
       const Range hs = heads(p) == p.Hq ? Range{h_task, h_task + 1} : Range{0, p.Hq};
       const Range bs = batches(p) == p.B ? Range{b_task, b_task + 1} : Range{0, p.B};
-      const QueryBias<T> dbias(p, m_start);
+      const QueryBias<T> dbias(p, m_start, kBlockM);
       dbias.clear(tile.dbias);
       for (int64_t b = bs.begin; b < bs.end; ++b) {
         for (int64_t h = hs.begin; h < hs.end; ++h) run_query_block(p, {b, h, m_start}, tile, {});
@@ -557,6 +560,7 @@ struct AttentionBackwardQueries {
 template <typename Arithmetic>
 struct AttentionBackwardHeads {
   using T = typename Arithmetic::T;
+  static constexpr int64_t kBlockM = BackwardTile<Arithmetic>::kBlockM;
   static int64_t num_tasks(const AttentionParams& p) {
     return in_one_pass<T>(p) ? HeadTasks(p).count() : 0;
   }
@@ -609,8 +613,8 @@ struct AttentionBackwardHeads {
     fill(memory.dk, all_keys * width, (T)0);
     fill(memory.dv, all_keys * width_v, (T)0);
     if (memory.key_sums != nullptr) fill(memory.key_sums, groups * keys, (T)0);
-    for (int64_t m = part * kBlockM<T>; m < p.Sq; m += parts * kBlockM<T>) {
-      const QueryBias<T> dbias(p, m);
+    for (int64_t m = part * kBlockM; m < p.Sq; m += parts * kBlockM) {
+      const QueryBias<T> dbias(p, m, kBlockM);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = hs.begin * group + g * count;
         if (has_dbias_of_queries(p)) dbias.clear(tile.dbias);
@@ -686,23 +690,45 @@ struct AttentionBackwardParts {
 
 // -- which arithmetic ----------------------------------------------------------------------------
 
+template <typename Arithmetic_>
+struct ArithmeticIs {
+  using Arithmetic = Arithmetic_;
+};
+
 template <template <typename> class Kernel>
 struct ByArithmetic {
   template <typename F>
   static auto with(const AttentionParams& p, F f) {
-    if (p.dtype == DType::kFloat64) return f(Kernel<DirectBackward<double>>());
-#ifdef FUSED_ATTENTION_PAIRS
-    if (p.dtype == DType::kBFloat16) return f(Kernel<PairsBackward>());
+    if (p.dtype == DType::kFloat64) return f(ArithmeticIs<DirectBackward<double>>());
+#ifdef FUSED_ATTENTION_TILES
+    if (p.dtype == DType::kBFloat16) return f(ArithmeticIs<TilesBackward<1, 1>>());
+    if (p.dtype == DType::kFloat16) return f(ArithmeticIs<TilesBackward<2, 3>>());
+    // Enough queries to make up for splitting the keys.
+    if (p.Sq >= 64 && p.Sk >= 64) {
+      if (p.precision == 2) return f(ArithmeticIs<TilesBackward<1, 0>>());
+      if (p.precision == 1) return f(ArithmeticIs<TilesBackward<2, 0>>());
+      return f(ArithmeticIs<TilesBackward<3, 0>>());
+    }
 #endif
-    return f(Kernel<DirectBackward<float>>());
+#ifdef FUSED_ATTENTION_PAIRS
+    if (p.dtype == DType::kBFloat16) return f(ArithmeticIs<PairsBackward>());
+#endif
+    return f(ArithmeticIs<DirectBackward<float>>());
   }
   static int64_t num_tasks(const AttentionParams& p) {
-    return with(p, [&](auto kernel) { return kernel.num_tasks(p); });
+    return with(p,
+                [&](auto is) { return Kernel<typename decltype(is)::Arithmetic>::num_tasks(p); });
   }
   static size_t workspace_bytes(const AttentionParams& p) {
-    return with(p, [&](auto kernel) { return kernel.workspace_bytes(p); });
+    return with(
+        p, [&](auto is) { return Kernel<typename decltype(is)::Arithmetic>::workspace_bytes(p); });
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
-    with(p, [&](auto kernel) { kernel.run(p, begin, end, workspace); });
+    with(p, [&](auto is) {
+      using Arithmetic = typename decltype(is)::Arithmetic;
+      Arithmetic::begin();
+      Kernel<Arithmetic>::run(p, begin, end, workspace);
+      Arithmetic::end();
+    });
   }
 };

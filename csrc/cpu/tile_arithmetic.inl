@@ -59,6 +59,20 @@ FA_INLINE void store_pairs(const __m512i (&low)[kPlanes], const __m512i (&high)[
   }
 }
 
+// out[j / 2] <- rows j and j + 1 of `width` floats together; from row `rows` on, they are 0.
+template <int kPlanes>
+void split_pairs(int64_t rows, int64_t padded_rows, int64_t width, const float* src, int64_t row,
+                 PlanesOf<uint32_t> out) {
+  for (int64_t j = 0; j < padded_rows; j += 2) {
+    for (int64_t x = 0; x < width; x += kLanes<float>) {
+      __m512i low[kPlanes] = {}, high[kPlanes] = {};
+      if (j < rows) split(load(src + j * row + x), low);
+      if (j + 1 < rows) split(load(src + (j + 1) * row + x), high);
+      store_pairs(low, high, {out.data + j / 2 * out.row + x, out.row, out.plane});
+    }
+  }
+}
+
 // A part of a product's left factor: its columns, as many as `depth`.
 struct Part {
   PlanesOf<const uint16_t> a;
@@ -157,6 +171,18 @@ struct SplitHead {
   }
 };
 
+// out[j] <- tile[j], `width` floats, and zeros up to `depth`, for the rows of a tile
+template <int kPlanes>
+void split_rows(int64_t rows, int64_t width, int64_t depth, const float* tile,
+                PlanesOf<uint16_t> out) {
+  for (int64_t j = 0; j < rows; ++j) {
+    const PlanesOf<uint16_t> row = out.at(j);
+    split_row<kPlanes>(tile + j * width, width, row);
+    for (int n = 0; n < kPlanes; ++n) {
+      fill(row.data + n * row.plane + width, depth - width, (uint16_t)0);
+    }
+  }
+}
 // v_t[d][j] <- v[j][d] for one tile of kBlockN keys
 template <int kPlanes>
 void split_values(int64_t width, const float* tile, float* tile_t, PlanesOf<uint16_t> v_t) {
@@ -189,13 +215,7 @@ struct SplitKeysAndValues {
       const int64_t width = round_up(p.D, kLanes<float>), depth = Head::depth(p);
       load_tile(tile, p.key, p.dtype, b, h_kv, n_start, columns, p.D, kBlockN);
       head.k_finite[block] = all_finite(tile, kBlockN * width);
-      for (int64_t j = 0; j < kBlockN; ++j) {
-        const PlanesOf<uint16_t> row = head.k.at(n_start + j);
-        split_row<kPlanes>(tile + j * width, width, row);
-        for (int n = 0; n < kPlanes; ++n) {
-          fill(row.data + n * row.plane + width, depth - width, (uint16_t)0);
-        }
-      }
+      split_rows<kPlanes>(kBlockN, width, depth, tile, head.k.at(n_start));
       load_tile(tile, p.value, p.dtype, b, h_kv, n_start, columns, p.Dv, kBlockN);
       head.v_finite[block] = all_finite(tile, kBlockN * Head::depth_v(p));
       split_values<kPlanes>(Head::depth_v(p), tile, tile_t,
@@ -249,23 +269,14 @@ struct Tiles {
   void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                     int64_t rows) {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
-    const int64_t width = round_up(p.D, W), depth = Head::depth(p);
+    const int64_t width = round_up(p.D, W);
     direct.template load_queries<kVectors>(p, seq, h, m_start, rows);
     odd_queries = 0;
     for (int64_t i = 0; i < rows; ++i) {
       odd_queries |= (uint64_t)!all_finite(direct.q + i * width, width) << i;
     }
     q_pairs.row = p_pairs.row = kRow;
-    for (int64_t d = 0; d < depth; d += 2) {
-      for (int x = 0; x < kVectors; ++x) {
-        __m512i low[kPlanes] = {}, high[kPlanes] = {};
-        if (d < width) {
-          split(load(direct.q_t + d * kRow + x * W), low);
-          split(load(direct.q_t + (d + 1) * kRow + x * W), high);
-        }
-        store_pairs(low, high, {q_pairs.data + d / 2 * kRow + x * W, kRow, q_pairs.plane});
-      }
-    }
+    split_pairs<kPlanes>(width, Head::depth(p), kRow, direct.q_t, kRow, q_pairs);
   }
 
   template <int kVectors>
@@ -364,5 +375,237 @@ struct Tiles {
                                            rows, acc_t);
     }
     for (int x = 0; x < kVectors; ++x) store(rows.rounded_sum + x * W, sum[x]);
+  }
+};
+
+// -- backward -------------------------------------------------------------------------------------
+
+// c [rows][width] (or +=) a b, in as many tiles of b at once as there are registers for.
+template <int kPlanes, int kOrders, bool kAccumulate>
+void multiply_tiles_wide(int64_t rows, Part a, PlanesOf<const uint32_t> b, int64_t width, float* c,
+                         int64_t c_row) {
+  int64_t x = 0;
+  for (; x + 32 <= width; x += 32) {
+    multiply_tiles<kPlanes, kOrders, 2, kAccumulate>(rows, &a, 1, {b.data + x, b.row, b.plane},
+                                                     c + x, c_row);
+  }
+  if (x < width) {
+    multiply_tiles<kPlanes, kOrders, 1, kAccumulate>(rows, &a, 1, {b.data + x, b.row, b.plane},
+                                                     c + x, c_row);
+  }
+}
+
+// kScoreOrders: as in the forward; 0 are scores of float numbers, in floats as those of the lse
+// were. p and ds are split as all else is.
+//
+// What is not finite is left to `direct`: all of a tile for queries, since 0 * NaN would not be 0,
+// and for keys the rows of the scores that are theirs, and dq if somebody sees them. What a tile of
+// keys is split into is kept, for the next queries, as far as kMostBytes goes.
+template <int kPlanes, int kScoreOrders>
+struct TilesBackward {
+  using T = float;
+  static constexpr int kQueryVectors = 4;  // two deep in the products that add up over queries
+  static constexpr int64_t M = kQueryVectors * kLanes<float>;
+  static constexpr int64_t kMostBytes = 2 << 20, kMostKept = 64;
+  static void begin() { begin_tiles(); }
+  static void end() { end_tiles(); }
+
+  DirectBackward<float, kQueryVectors> direct;  // with the queries as numbers
+  PlanesOf<uint32_t> q_t, grad_out_t;           // pairs along head_dim [depth / 2][queries]
+  PlanesOf<uint32_t> q, grad_out;               // pairs of queries [M / 2][D or Dv]
+  PlanesOf<uint16_t> rows_of_keys;              // p or ds [kBlockN][M]
+  PlanesOf<uint32_t> ds;                        // pairs of keys [kBlockN / 2][queries]
+  float *tile, *tile_t;                         // [kBlockN][D or Dv], and transposed
+  bool queries_finite, odd;                     // odd: `direct` has the tile
+
+  // A tile of keys and values, split.
+  struct Keys {
+    int64_t b = -1, h = -1, n = -1;  // which one it is
+    PlanesOf<uint16_t> k, v, k_t;    // [kBlockN][depth], [D][kBlockN]
+    bool k_finite, v_finite, row_finite[kBlockN];
+  };
+  Keys kept[kMostKept];
+  PlanesOf<uint16_t> visible_k_t;  // without the keys that are hidden
+  int64_t num_kept;
+  Keys* keys;  // those of the tile at hand, and what `direct` needs to load them
+  Sequence seq;
+  int64_t h_kv, n_start, columns;
+  const uint64_t* visible;
+  bool is_loaded;
+
+  static int64_t depth(int64_t D) { return round_up(D, kTileDepth); }
+  static int64_t width(int64_t D) { return round_up(D, kLanes<float>); }
+
+  static PlanesOf<uint32_t> take_pairs(Arena& arena, int64_t rows, int64_t row) {
+    return {arena.take<uint32_t>(kPlanes * rows / 2 * row), row, rows / 2 * row};
+  }
+  static PlanesOf<uint16_t> take_rows(Arena& arena, int64_t rows, int64_t row) {
+    return {arena.take<uint16_t>(kPlanes * rows * row), row, rows * row};
+  }
+  void place(const AttentionParams& p, Arena& arena) {
+    direct.place(p, arena);
+    q_t = take_pairs(arena, depth(p.D), M);
+    grad_out_t = take_pairs(arena, depth(p.Dv), M);
+    q = take_pairs(arena, M, width(p.D));
+    grad_out = take_pairs(arena, M, width(p.Dv));
+    rows_of_keys = take_rows(arena, kBlockN, M);
+    ds = take_pairs(arena, kBlockN, M);
+    const int64_t widest = max_of(width(p.D), width(p.Dv));
+    tile = arena.take<float>(kBlockN * widest);
+    tile_t = arena.take<float>(kBlockN * widest);
+    const int64_t size = kPlanes * kBlockN * (depth(p.D) + depth(p.Dv) + width(p.D));
+    num_kept = max_of(1, min_of(kMostKept, kMostBytes / (size * (int64_t)sizeof(uint16_t))));
+    num_kept = max_of(1, min_of(num_kept, ceil_div(p.Sk, kBlockN)));
+    visible_k_t = take_rows(arena, width(p.D), kBlockN);
+    for (int64_t i = 0; i < num_kept; ++i) {
+      kept[i].k = take_rows(arena, kBlockN, depth(p.D));
+      kept[i].v = take_rows(arena, kBlockN, depth(p.Dv));
+      kept[i].k_t = take_rows(arena, width(p.D), kBlockN);
+    }
+  }
+
+  template <int kVectors>
+  void load_queries(const AttentionParams& p, const Sequence& seq_, int64_t h, int64_t m_start,
+                    int64_t rows, uint64_t counted) {
+    constexpr int64_t kRow = kVectors * kLanes<float>, kDepth = (kRow + 31) / 32 * 32;
+    direct.template load_queries<kVectors>(p, seq_, h, m_start, rows, counted);
+    queries_finite =
+        all_finite(direct.q, kRow * width(p.D)) && all_finite(direct.grad_out, kRow * width(p.Dv));
+    if (!queries_finite) return;
+    q_t.row = grad_out_t.row = ds.row = kRow;
+    if (kScoreOrders > 0) {
+      split_pairs<kPlanes>(width(p.D), depth(p.D), kRow, direct.q_t, kRow, q_t);
+    }
+    split_pairs<kPlanes>(width(p.Dv), depth(p.Dv), kRow, direct.grad_out_t, kRow, grad_out_t);
+    split_pairs<kPlanes>(kRow, kDepth, width(p.D), direct.q, width(p.D), q);
+    split_pairs<kPlanes>(kRow, kDepth, width(p.Dv), direct.grad_out, width(p.Dv), grad_out);
+  }
+
+  // The first `count` keys or values of the tile, without those that are hidden.
+  void load_tile_of_keys(const AttentionParams& p, const TensorView& view, int64_t D, int64_t count,
+                         const uint64_t* visible) const {
+    for (int64_t j = 0; j < kBlockN; ++j) {
+      float* row = tile + j * width(D);
+      const bool counts = j < count && (visible == nullptr || visible[j] != 0);
+      if (counts) load_row(row, key_row(p, view, seq, h_kv, n_start + j), p.dtype, D);
+      const int64_t valid = counts ? D : 0;
+      fill(row + valid, width(D) - valid, 0.0f);
+    }
+  }
+  bool finite_row(int64_t j, int64_t D) const { return all_finite(tile + j * width(D), width(D)); }
+  void load_keys(const AttentionParams& p, const Sequence& seq_, int64_t h_kv_, int64_t n_start_,
+                 int64_t columns_, const uint64_t* visible_) {
+    seq = seq_, h_kv = h_kv_, n_start = n_start_, columns = columns_, visible = visible_;
+    is_loaded = false;
+    keys = kept + min_of(n_start / kBlockN, num_kept - 1);
+    if (keys->b == seq.b && keys->h == h_kv && keys->n == n_start) return;
+    keys->b = seq.b, keys->h = h_kv, keys->n = n_start;
+    // All keys that the sequence has there, whatever part of them is asked for.
+    const int64_t count = min_of(kBlockN, seq.Sk - n_start);
+    load_tile_of_keys(p, p.value, p.Dv, count, nullptr);
+    keys->v_finite = all_finite(tile, kBlockN * width(p.Dv));
+    for (int64_t j = 0; j < kBlockN; ++j) keys->row_finite[j] = finite_row(j, p.Dv);
+    split_rows<kPlanes>(kBlockN, width(p.Dv), depth(p.Dv), tile, keys->v);
+    load_tile_of_keys(p, p.key, p.D, count, nullptr);
+    keys->k_finite = all_finite(tile, kBlockN * width(p.D));
+    for (int64_t j = 0; j < kBlockN; ++j) keys->row_finite[j] &= finite_row(j, p.D);
+    split_rows<kPlanes>(kBlockN, width(p.D), depth(p.D), tile, keys->k);
+    split_values<kPlanes>(width(p.D), tile, tile_t, keys->k_t);
+  }
+  void load_directly(const AttentionParams& p) {
+    if (!is_loaded) direct.load_keys(p, seq, h_kv, n_start, columns, visible);
+    is_loaded = true;
+  }
+
+  // c [key][query] <- a b
+  template <int kOrders>
+  static void multiply_keys(int64_t columns, PlanesOf<uint16_t> a, PlanesOf<uint32_t> b, float* c) {
+    const Part part = {{a.data, a.row, a.plane}, a.row};
+    multiply_tiles_wide<kPlanes, kOrders, false>(round_up(columns, kTileRows), part,
+                                                 {b.data, b.row, b.plane}, b.row, c, b.row);
+  }
+  template <int kVectors>
+  void scores(const AttentionParams& p, int64_t columns_, float* s, float* dp) {
+    constexpr int64_t kRow = kVectors * kLanes<float>;
+    odd = !queries_finite;
+    if (odd || kScoreOrders == 0) load_directly(p);
+    if (odd) return direct.template scores<kVectors>(p, columns_, s, dp);
+    if constexpr (kScoreOrders == 0) {
+      direct.template query_scores<kVectors>(p, columns_, s);
+    } else {
+      multiply_keys<kScoreOrders>(columns_, keys->k, q_t, s);
+    }
+    multiply_keys<kPlanes>(columns_, keys->v, grad_out_t, dp);
+    if (kPlanes == 1 || (keys->k_finite && keys->v_finite)) return;
+    for (int64_t j = 0; j < columns_; ++j) {
+      if (keys->row_finite[j]) continue;
+      direct.load_keys(p, seq, h_kv, n_start + j, 1, nullptr);
+      direct.template scores<kVectors>(p, 1, s + j * kRow, dp + j * kRow);
+      is_loaded = false;
+    }
+  }
+  void select_queries(const AttentionParams& p, int64_t rows, uint64_t selected) {
+    if (odd) direct.select_queries(p, rows, selected);
+  }
+
+  // sums [key][d] += over the queries, left [key][query] factor [query][d]
+  template <int kVectors>
+  void add_to_keys(int64_t columns_, int64_t D, const float* left, PlanesOf<uint32_t> factor,
+                   float* sums) const {
+    constexpr int64_t kRow = kVectors * kLanes<float>, kDepth = (kRow + 31) / 32 * 32;
+    const int64_t padded = round_up(columns_, kTileRows);
+    split_rows<kPlanes>(columns_, kRow, kDepth, left, rows_of_keys);
+    for (int64_t j = columns_; j < padded; ++j) {
+      const PlanesOf<uint16_t> row = rows_of_keys.at(j);
+      for (int n = 0; n < kPlanes; ++n) fill(row.data + n * row.plane, kDepth, (uint16_t)0);
+    }
+    const Part part = {{rows_of_keys.data, rows_of_keys.row, rows_of_keys.plane}, kDepth};
+    multiply_tiles_wide<kPlanes, kPlanes, true>(
+        padded, part, {factor.data, factor.row, factor.plane}, width(D), sums, width(D));
+  }
+  template <int kVectors>
+  void add_to_dv(const AttentionParams& p, int64_t rows, int64_t columns_, const float* weights,
+                 float* dv) const {
+    if (odd) return direct.template add_to_dv<kVectors>(p, rows, columns_, weights, dv);
+    add_to_keys<kVectors>(columns_, p.Dv, weights, grad_out, dv);
+  }
+  // An infinite delta, of an infinite value in another tile, makes ds infinite.
+  template <int kVectors>
+  void check_gradients(const AttentionParams& p, int64_t columns_, const float* gradients) {
+    constexpr int64_t kRow = kVectors * kLanes<float>;
+    if (kPlanes == 1 || odd || all_finite(gradients, columns_ * kRow)) return;
+    load_directly(p);
+    direct.q_to_add = direct.q;
+    odd = true;
+  }
+  template <int kVectors>
+  void add_to_dk(const AttentionParams& p, int64_t rows, int64_t columns_, const float* gradients,
+                 float* dk) {
+    check_gradients<kVectors>(p, columns_, gradients);
+    if (odd) return direct.template add_to_dk<kVectors>(p, rows, columns_, gradients, dk);
+    add_to_keys<kVectors>(columns_, p.D, gradients, q, dk);
+  }
+  template <int kVectors>
+  void add_to_dq(const AttentionParams& p, const Sequence& seq_, int64_t h_kv_, int64_t n_start_,
+                 int64_t columns_, const uint64_t* visible_, const float* gradients, float* dq_t) {
+    constexpr int64_t kRow = kVectors * kLanes<float>;
+    check_gradients<kVectors>(p, columns_, gradients);
+    PlanesOf<uint16_t> k_t = keys->k_t;
+    if (!odd && !keys->k_finite) {
+      load_tile_of_keys(p, p.key, p.D, columns_, visible_);
+      odd = !all_finite(tile, kBlockN * width(p.D));
+      k_t = visible_k_t;
+      split_values<kPlanes>(width(p.D), tile, tile_t, k_t);
+    }
+    if (odd) {
+      load_directly(p);
+      return direct.template add_to_dq<kVectors>(p, seq_, h_kv_, n_start_, columns_, visible_,
+                                                 gradients, dq_t);
+    }
+    const int64_t keys_deep = round_up(columns_, kTileDepth);
+    split_pairs<kPlanes>(columns_, keys_deep, kRow, gradients, kRow, ds);
+    const Part part = {{k_t.data, k_t.row, k_t.plane}, keys_deep};
+    multiply_tiles_wide<kPlanes, kPlanes, true>(width(p.D), part, {ds.data, ds.row, ds.plane}, kRow,
+                                                dq_t, kRow);
   }
 };
