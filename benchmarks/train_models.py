@@ -57,7 +57,7 @@ def plan(quick: bool) -> dict[str, tuple[Settings, float]]:
     runs["summarize-pretrained"] = (pretrained, math.inf)
     runs["summarize-random"] = (summarize, math.inf)
     runs["lm"] = (Settings("lm"), math.inf)
-    runs["caption"] = (Settings("caption", tokens=320), math.inf)
+    runs["caption"] = (Settings("caption", tokens=320, steps=5000), math.inf)
     if quick:
         small = {"steps": 3, "examples": 100}
         runs = {name: (dataclasses.replace(s, **small), t) for name, (s, t) in runs.items()}
@@ -140,19 +140,23 @@ def page(results: dict[str, Any]) -> str:
     lines = [HEAD.format(cpu=results["machine"]["cpu"])]
     rows: list[list[Any]] = [["run", "steps", "seconds", "interface", "synopses"]]
 
-    def bleu(name: str) -> list[float]:
-        return [results[name]["results"][kind]["bleu"] for kind in ("interface", "synopsis")]
+    def bleu(name: str) -> list[float]:  # nan: French has no pairs of the interface
+        found = results[name]["results"]
+        return [found.get(k, {"bleu": math.nan})["bleu"] for k in ("interface", "synopsis")]
+
+    def shown(scores: list[float]) -> list[str]:
+        return ["" if math.isnan(x) else f"{x:.1f}" for x in scores]
 
     translations = [name for name in results if name.startswith("translate-")]
     for name in translations:
         run, scores = results[name], bleu(name)
         rows.append([name.removeprefix("translate-"), run["steps"], round(run["training_seconds"]),
-                     *(f"{x:.1f}" for x in scores)])  # fmt: skip
+                     *shown(scores)])  # fmt: skip
     for attention in ("fused", "sdpa"):
         seeds = [bleu(n) for n in translations if n.startswith(f"translate-{attention}-")]
         if seeds:
             means = [statistics.mean(x) for x in zip(*seeds, strict=True)]
-            rows.append([f"mean of {attention}", "", "", *(f"{x:.1f}" for x in means)])
+            rows.append([f"mean of {attention}", "", "", *shown(means)])
     lines += table(rows)
     for name in ("translate-20-minutes", "translate-fused-0"):
         if name in results:

@@ -107,11 +107,6 @@ double multiply_registers(DType dtype, int64_t rounds) {
 }
 
 #ifdef FUSED_ATTENTION_TILES
-// Keys lie at one distance from each other, as many in each batch.
-bool is_dense(const AttentionParams& p) {
-  return p.cu_seqlens_q == nullptr && p.cu_seqlens_k == nullptr && p.seqused_k == nullptr &&
-         p.block_table == nullptr;
-}
 // Enough keys to make up for splitting them, and no lse: what follows from it computes the scores
 // again, in float, whose rounding is another.
 bool many_keys(const AttentionParams& p) { return p.Sk >= 128 && p.lse == nullptr; }
@@ -141,22 +136,18 @@ constexpr KernelTable kKernels = {
 #ifdef FUSED_ATTENTION_TILES
      tiles_forward<1>("bfloat16 products on AMX tiles",
                       [](const AttentionParams& p) {
-                        return is_dense(p) &&
-                               (p.dtype == DType::kBFloat16 ||
-                                (p.dtype == DType::kFloat32 && p.precision == 2 && many_keys(p)));
+                        return p.dtype == DType::kBFloat16 ||
+                               (p.dtype == DType::kFloat32 && p.precision == 2 && many_keys(p));
                       }),
-     tiles_forward<2, 3>(
-         "4 and 3 products of bfloat16 planes on AMX tiles",
-         [](const AttentionParams& p) { return is_dense(p) && p.dtype == DType::kFloat16; }),
+     tiles_forward<2, 3>("4 and 3 products of bfloat16 planes on AMX tiles",
+                         [](const AttentionParams& p) { return p.dtype == DType::kFloat16; }),
      tiles_forward<2>("3 products of bfloat16 planes on AMX tiles",
                       [](const AttentionParams& p) {
-                        return is_dense(p) && p.dtype == DType::kFloat32 && p.precision == 1 &&
-                               many_keys(p);
+                        return p.dtype == DType::kFloat32 && p.precision == 1 && many_keys(p);
                       }),
-     tiles_forward<3>("6 products of bfloat16 planes on AMX tiles",
-                      [](const AttentionParams& p) {
-                        return is_dense(p) && p.dtype == DType::kFloat32 && many_keys(p);
-                      }),
+     tiles_forward<3>(
+         "6 products of bfloat16 planes on AMX tiles",
+         [](const AttentionParams& p) { return p.dtype == DType::kFloat32 && many_keys(p); }),
 #endif
 #ifdef FUSED_ATTENTION_PAIRS
      {"attention_forward on pairs",

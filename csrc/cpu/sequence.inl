@@ -74,6 +74,14 @@ FA_INLINE Block key_block(const AttentionParams& p, int64_t number, int64_t size
   return block_of(p, key_offsets(p), p.Hkv, p.Sk, number, size);
 }
 
+// The number of the block in which key n of head h lies.
+FA_INLINE int64_t key_block_number(const AttentionParams& p, int64_t b, int64_t h, int64_t n,
+                                   int64_t size) {
+  const int32_t* offsets = key_offsets(p);
+  if (offsets == nullptr) return (b * p.Hkv + h) * ceil_div(p.Sk, size) + n / size;
+  return h * blocks_of_a_head(p, offsets, p.Sk, size) + offsets[b] / size + b + n / size;
+}
+
 // Where lse and delta have query i of head h.
 FA_INLINE int64_t row_number(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i) {
   return seq.b * p.lse_stride_b + h * p.lse_stride_h + seq.q_start + i;
@@ -126,4 +134,19 @@ Scalars<T> key_rows(const AttentionParams& p, const TensorView& view, const Sequ
     }
   }
   return {scratch, columns, 1};
+}
+
+// The same as a tile [padded_rows][round_up(columns)], zero-padded.
+template <typename T>
+void load_key_tile(T* dst, const AttentionParams& p, const TensorView& view, const Sequence& seq,
+                   int64_t h, int64_t start, int64_t rows, int64_t columns, const uint64_t* visible,
+                   int64_t padded_rows) {
+  const int64_t width = round_up(columns, kLanes<T>);
+  for (int64_t r = 0; r < padded_rows; ++r) {
+    T* row = dst + r * width;
+    const bool counts = r < rows && (visible == nullptr || visible[r] != 0);
+    if (counts) load_row(row, key_row(p, view, seq, h, start + r), p.dtype, columns);
+    const int64_t valid = counts ? columns : 0;
+    fill(row + valid, width - valid, (T)0);
+  }
 }

@@ -5,8 +5,8 @@
 // i and j, the small ones first, those of order i + j >= kPlanes left out: 1, 3 or 6 remain. Three
 // planes are as accurate as float arithmetic. A plane below 1.2e-38 counts as 0.
 //
-// s^T = K q^T takes K by rows, o^T = V^T p^T takes V by columns. A phase of its own splits both
-// once per key head into p.shared, padded with zeros to whole tiles, for every query and head that
+// s^T = K q^T takes K by rows, o^T = V^T p^T takes V by columns. A phase of its own splits both,
+// block by block, into p.shared, padded with zeros to whole tiles, for every query and head that
 // reads them. Products with V wait until the weights of kPending tiles have come, for then the
 // tiles of o are loaded and stored less often.
 
@@ -147,27 +147,25 @@ bool all_finite(const float* x, int64_t count) {
   return reduce_add(top) == 0;
 }
 
-// K and V of one key head, split.
+// kBlockN keys and values of one key head, split.
 template <int kPlanes>
-struct SplitHead {
-  PlanesOf<uint16_t> k;       // [keys][depth]
-  PlanesOf<uint16_t> v_t;     // [Dv][keys]
-  bool *k_finite, *v_finite;  // [blocks]
+struct SplitBlock {
+  PlanesOf<uint16_t> k;    // [kBlockN][depth]
+  PlanesOf<uint16_t> v_t;  // [Dv][kBlockN]
+  bool *k_finite, *v_finite;
 
-  static int64_t blocks(const AttentionParams& p) { return ceil_div(p.Sk, kBlockN); }
   static int64_t depth(const AttentionParams& p) { return round_up(p.D, kTileDepth); }
   static int64_t depth_v(const AttentionParams& p) { return round_up(p.Dv, kTileRows); }
-  static size_t bytes(const AttentionParams& p) {
-    const int64_t elements = kPlanes * blocks(p) * kBlockN * (depth(p) + depth_v(p));
-    return (size_t)round_up(elements * (int64_t)sizeof(uint16_t) + 2 * blocks(p), 64);
+  static int64_t bytes(const AttentionParams& p) {
+    const int64_t elements = kPlanes * kBlockN * (depth(p) + depth_v(p));
+    return round_up(elements * (int64_t)sizeof(uint16_t) + 2, 64);
   }
-  SplitHead(const AttentionParams& p, int64_t b, int64_t h_kv) {
-    const int64_t keys = blocks(p) * kBlockN;
-    char* base = (char*)p.shared + (b * p.Hkv + h_kv) * (int64_t)bytes(p);
-    k = {(uint16_t*)base, depth(p), keys * depth(p)};
-    v_t = {k.data + kPlanes * k.plane, keys, keys * depth_v(p)};
+  SplitBlock(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start) {
+    char* base = (char*)p.shared + key_block_number(p, b, h_kv, n_start, kBlockN) * bytes(p);
+    k = {(uint16_t*)base, depth(p), kBlockN * depth(p)};
+    v_t = {k.data + kPlanes * k.plane, kBlockN, kBlockN * depth_v(p)};
     k_finite = (bool*)(v_t.data + kPlanes * v_t.plane);
-    v_finite = k_finite + blocks(p);
+    v_finite = k_finite + 1;
   }
 };
 
@@ -193,33 +191,32 @@ void split_values(int64_t width, const float* tile, float* tile_t, PlanesOf<uint
 // Phase 1. Task: kBlockN keys of one key head.
 template <int kPlanes>
 struct SplitKeysAndValues {
-  using Head = SplitHead<kPlanes>;
-  static int64_t num_tasks(const AttentionParams& p) { return p.B * p.Hkv * Head::blocks(p); }
+  using Split = SplitBlock<kPlanes>;
+  static int64_t num_tasks(const AttentionParams& p) { return count_key_blocks(p, kBlockN); }
   static int64_t tile_size(const AttentionParams& p) {
-    return kBlockN * max_of(Head::depth(p), Head::depth_v(p));
+    return kBlockN * max_of(Split::depth(p), Split::depth_v(p));
   }
   static size_t workspace_bytes(const AttentionParams& p) {
     return (size_t)(2 * tile_size(p)) * sizeof(float);
   }
   static size_t shared_bytes(const AttentionParams& p) {
-    return (size_t)(p.B * p.Hkv) * Head::bytes(p);
+    return (size_t)(count_key_blocks(p, kBlockN) * Split::bytes(p));
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
     float *tile = (float*)workspace, *tile_t = tile + tile_size(p);
+    const int64_t width = round_up(p.D, kLanes<float>), width_v = Split::depth_v(p);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / Head::blocks(p) / p.Hkv, h_kv = task / Head::blocks(p) % p.Hkv;
-      const int64_t block = task % Head::blocks(p), n_start = block * kBlockN;
-      const int64_t columns = min_of(kBlockN, p.Sk - n_start);
-      const Head head(p, b, h_kv);
-
-      const int64_t width = round_up(p.D, kLanes<float>), depth = Head::depth(p);
-      load_tile(tile, p.key, p.dtype, b, h_kv, n_start, columns, p.D, kBlockN);
-      head.k_finite[block] = all_finite(tile, kBlockN * width);
-      split_rows<kPlanes>(kBlockN, width, depth, tile, head.k.at(n_start));
-      load_tile(tile, p.value, p.dtype, b, h_kv, n_start, columns, p.Dv, kBlockN);
-      head.v_finite[block] = all_finite(tile, kBlockN * Head::depth_v(p));
-      split_values<kPlanes>(Head::depth_v(p), tile, tile_t,
-                            {head.v_t.data + n_start, head.v_t.row, head.v_t.plane});
+      const Block block = key_block(p, task, kBlockN);
+      const Sequence seq = sequence_of(p, block.b);
+      const int64_t columns = min_of(kBlockN, seq.Sk - block.start);
+      if (columns <= 0) continue;
+      const Split split(p, block.b, block.h, block.start);
+      load_key_tile(tile, p, p.key, seq, block.h, block.start, columns, p.D, nullptr, kBlockN);
+      *split.k_finite = all_finite(tile, kBlockN * width);
+      split_rows<kPlanes>(kBlockN, width, Split::depth(p), tile, split.k);
+      load_key_tile(tile, p, p.value, seq, block.h, block.start, columns, p.Dv, nullptr, kBlockN);
+      *split.v_finite = all_finite(tile, kBlockN * width_v);
+      split_values<kPlanes>(width_v, tile, tile_t, split.v_t);
     }
   }
 };
@@ -247,18 +244,18 @@ struct Tiles {
   float *v, *v_t;               // values [kBlockN][Dv] without those hidden, transposed
   PlanesOf<uint16_t> v_planes;  // [kPending][Dv][kBlockN]
 
-  using Head = SplitHead<kPlanes>;
+  using Split = SplitBlock<kPlanes>;
   static void begin() { begin_tiles(); }
   static void end() { end_tiles(); }
 
   void place(const AttentionParams& p, Arena& arena) {
     constexpr int64_t M = kQueryVectors * kLanes<float>;
     direct.place(p, arena);
-    q_pairs.plane = Head::depth(p) / 2 * M;
+    q_pairs.plane = Split::depth(p) / 2 * M;
     q_pairs.data = arena.take<uint32_t>(kPlanes * q_pairs.plane);
     p_pairs.plane = kPending * kBlockN / 2 * M;
     p_pairs.data = arena.take<uint32_t>(kPlanes * p_pairs.plane);
-    const int64_t size = Head::depth_v(p) * kBlockN;
+    const int64_t size = Split::depth_v(p) * kBlockN;
     odd_scores = arena.take<float>(kBlockN * M);
     v = arena.take<float>(size);
     v_t = arena.take<float>(size);
@@ -276,16 +273,15 @@ struct Tiles {
       odd_queries |= (uint64_t)!all_finite(direct.q + i * width, width) << i;
     }
     q_pairs.row = p_pairs.row = kRow;
-    split_pairs<kPlanes>(width, Head::depth(p), kRow, direct.q_t, kRow, q_pairs);
+    split_pairs<kPlanes>(width, Split::depth(p), kRow, direct.q_t, kRow, q_pairs);
   }
 
   template <int kVectors>
   void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
               int64_t columns, float* s) const {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
-    const Head head(p, seq.b, h_kv);
-    const PlanesOf<uint16_t> k = head.k.at(n_start);
-    const Part part = {{k.data, k.row, k.plane}, Head::depth(p)};
+    const Split split(p, seq.b, h_kv, n_start);
+    const Part part = {{split.k.data, split.k.row, split.k.plane}, Split::depth(p)};
     multiply_tiles<kPlanes, kScoreOrders, kVectors, false>(
         round_up(columns, kTileRows), &part, 1, {q_pairs.data, q_pairs.row, q_pairs.plane}, s,
         kRow);
@@ -300,9 +296,8 @@ struct Tiles {
         }
       }
     }
-    const bool k_finite = head.k_finite[n_start / kBlockN];
-    for (int64_t j = 0; !k_finite && j < columns; ++j) {
-      load_tile(direct.q, p.key, p.dtype, seq.b, h_kv, n_start + j, 1, p.D, 1);
+    for (int64_t j = 0; !*split.k_finite && j < columns; ++j) {
+      load_key_tile(direct.q, p, p.key, seq, h_kv, n_start + j, 1, p.D, nullptr, 1);
       if (all_finite(direct.q, round_up(p.D, kLanes<float>))) continue;
       direct.template scores<kVectors>(p, seq, h_kv, n_start + j, 1, s + j * kRow);
     }
@@ -311,7 +306,7 @@ struct Tiles {
   template <int kVectors>
   void flush(const AttentionParams& p, float* acc_t) {
     if (pending == 0) return;
-    multiply_tiles<kPlanes, kPlanes, kVectors, true>(Head::depth_v(p), parts, pending,
+    multiply_tiles<kPlanes, kPlanes, kVectors, true>(Split::depth_v(p), parts, pending,
                                                      {p_pairs.data, p_pairs.row, p_pairs.plane},
                                                      acc_t, p_pairs.row);
     pending = 0;
@@ -321,14 +316,11 @@ struct Tiles {
   // The columns of one tile of v, or false if a visible one is not finite.
   bool columns_of_v(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
                     int64_t columns, const uint64_t* visible, PlanesOf<uint16_t>* out) const {
-    const Head head(p, seq.b, h_kv);
-    *out = {head.v_t.data + n_start, head.v_t.row, head.v_t.plane};
-    if (head.v_finite[n_start / kBlockN]) return true;
-    const int64_t width = Head::depth_v(p);
-    load_tile(v, p.value, p.dtype, seq.b, h_kv, n_start, columns, p.Dv, kBlockN);
-    for (int64_t j = 0; visible != nullptr && j < columns; ++j) {
-      if (visible[j] == 0) fill(v + j * width, width, 0.0f);
-    }
+    const Split split(p, seq.b, h_kv, n_start);
+    *out = split.v_t;
+    if (*split.v_finite) return true;
+    const int64_t width = Split::depth_v(p);
+    load_key_tile(v, p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, kBlockN);
     if (!all_finite(v, kBlockN * width)) return false;
     *out = {v_planes.data + pending * kPlanes * v_planes.plane, v_planes.row, v_planes.plane};
     split_values<kPlanes>(width, v, v_t, *out);
@@ -484,13 +476,7 @@ struct TilesBackward {
   // The first `count` keys or values of the tile, without those that are hidden.
   void load_tile_of_keys(const AttentionParams& p, const TensorView& view, int64_t D, int64_t count,
                          const uint64_t* visible) const {
-    for (int64_t j = 0; j < kBlockN; ++j) {
-      float* row = tile + j * width(D);
-      const bool counts = j < count && (visible == nullptr || visible[j] != 0);
-      if (counts) load_row(row, key_row(p, view, seq, h_kv, n_start + j), p.dtype, D);
-      const int64_t valid = counts ? D : 0;
-      fill(row + valid, width(D) - valid, 0.0f);
-    }
+    load_key_tile(tile, p, view, seq, h_kv, n_start, count, D, visible, kBlockN);
   }
   bool finite_row(int64_t j, int64_t D) const { return all_finite(tile + j * width(D), width(D)); }
   void load_keys(const AttentionParams& p, const Sequence& seq_, int64_t h_kv_, int64_t n_start_,
