@@ -1,7 +1,7 @@
 """Captions of drawn images, in small: patches are read as tokens are (Dosovitskiy et al. 2021).
 
 An image of 32 x 32 pixels shows two shapes on a noisy ground, one beside or above the other; its
-caption says which, in what colours, and how they lie: "a red circle left of a blue square".
+caption says which, in what colours, and how they lie: "a red circle left of a blue triangle".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLOURS = {
     "blue": (0.2, 0.3, 0.9),
     "yellow": (0.9, 0.85, 0.2),
 }
-SHAPES = ("circle", "square", "cross")
+SHAPES = ("circle", "triangle", "cross")
 PLACES = ("left of", "above")
 WORDS = [*SPECIAL, "a", *COLOURS, *SHAPES, "left", "of", "above"]
 
@@ -55,10 +55,11 @@ def draw(rng: random.Random) -> Image:
         colour, shape, radius = rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.randint(4, 6)
         along, across = 8 + 16 * half + rng.randint(-1, 1), 16 + rng.randint(-6, 6)
         dx, dy = (x - along, y - across) if place == "left of" else (x - across, y - along)
+        width = (dy + radius) / 2  # of the triangle, which stands on its base
         dx, dy = dx.abs(), dy.abs()
         inside = {
             "circle": dx**2 + dy**2 <= radius**2,
-            "square": (dx < radius) & (dy < radius),
+            "triangle": (dx <= width) & (dy <= radius),
             "cross": (torch.minimum(dx, dy) < 2) & (torch.maximum(dx, dy) <= radius),
         }[shape]
         pixels[:, inside] = torch.tensor(COLOURS[colour])[:, None]

@@ -341,7 +341,7 @@ def caption(settings: Settings) -> Prepared:
         exact = sum(right == w for right, w in pairs) / len(images)
         return {"exact": exact, "samples": pairs[:10]}
 
-    images = captions.draw_many(settings.examples or 4000, seed=settings.seed)
+    images = captions.draw_many(settings.examples or 20000, seed=settings.seed)
     return Prepared(model, None, images, lambda image: 16, loss, evaluate)
 
 
