@@ -123,13 +123,12 @@ def extra_memory(call: Callable[[], object]) -> int | None:
 def machine() -> dict[str, object]:
     """What a result depends on, as far as it can be known."""
     cpuinfo = Path("/proc/cpuinfo")
-    models = [
-        line.partition(":")[2].strip()
-        for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
-        if line.startswith("model name")
-    ]
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    first = {name.strip(): of for name, _, of in (line.partition(": ") for line in lines[::-1])}
     return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cpu": first.get("model name") or platform.processor() or platform.machine(),
+        "cpu_family": first.get("cpu family"),  # the name may not tell: AMD 25 is Zen 4, 26 Zen 5
+        "cpu_model": first.get("model"),
         "logical_cpus": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
