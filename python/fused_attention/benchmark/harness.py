@@ -127,7 +127,7 @@ def machine() -> dict[str, object]:
     first = {name.strip(): of for name, _, of in (line.partition(": ") for line in lines[::-1])}
     return {
         "cpu": first.get("model name") or platform.processor() or platform.machine(),
-        "cpu_family": first.get("cpu family"),  # the name may not tell: AMD 25 is Zen 4, 26 Zen 5
+        "cpu_family": first.get("cpu family"),  # the name may not tell: AMD 26 is Zen 5
         "cpu_model": first.get("model"),
         "logical_cpus": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
