@@ -251,7 +251,8 @@ void run_forward(AttentionParams& p) {
   std::optional<Shared> shared;
   if (shared_bytes > 0) p.shared = shared.emplace(shared_bytes).data();
   for (const Phase& phase : kernel.phases) {
-    if (phase.run != nullptr) run(phase, p);
+    // Tasks of whole heads read nothing that the next one reads.
+    if (phase.run != nullptr) run(phase, p, phase.num_tasks(p) <= p.B * p.Hq);
   }
 }
 
