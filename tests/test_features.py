@@ -134,6 +134,38 @@ def test_float32_on_tiles(case):
                 assert (out - want).abs().max() <= allowed * max(1.0, want.abs().max())
 
 
+@pytest.mark.skipif("amx_emulated" not in _native.isas(), reason="needs AVX-512")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_many_heads_on_tiles_are_what_few_are(dtype):
+    """A task of all queries of one key head splits the keys for itself: the same bits."""
+    B, Hq, Hkv, Sq, Sk = 9, 16, 8, 45, 130
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(B, Hq, Sq, 24, generator=generator).to(dtype)
+    key = torch.randn(B, Hkv, Sk, 24, generator=generator).to(dtype)
+    value = torch.randn(B, Hkv, Sk, 40, generator=generator).to(dtype)
+    lengths = torch.arange(Sk - B, Sk).int()
+    options = {} if dtype == torch.float32 else {"causal": "bottom_right"}
+    with testing.cpu_isa("amx_emulated"), torch.no_grad():
+        whole = attention(query, key, value, **options, backend="cpu")
+        used = attention(query, key, value, **options, seqused_k=lengths, backend="cpu")
+        cu_q, cu_k = (torch.arange(B + 1, dtype=torch.int32) * n for n in (Sq, Sk))
+        tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+        packed = attention(*tokens, **options, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, backend="cpu")
+        for b in range(B):
+            one = [x[b : b + 1] for x in (query, key, value)]
+            alone = attention(*one, **options, backend="cpu")[0]
+            assert torch.equal(whole[b], alone)
+            if dtype != torch.float32:  # whose other operator keeps an lse, and off the tiles
+                assert torch.equal(packed[b * Sq : (b + 1) * Sq].transpose(0, 1), alone)
+                few = [one[0], *(x[:, :, : lengths[b]] for x in one[1:])]
+                assert torch.equal(used[b], attention(*few, **options, backend="cpu")[0])
+
+
+def test_tiles_multiply_before_they_are_offered():
+    """The kernels with tiles try a product first; emulated, it comes out right wherever it can."""
+    assert ("amx_emulated" in _native.isas()) == ("avx512" in _native.isas())
+
+
 # More keys than the kernel keeps split at once, with so large a head_dim.
 ON_TILES = [replace(case, dtype=torch.float32, Sq=70, Sk=130) for case in PAIRS[::3]]
 ON_TILES.append(Case(B=1, Hq=2, Hkv=1, Sq=150, Sk=600, D=256, Dv=256, causal="bottom_right"))

@@ -5,10 +5,11 @@
 //   begin, end             around a task
 //   place, load_queries    scratch memory, and the queries of one tile
 //   scores                 s[key][query] <- k q^T for one tile
-//   accumulate             o^T[d][query] <- o^T + v^T p^T for one tile, now or by the next flush
+//   accumulate             p <- exp(s - m), l <- l + rowsum(p), o^T[d][query] <- o^T + v^T p^T for
+//                          one tile, the product now or by the next flush
 //   flush                  before o^T is read or written by others
 //
-// accumulate gets the words of the tile, visible and keep, or null, and overwrites the weights.
+// accumulate gets the words of the tile, visible and keep, or null, and overwrites the scores.
 
 struct OnVectors {
   static constexpr int kQueryVectors = kMaxVectors;  // of a tile
@@ -53,8 +54,16 @@ struct Direct : OnVectors {
 
   template <int kVectors>
   void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+                  int64_t columns, const uint64_t* visible, const uint64_t* keep,
+                  Weights<T, kVectors> weights, T* s, const RowState<T>& rows, T* acc_t) const {
+    weights.replace(columns, s);
+    weights.keep_sums(rows);
+    add_values<kVectors>(p, seq, h_kv, n_start, columns, visible, keep, s, acc_t);
+  }
+  template <int kVectors>
+  void add_values(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
                   int64_t columns, const uint64_t* visible, const uint64_t* keep, T* weights,
-                  const RowState<T>&, T* acc_t) const {
+                  T* acc_t) const {
     constexpr int kRow = kVectors * kLanes<T>;
     if (keep != nullptr) drop<T, kVectors>(keep, columns, weights);
     const Scalars<T> values = key_rows(p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, v);
@@ -63,38 +72,11 @@ struct Direct : OnVectors {
   }
 };
 
-#ifdef FUSED_ATTENTION_PAIRS
 // -- pairs ----------------------------------------------------------------------------------------
 
-// Of a row of D bfloat16 numbers: in pairs, to whole vectors; with neighbouring rows in pairs.
-FA_INLINE int64_t pair_width(int64_t D) { return round_up(ceil_div(D, 2), kLanes<float>); }
+#if defined(FUSED_ATTENTION_PAIRS) || defined(FUSED_ATTENTION_TILES)
+// Of a row of D bfloat16 numbers: with neighbouring rows in pairs.
 FA_INLINE int64_t paired_rows_width(int64_t D) { return round_up(D, 32); }
-
-// dst <- D elements, zero to whole vectors; with none of them, all zero.
-FA_INLINE void copy_row_of_pairs(Pair* dst, const void* src, int64_t D, bool counts) {
-  uint16_t* row = (uint16_t*)dst;
-  const int64_t copied = counts ? D : 0;
-  __builtin_memcpy(row, src, (size_t)copied * sizeof *row);
-  fill(row + copied, 2 * pair_width(D) - copied, (uint16_t)0);
-}
-
-// Do rows lie in pairs, one after the other?
-FA_INLINE bool rows_in_pairs(const AttentionParams& p, const TensorView& view, int64_t D) {
-  return D % 2 == 0 && view.stride_s % 2 == 0 && p.block_table == nullptr;
-}
-
-// Rows of keys or values, in place or in scratch [rows][pair_width(D)].
-Scalars<Pair> rows_of_pairs(const AttentionParams& p, const TensorView& view, const Sequence& seq,
-                            int64_t h_kv, int64_t n_start, int64_t rows, int64_t D, Pair* scratch) {
-  if (rows_in_pairs(p, view, D) && keys_in_a_row(p, seq, n_start, rows) >= rows) {
-    return {(const Pair*)key_row(p, view, seq, h_kv, n_start), view.stride_s / 2, 1};
-  }
-  for (int64_t j = 0; j < rows; ++j) {
-    copy_row_of_pairs(scratch + j * pair_width(D), key_row(p, view, seq, h_kv, n_start + j), D,
-                      true);
-  }
-  return {scratch, pair_width(D), 1};
-}
 
 // Rows 2 j and 2 j + 1 of keys or values together, [ceil(rows / 2)][paired_rows_width(D)]. A key
 // that nobody sees, or that is past the end, counts as 0, whatever it held.
@@ -113,6 +95,34 @@ void pair_rows_of_keys(const AttentionParams& p, const TensorView& view, const S
       pair_rows(low + d, low_used ? valid : 0, high + d, high_used ? valid : 0, row + d);
     }
   }
+}
+#endif
+
+#ifdef FUSED_ATTENTION_PAIRS
+// Of a row of D bfloat16 numbers: in pairs, to whole vectors.
+FA_INLINE int64_t pair_width(int64_t D) { return round_up(ceil_div(D, 2), kLanes<float>); }
+
+// dst <- D elements, zero to whole vectors; with none of them, all zero.
+FA_INLINE void copy_row_of_pairs(Pair* dst, const void* src, int64_t D, bool counts) {
+  copy_words((const uint16_t*)src, counts ? D : 0, 2 * pair_width(D), (uint16_t*)dst);
+}
+
+// Do rows lie in pairs, one after the other?
+FA_INLINE bool rows_in_pairs(const AttentionParams& p, const TensorView& view, int64_t D) {
+  return D % 2 == 0 && view.stride_s % 2 == 0 && p.block_table == nullptr;
+}
+
+// Rows of keys or values, in place or in scratch [rows][pair_width(D)].
+Scalars<Pair> rows_of_pairs(const AttentionParams& p, const TensorView& view, const Sequence& seq,
+                            int64_t h_kv, int64_t n_start, int64_t rows, int64_t D, Pair* scratch) {
+  if (rows_in_pairs(p, view, D) && keys_in_a_row(p, seq, n_start, rows) >= rows) {
+    return {(const Pair*)key_row(p, view, seq, h_kv, n_start), view.stride_s / 2, 1};
+  }
+  for (int64_t j = 0; j < rows; ++j) {
+    copy_row_of_pairs(scratch + j * pair_width(D), key_row(p, view, seq, h_kv, n_start + j), D,
+                      true);
+  }
+  return {scratch, pair_width(D), 1};
 }
 
 // bfloat16 numbers, two at a time on each float lane: pairs along head_dim in the first product,
@@ -153,29 +163,36 @@ struct Pairs : OnVectors {
 
   template <int kVectors>
   void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-                  int64_t columns, const uint64_t* visible, const uint64_t* keep, float* weights,
-                  const RowState<float>& rows, float* acc_t) const {
+                  int64_t columns, const uint64_t* visible, const uint64_t* keep,
+                  Weights<float, kVectors> weights, float* s, const RowState<float>& rows,
+                  float* acc_t) const {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
     const int64_t pairs = ceil_div(columns, 2);
     pair_rows_of_keys(p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, v);
-    Pair* paired = (Pair*)weights;  // row j takes the place of rows 2 j and 2 j + 1
+    Pair* paired = (Pair*)s;  // row j takes the place of rows 2 j and 2 j + 1
     const Vec<float> zero = broadcast(0.0f);
     Vec<float> sum[kVectors];
     for (int x = 0; x < kVectors; ++x) sum[x] = load(rows.rounded_sum + x * W);
-    for (int64_t j = 0; j < pairs; ++j) {
-      const bool odd = 2 * j + 1 == columns;
+    // Keys j and j + 1, as many as count
+    const auto round_rows = [&](int64_t j, auto count, auto drops) {
+      constexpr bool kOdd = count.value == 1;
       for (int x = 0; x < kVectors; ++x) {
-        const float* at = weights + 2 * j * kRow + x * W;
-        Vec<float> low = load(at), high = odd ? zero : load(at + kRow);
+        const float* at = s + j * kRow + x * W;
+        Vec<float> low = weights(at, x), high = kOdd ? zero : weights(at + kRow, x);
         // before dropout: the denominator is that of all weights
         sum[x] = fma(round_to_pair(low, high), broadcast(kOnes), sum[x]);
-        if (keep != nullptr) {
-          low = select_bits(keep[2 * j] >> (x * W), low, zero);
-          high = odd ? zero : select_bits(keep[2 * j + 1] >> (x * W), high, zero);
+        if constexpr (drops.value) {
+          low = select_bits(keep[j] >> (x * W), low, zero);
+          high = kOdd ? zero : select_bits(keep[j + 1] >> (x * W), high, zero);
         }
-        store(paired + j * kRow + x * W, round_to_pair(low, high));
+        store(paired + j / 2 * kRow + x * W, round_to_pair(low, high));
       }
-    }
+    };
+    with_flag(keep != nullptr, [&](auto drops) {
+      for (int64_t j = 0; j + 2 <= columns; j += 2) round_rows(j, Constant<2>(), drops);
+      if (columns % 2 == 1) round_rows(columns - 1, Constant<1>(), drops);
+    });
+    weights.keep_sums(rows);
     for (int x = 0; x < kVectors; ++x) store(rows.rounded_sum + x * W, sum[x]);
     multiply<kVectors, true>(p.Dv, pairs, Scalars<Pair>{v, 1, paired_rows_width(p.Dv)}, paired,
                              kRow, acc_t, kRow);

@@ -483,7 +483,14 @@ struct DecodeCombine {
 // -- the table's entry ----------------------------------------------------------------------------
 
 bool decode_serves(const AttentionParams& p) {
-  return p.Hkv > 0 && p.Sq > 0 && decode_rows(p) <= kMaxDecodeRows;
+  if (p.Hkv == 0 || p.Sq == 0) return false;
+  int64_t most = kMaxDecodeRows;
+#if defined(FUSED_ATTENTION_PAIRS) || defined(FUSED_ATTENTION_TILES)
+  // The ordinary kernel multiplies bfloat16 at more than the rate of floats, which this one does
+  // not.
+  if (p.dtype == DType::kBFloat16 && p.Hq == p.Hkv) most = p.Sk <= 64 ? 12 : 28;
+#endif
+  return decode_rows(p) <= most;
 }
 TileConfig decode_tiles(const AttentionParams& p) { return {decode_rows(p), kWord}; }
 size_t decode_shared_bytes(const AttentionParams& p) {

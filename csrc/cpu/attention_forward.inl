@@ -74,18 +74,18 @@ void attention_forward_block(const AttentionParams& p, const Sequence& seq, int6
                                                      t.bias, t.bias_t, nullptr);
     if (seen == Visible::kSome) hide<T, kVectors>(t.visible, columns, t.s);
 
-    // p <- exp2(s - m), l <- alpha l + rowsum(p), o <- alpha o
-    if (online_softmax_update<T, kVectors>(columns, factor, slack, t.s, t.rows)) {
+    // m <- max(m, rowmax(s)), l <- alpha l, o <- alpha o
+    if (raise_max<T, kVectors>(columns, factor, slack, t.s, t.rows)) {
       t.products.template flush<kVectors>(p, t.acc_t);
       shrink<T, kVectors>(1, t.rows.alpha, t.rows.rounded_sum);
       shrink<T, kVectors>(p.Dv, t.rows.alpha, t.acc_t);
     }
     const bool dropout = p.dropout_threshold > 0;
     if (dropout) dropout_keep_bits(p, seq.b, h, m_start, rows, n, columns, t.keep);
-    // o^T <- o^T + v^T p^T
-    t.products.template accumulate<kVectors>(p, seq, h_kv, n, columns,
-                                             seen == Visible::kSome ? t.visible : nullptr,
-                                             dropout ? t.keep : nullptr, t.s, t.rows, t.acc_t);
+    // p <- exp(s - m), l <- l + rowsum(p), o^T <- o^T + v^T p^T
+    t.products.accumulate(p, seq, h_kv, n, columns, seen == Visible::kSome ? t.visible : nullptr,
+                          dropout ? t.keep : nullptr, Weights<T, kVectors>(factor, t.rows), t.s,
+                          t.rows, t.acc_t);
   }
 
   t.products.template flush<kVectors>(p, t.acc_t);
@@ -107,20 +107,25 @@ void attention_forward_block(const AttentionParams& p, const Sequence& seq, int6
   }
 }
 
+// The block that starts at query m_start, if there is one.
+template <typename Arithmetic>
+FA_INLINE void attention_forward_rows(const AttentionParams& p, const Sequence& seq, int64_t h,
+                                      int64_t m_start, ForwardTile<Arithmetic>& tile) {
+  const int64_t rows = min_of(ForwardTile<Arithmetic>::kBlockM, seq.Sq - m_start);
+  if (rows <= 0) return;
+  with_vectors<typename Arithmetic::T, Arithmetic::kQueryVectors>(rows, [&](auto vectors) {
+    attention_forward_block<vectors.value>(p, seq, h, m_start, rows, tile);
+  });
+}
+
 template <typename Arithmetic>
 void attention_forward_tasks(const AttentionParams& p, int64_t begin, int64_t end, void* memory) {
-  using T = typename Arithmetic::T;
   ForwardTile<Arithmetic> tile;
   tile.place(p, memory);
   constexpr int64_t kBlockM = ForwardTile<Arithmetic>::kBlockM;
   for (int64_t task = begin; task < end; ++task) {
     const Block block = query_block(p, task, kBlockM);
-    const Sequence seq = sequence_of(p, block.b);
-    const int64_t rows = min_of(kBlockM, seq.Sq - block.start);
-    if (rows <= 0) continue;
-    with_vectors<T, Arithmetic::kQueryVectors>(rows, [&](auto vectors) {
-      attention_forward_block<vectors.value>(p, seq, block.h, block.start, rows, tile);
-    });
+    attention_forward_rows(p, sequence_of(p, block.b), block.h, block.start, tile);
   }
 }
 
@@ -143,3 +148,57 @@ struct AttentionForward {
 
 template <typename T>
 using DirectForward = AttentionForward<Direct<T>>;
+
+#ifdef FUSED_ATTENTION_TILES
+// Phase 1, unless the second one goes by heads. Task: kBlockN keys of one key head.
+template <int kPlanes>
+struct SplitKeysAndValues {
+  using Split = SplitBlock<kPlanes>;
+  static int64_t num_tasks(const AttentionParams& p) {
+    return Tiles<kPlanes>::by_heads(p) ? 0 : count_key_blocks(p, kBlockN);
+  }
+  static size_t workspace_bytes(const AttentionParams& p) {
+    return (size_t)(2 * Split::tile_size(p)) * sizeof(float);
+  }
+  static size_t shared_bytes(const AttentionParams& p) {
+    return (size_t)(num_tasks(p) * Split::bytes(p));
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    float *tile = (float*)workspace, *tile_t = tile + Split::tile_size(p);
+    for (int64_t task = begin; task < end; ++task) {
+      const Block block = key_block(p, task, kBlockN);
+      const Sequence seq = sequence_of(p, block.b);
+      if (block.start >= seq.Sk) continue;
+      const int64_t number = key_block_number(p, block.b, block.h, block.start, kBlockN);
+      Split(p, (char*)p.shared, number).fill(p, seq, block.h, block.start, tile, tile_t);
+    }
+  }
+};
+// Phase 2. Task: one block of queries of one head, or all queries of one key head.
+template <int kPlanes, int kScoreOrders>
+struct TilesForward : AttentionForward<Tiles<kPlanes, kScoreOrders>> {
+  using ByBlocks = AttentionForward<Tiles<kPlanes, kScoreOrders>>;
+  static bool by_heads(const AttentionParams& p) { return Tiles<kPlanes>::by_heads(p); }
+  static int64_t num_tasks(const AttentionParams& p) {
+    return by_heads(p) ? p.B * p.Hkv : ByBlocks::num_tasks(p);
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    if (!by_heads(p)) return ByBlocks::run(p, begin, end, workspace);
+    begin_tiles();
+    ForwardTile<Tiles<kPlanes, kScoreOrders>> tile;
+    tile.place(p, workspace);
+    const int64_t group = p.Hq / p.Hkv;
+    for (int64_t task = begin; task < end; ++task) {
+      const Sequence seq = sequence_of(p, task / p.Hkv);
+      const int64_t h_kv = task % p.Hkv;
+      if (seq.Sq > 0) tile.products.load_head(p, seq, h_kv);
+      for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
+        for (int64_t m = 0; m < seq.Sq; m += ByBlocks::kBlockM) {
+          attention_forward_rows(p, seq, h, m, tile);
+        }
+      }
+    }
+    end_tiles();
+  }
+};
+#endif

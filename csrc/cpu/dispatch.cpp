@@ -29,12 +29,12 @@ namespace {
 
 struct Isa {
   const KernelTable* kernels;
-  bool (*usable)();
-  bool (*fast)();  // taken without being named
+  bool (*offered)();  // by the machine
+  bool (*fast)();     // taken without being named
+  bool usable() const { return offered() && kernels->works(); }
 };
 
 bool always() { return true; }
-bool never() { return false; }
 
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -56,9 +56,7 @@ bool has_amx() {
 // Best first. __builtin_cpu_supports also asks the operating system (XCR0) for the registers.
 const Isa kIsas[] = {
 #ifdef FUSED_ATTENTION_ISA_AMX
-    // Proven in emulation only: named until it has run, and was measured, on a processor that has
-    // it.
-    {&kAmxKernels, has_amx, never},
+    {&kAmxKernels, has_amx, always},
 #endif
 #ifdef FUSED_ATTENTION_ISA_AVX512_BF16
     // Products of pairs run at twice the float rate on AMD's processors, at half of it on Intel's.
@@ -77,7 +75,7 @@ const Isa kIsas[] = {
      always},
 #endif
 #ifdef FUSED_ATTENTION_ISA_AMX
-    {&kAmxEmulatedKernels, has_avx512, never},  // for tests
+    {&kAmxEmulatedKernels, has_avx512, [] { return false; }},  // for tests
 #endif
     {&kBaselineKernels, always, always},
 };

@@ -34,6 +34,7 @@ enum class MathFunction { kExp2, kTanh };
 // The kernels of one instruction set. One constant table per isa_*.cpp.
 struct KernelTable {
   const char* isa;
+  bool (*works)();                                      // on a machine that claims to have it
   Phase mask_blocks;                                    // before the others, into p.mask_blocks
   size_t (*mask_blocks_bytes)(const AttentionParams&);  // 0: leave p.mask_blocks null, and it out
   ForwardKernel attention_forward[kMaxForwardKernels];  // best first, the last serves every call

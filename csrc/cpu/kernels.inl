@@ -107,6 +107,41 @@ double multiply_registers(DType dtype, int64_t rounds) {
 }
 
 #ifdef FUSED_ATTENTION_TILES
+// Whether tiles multiply as they should: small integers, whose sums are exact in any order.
+bool tiles_multiply() {
+  constexpr int64_t kSize = 2 * kTileRows, kDepth = 2 * kTileDepth;
+  const auto number = [](int64_t i) { return (float)(i * 7919 % 17 - 8); };
+  const auto word = [&](int64_t i) {
+    return (uint32_t)(__builtin_bit_cast(uint32_t, number(i)) >> 16);
+  };
+  uint16_t a[kSize * kDepth];
+  uint32_t b[kDepth / 2 * kSize];
+  float product[kSize * kSize], sum[kSize * kSize];
+  for (int64_t i = 0; i < kSize * kDepth; ++i) a[i] = (uint16_t)word(i);
+  for (int64_t k = 0; k < kDepth; ++k) {
+    for (int64_t x = 0; x < kSize; ++x) {
+      uint32_t& pair = b[k / 2 * kSize + x];
+      pair = k % 2 == 0 ? word(k * x + 5) : pair | word(k * x + 5) << 16;
+    }
+  }
+  for (int64_t i = 0; i < kSize * kSize; ++i) sum[i] = number(3 * i);
+  begin_tiles();
+  const Part part = {{a, kDepth, 0}, kDepth};
+  multiply_tiles<1, 1, 2, false>(kSize, &part, 1, {b, kSize, 0}, product, kSize);
+  multiply_tiles<1, 1, 2, true>(kSize, &part, 1, {b, kSize, 0}, sum, kSize);
+  end_tiles();
+  bool right = true;
+  for (int64_t r = 0; r < kSize; ++r) {
+    for (int64_t x = 0; x < kSize; ++x) {
+      float want = 0;
+      for (int64_t k = 0; k < kDepth; ++k) want += number(r * kDepth + k) * number(k * x + 5);
+      const int64_t i = r * kSize + x;
+      right &= product[i] == want && sum[i] == want + number(3 * i);
+    }
+  }
+  return right;
+}
+
 // Enough keys to make up for splitting them, and no lse: what follows from it computes the scores
 // again, in float, whose rounding is another.
 bool many_keys(const AttentionParams& p) { return p.Sk >= 128 && p.lse == nullptr; }
@@ -115,15 +150,19 @@ constexpr ForwardKernel tiles_forward(const char* reason, bool (*serves)(const A
   return {"attention_forward on tiles",
           reason,
           serves,
-          AttentionForward<Tiles<kPlanes, kScoreOrders>>::tiles,
+          TilesForward<kPlanes, kScoreOrders>::tiles,
           SplitKeysAndValues<kPlanes>::shared_bytes,
-          {phase<SplitKeysAndValues<kPlanes>>(),
-           phase<AttentionForward<Tiles<kPlanes, kScoreOrders>>>()}};
+          {phase<SplitKeysAndValues<kPlanes>>(), phase<TilesForward<kPlanes, kScoreOrders>>()}};
 }
 #endif
 
 constexpr KernelTable kKernels = {
     kIsaName,
+#ifdef FUSED_ATTENTION_TILES
+    tiles_multiply,
+#else
+    [] { return true; },
+#endif
     phase<MaskBlocks>(),
     MaskBlocks::bytes,
     {{"attention_decode",

@@ -23,6 +23,11 @@ struct RowState {
   T* rounded_sum;  // of the weights as an arithmetic rounds them for the product with v, if it does
   T* alpha;        // what was accumulated before the last tile shrinks by this
 };
+// -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0.
+template <typename T>
+FA_INLINE Vec<T> finite_max(Vec<T> max) {
+  return select_lt(max, broadcast(kLowest<T>), broadcast((T)0), max);
+}
 template <typename T>
 void start(const RowState<T>& rows, int64_t count) {
   fill(rows.max, count, -kInf<T>);
@@ -30,46 +35,67 @@ void start(const RowState<T>& rows, int64_t count) {
   fill(rows.rounded_sum, count, (T)0);
 }
 
-// s[j] <- p[j] = exp(s[j] * factor - max), with max and sum brought up to date. Returns whether a
-// maximum grew: then what else was accumulated before must be multiplied by alpha. A maximum may
-// lag behind by less than `slack`.
+// row_max and row_sum with one more tile of scores s * factor; the sum without its weights yet.
+// Returns whether a maximum grew: then what else was accumulated before must be multiplied by
+// alpha. A maximum may lag behind by less than `slack`.
 template <typename T, int kVectors>
-bool online_softmax_update(int64_t columns, double factor, T slack, T* s, const RowState<T>& rows) {
+bool raise_max(int64_t columns, double factor, T slack, const T* s, const RowState<T>& rows) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const Vec<T> scale = broadcast((T)factor), log2e = broadcast(kLog2e<T>);
-  Vec<T> top[kVectors], sum[kVectors];
+  Vec<T> top[kVectors];
   for (int x = 0; x < kVectors; ++x) top[x] = broadcast(-kInf<T>);
   for (int64_t j = 0; j < columns; ++j) {
     for (int x = 0; x < kVectors; ++x) top[x] = max(top[x], load(s + j * kRow + x * W));
   }
   bool grew = false;
   for (int x = 0; x < kVectors; ++x) {
-    const Vec<T> before = load(rows.max + x * W), scaled = mul(top[x], scale);
+    const Vec<T> before = load(rows.max + x * W), scaled = mul(top[x], broadcast((T)factor));
     const Vec<T> limit = add(before, broadcast(slack));
     grew |= any_gt(scaled, limit);
     // m <- max(m, rowmax(s)); a NaN of the tile is no smaller than the limit, and stays
     const Vec<T> after = select_lt(scaled, limit, before, scaled);
     store(rows.max + x * W, after);
-    // -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0.
-    top[x] = select_lt(after, broadcast(kLowest<T>), broadcast((T)0), after);
-    // alpha <- exp(m_old - m_new)
-    const Vec<T> rescale = exp2<T>(mul(sub(before, top[x]), log2e));
-    store(rows.alpha + x * W, rescale);
-    sum[x] = mul(load(rows.sum + x * W), rescale);
+    // alpha <- exp(m_old - m_new), l <- alpha l
+    const Vec<T> alpha = exp2<T>(mul(sub(before, finite_max<T>(after)), broadcast(kLog2e<T>)));
+    store(rows.alpha + x * W, alpha);
+    store(rows.sum + x * W, mul(load(rows.sum + x * W), alpha));
   }
-  for (int64_t j = 0; j < columns; ++j) {
-    for (int x = 0; x < kVectors; ++x) {
-      T* at = s + j * kRow + x * W;
-      // p <- exp(s * scale - row_max)
-      const Vec<T> distance = fma_once(load(at), scale, sub(broadcast((T)0), top[x]));
-      const Vec<T> weight = exp2<T>(mul(distance, log2e));
-      sum[x] = add(sum[x], weight);
-      store(at, weight);
-    }
-  }
-  for (int x = 0; x < kVectors; ++x) store(rows.sum + x * W, sum[x]);
   return grew;
 }
+
+// The weights p = exp(s * factor - row_max) of a tile, one vector at a time, added up to row_sum as
+// they come.
+template <typename T, int kVectors>
+class Weights {
+ public:
+  Weights(double factor, const RowState<T>& rows) : factor_(broadcast((T)factor)) {
+    for (int x = 0; x < kVectors; ++x) {
+      max_[x] = finite_max<T>(load(rows.max + x * kLanes<T>));
+      sum_[x] = load(rows.sum + x * kLanes<T>);
+    }
+  }
+  // Of the scores of vector x of queries
+  FA_INLINE Vec<T> operator()(const T* s, int x) {
+    const Vec<T> distance = fma_once(load(s), factor_, sub(broadcast((T)0), max_[x]));
+    const Vec<T> weight = exp2<T>(mul(distance, broadcast(kLog2e<T>)));
+    sum_[x] = add(sum_[x], weight);
+    return weight;
+  }
+  // All of them, where the scores were
+  void replace(int64_t columns, T* s) {
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int x = 0; x < kVectors; ++x) {
+        T* at = s + (j * kVectors + x) * kLanes<T>;
+        store(at, (*this)(at, x));
+      }
+    }
+  }
+  void keep_sums(const RowState<T>& rows) const {
+    for (int x = 0; x < kVectors; ++x) store(rows.sum + x * kLanes<T>, sum_[x]);
+  }
+
+ private:
+  Vec<T> factor_, max_[kVectors], sum_[kVectors];
+};
 
 // The sink of one head, or null.
 template <typename T>

@@ -1,10 +1,6 @@
 // Products of pairs of bfloat16 on AVX512-BF16: each float lane adds two products at once. The
 // processor takes subnormal numbers (below 1.2e-38) for 0.
 
-// Two neighbouring bfloat16 numbers, at any even address.
-struct Pair {
-  uint16_t low, high;
-};
 struct PairVec {
   __m512bh bits;  // 16 pairs
 };
@@ -31,17 +27,4 @@ FA_INLINE PairVec round_to_pair(__m512 low, __m512 high) {
 // Each the nearest bfloat16, NaN for NaN.
 FA_INLINE void store_rounded(uint16_t* dst, __m512 x) {
   _mm256_storeu_si256((__m256i*)dst, (__m256i)_mm512_cvtneps_pbh(x));
-}
-// pairs[i] = (low[i], high[i]) for i < 32; where a bit is not set nothing is read, and it is 0.
-FA_INLINE void pair_rows(const uint16_t* low, uint64_t low_bits, const uint16_t* high,
-                         uint64_t high_bits, Pair* pairs) {
-  const __m512i a = _mm512_maskz_loadu_epi16((__mmask32)low_bits, low);
-  const __m512i b = _mm512_maskz_loadu_epi16((__mmask32)high_bits, high);
-  // Words of a and b in turn: word 2 i of the first vector is a[i], word 2 i + 1 is b[i].
-  const __m512i both = _mm512_set1_epi32(1 << 16 | 1);
-  const __m512i first =
-      _mm512_add_epi32(_mm512_mullo_epi32(iota_u32(), both), _mm512_set1_epi32(32 << 16));
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(16 << 16 | 16));
-  _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(a, first, b));
-  _mm512_storeu_si512(pairs + 16, _mm512_permutex2var_epi16(a, second, b));
 }

@@ -220,3 +220,29 @@ FA_INLINE uint64_t low16_ge(VecU32 a, uint32_t threshold) {
 FA_INLINE uint64_t high16_ge(VecU32 a, uint32_t threshold) {
   return _mm512_cmpge_epu32_mask(_mm512_srli_epi32(a, 16), broadcast_u32(threshold));
 }
+
+// Two neighbouring bfloat16 numbers, at any even address.
+struct Pair {
+  uint16_t low, high;
+};
+// pairs[i] = (low[i], high[i]) for i < 32; where a bit is not set nothing is read, and it is 0.
+FA_INLINE void pair_rows(const uint16_t* low, uint64_t low_bits, const uint16_t* high,
+                         uint64_t high_bits, Pair* pairs) {
+  const __m512i a = _mm512_maskz_loadu_epi16((__mmask32)low_bits, low);
+  const __m512i b = _mm512_maskz_loadu_epi16((__mmask32)high_bits, high);
+  // Words of a and b in turn: word 2 i of the first vector is a[i], word 2 i + 1 is b[i].
+  const __m512i both = _mm512_set1_epi32(1 << 16 | 1);
+  const __m512i first =
+      _mm512_add_epi32(_mm512_mullo_epi32(iota_u32(), both), _mm512_set1_epi32(32 << 16));
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(16 << 16 | 16));
+  _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(a, first, b));
+  _mm512_storeu_si512(pairs + 16, _mm512_permutex2var_epi16(a, second, b));
+}
+// dst[i] = src[i] for i < count, 0 from there to `padded`, a multiple of 32.
+FA_INLINE void copy_words(const uint16_t* src, int64_t count, int64_t padded, uint16_t* dst) {
+  for (int64_t i = 0; i < padded; i += 32) {
+    const int64_t left = count - i;
+    const __mmask32 valid = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
+    _mm512_storeu_si512(dst + i, _mm512_maskz_loadu_epi16(valid, src + i));
+  }
+}

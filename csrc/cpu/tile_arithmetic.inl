@@ -5,10 +5,11 @@
 // i and j, the small ones first, those of order i + j >= kPlanes left out: 1, 3 or 6 remain. Three
 // planes are as accurate as float arithmetic. A plane below 1.2e-38 counts as 0.
 //
-// s^T = K q^T takes K by rows, o^T = V^T p^T takes V by columns. A phase of its own splits both,
-// block by block, into p.shared, padded with zeros to whole tiles, for every query and head that
-// reads them. Products with V wait until the weights of kPending tiles have come, for then the
-// tiles of o are loaded and stored less often.
+// s^T = K q^T takes K by rows, o^T = V^T p^T takes V by columns. Both are split block by block,
+// padded with zeros to whole tiles, for every query and head that reads them: with many heads by
+// the task that has all queries of one, else by a phase of its own, into p.shared. Products with V
+// wait until the weights of kPending tiles have come, for then the tiles of o are loaded and stored
+// less often.
 
 constexpr int64_t kTileRows = 16, kTileDepth = 32;  // a [16][32] times b [32][16]
 
@@ -26,6 +27,17 @@ FA_INLINE void split(__m512 x, __m512i (&planes)[kPlanes]) {
   }
   const __m512i bits = _mm512_castps_si512(rest);
   planes[kPlanes - 1] = _mm512_and_si512(_mm512_mask_add_epi32(bits, finite, bits, half), upper);
+}
+
+// The same for what is finite, or counts as NaN by other means.
+template <int kPlanes>
+FA_INLINE void split_finite(__m512 x, __m512i (&planes)[kPlanes]) {
+  const __m512i upper = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
+  for (int i = 0; i < kPlanes - 1; ++i) {
+    planes[i] = _mm512_and_si512(_mm512_castps_si512(x), upper);
+    x = _mm512_sub_ps(x, _mm512_castsi512_ps(planes[i]));
+  }
+  planes[kPlanes - 1] = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), upper);
 }
 
 // A matrix of bfloat16 in planes; `row` and `plane` are distances in elements of its type.
@@ -160,14 +172,30 @@ struct SplitBlock {
     const int64_t elements = kPlanes * kBlockN * (depth(p) + depth_v(p));
     return round_up(elements * (int64_t)sizeof(uint16_t) + 2, 64);
   }
-  SplitBlock(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start) {
-    char* base = (char*)p.shared + key_block_number(p, b, h_kv, n_start, kBlockN) * bytes(p);
-    k = {(uint16_t*)base, depth(p), kBlockN * depth(p)};
+  SplitBlock(const AttentionParams& p, char* blocks, int64_t number) {
+    k = {(uint16_t*)(blocks + number * bytes(p)), depth(p), kBlockN * depth(p)};
     v_t = {k.data + kPlanes * k.plane, kBlockN, kBlockN * depth_v(p)};
     k_finite = (bool*)(v_t.data + kPlanes * v_t.plane);
     v_finite = k_finite + 1;
   }
+  static int64_t tile_size(const AttentionParams& p) {
+    return kBlockN * max_of(depth(p), depth_v(p));
+  }
+  // Those from key n_start on, by way of two tiles of scratch memory.
+  void fill(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+            float* tile, float* tile_t) const;
+  void move(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+            Pair* pairs) const;
 };
+
+bool all_finite(const Pair* x, int64_t count) {
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  __m512i top = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 16) {
+    top = _mm512_max_epu16(top, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
+  }
+  return _mm512_cmpge_epu16_mask(top, _mm512_set1_epi16(0x7f80)) == 0;
+}
 
 // out[j] <- tile[j], `width` floats, and zeros up to `depth`, for the rows of a tile
 template <int kPlanes>
@@ -188,38 +216,34 @@ void split_values(int64_t width, const float* tile, float* tile_t, PlanesOf<uint
   for (int64_t d = 0; d < width; ++d) split_row<kPlanes>(tile_t + d * kBlockN, kBlockN, v_t.at(d));
 }
 
-// Phase 1. Task: kBlockN keys of one key head.
 template <int kPlanes>
-struct SplitKeysAndValues {
-  using Split = SplitBlock<kPlanes>;
-  static int64_t num_tasks(const AttentionParams& p) { return count_key_blocks(p, kBlockN); }
-  static int64_t tile_size(const AttentionParams& p) {
-    return kBlockN * max_of(Split::depth(p), Split::depth_v(p));
+void SplitBlock<kPlanes>::fill(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
+                               int64_t n_start, float* tile, float* tile_t) const {
+  if (kPlanes == 1 && p.dtype == DType::kBFloat16) return move(p, seq, h_kv, n_start, (Pair*)tile);
+  const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
+  load_key_tile(tile, p, p.key, seq, h_kv, n_start, columns, p.D, nullptr, kBlockN);
+  *k_finite = all_finite(tile, kBlockN * round_up(p.D, kLanes<float>));
+  split_rows<kPlanes>(kBlockN, round_up(p.D, kLanes<float>), depth(p), tile, k);
+  load_key_tile(tile, p, p.value, seq, h_kv, n_start, columns, p.Dv, nullptr, kBlockN);
+  *v_finite = all_finite(tile, kBlockN * depth_v(p));
+  split_values<kPlanes>(depth_v(p), tile, tile_t, v_t);
+}
+// The same for bfloat16 in one plane: words are moved, nothing is rounded.
+template <int kPlanes>
+void SplitBlock<kPlanes>::move(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
+                               int64_t n_start, Pair* pairs) const {
+  const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
+  const int64_t rows = round_up(columns, kTileDepth) / 2, row = paired_rows_width(p.Dv);
+  for (int64_t j = 0; j < 2 * rows; ++j) {
+    const bool exists = j < columns;
+    const char* key = key_row(p, p.key, seq, h_kv, n_start + (exists ? j : 0));
+    copy_words((const uint16_t*)key, exists ? p.D : 0, depth(p), k.at(j).data);
   }
-  static size_t workspace_bytes(const AttentionParams& p) {
-    return (size_t)(2 * tile_size(p)) * sizeof(float);
-  }
-  static size_t shared_bytes(const AttentionParams& p) {
-    return (size_t)(count_key_blocks(p, kBlockN) * Split::bytes(p));
-  }
-  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
-    float *tile = (float*)workspace, *tile_t = tile + tile_size(p);
-    const int64_t width = round_up(p.D, kLanes<float>), width_v = Split::depth_v(p);
-    for (int64_t task = begin; task < end; ++task) {
-      const Block block = key_block(p, task, kBlockN);
-      const Sequence seq = sequence_of(p, block.b);
-      const int64_t columns = min_of(kBlockN, seq.Sk - block.start);
-      if (columns <= 0) continue;
-      const Split split(p, block.b, block.h, block.start);
-      load_key_tile(tile, p, p.key, seq, block.h, block.start, columns, p.D, nullptr, kBlockN);
-      *split.k_finite = all_finite(tile, kBlockN * width);
-      split_rows<kPlanes>(kBlockN, width, Split::depth(p), tile, split.k);
-      load_key_tile(tile, p, p.value, seq, block.h, block.start, columns, p.Dv, nullptr, kBlockN);
-      *split.v_finite = all_finite(tile, kBlockN * width_v);
-      split_values<kPlanes>(width_v, tile, tile_t, split.v_t);
-    }
-  }
-};
+  pair_rows_of_keys(p, p.value, seq, h_kv, n_start, columns, p.Dv, nullptr, pairs);
+  for (int64_t i = ceil_div(columns, 2) * row; i < rows * row; ++i) pairs[i] = Pair{0, 0};
+  *v_finite = all_finite(pairs, rows * row);
+  transpose_tile(rows, depth_v(p), (const float*)pairs, row, (float*)v_t.data, kBlockN / 2);
+}
 
 // kScoreOrders: of the products of planes in q k. The lse of float16 numbers is a float, and needs
 // all.
@@ -230,7 +254,9 @@ struct SplitKeysAndValues {
 template <int kPlanes, int kScoreOrders = kPlanes>
 struct Tiles {
   using T = float;
+  using Split = SplitBlock<kPlanes>;
   static constexpr int kQueryVectors = 2;
+  static constexpr int64_t M = kQueryVectors * kLanes<float>;
   static constexpr bool kRounds = kPlanes == 1;
   static constexpr int kPending = 4;
   Direct<float> direct;        // with the queries as numbers
@@ -241,46 +267,77 @@ struct Tiles {
   Part parts[kPending];        // the columns of v that they wait for
   int pending = 0;
   int64_t pending_keys = 0;
-  float *v, *v_t;               // values [kBlockN][Dv] without those hidden, transposed
-  PlanesOf<uint16_t> v_planes;  // [kPending][Dv][kBlockN]
+  float *tile, *tile_t;         // [kBlockN][D or Dv], and transposed
+  PlanesOf<uint16_t> v_planes;  // [kPending][Dv][kBlockN] without values that are hidden
+  char* own_blocks;             // the keys and values of one head, split; see by_heads
 
-  using Split = SplitBlock<kPlanes>;
   static void begin() { begin_tiles(); }
   static void end() { end_tiles(); }
 
+  // Are there heads enough for every thread, each with few enough keys to stay in its cache? Then a
+  // task is all queries of one key head.
+  static constexpr int64_t kManyHeads = 64, kMostBytes = 2 << 20;
+  static int64_t bytes_of_a_head(const AttentionParams& p) {
+    return ceil_div(p.Sk, kBlockN) * Split::bytes(p);
+  }
+  static bool by_heads(const AttentionParams& p) {
+    return p.B * p.Hkv >= kManyHeads && bytes_of_a_head(p) <= kMostBytes;
+  }
+
   void place(const AttentionParams& p, Arena& arena) {
-    constexpr int64_t M = kQueryVectors * kLanes<float>;
     direct.place(p, arena);
     q_pairs.plane = Split::depth(p) / 2 * M;
     q_pairs.data = arena.take<uint32_t>(kPlanes * q_pairs.plane);
     p_pairs.plane = kPending * kBlockN / 2 * M;
     p_pairs.data = arena.take<uint32_t>(kPlanes * p_pairs.plane);
-    const int64_t size = Split::depth_v(p) * kBlockN;
     odd_scores = arena.take<float>(kBlockN * M);
-    v = arena.take<float>(size);
-    v_t = arena.take<float>(size);
+    tile = arena.take<float>(Split::tile_size(p));
+    tile_t = arena.take<float>(Split::tile_size(p));
+    const int64_t size = Split::depth_v(p) * kBlockN;
     v_planes = {arena.take<uint16_t>(kPending * kPlanes * size), kBlockN, size};
+    own_blocks = arena.take<char>(by_heads(p) ? bytes_of_a_head(p) : 0);
+  }
+
+  Split split_of(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
+                 int64_t n_start) const {
+    return by_heads(p)
+               ? Split(p, own_blocks, n_start / kBlockN)
+               : Split(p, (char*)p.shared, key_block_number(p, seq.b, h_kv, n_start, kBlockN));
+  }
+  void load_head(const AttentionParams& p, const Sequence& seq, int64_t h_kv) const {
+    for (int64_t n = 0; n < seq.Sk; n += kBlockN) {
+      split_of(p, seq, h_kv, n).fill(p, seq, h_kv, n, tile, tile_t);
+    }
   }
 
   template <int kVectors>
   void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                     int64_t rows) {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
-    const int64_t width = round_up(p.D, W);
+    const int64_t width = round_up(p.D, W), depth = Split::depth(p);
+    q_pairs.row = p_pairs.row = kRow;
+    if (kPlanes == 1 && p.dtype == DType::kBFloat16) {
+      for (int64_t i = 0; i < kRow; ++i) {
+        const int64_t token = seq.q_start + m_start + (i < rows ? i : 0);
+        copy_words((const uint16_t*)row_of(p.query, p.dtype, seq.b, h, token), i < rows ? p.D : 0,
+                   depth, (uint16_t*)tile + i * depth);
+      }
+      transpose_tile(kRow, depth / 2, tile, depth / 2, (float*)q_pairs.data, kRow);
+      return;
+    }
     direct.template load_queries<kVectors>(p, seq, h, m_start, rows);
     odd_queries = 0;
     for (int64_t i = 0; i < rows; ++i) {
       odd_queries |= (uint64_t)!all_finite(direct.q + i * width, width) << i;
     }
-    q_pairs.row = p_pairs.row = kRow;
-    split_pairs<kPlanes>(width, Split::depth(p), kRow, direct.q_t, kRow, q_pairs);
+    split_pairs<kPlanes>(width, depth, kRow, direct.q_t, kRow, q_pairs);
   }
 
   template <int kVectors>
   void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
               int64_t columns, float* s) const {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
-    const Split split(p, seq.b, h_kv, n_start);
+    const Split split = split_of(p, seq, h_kv, n_start);
     const Part part = {{split.k.data, split.k.row, split.k.plane}, Split::depth(p)};
     multiply_tiles<kPlanes, kScoreOrders, kVectors, false>(
         round_up(columns, kTileRows), &part, 1, {q_pairs.data, q_pairs.row, q_pairs.plane}, s,
@@ -316,56 +373,66 @@ struct Tiles {
   // The columns of one tile of v, or false if a visible one is not finite.
   bool columns_of_v(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
                     int64_t columns, const uint64_t* visible, PlanesOf<uint16_t>* out) const {
-    const Split split(p, seq.b, h_kv, n_start);
+    const Split split = split_of(p, seq, h_kv, n_start);
     *out = split.v_t;
     if (*split.v_finite) return true;
     const int64_t width = Split::depth_v(p);
-    load_key_tile(v, p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, kBlockN);
-    if (!all_finite(v, kBlockN * width)) return false;
+    load_key_tile(tile, p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, kBlockN);
+    if (!all_finite(tile, kBlockN * width)) return false;
     *out = {v_planes.data + pending * kPlanes * v_planes.plane, v_planes.row, v_planes.plane};
-    split_values<kPlanes>(width, v, v_t, *out);
+    split_values<kPlanes>(width, tile, tile_t, *out);
     return true;
   }
 
   template <int kVectors>
   void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-                  int64_t columns, const uint64_t* visible, const uint64_t* keep, float* weights,
-                  const RowState<float>& rows, float* acc_t) {
+                  int64_t columns, const uint64_t* visible, const uint64_t* keep,
+                  Weights<float, kVectors> weights, float* s, const RowState<float>& rows,
+                  float* acc_t) {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
     if (pending == kPending) flush<kVectors>(p, acc_t);
-    __m512 sum[kVectors];
+    __m512 sum[kVectors];  // of the weights as they are rounded
     for (int x = 0; x < kVectors; ++x) sum[x] = load(rows.rounded_sum + x * W);
     PlanesOf<uint16_t> values;
     if (columns_of_v(p, seq, h_kv, n_start, columns, visible, &values)) {
-      const auto split_weights = [&](int64_t j, int x, __m512i(&planes)[kPlanes]) {
-        split(j < columns ? load(weights + j * kRow + x * W) : broadcast(0.0f), planes);
+      uint32_t* waiting = p_pairs.data + pending_keys / 2 * kRow;
+      const auto split_row = [&](int64_t j, int x, auto drops, __m512i(&planes)[kPlanes]) {
+        split_finite(weights(s + j * kRow + x * W, x), planes);
         // before dropout: the denominator is that of all weights
-        sum[x] = add(sum[x], _mm512_castsi512_ps(planes[0]));
-        if (keep == nullptr || j >= columns) return;
-        for (__m512i& plane : planes) {
-          plane = _mm512_maskz_mov_epi32((__mmask16)(keep[j] >> (x * W)), plane);
+        if (kRounds) sum[x] = add(sum[x], _mm512_castsi512_ps(planes[0]));
+        if constexpr (drops.value) {
+          for (__m512i& plane : planes) {
+            plane = _mm512_maskz_mov_epi32((__mmask16)(keep[j] >> (x * W)), plane);
+          }
+        }
+      };
+      // Keys j and j + 1, as many as count
+      const auto split_rows = [&](int64_t j, auto count, auto drops) {
+        for (int x = 0; x < kVectors; ++x) {
+          __m512i low[kPlanes] = {}, high[kPlanes] = {};
+          if constexpr (count.value > 0) split_row(j, x, drops, low);
+          if constexpr (count.value > 1) split_row(j + 1, x, drops, high);
+          store_pairs(low, high, {waiting + j / 2 * kRow + x * W, kRow, p_pairs.plane});
         }
       };
       const int64_t depth = round_up(columns, kTileDepth);
-      uint32_t* waiting = p_pairs.data + pending_keys / 2 * kRow;
-      for (int64_t j = 0; j < depth; j += 2) {
-        for (int x = 0; x < kVectors; ++x) {
-          __m512i low[kPlanes], high[kPlanes];
-          split_weights(j, x, low);
-          split_weights(j + 1, x, high);
-          store_pairs(low, high, {waiting + j / 2 * kRow + x * W, kRow, p_pairs.plane});
-        }
-      }
+      with_flag(keep != nullptr, [&](auto drops) {
+        int64_t j = 0;
+        for (; j + 2 <= columns; j += 2) split_rows(j, Constant<2>(), drops);
+        if (j < columns) split_rows(j, Constant<1>(), drops), j += 2;
+        for (; j < depth; j += 2) split_rows(j, Constant<0>(), drops);
+      });
       parts[pending++] = {{values.data, values.row, values.plane}, depth};
       pending_keys += depth;
     } else {
+      weights.replace(columns, s);
       for (int64_t j = 0; j < columns; ++j) {
-        for (int x = 0; x < kVectors; ++x) sum[x] = add(sum[x], load(weights + j * kRow + x * W));
+        for (int x = 0; x < kVectors; ++x) sum[x] = add(sum[x], load(s + j * kRow + x * W));
       }
       flush<kVectors>(p, acc_t);
-      direct.template accumulate<kVectors>(p, seq, h_kv, n_start, columns, visible, keep, weights,
-                                           rows, acc_t);
+      direct.template add_values<kVectors>(p, seq, h_kv, n_start, columns, visible, keep, s, acc_t);
     }
+    weights.keep_sums(rows);
     for (int x = 0; x < kVectors; ++x) store(rows.rounded_sum + x * W, sum[x]);
   }
 };
@@ -414,7 +481,8 @@ struct TilesBackward {
   struct Keys {
     int64_t b = -1, h = -1, n = -1;  // which one it is
     PlanesOf<uint16_t> k, v, k_t;    // [kBlockN][depth], [D][kBlockN]
-    bool k_finite, v_finite, row_finite[kBlockN];
+    bool k_finite, all_rows_finite;  // all of k; of both
+    bool row_finite[kBlockN];
   };
   Keys kept[kMostKept];
   PlanesOf<uint16_t> visible_k_t;  // without the keys that are hidden
@@ -446,7 +514,7 @@ struct TilesBackward {
     tile = arena.take<float>(kBlockN * widest);
     tile_t = arena.take<float>(kBlockN * widest);
     const int64_t size = kPlanes * kBlockN * (depth(p.D) + depth(p.Dv) + width(p.D));
-    num_kept = max_of(1, min_of(kMostKept, kMostBytes / (size * (int64_t)sizeof(uint16_t))));
+    num_kept = min_of(kMostKept, kMostBytes / (size * (int64_t)sizeof(uint16_t)));
     num_kept = max_of(1, min_of(num_kept, ceil_div(p.Sk, kBlockN)));
     visible_k_t = take_rows(arena, width(p.D), kBlockN);
     for (int64_t i = 0; i < num_kept; ++i) {
@@ -488,13 +556,19 @@ struct TilesBackward {
     keys->b = seq.b, keys->h = h_kv, keys->n = n_start;
     // All keys that the sequence has there, whatever part of them is asked for.
     const int64_t count = min_of(kBlockN, seq.Sk - n_start);
+    keys->k_finite = keys->all_rows_finite = true;
     load_tile_of_keys(p, p.value, p.Dv, count, nullptr);
-    keys->v_finite = all_finite(tile, kBlockN * width(p.Dv));
-    for (int64_t j = 0; j < kBlockN; ++j) keys->row_finite[j] = finite_row(j, p.Dv);
+    for (int64_t j = 0; j < kBlockN; ++j) {
+      keys->all_rows_finite &= keys->row_finite[j] = finite_row(j, p.Dv);
+    }
     split_rows<kPlanes>(kBlockN, width(p.Dv), depth(p.Dv), tile, keys->v);
     load_tile_of_keys(p, p.key, p.D, count, nullptr);
-    keys->k_finite = all_finite(tile, kBlockN * width(p.D));
-    for (int64_t j = 0; j < kBlockN; ++j) keys->row_finite[j] &= finite_row(j, p.D);
+    for (int64_t j = 0; j < kBlockN; ++j) {
+      const bool finite = finite_row(j, p.D);
+      keys->k_finite &= finite;
+      keys->row_finite[j] &= finite;
+    }
+    keys->all_rows_finite &= keys->k_finite;
     split_rows<kPlanes>(kBlockN, width(p.D), depth(p.D), tile, keys->k);
     split_values<kPlanes>(width(p.D), tile, tile_t, keys->k_t);
   }
@@ -522,7 +596,7 @@ struct TilesBackward {
       multiply_keys<kScoreOrders>(columns_, keys->k, q_t, s);
     }
     multiply_keys<kPlanes>(columns_, keys->v, grad_out_t, dp);
-    if (kPlanes == 1 || (keys->k_finite && keys->v_finite)) return;
+    if (kPlanes == 1 || keys->all_rows_finite) return;
     for (int64_t j = 0; j < columns_; ++j) {
       if (keys->row_finite[j]) continue;
       direct.load_keys(p, seq, h_kv, n_start + j, 1, nullptr);

@@ -18,6 +18,11 @@ template <int N>
 struct Constant {
   static constexpr int value = N;
 };
+// f(Constant<flag>)
+template <typename F>
+FA_INLINE void with_flag(bool flag, F f) {
+  flag ? f(Constant<1>()) : f(Constant<0>());
+}
 // f(Constant<n>) with as few vectors of queries as hold the rows.
 template <typename T, int kMost = kMaxVectors, typename F>
 FA_INLINE void with_vectors(int64_t rows, F f) {
