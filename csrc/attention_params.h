@@ -58,6 +58,7 @@ struct AttentionParams {
 
   // What the phases of a kernel hand on to one another, 64-byte aligned.
   void* shared = nullptr;
+  int64_t threads = 1;  // that will run them: may decide how tasks are cut, not what they compute
 
   double scale = 1.0;
   double softcap = 0.0;       // 0 = none
@@ -158,8 +159,8 @@ struct SoftmaxParams {
   int64_t groups = 0, group_rows = 1, groups_per_task = 1, chunks = 1;
 };
 
-// One parallel step of a kernel. Tasks are independent of one another, their number and what each
-// computes depend on the problem and the ISA only, never on the number of threads.
+// One parallel step of a kernel. Tasks are independent of one another; what they compute depends on
+// the problem and the ISA only, bit for bit, never on the number of threads.
 template <typename Params>
 struct PhaseOf {
   int64_t (*num_tasks)(const Params&);

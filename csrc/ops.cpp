@@ -247,6 +247,7 @@ std::optional<Shared> note_mask_blocks(AttentionParams& p) {
 void run_forward(AttentionParams& p) {
   const std::optional<Shared> mask_blocks = note_mask_blocks(p);
   const ForwardKernel& kernel = choose_forward(kernel_table(), p);
+  p.threads = torch::stable::get_num_threads();
   const size_t shared_bytes = kernel.shared_bytes != nullptr ? kernel.shared_bytes(p) : 0;
   std::optional<Shared> shared;
   if (shared_bytes > 0) p.shared = shared.emplace(shared_bytes).data();

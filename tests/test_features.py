@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fused_attention import _native, attention, testing
 from fused_attention.backends import BACKENDS
@@ -134,31 +135,47 @@ def test_float32_on_tiles(case):
                 assert (out - want).abs().max() <= allowed * max(1.0, want.abs().max())
 
 
-@pytest.mark.skipif("amx_emulated" not in _native.isas(), reason="needs AVX-512")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_many_heads_on_tiles_are_what_few_are(dtype):
-    """A task of all queries of one key head splits the keys for itself: the same bits."""
-    B, Hq, Hkv, Sq, Sk = 9, 16, 8, 45, 130
+# What keeps keys and values in a form of its own: for the task that has all queries of a key head,
+# where there are many heads for each thread.
+BY_HEADS = [
+    (isa, dtype)
+    for isa in ("amx_emulated", "avx512_bf16")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if isa in _native.isas() and (isa == "amx_emulated" or dtype == torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("isa", "dtype"), BY_HEADS, ids=str)
+@pytest.mark.parametrize("hides_nan", [False, True])
+def test_many_heads_a_thread_are_computed_as_few(isa, dtype, hides_nan):
+    B, Hq, Hkv, Sq, Sk = 5, 16, 8, 100, 130
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(B, Hq, Sq, 24, generator=generator).to(dtype)
     key = torch.randn(B, Hkv, Sk, 24, generator=generator).to(dtype)
     value = torch.randn(B, Hkv, Sk, 40, generator=generator).to(dtype)
-    lengths = torch.arange(Sk - B, Sk).int()
-    options = {} if dtype == torch.float32 else {"causal": "bottom_right"}
-    with testing.cpu_isa("amx_emulated"), torch.no_grad():
-        whole = attention(query, key, value, **options, backend="cpu")
-        used = attention(query, key, value, **options, seqused_k=lengths, backend="cpu")
-        cu_q, cu_k = (torch.arange(B + 1, dtype=torch.int32) * n for n in (Sq, Sk))
-        tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        packed = attention(*tokens, **options, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, backend="cpu")
-        for b in range(B):
-            one = [x[b : b + 1] for x in (query, key, value)]
-            alone = attention(*one, **options, backend="cpu")[0]
-            assert torch.equal(whole[b], alone)
-            if dtype != torch.float32:  # whose other operator keeps an lse, and off the tiles
-                assert torch.equal(packed[b * Sq : (b + 1) * Sq].transpose(0, 1), alone)
-                few = [one[0], *(x[:, :, : lengths[b]] for x in one[1:])]
-                assert torch.equal(used[b], attention(*few, **options, backend="cpu")[0])
+    if hides_nan:  # from all blocks of queries but the last
+        value[0, 0, -1] = torch.nan
+    lengths_q, lengths_k = torch.arange(1, B + 1) * 20, torch.arange(B) * 31 + 5
+    cu_q, cu_k = (F.pad(x.cumsum(0), (1, 0)).int() for x in (lengths_q, lengths_k))
+    tokens = [x.transpose(1, 2).flatten(0, 1)[: cu_k[-1]].clone() for x in (query, key, value)]
+    packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    plain = dtype == torch.float32  # with more, it keeps an lse, and off the tiles
+    options = {} if plain else {"causal": "bottom_right"}
+    results = []
+    for threads in (1, 64):
+        with testing.cpu_isa(isa), testing.num_threads(threads), torch.no_grad():
+            results.append(
+                [
+                    attention(query, key, value, **options, backend="cpu"),
+                    attention(query, key, value, seqused_k=lengths_k.int(), backend="cpu"),
+                    attention(*tokens, **packed, **options, backend="cpu"),
+                ]
+            )
+    for by_heads, by_blocks in zip(*results, strict=True):
+        torch.testing.assert_close(by_heads, by_blocks, rtol=0, atol=0, equal_nan=True)
+    if hides_nan and not plain:
+        out = results[0][0][0, 0]
+        assert out[:96].isfinite().all() and out[-1].isnan().all()
 
 
 def test_tiles_multiply_before_they_are_offered():

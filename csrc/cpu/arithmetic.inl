@@ -96,6 +96,15 @@ void pair_rows_of_keys(const AttentionParams& p, const TensorView& view, const S
     }
   }
 }
+
+bool all_finite(const Pair* x, int64_t count) {
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  __m512i top = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 16) {
+    top = _mm512_max_epu16(top, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
+  }
+  return _mm512_cmpge_epu16_mask(top, _mm512_set1_epi16(0x7f80)) == 0;
+}
 #endif
 
 #ifdef FUSED_ATTENTION_PAIRS
@@ -130,15 +139,50 @@ Scalars<Pair> rows_of_pairs(const AttentionParams& p, const TensorView& view, co
 struct Pairs : OnVectors {
   using T = float;
   static constexpr bool kRounds = true;
-  Pair *q, *q_t;  // queries [kBlockM][D / 2], transposed [D / 2][kBlockM]
-  Pair* k;        // keys [kBlockN][D / 2], where they do not lie in pairs, or in one page
-  Pair* v;        // values, rows 2 j and 2 j + 1 together: [kBlockN / 2][Dv]
+  Pair *q, *q_t;        // queries [kBlockM][D / 2], transposed [D / 2][kBlockM]
+  Pair* k;              // keys [kBlockN][D / 2], where they do not lie in pairs, or in one page
+  Pair* v;              // values, rows 2 j and 2 j + 1 together: [kBlockN / 2][Dv]
+  Pair *own_k, *own_v;  // the same of a whole head, and
+  bool* own_finite;     // whether the values of a tile are finite; see load_head
 
+  static int64_t tiles_of_a_head(const AttentionParams& p) { return ceil_div(p.Sk, kBlockN); }
+  // For one block of queries it would not pay.
+  static bool by_heads(const AttentionParams& p) {
+    const int64_t pairs = pair_width(p.D) + paired_rows_width(p.Dv) / 2;
+    return p.Sq * (p.Hq / p.Hkv) > kBlockM<float> &&
+           many_heads(p, tiles_of_a_head(p) * kBlockN * pairs * (int64_t)sizeof(Pair));
+  }
   void place(const AttentionParams& p, Arena& arena) {
     q_t = arena.take<Pair>(pair_width(p.D) * kBlockM<float>);
     q = arena.take<Pair>(kBlockM<float> * pair_width(p.D));
     v = arena.take<Pair>(kBlockN / 2 * paired_rows_width(p.Dv));
     k = arena.take<Pair>(rows_in_pairs(p, p.key, p.D) ? 0 : kBlockN * pair_width(p.D));
+    const int64_t tiles = by_heads(p) ? tiles_of_a_head(p) : 0;
+    own_k = arena.take<Pair>(tiles * kBlockN * pair_width(p.D));
+    own_v = arena.take<Pair>(tiles * kBlockN / 2 * paired_rows_width(p.Dv));
+    own_finite = arena.take<bool>(tiles);
+  }
+
+  void load_head(const AttentionParams& p, const Sequence& seq, int64_t h_kv) const {
+    for (int64_t j = 0; j < seq.Sk; ++j) {
+      copy_row_of_pairs(own_k + j * pair_width(p.D), key_row(p, p.key, seq, h_kv, j), p.D, true);
+    }
+    const int64_t width = paired_rows_width(p.Dv);
+    for (int64_t n = 0; n < seq.Sk; n += kBlockN) {
+      const int64_t columns = min_of(kBlockN, seq.Sk - n);
+      Pair* values = own_v + n / 2 * width;
+      pair_rows_of_keys(p, p.value, seq, h_kv, n, columns, p.Dv, nullptr, values);
+      own_finite[n / kBlockN] = all_finite(values, ceil_div(columns, 2) * width);
+    }
+  }
+  // Without those that are hidden, unless 0 times all of them is 0.
+  const Pair* values_of_tile(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
+                             int64_t n_start, int64_t columns, const uint64_t* visible) const {
+    if (by_heads(p) && own_finite[n_start / kBlockN]) {
+      return own_v + n_start / 2 * paired_rows_width(p.Dv);
+    }
+    pair_rows_of_keys(p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, v);
+    return v;
   }
 
   template <int kVectors>
@@ -157,7 +201,10 @@ struct Pairs : OnVectors {
   void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
               int64_t columns, float* s) const {
     constexpr int kRow = kVectors * kLanes<float>;
-    const Scalars<Pair> keys = rows_of_pairs(p, p.key, seq, h_kv, n_start, columns, p.D, k);
+    const int64_t width = pair_width(p.D);
+    const Scalars<Pair> keys = by_heads(p)
+                                   ? Scalars<Pair>{own_k + n_start * width, width, 1}
+                                   : rows_of_pairs(p, p.key, seq, h_kv, n_start, columns, p.D, k);
     multiply<kVectors, false>(columns, ceil_div(p.D, 2), keys, q_t, kRow, s, kRow);
   }
 
@@ -168,7 +215,7 @@ struct Pairs : OnVectors {
                   float* acc_t) const {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
     const int64_t pairs = ceil_div(columns, 2);
-    pair_rows_of_keys(p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, v);
+    const Pair* values = values_of_tile(p, seq, h_kv, n_start, columns, visible);
     Pair* paired = (Pair*)s;  // row j takes the place of rows 2 j and 2 j + 1
     const Vec<float> zero = broadcast(0.0f);
     Vec<float> sum[kVectors];
@@ -194,7 +241,7 @@ struct Pairs : OnVectors {
     });
     weights.keep_sums(rows);
     for (int x = 0; x < kVectors; ++x) store(rows.rounded_sum + x * W, sum[x]);
-    multiply<kVectors, true>(p.Dv, pairs, Scalars<Pair>{v, 1, paired_rows_width(p.Dv)}, paired,
+    multiply<kVectors, true>(p.Dv, pairs, Scalars<Pair>{values, 1, paired_rows_width(p.Dv)}, paired,
                              kRow, acc_t, kRow);
   }
 };

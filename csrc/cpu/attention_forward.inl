@@ -149,8 +149,36 @@ struct AttentionForward {
 template <typename T>
 using DirectForward = AttentionForward<Direct<T>>;
 
+// With many heads a task is all queries of one key head, whose keys and values the arithmetic loads
+// once, into its own memory.
+template <typename Arithmetic>
+struct ForwardByHeads : AttentionForward<Arithmetic> {
+  using ByBlocks = AttentionForward<Arithmetic>;
+  static int64_t num_tasks(const AttentionParams& p) {
+    return Arithmetic::by_heads(p) ? p.B * p.Hkv : ByBlocks::num_tasks(p);
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    if (!Arithmetic::by_heads(p)) return ByBlocks::run(p, begin, end, workspace);
+    Arithmetic::begin();
+    ForwardTile<Arithmetic> tile;
+    tile.place(p, workspace);
+    const int64_t group = p.Hq / p.Hkv;
+    for (int64_t task = begin; task < end; ++task) {
+      const Sequence seq = sequence_of(p, task / p.Hkv);
+      const int64_t h_kv = task % p.Hkv;
+      if (seq.Sq > 0) tile.products.load_head(p, seq, h_kv);
+      for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
+        for (int64_t m = 0; m < seq.Sq; m += ByBlocks::kBlockM) {
+          attention_forward_rows(p, seq, h, m, tile);
+        }
+      }
+    }
+    Arithmetic::end();
+  }
+};
+
 #ifdef FUSED_ATTENTION_TILES
-// Phase 1, unless the second one goes by heads. Task: kBlockN keys of one key head.
+// The phase before, unless that goes by heads. Task: kBlockN keys of one key head.
 template <int kPlanes>
 struct SplitKeysAndValues {
   using Split = SplitBlock<kPlanes>;
@@ -172,33 +200,6 @@ struct SplitKeysAndValues {
       const int64_t number = key_block_number(p, block.b, block.h, block.start, kBlockN);
       Split(p, (char*)p.shared, number).fill(p, seq, block.h, block.start, tile, tile_t);
     }
-  }
-};
-// Phase 2. Task: one block of queries of one head, or all queries of one key head.
-template <int kPlanes, int kScoreOrders>
-struct TilesForward : AttentionForward<Tiles<kPlanes, kScoreOrders>> {
-  using ByBlocks = AttentionForward<Tiles<kPlanes, kScoreOrders>>;
-  static bool by_heads(const AttentionParams& p) { return Tiles<kPlanes>::by_heads(p); }
-  static int64_t num_tasks(const AttentionParams& p) {
-    return by_heads(p) ? p.B * p.Hkv : ByBlocks::num_tasks(p);
-  }
-  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
-    if (!by_heads(p)) return ByBlocks::run(p, begin, end, workspace);
-    begin_tiles();
-    ForwardTile<Tiles<kPlanes, kScoreOrders>> tile;
-    tile.place(p, workspace);
-    const int64_t group = p.Hq / p.Hkv;
-    for (int64_t task = begin; task < end; ++task) {
-      const Sequence seq = sequence_of(p, task / p.Hkv);
-      const int64_t h_kv = task % p.Hkv;
-      if (seq.Sq > 0) tile.products.load_head(p, seq, h_kv);
-      for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
-        for (int64_t m = 0; m < seq.Sq; m += ByBlocks::kBlockM) {
-          attention_forward_rows(p, seq, h, m, tile);
-        }
-      }
-    }
-    end_tiles();
   }
 };
 #endif

@@ -150,9 +150,10 @@ constexpr ForwardKernel tiles_forward(const char* reason, bool (*serves)(const A
   return {"attention_forward on tiles",
           reason,
           serves,
-          TilesForward<kPlanes, kScoreOrders>::tiles,
+          AttentionForward<Tiles<kPlanes, kScoreOrders>>::tiles,
           SplitKeysAndValues<kPlanes>::shared_bytes,
-          {phase<SplitKeysAndValues<kPlanes>>(), phase<TilesForward<kPlanes, kScoreOrders>>()}};
+          {phase<SplitKeysAndValues<kPlanes>>(),
+           phase<ForwardByHeads<Tiles<kPlanes, kScoreOrders>>>()}};
 }
 #endif
 
@@ -194,7 +195,7 @@ constexpr KernelTable kKernels = {
       [](const AttentionParams& p) { return p.dtype == DType::kBFloat16; },
       AttentionForward<Pairs>::tiles,
       nullptr,
-      {phase<AttentionForward<Pairs>>()}},
+      {phase<ForwardByHeads<Pairs>>()}},
 #endif
      {"attention_forward",
       "serves every call",

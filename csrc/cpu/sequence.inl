@@ -63,6 +63,12 @@ FA_INLINE Block query_block(const AttentionParams& p, int64_t number, int64_t si
   number = count_query_blocks(p, size) - 1 - number;
   return block_of(p, p.cu_seqlens_q, p.Hq, p.Sq, number, size);
 }
+// Are there key heads enough for every thread, each small enough for a cache? Then a task may be
+// all queries of one of them. Of packed sequences it takes more, for they differ in length.
+FA_INLINE bool many_heads(const AttentionParams& p, int64_t bytes_of_a_head) {
+  const int64_t heads_a_thread = p.cu_seqlens_q == nullptr ? 4 : 32;
+  return p.B * p.Hkv >= heads_a_thread * p.threads && bytes_of_a_head <= 2 << 20;
+}
 // Of keys; in pages there are as many of each sequence.
 FA_INLINE const int32_t* key_offsets(const AttentionParams& p) {
   return p.block_table == nullptr ? p.cu_seqlens_k : nullptr;

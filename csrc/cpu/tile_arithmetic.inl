@@ -188,15 +188,6 @@ struct SplitBlock {
             Pair* pairs) const;
 };
 
-bool all_finite(const Pair* x, int64_t count) {
-  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
-  __m512i top = _mm512_setzero_si512();
-  for (int64_t i = 0; i < count; i += 16) {
-    top = _mm512_max_epu16(top, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
-  }
-  return _mm512_cmpge_epu16_mask(top, _mm512_set1_epi16(0x7f80)) == 0;
-}
-
 // out[j] <- tile[j], `width` floats, and zeros up to `depth`, for the rows of a tile
 template <int kPlanes>
 void split_rows(int64_t rows, int64_t width, int64_t depth, const float* tile,
@@ -269,20 +260,15 @@ struct Tiles {
   int64_t pending_keys = 0;
   float *tile, *tile_t;         // [kBlockN][D or Dv], and transposed
   PlanesOf<uint16_t> v_planes;  // [kPending][Dv][kBlockN] without values that are hidden
-  char* own_blocks;             // the keys and values of one head, split; see by_heads
+  char* own_blocks;             // the keys and values of one head, split; see load_head
 
   static void begin() { begin_tiles(); }
   static void end() { end_tiles(); }
 
-  // Are there heads enough for every thread, each with few enough keys to stay in its cache? Then a
-  // task is all queries of one key head.
-  static constexpr int64_t kManyHeads = 64, kMostBytes = 2 << 20;
   static int64_t bytes_of_a_head(const AttentionParams& p) {
     return ceil_div(p.Sk, kBlockN) * Split::bytes(p);
   }
-  static bool by_heads(const AttentionParams& p) {
-    return p.B * p.Hkv >= kManyHeads && bytes_of_a_head(p) <= kMostBytes;
-  }
+  static bool by_heads(const AttentionParams& p) { return many_heads(p, bytes_of_a_head(p)); }
 
   void place(const AttentionParams& p, Arena& arena) {
     direct.place(p, arena);
