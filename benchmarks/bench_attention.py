@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=2.0, help="a case")
-    parser.add_argument("--only", default="", help="classes whose name contains this")
+    parser.add_argument("--only", default="", help="classes whose name contains this; others stay")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     chosen = [group for group in CLASSES if options.only in group.name]
@@ -154,10 +154,13 @@ def main() -> None:
         results |= {result["class"]: result for result in json.loads(child.stdout)}
     rows = [row(results[group.name], group) for group in chosen if group.name in results]
     print(table(HEADER, rows))
-    if not options.only:
-        report = {"isa": _native.active_isa(), "classes": list(results.values())}
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-        print("saved", RESULTS.name)
+    if options.only and RESULTS.exists():  # the others stay as they are
+        kept = {result["class"]: result for result in json.loads(RESULTS.read_text())["classes"]}
+        results = kept | results
+    classes = [results[group.name] for group in CLASSES if group.name in results]
+    report = {"isa": _native.active_isa(), "classes": classes}
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    print("saved", RESULTS.name)
 
 
 if __name__ == "__main__":
