@@ -174,8 +174,8 @@ def page(results: dict[str, Any]) -> str:
     lines += ["## Transfer", ""]
     lines += ["The section of a package, one of ten, from its description; the packages have other"]
     lines += ["sources than those of training. `pretrained` is all-MiniLM-L6-v2, `random` the same"]
-    lines += ["model from random weights: what was learned before counts for the more, the fewer the"]
-    lines += ["examples are.", ""]
+    lines += ["model from random weights: what was learned before counts for the more, the fewer"]
+    lines += ["the examples are.", ""]
     rows = [["examples", "steps", "pretrained", "random", "difference"]]
     for count in (100, 400, 1600, "all"):
         pair = [results.get(f"classify-{count}-{kind}") for kind in ("pretrained", "random")]
