@@ -68,7 +68,7 @@ class Call(ctypes.Structure):
         ("lse", PTR), ("lse_stride_b", I64), ("lse_stride_h", I64),
         ("cu_seqlens_q", PTR), ("cu_seqlens_k", PTR), ("seqused_k", PTR),
         ("block_table", PTR), ("block_table_stride_b", I64), ("page_size", I64),
-        ("shared", PTR),
+        ("shared", PTR), ("threads", I64),
         ("scale", F64), ("softcap", F64), ("precision", I64), ("bottom_right", ctypes.c_bool),
         ("window_left", I64), ("window_right", I64),
         ("mask", ScoreView), ("mask_blocks", PTR), ("bias", ScoreView),
