@@ -161,6 +161,8 @@ def test_many_heads_a_thread_are_computed_as_few(isa, dtype, hides_nan):
     packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
     plain = dtype == torch.float32  # with more, it keeps an lse, and off the tiles
     options = {} if plain else {"causal": "bottom_right"}
+    twice = [torch.cat([x, x], 2) for x in (key, value)]  # most of whose keys nobody sees
+    narrow = {"causal": "bottom_right", "window_size": (5, -1)}
     results = []
     for threads in (1, 64):
         with testing.cpu_isa(isa), testing.num_threads(threads), torch.no_grad():
@@ -169,6 +171,7 @@ def test_many_heads_a_thread_are_computed_as_few(isa, dtype, hides_nan):
                     attention(query, key, value, **options, backend="cpu"),
                     attention(query, key, value, seqused_k=lengths_k.int(), backend="cpu"),
                     attention(*tokens, **packed, **options, backend="cpu"),
+                    attention(query[:, :, :60], *twice, **narrow, backend="cpu"),
                 ]
             )
     for by_heads, by_blocks in zip(*results, strict=True):

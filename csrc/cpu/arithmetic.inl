@@ -164,11 +164,13 @@ struct Pairs : OnVectors {
   }
 
   void load_head(const AttentionParams& p, const Sequence& seq, int64_t h_kv) const {
-    for (int64_t j = 0; j < seq.Sk; ++j) {
+    const Range keys = visible_keys(p, seq, 0, seq.Sq);
+    const int64_t first = keys.begin / kBlockN * kBlockN;
+    for (int64_t j = first; j < keys.end; ++j) {
       copy_row_of_pairs(own_k + j * pair_width(p.D), key_row(p, p.key, seq, h_kv, j), p.D, true);
     }
     const int64_t width = paired_rows_width(p.Dv);
-    for (int64_t n = 0; n < seq.Sk; n += kBlockN) {
+    for (int64_t n = first; n < keys.end; n += kBlockN) {
       const int64_t columns = min_of(kBlockN, seq.Sk - n);
       Pair* values = own_v + n / 2 * width;
       pair_rows_of_keys(p, p.value, seq, h_kv, n, columns, p.Dv, nullptr, values);

@@ -291,7 +291,8 @@ struct Tiles {
                : Split(p, (char*)p.shared, key_block_number(p, seq.b, h_kv, n_start, kBlockN));
   }
   void load_head(const AttentionParams& p, const Sequence& seq, int64_t h_kv) const {
-    for (int64_t n = 0; n < seq.Sk; n += kBlockN) {
+    const Range keys = visible_keys(p, seq, 0, seq.Sq);
+    for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
       split_of(p, seq, h_kv, n).fill(p, seq, h_kv, n, tile, tile_t);
     }
   }
