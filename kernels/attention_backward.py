@@ -21,9 +21,10 @@ import triton.language as tl
 
 from .primitives import (
     LOG2E,
+    Rows,
+    batch_of,
     dropout_keep,
     dropout_keep_at,
-    from_token,
     key_block,
     load_lse,
     load_tile,
@@ -41,7 +42,6 @@ from .primitives import (
     visible_tile,
     weights_gradient,
     weights_of,
-    with_descriptor,
 )
 
 
@@ -50,7 +50,8 @@ def attention_delta_kernel(
     out, grad_out, delta, grad_lse, Hq, Sq,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, Hq, Sq]. One program: BLOCK_M queries of one head. grad_lse: Rows [B, Hq, Sq]."""
+    """delta [B, Hq, Sq]. One program: BLOCK_M queries of one head. grad_lse: Scores
+    with one key."""
     blocks = tl.cdiv(Sq, BLOCK_M)
     m_start = tl.program_id(0) % blocks * BLOCK_M
     matrix = (tl.program_id(0) // blocks).to(tl.int64)
@@ -62,9 +63,8 @@ def attention_delta_kernel(
     # delta <- rowsum(do * o) - dlse
     value = tl.sum(o * do, 1)
     if grad_lse is not None:
-        base = grad_lse.data + b * grad_lse.stride_b + h * grad_lse.stride_h
-        base += tl.cast(m_start, tl.int64) * grad_lse.stride_s
-        value -= tl.load(base + offs_m * grad_lse.stride_s, mask=rows, other=0.0)
+        pointers = score_pointers(grad_lse, b, h, m_start, 0, offs_m, 0)
+        value -= tl.load(pointers, mask=rows, other=0.0)
     tl.store(delta + matrix * Sq + m_start + offs_m, value, mask=rows)
 
 
@@ -107,14 +107,16 @@ def keys_meet_queries(
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     i, j = offs_m[None, :], offs_n[:, None]
     matrix, first = seq.b * call.Hq + h, row_number(call, seq, h)
+    b = batch_of(call.cu_seqlens_q, seq)
     for m_start in tl.range(m_begin, m_end, BLOCK_M):
         seen, rows = None, None
         if MASKED and (call.mask is not None or call.key_padding is not None):
             seen = visible_tile(call, seq, h, m_start, n_start, i, j)
         if MASKED:
             rows = seeing_queries(call, seq, seen, m_start, n_start, offs_m, BLOCK_N)
-        q_tile = load_tile(q, seq.b, h, m_start, offs_m, offs_d, rows, D, BLOCK_D)
-        do = load_tile(grad_out, seq.b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV)
+        start = seq.q_start + m_start
+        q_tile = load_tile(q, b, h, start, offs_m, offs_d, rows, D, BLOCK_D)
+        do = load_tile(grad_out, b, h, start, offs_m, offs_dv, rows, DV, BLOCK_DV)
         at = first + m_start + offs_m
         if MASKED:
             lse_i = load_lse(lse + at, rows)[None, :]
@@ -152,7 +154,6 @@ def keys_meet_all_queries(
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys of a tile against the queries of a sequence, head by head of the group, in order."""
-    q, grad_out = from_token(q, seq.q_start), from_token(grad_out, seq.q_start)
     begin, full_begin, full_end, end = seeing_blocks(call, seq, n_start, BLOCK_M, BLOCK_N)
     for in_group in tl.range(0, call.group):
         h = h_kv * call.group + in_group
@@ -196,21 +197,20 @@ def attention_dkdv_kernel(
     entries b * (pages of a sequence) + n of the table are this page, [first_user[page],
     first_user[page + 1]).
     """
-    q, grad_out = with_descriptor(q, q_descriptor), with_descriptor(grad_out, do_descriptor)
+    q = Rows(q.data, q.stride_b, q.stride_h, q.stride_s, q_descriptor)
+    do = Rows(grad_out.data, grad_out.stride_b, grad_out.stride_h, grad_out.stride_s, do_descriptor)
     offs_n, offs_d = tl.arange(0, BLOCK_N).to(INDEX), tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     if call.pages is None:
         seq, h_kv, n_start = key_block(call, Hkv, BLOCK_N)
-        k, v = from_token(k, seq.k_start), from_token(v, seq.k_start)
-        dk, dv = from_token(dk, seq.k_start), from_token(dv, seq.k_start)
-        b, first = seq.b, n_start
+        b, first = batch_of(call.cu_seqlens_k, seq), seq.k_start + n_start
         in_k, in_room = n_start + offs_n < seq.Sk, n_start + offs_n < seq.room
         k_tile = load_tile(k, b, h_kv, first, offs_n, offs_d, in_k, D, BLOCK_D)
         v_tile = load_tile(v, b, h_kv, first, offs_n, offs_dv, in_k, DV, BLOCK_DV)
         dk_tile, dv_tile = keys_meet_all_queries(
-            dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h_kv, n_start,
+            dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, call, seq, h_kv, n_start,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EVEN_M, INDEX, PRECISION,
         )  # fmt: skip
         if call.seqused_k is not None:  # what lies behind the used keys met scores of 0, not -inf
@@ -234,7 +234,7 @@ def attention_dkdv_kernel(
             own_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             own_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
             own_dk, own_dv = keys_meet_all_queries(
-                own_dk, own_dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h_kv, n_start,
+                own_dk, own_dv, k_tile, v_tile, q, do, lse, delta, call, seq, h_kv, n_start,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EVEN_M, INDEX, PRECISION,
             )  # fmt: skip
             dk_tile += tl.where(in_k[:, None], own_dk, 0.0)
@@ -301,13 +301,12 @@ def attention_dq_kernel(
     offs_m, offs_d = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     in_q = m_start + offs_m < seq.Sq
-    q, grad_out = from_token(q, seq.q_start), from_token(grad_out, seq.q_start)
-    k, v = with_descriptor(k, k_descriptor), with_descriptor(v, v_descriptor)
-    k, v = from_token(k, seq.k_start), from_token(v, seq.k_start)
-    dq = from_token(dq, seq.q_start)
+    k = Rows(k.data, k.stride_b, k.stride_h, k.stride_s, k_descriptor)
+    v = Rows(v.data, v.stride_b, v.stride_h, v.stride_s, v_descriptor)
+    b, first = batch_of(call.cu_seqlens_q, seq), seq.q_start + m_start
     at = row_number(call, seq, h) + m_start + offs_m
-    q_tile = load_tile(q, seq.b, h, m_start, offs_m, offs_d, in_q, D, BLOCK_D)
-    do = load_tile(grad_out, seq.b, h, m_start, offs_m, offs_dv, in_q, DV, BLOCK_DV)
+    q_tile = load_tile(q, b, h, first, offs_m, offs_d, in_q, D, BLOCK_D)
+    do = load_tile(grad_out, b, h, first, offs_m, offs_dv, in_q, DV, BLOCK_DV)
     lse_i = load_lse(lse + at, in_q)[:, None]
     delta_i = tl.load(delta + at, mask=in_q, other=0.0)[:, None]
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -333,7 +332,7 @@ def attention_dq_kernel(
                 dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, full_end, end,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
             )  # fmt: skip
-    store_tile(dq, seq.b, h, m_start, offs_m, offs_d, in_q, D, dq_tile * call.scale)
+    store_tile(dq, b, h, first, offs_m, offs_d, in_q, D, dq_tile * call.scale)
 
 
 # -- dbias ---------------------------------------------------------------------------------

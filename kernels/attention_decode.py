@@ -16,8 +16,8 @@ import triton.language as tl
 from .attention_forward import attend
 from .primitives import (
     LOG2E,
+    batch_of,
     finish_softmax,
-    from_token,
     load_tile,
     row_number,
     sequence_of,
@@ -42,8 +42,7 @@ def attention_decode_kernel(
     split, pid = tl.program_id(0) % splits, tl.program_id(0) // splits
     b, h_kv = (pid // Hkv).to(tl.int64), (pid % Hkv).to(tl.int64)
     seq = sequence_of(call, b)
-    q, out = from_token(q, seq.q_start), from_token(out, seq.q_start)
-    k, v = from_token(k, seq.k_start), from_token(v, seq.k_start)
+    q_b = batch_of(call.cu_seqlens_q, seq)
     begin, _, _, end = visible_block_range(
         0, seq.Sq, seq.offset, call.left, call.right, seq.Sk, BLOCK_N
     )
@@ -58,7 +57,7 @@ def attention_decode_kernel(
         in_q = r < call.group * seq.Sq
         r = tl.where(in_q, r, 0)
         h, i = h_kv * call.group + r // seq.Sq, (r % seq.Sq).to(INDEX)
-        q_tile = load_tile(q, b, h[:, None], 0, i, offs_d, in_q, D, BLOCK_D)
+        q_tile = load_tile(q, q_b, h[:, None], seq.q_start, i, offs_d, in_q, D, BLOCK_D)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -72,7 +71,7 @@ def attention_decode_kernel(
             if call.sinks is not None:
                 sink = sinks_of(call, h, seq.q_start + i)
             o, value = finish_softmax(acc, row_max, row_sum, call, sink, PLAIN)
-            store_tile(out, b, h[:, None], 0, i, offs_dv, in_q, DV, o)
+            store_tile(out, q_b, h[:, None], seq.q_start, i, offs_dv, in_q, DV, o)
             if lse is not None:
                 tl.store(lse + row, value, mask=in_q)
         else:

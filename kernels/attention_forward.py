@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    Rows,
+    batch_of,
     dropout_keep,
     finish_softmax,
-    from_token,
     load_tile,
     logits,
     online_softmax_update,
@@ -23,7 +24,6 @@ from .primitives import (
     sinks_of,
     store_tile,
     visible_tile,
-    with_descriptor,
 )
 
 
@@ -92,14 +92,14 @@ def attention_forward_kernel(
     """
     seq, h, m_start = query_block(call, BLOCK_M)
     h_kv = h // call.group
-    q, out = from_token(q, seq.q_start), from_token(out, seq.q_start)
-    k, v = with_descriptor(k, k_descriptor), with_descriptor(v, v_descriptor)
-    k, v = from_token(k, seq.k_start), from_token(v, seq.k_start)
+    k = Rows(k.data, k.stride_b, k.stride_h, k.stride_s, k_descriptor)
+    v = Rows(v.data, v.stride_b, v.stride_h, v.stride_s, v_descriptor)
     offs_m, offs_d = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     i, in_q = offs_m[:, None], m_start + offs_m < seq.Sq
 
-    q_tile = load_tile(q, seq.b, h, m_start, offs_m, offs_d, in_q, D, BLOCK_D)
+    b, first = batch_of(call.cu_seqlens_q, seq), seq.q_start + m_start
+    q_tile = load_tile(q, b, h, first, offs_m, offs_d, in_q, D, BLOCK_D)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -138,6 +138,6 @@ def attention_forward_kernel(
     if call.sinks is not None:
         sink = sinks_of(call, h, seq.q_start + m_start + offs_m)
     o, value = finish_softmax(acc, row_max, row_sum, call, sink, PLAIN)
-    store_tile(out, seq.b, h, m_start, offs_m, offs_dv, in_q, DV, o)
+    store_tile(out, b, h, first, offs_m, offs_dv, in_q, DV, o)
     if lse is not None:
         tl.store(lse + row_number(call, seq, h) + m_start + offs_m, value, mask=in_q)

@@ -92,7 +92,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def rows(x: Tensor) -> Rows:
-    """[B, H, S, D] whose last stride is 1, or [B, H, S]."""
+    """[B, H, S, D] whose last stride is 1."""
     return Rows(x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
 
 
@@ -112,7 +112,7 @@ def descriptor(x: Tensor, block: int, call: Call, arch: Arch) -> TensorDescripto
         not arch.has_tma
         or x.element_size() != 2
         or (call.mask is not None or call.key_padding is not None)
-        or (call.pages is not None and call.pages.whole is None)
+        or (call.pages is not None and call.whole_pages is None)
         or min(x.shape) == 0
         or x.data_ptr() % 16 != 0
         or any(stride == 0 or stride % 8 != 0 for stride in strides)
@@ -136,7 +136,7 @@ def is_wide(tiles: Tiles, *operands: Any) -> bool:
     for x in operands:
         if isinstance(x, Rows):
             last = max(last, longest * abs(x.stride_s) + 256)
-        elif isinstance(x, Scores):
+        elif isinstance(x, Scores | WeightsGradient):
             last = max(last, tiles.block_m * abs(x.stride_q) + tiles.block_n * abs(x.stride_k))
         elif isinstance(x, Padding):
             last = max(last, tiles.block_n * abs(x.stride_k))
@@ -183,7 +183,7 @@ def describe(
         B = cu_seqlens_q.shape[0] - 1
     if block_table is not None:
         count, size = key.shape[0], key.shape[2]
-        pages = Pages(block_table, block_table.stride(0), size, count, None)
+        pages = Pages(block_table, block_table.stride(0), size, count)
         Sk = block_table.shape[1] * size if count else 0
 
     def window(tokens: int) -> int | None:  # beyond the sequence it hides nothing
@@ -217,6 +217,7 @@ def describe(
         sinks=sinks,
         dropout=dropout_of(dropout_p, philox),
         weights=None,
+        whole_pages=None,
     )
 
 
@@ -228,8 +229,7 @@ def for_tiles(call: Call, tiles: Tiles) -> Call:
     """What a call says about tiles of keys."""
     if call.pages is None:
         return call
-    whole = 1 if call.pages.size % tiles.block_n == 0 else None
-    return call._replace(pages=call.pages._replace(whole=whole))
+    return call._replace(whole_pages=1 if call.pages.size % tiles.block_n == 0 else None)
 
 
 def query_blocks(call: Call, block_m: int) -> int:
@@ -429,14 +429,13 @@ def backward_launches(
     Hkv, DV = key.shape[1], value.shape[-1]
     q, k, v, o, do = (rows(x) for x in (query, key, value, out, grad_out))
     gradients = [rows(x) for x in (dq, dk, dv)]
-    dlse = None if grad_lse is None else rows(grad_lse)
+    dlse = None if grad_lse is None else scores(grad_lse.unsqueeze(-1))
 
     def plan(kernel: str) -> tuple[Tiles, dict[str, Any]]:
         head_dim = max(D, DV)
         own = tiles or attention_tiles(kernel, arch, query.dtype, head_dim, is_per_score(call))
         operands = (q, k, v, o, do, *gradients, dlse, call.mask, call.bias, call.key_padding)
-        operands += (call.weights.dw if call.weights else None,)
-        wide = is_wide(own, *operands)
+        wide = is_wide(own, *operands, call.weights)
         constants = _constants(call, own, arch, query, DV, precision, wide)
         return own, constants | {"EVEN_M": call.cu_seqlens_q is None and Sq % own.block_m == 0}
 
@@ -552,7 +551,8 @@ def weights_gradient(grad_weights: Tensor | None, average: bool, Hq: int) -> Wei
     if grad_weights is None:
         return None
     dw = scores(grad_weights.unsqueeze(1) if average else grad_weights)
-    return WeightsGradient(dw, 1.0 / max(Hq, 1) if average else 1.0)
+    assert dw is not None
+    return WeightsGradient(*dw, 1.0 / max(Hq, 1) if average else 1.0)
 
 
 def weights_launch(
@@ -610,7 +610,7 @@ def cache_append_launch(
     count, _, room, _ = key_cache.shape
     pages = None
     if block_table is not None:
-        pages = Pages(block_table, block_table.stride(0), room, count, None)
+        pages = Pages(block_table, block_table.stride(0), room, count)
         room *= block_table.shape[1]
     tensors = (key_cache, value_cache, key, value)
     block_s, block_d = 16, 128

@@ -29,7 +29,6 @@ class Rows(NamedTuple):
     stride_h: Any
     stride_s: Any
     descriptor: Any = None  # for tiles that are read as a whole, see `launch.descriptor`
-    first: Any = None  # which row of the descriptor's `data` points to
 
 
 class Scores(NamedTuple):
@@ -66,9 +65,13 @@ class Dropout(NamedTuple):
 
 
 class WeightsGradient(NamedTuple):
-    """Of the returned weights: dw, Scores, of which each head takes `share`."""
+    """Of the returned weights: Scores, of which each head takes `share`."""
 
-    dw: Any
+    data: Any
+    stride_b: Any
+    stride_h: Any
+    stride_q: Any
+    stride_k: Any
     share: Any  # 1 / Hq if they were averaged
 
 
@@ -79,7 +82,6 @@ class Pages(NamedTuple):
     stride_b: Any
     size: Any
     count: Any  # of the pages that there are
-    whole: Any  # 1 if no tile of keys crosses from one page to the next, else None
 
 
 class Call(NamedTuple):
@@ -106,6 +108,10 @@ class Call(NamedTuple):
     sinks: Any  # float32 [Hq]
     dropout: Any
     weights: Any  # WeightsGradient, in a backward
+    # 1 if no tile of keys crosses from one page to the next, else None. Both are compiled in, and
+    # that must be so of the last field: Triton 3.6 forgets constants inside of what no constant
+    # follows.
+    whole_pages: Any
 
 
 # -- Sequences -----------------------------------------------------------------------------
@@ -220,42 +226,24 @@ def row_number(call, seq, h):
 
 
 @triton.jit
-def with_descriptor(x, descriptor):
-    return Rows(
-        data=x.data,
-        stride_b=x.stride_b,
-        stride_h=x.stride_h,
-        stride_s=x.stride_s,
-        descriptor=descriptor,
-        first=0,
-    )
-
-
-@triton.jit
-def from_token(x, first):
-    """The rows of x from `first` on: where the tokens of a packed sequence lie."""
-    return Rows(
-        data=x.data + tl.cast(first, tl.int64) * x.stride_s,
-        stride_b=x.stride_b,
-        stride_h=x.stride_h,
-        stride_s=x.stride_s,
-        descriptor=x.descriptor,
-        first=first,
-    )
+def batch_of(cu_seqlens, seq):
+    """Where a sequence lies along the batch dimension: packed ones lie one behind the other."""
+    if cu_seqlens is None:
+        b = seq.b
+    else:
+        b = tl.cast(0, tl.int64)
+    return b
 
 
 @triton.jit
 def place_of_keys(call, seq, n_start, offs_n, rows):
-    """Where the keys n_start + offs_n lie, as load_tile takes it: b, start and offs_s.
-
-    Of keys that do not lie in pages, from seq.k_start on.
-    """
+    """Where the keys n_start + offs_n lie, as load_tile takes it: b, start and offs_s."""
     pages = call.pages
     if pages is None:
-        b, start, offs = seq.b, n_start, offs_n
+        b, start, offs = batch_of(call.cu_seqlens_k, seq), seq.k_start + n_start, offs_n
     else:
         numbers = pages.table + seq.b * pages.stride_b
-        if pages.whole is not None:
+        if call.whole_pages is not None:
             page = tl.load(numbers + n_start // pages.size)
             b = between(page, 0, pages.count - 1).to(tl.int64)
             start, offs = n_start % pages.size, offs_n
@@ -281,7 +269,7 @@ def load_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, BLOCK_D: tl
     pointers = base + (offs_s[:, None] * x.stride_s + offs_d[None, :])
     if rows is None:
         if x.descriptor is not None:
-            place = [tl.cast(b, tl.int32), tl.cast(h, tl.int32), x.first + start, 0]
+            place = [tl.cast(b, tl.int32), tl.cast(h, tl.int32), tl.cast(start, tl.int32), 0]
             tile = tl.reshape(x.descriptor.load(place), (offs_s.shape[0], BLOCK_D))
         elif D == BLOCK_D:
             tile = tl.load(pointers)
@@ -499,7 +487,7 @@ def weights_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, PLAIN: tl.con
 def weights_gradient(call, seq, h, m_start, n_start, i, j):
     """What each weight of a tile receives for its having been returned."""
     inside = (m_start + i < seq.Sq) & (n_start + j < seq.Sk)
-    pointers = score_pointers(call.weights.dw, seq.b, h, m_start, n_start, i, j)
+    pointers = score_pointers(call.weights, seq.b, h, m_start, n_start, i, j)
     return tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * call.weights.share
 
 

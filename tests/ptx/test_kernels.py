@@ -260,6 +260,13 @@ OTHERS = {
         ),
         {"attention_forward", "attention_dkdv", "attention_dq", "attention_dsinks"},
     ),
+    "packed, by descriptors": (
+        lambda: sequences.check(
+            dataclasses.replace(options("plain", torch.bfloat16), D=64, Dv=64),
+            Packing([(70, 90), (64, 100), (33, 140)]),
+        ),
+        {"attention_forward", "attention_dkdv", "attention_dq"},
+    ),
     "pages": (
         lambda: sequences.check(
             options("window", torch.float16), Packing([(70, 45), (66, 50)], page_size=7)
@@ -310,7 +317,13 @@ def _none(mismatches):
     assert not mismatches
 
 
-FAST = [("packed", "sm_90"), ("decode", "sm_80"), ("decode", "sm_90"), ("pages", "sm_80")]
+FAST = [
+    ("packed", "sm_90"),
+    ("packed, by descriptors", "sm_90"),
+    ("decode", "sm_80"),
+    ("decode", "sm_90"),
+    ("pages", "sm_80"),
+]
 FAST += [("weights", "sm_80"), ("append to pages", "sm_90")]
 
 
