@@ -75,9 +75,9 @@ FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra"
 DEFINES = [
     "-DNDEBUG",
     f'-DFUSED_ATTENTION_VERSION="{VERSION}"',
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the LibTorch stable ABI of PyTorch 2.10
     *(f"-DFUSED_ATTENTION_ISA_{isa.name.upper()}" for isa in COMPILED_ISAS),
 ]
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # LibTorch's, of PyTorch 2.10
 
 
 def find_torch() -> Path:
@@ -156,7 +156,7 @@ def units(torch: Path) -> list[Unit]:
     foreign = [f"-isystem{include}", f"-isystem{sysconfig.get_path('include')}"]
     foreign.append(f"-ffile-prefix-map={include}/=")
     return [
-        Unit(CSRC / "ops.cpp", common + foreign),
+        Unit(CSRC / "ops.cpp", [*common, *foreign, STABLE_ABI]),
         Unit(CSRC / "introspection.cpp", common + foreign),
         Unit(CSRC / "cpu/dispatch.cpp", common),
         *(
@@ -215,12 +215,9 @@ def cuda_archs() -> list[str]:
 
 def cuda_operators(torch: Path) -> Unit:
     """The operators of the CUDA library, which need no CUDA to be compiled and loaded."""
-    version = "0x020d000000000000"  # PyTorch 2.13: the handle of a stream
-    defines = [d for d in DEFINES if "TORCH_TARGET_VERSION" not in d]
-    defines.append(f"-DTORCH_TARGET_VERSION={version}")
     include = torch / "include"
     foreign = [f"-isystem{include}", f"-ffile-prefix-map={include}/="]
-    return Unit(CSRC / "cuda/ops.cpp", [*FLAGS, *defines, f"-I{CSRC}", *foreign])
+    return Unit(CSRC / "cuda/ops.cpp", [*FLAGS, *DEFINES, f"-I{CSRC}", *foreign, STABLE_ABI])
 
 
 def cuda_kernels(nvcc: Path) -> list[Unit]:

@@ -6,6 +6,9 @@ No test needs a GPU. Without nvcc only the operators and their plans are tested.
 
 import contextlib
 import dataclasses
+import itertools
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -607,6 +610,51 @@ def qkv(dtype=torch.float16, B=2, Hq=4, Hkv=2, Sq=130, Sk=200, D=64, Dv=None, de
         return torch.randn(*shape, device=device).to(dtype)
 
     return randn(B, Hq, Sq, D), randn(B, Hkv, Sk, D), randn(B, Hkv, Sk, Dv or D)
+
+
+def registered() -> set[str]:
+    """The names that kernels are entered into the library's registry by, of some of its units."""
+    names: set[str] = set()
+    for unit in cuda_interpreter.SETUP["cuda_kernels"](cuda_interpreter.NVCC):
+        if unit.variant in ("Half-64", "Half-32", "Half", "float-256", "float-32", "float"):
+            flags = [x for x in unit.flags if not x.startswith("-gencode")]
+            command = [*unit.compiler, *flags, "-E", str(unit.source)]
+            done = subprocess.run(
+                command, cwd=cuda_interpreter.ROOT, capture_output=True, text=True, check=True
+            )
+            names |= set(re.findall(r'"(\(?\w+_kernel<[^"]+)"', done.stdout))
+    return names
+
+
+@needs_nvcc
+def test_kernels_are_registered_by_the_names_they_are_launched_by(loaded, monkeypatch):
+    """What the interpreter does not need: it knows the kernels by the launches."""
+    everything = {"bias": "1H1K", "sinks": True, "dropout_p": 0.2, "Sq": 70, "Sk": 300}
+    calls = [
+        dict(dtype=torch.float16, D=64, Dv=64, Sq=70, Sk=300),
+        dict(dtype=torch.float16, D=64, Dv=64, **everything),
+        dict(dtype=torch.float16, D=32, Dv=32, Sq=1, Sk=5000),
+        dict(dtype=torch.float32, D=256, Dv=256, **everything),
+        dict(dtype=torch.float32, D=32, Dv=32, **everything),
+    ]
+    launched = set()
+    for capability, fields in itertools.product((80, 90), calls):
+        inputs = testing.make_inputs(Case(**fields))
+        q, k, v = (inputs.tensors[name] for name in ("query", "key", "value"))
+        call = (*numbers(inputs), *options(inputs), *(None,) * 6)
+        grads = ["bias" in inputs.tensors, "sinks" in inputs.tensors]
+        with recording(capability) as launches:
+            out, lse = OPS.attention_forward(q, k, v, *call)
+            OPS.attention_backward(inputs.grad_out, None, q, k, v, out, lse, *call, *grads)
+            for columns, x in itertools.product((70, 5000, 20000), (q.dtype, torch.float32)):
+                rows = torch.zeros(2, 3, 4, columns, dtype=x)
+                bias, sinks = torch.zeros(1, 3, 1, 1), torch.zeros(3)
+                y, _, weight = OPS.masked_softmax_forward(rows, 0.5, 0, True, None, bias, sinks)
+                OPS.masked_softmax_backward(
+                    y, y, 0.5, 0, bias, weight, bias_grad=True, sinks_grad=True
+                )
+        launched |= {name for name, *_ in launches}
+    assert len(launched) > 20 and launched <= registered()
 
 
 def test_the_operators_refuse_tensors_that_are_not_on_a_gpu(loaded):

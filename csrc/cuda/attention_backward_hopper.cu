@@ -19,10 +19,10 @@ const char* start_backward(const Launch& launch, const void* params, void* strea
   return start_with_maps<&attention_backward_hopper_kernel<FA_TYPE, FA_HEAD_DIM, kKeys>>(
       launch, p, boxes, stream);
 }
-const Kernel keys(FA_EXPANDED_TEXT((attention_backward_hopper_kernel<FA_TYPE, FA_HEAD_DIM, true>)),
+const Kernel keys(FA_EXPANDED_TEXT(attention_backward_hopper_kernel<FA_TYPE, FA_HEAD_DIM, true>),
                   &start_backward<true>);
 const Kernel queries(
-    FA_EXPANDED_TEXT((attention_backward_hopper_kernel<FA_TYPE, FA_HEAD_DIM, false>)),
+    FA_EXPANDED_TEXT(attention_backward_hopper_kernel<FA_TYPE, FA_HEAD_DIM, false>),
     &start_backward<false>);
 
 }  // namespace

@@ -14,7 +14,7 @@ const char* start_forward(const Launch& launch, const void* params, void* stream
   return start_with_maps<&attention_forward_hopper_kernel<FA_TYPE, FA_HEAD_DIM>>(launch, p, boxes,
                                                                                  stream);
 }
-const Kernel forward(FA_EXPANDED_TEXT((attention_forward_hopper_kernel<FA_TYPE, FA_HEAD_DIM>)),
+const Kernel forward(FA_EXPANDED_TEXT(attention_forward_hopper_kernel<FA_TYPE, FA_HEAD_DIM>),
                      &start_forward);
 
 int capability() {

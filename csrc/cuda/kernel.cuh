@@ -26,12 +26,10 @@ const char* start_kernel(const Launch& launch, const void* params, void* stream)
 
 }  // namespace fused_attention::cuda
 
-// FA_KERNEL(name, template arguments...): the text is that of `Launch::kernel`.
-#define FA_TEXT(x) #x
-#define FA_EXPANDED_TEXT(x) FA_TEXT(x)
+// FA_KERNEL(template-id): the text is that of `Launch::kernel`.
 #define FA_CONCATENATED(a, b) a##b
 #define FA_UNIQUE(line) FA_CONCATENATED(entry, line)
 #define FA_KERNEL(...)                                               \
   static const fused_attention::cuda::Kernel FA_UNIQUE(__COUNTER__)( \
-      FA_EXPANDED_TEXT((__VA_ARGS__)),                               \
+      FA_EXPANDED_TEXT(__VA_ARGS__),                                 \
       &fused_attention::cuda::start_kernel<&fused_attention::cuda::__VA_ARGS__>)

@@ -2,6 +2,7 @@
 // and the launches that launch.h plans. Nothing of CUDA is included, so this compiles and loads
 // anywhere.
 
+#include <dlfcn.h>
 #include <string.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -69,6 +70,21 @@ class OnDeviceOf {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
+// PyTorch's current stream, a cudaStream_t. It is asked for in libtorch_cuda, which is there where a
+// CUDA tensor is, and is not linked: this library loads without it.
+void* current_stream() {
+  using Get = AOTITorchError (*)(int32_t device_index, void** stream);
+  static const Get get = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch_cuda == nullptr ? nullptr
+                                 : (Get)dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
+  }();
+  STD_TORCH_CHECK(get != nullptr, "libtorch_cuda.so: no aoti_torch_get_current_cuda_stream there");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(device_index, &stream));
+  return stream;
+}
+
 void start(const Launch& launch, const void* params) {
   if (launch.blocks == 0) return;
   STD_TORCH_CHECK(launch.blocks < (int64_t)1 << 31, launch.kernel, ": expected fewer than 2^31 ",
@@ -79,8 +95,7 @@ void start(const Launch& launch, const void* params) {
   } else {
     const cuda::Kernel* kernel = cuda::find_kernel(launch.kernel);
     STD_TORCH_CHECK(kernel != nullptr, launch.kernel, ": not compiled into this library");
-    const auto stream = torch::stable::accelerator::getCurrentStream(device_index);
-    error = kernel->start(launch, params, stream.nativeHandle());
+    error = kernel->start(launch, params, current_stream());
   }
   STD_TORCH_CHECK(error == nullptr, launch.kernel, ": ", error);
 }

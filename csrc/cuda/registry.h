@@ -4,6 +4,10 @@
 
 #include "launch.h"
 
+// A template-id as text, macros in it expanded: its commas separate arguments here.
+#define FA_TEXT(...) #__VA_ARGS__
+#define FA_EXPANDED_TEXT(...) FA_TEXT(__VA_ARGS__)
+
 namespace fused_attention::cuda {
 
 struct Kernel {

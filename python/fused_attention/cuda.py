@@ -1,7 +1,7 @@
 """The library of the CUDA C++ kernels, `_cuda.so`, optional: torch.ops.fused_attention_cuda.
 
 Its operators take the arguments of those in torch.ops.fused_attention. It needs no CUDA to be
-loaded, so shapes and graphs can be traced with fake tensors anywhere; PyTorch 2.13 or newer.
+loaded, so shapes and graphs can be traced with fake tensors anywhere.
 """
 
 from __future__ import annotations
