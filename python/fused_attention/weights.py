@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _native, autograd, ops
-from .backends import CPU, TRITON, choose
+from .backends import CPU, CUDA, TRITON, choose
 from .problem import CAUSAL, Problem, as_4d, as_vector, cast_for_autocast
 
 
@@ -54,7 +54,10 @@ def attention_with_weights(
     philox = None
     if problem.dropout_p:
         philox = ops.philox_state(query, key, value, philox_seed)
-    if choose(problem) not in (CPU, TRITON):
+    row = choose(problem)
+    if row is CUDA and not TRITON.supports(problem):  # the CUDA library has no weights to return
+        row = TRITON
+    if row not in (CPU, TRITON):
         return _reference(query, key, value, problem, average, bias=bias, philox=philox, **options)
     out, _, weights = autograd.plan_with_weights(problem)(
         *(average, query, key, value, *problem.numbers),
