@@ -534,21 +534,16 @@ def test_triton_gives_its_reasons(monkeypatch):
     from fused_attention.backends import TRITON
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    TRITON.missing.cache_clear()
-    try:
-        problem = Problem.from_call(**{k: x.double() for k, x in qkv(D=320, Dv=20).items()})
-        first, *others = TRITON.supports(problem)
-        assert first in ("no CUDA device", "triton not installed")
-        assert [reason.split(":")[0] for reason in others] == [
-            "device cpu",
-            "dtype torch.float64",
-            "query's head_dim 320",
-        ]
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        TRITON.missing.cache_clear()
-        assert TRITON.missing() == "triton not installed"
-    finally:
-        TRITON.missing.cache_clear()
+    problem = Problem.from_call(**{k: x.double() for k, x in qkv(D=320, Dv=20).items()})
+    first, *others = TRITON.supports(problem)
+    assert first in ("no CUDA device", "triton not installed")
+    assert [reason.split(":")[0] for reason in others] == [
+        "device cpu",
+        "dtype torch.float64",
+        "query's head_dim 320",
+    ]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert TRITON.missing() == "triton not installed"
 
 
 def test_triton_serves_what_is_on_a_gpu(monkeypatch):
@@ -556,33 +551,29 @@ def test_triton_serves_what_is_on_a_gpu(monkeypatch):
     from fused_attention.backends import TRITON
     from fused_attention.kernels.tiles import ARCHS
 
-    TRITON.missing.cache_clear()
     monkeypatch.setattr(cuda, "LIBRARY", Path("not built"))
     cuda.load.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    try:
-        if TRITON.missing():
-            pytest.skip("triton not installed")
-        problem = Problem.from_call(**qkv())
-        on_gpu = dataclasses.replace(problem, device=torch.device("cuda"))
-        assert TRITON.supports(on_gpu) == [] and backends.choose(on_gpu) is TRITON
-        assert "device cpu: only cuda" in TRITON.supports(problem)
-        monkeypatch.setattr("fused_attention.kernels.tiles.arch_of", lambda device: ARCHS["sm_90"])
-        details = TRITON.details(on_gpu)
-        assert details.isa == "sm_90" and details.block_m > 0 and details.block_n > 0
-        assert details.kernel == "attention_decode" and "in 1 splits" in details.reason
-        long = dataclasses.replace(on_gpu, seqlen_q=1, seqlen_k=100_000)
-        parts = TRITON.details(long).extra_bytes
-        lse_bytes = 4 * long.batch * long.heads_q
-        assert parts > 2 * lse_bytes * long.head_dim_v and parts % lse_bytes == 0
-        prompt = dataclasses.replace(on_gpu, seqlen_q=1000)
-        assert TRITON.details(prompt).kernel == "attention_forward"
-        packed = {"query": randn(9, 4, 8), "key": randn(9, 2, 8), "value": randn(9, 2, 8)}
-        cu = torch.tensor([0, 4, 9], dtype=torch.int32)
-        problem = Problem.from_call(**packed, cu_seqlens_q=cu, cu_seqlens_k=cu, seqused_k=cu[1:])
-        assert TRITON.supports(dataclasses.replace(problem, device=torch.device("cuda"))) == []
-    finally:
-        TRITON.missing.cache_clear()
+    if TRITON.missing():
+        pytest.skip("triton not installed")
+    problem = Problem.from_call(**qkv())
+    on_gpu = dataclasses.replace(problem, device=torch.device("cuda"))
+    assert TRITON.supports(on_gpu) == [] and backends.choose(on_gpu) is TRITON
+    assert "device cpu: only cuda" in TRITON.supports(problem)
+    monkeypatch.setattr("fused_attention.kernels.tiles.arch_of", lambda device: ARCHS["sm_90"])
+    details = TRITON.details(on_gpu)
+    assert details.isa == "sm_90" and details.block_m > 0 and details.block_n > 0
+    assert details.kernel == "attention_decode" and "in 1 splits" in details.reason
+    long = dataclasses.replace(on_gpu, seqlen_q=1, seqlen_k=100_000)
+    parts = TRITON.details(long).extra_bytes
+    lse_bytes = 4 * long.batch * long.heads_q
+    assert parts > 2 * lse_bytes * long.head_dim_v and parts % lse_bytes == 0
+    prompt = dataclasses.replace(on_gpu, seqlen_q=1000)
+    assert TRITON.details(prompt).kernel == "attention_forward"
+    packed = {"query": randn(9, 4, 8), "key": randn(9, 2, 8), "value": randn(9, 2, 8)}
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    problem = Problem.from_call(**packed, cu_seqlens_q=cu, cu_seqlens_k=cu, seqused_k=cu[1:])
+    assert TRITON.supports(dataclasses.replace(problem, device=torch.device("cuda"))) == []
 
 
 def test_fake_cuda_tensors_go_through_the_operators():

@@ -12,7 +12,6 @@ FUSED_ATTENTION_STRICT=1  refuse a call that only the reference serves, with the
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
@@ -130,7 +129,7 @@ def _cuda_details(problem: Problem) -> Details:
 # -- Triton ------------------------------------------------------------------------------
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _triton_missing() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton not installed"

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .attention import attention
 from .backends import Explanation, explain
 from .errors import ArgumentTypeError, ArgumentValueError, describe_error
-from .problem import DTYPES, check_tensor, shape_of, transform_is_active
+from .problem import DTYPES, check_tensor, has_autocast, shape_of, transform_is_active
 from .weights import attention_with_weights, weights_extra_bytes
 
 
@@ -264,7 +264,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "Hint: nn.Transformer.generate_square_subsequent_mask makes it"
             )
         weight = self.out_proj.weight
-        autocast = torch.amp.is_autocast_available(weight.device.type)
+        autocast = has_autocast(weight.device.type)
         autocast = autocast and torch.is_autocast_enabled(weight.device.type)
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.device != weight.device:

@@ -50,10 +50,16 @@ FEATURES = {
 # -- Tensors as the operators take them --------------------------------------------------
 
 
+@torch.compiler.assume_constant_result
+def has_autocast(device_type: str) -> bool:
+    """torch.amp.is_autocast_available, which the compiler of PyTorch 2.11 does not see through."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def cast_for_autocast(query: Any, *others: Any) -> tuple[Any, ...]:
     """As PyTorch: where autocast is on, floating tensors except float64 get its dtype."""
     tensors = (query, *others)
-    if not isinstance(query, Tensor) or not torch.amp.is_autocast_available(query.device.type):
+    if not isinstance(query, Tensor) or not has_autocast(query.device.type):
         return tensors
     if not torch.is_autocast_enabled(query.device.type):
         return tensors
