@@ -17,12 +17,39 @@ FA_DEVICE uint32_t select_halves(uint32_t bits) {
   return (bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u);
 }
 
+// c <- a b, or c + a b, b the columns `half` of 16. Matrix units cut off what a sum has too many
+// bits of (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"). So the products of a
+// float's terms are summed apart, the smallest first, and their sum joins the others rounded to
+// nearest.
+template <typename T>
+FA_DEVICE void multiply_terms(int products, bool first, float (&c)[4],
+                              const uint32_t (&a)[Terms<T>::kCount][4],
+                              const uint32_t (&b)[Terms<T>::kCount][4], int half) {
+  using Element = typename Terms<T>::Element;
+  if constexpr (Terms<T>::kCount == 1) {
+    if (first) {
+      multiply_add<Element, true>(c, a[0], b[0][2 * half], b[0][2 * half + 1]);
+    } else {
+      multiply_add<Element>(c, a[0], b[0][2 * half], b[0][2 * half + 1]);
+    }
+  } else {
+    float sum[4] = {};
+#pragma unroll
+    for (int product = Terms<T>::kProducts - 1; product >= 0; --product) {
+      if (product >= products) continue;
+      const auto& right = b[kRight[product]];
+      multiply_add<Element>(sum, a[kLeft[product]], right[2 * half], right[2 * half + 1]);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) c[k] = first ? sum[k] : c[k] + sum[k];
+  }
+}
+
 // s <- a b^T, over kWidth columns of either. load_a(i, step, operand) fetches 16 rows and columns
 // of a; b_read is where this lane reads kColumns rows of b, `Tile::by_rows`.
 template <typename T, typename TileB, int kRowTiles, int kColumns, int kWidth, typename LoadA>
 FA_DEVICE void multiply_rows(int products, const LoadA& load_a, uint32_t b_read,
                              float (&s)[kRowTiles][kColumns / 8][4]) {
-  using Element = typename Terms<T>::Element;
   constexpr int kTerms = Terms<T>::kCount;
 #pragma unroll
   for (int step = 0; step < kWidth / 16; ++step) {
@@ -37,20 +64,9 @@ FA_DEVICE void multiply_rows(int products, const LoadA& load_a, uint32_t b_read,
         load_matrices(b[term], TileB::move(b_read, n * 16, step, term));
       }
 #pragma unroll
-      for (int product = 0; product < Terms<T>::kProducts; ++product) {
-        if (product >= products) break;
-        const auto& right = b[kRight[product]];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          const auto& left = a[i][kLeft[product]];
-          if (step == 0 && product == 0) {
-            multiply_add<Element, true>(s[i][2 * n], left, right[0], right[1]);
-            multiply_add<Element, true>(s[i][2 * n + 1], left, right[2], right[3]);
-          } else {
-            multiply_add<Element>(s[i][2 * n], left, right[0], right[1]);
-            multiply_add<Element>(s[i][2 * n + 1], left, right[2], right[3]);
-          }
-        }
+      for (int i = 0; i < kRowTiles; ++i) {
+        multiply_terms<T>(products, step == 0, s[i][2 * n], a[i], b, 0);
+        multiply_terms<T>(products, step == 0, s[i][2 * n + 1], a[i], b, 1);
       }
     }
   }
@@ -63,7 +79,6 @@ template <typename T, typename TileB, bool kSelect, int kRowTiles, int kColumns,
 FA_DEVICE void multiply_weights(int products, const float (&w)[kRowTiles][kColumns / 8][4],
                                 uint32_t b_read, uint32_t seen,
                                 float (&acc)[kRowTiles][kWidth / 8][4]) {
-  using Element = typename Terms<T>::Element;
   constexpr int kTerms = Terms<T>::kCount;
 #pragma unroll
   for (int n = 0; n < kColumns / 16; ++n) {
@@ -92,15 +107,9 @@ FA_DEVICE void multiply_weights(int products, const float (&w)[kRowTiles][kColum
         }
       }
 #pragma unroll
-      for (int product = 0; product < Terms<T>::kProducts; ++product) {
-        if (product >= products) break;
-        const auto& right = b[kRight[product]];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          const auto& left = a[i][kLeft[product]];
-          multiply_add<Element>(acc[i][2 * step], left, right[0], right[1]);
-          multiply_add<Element>(acc[i][2 * step + 1], left, right[2], right[3]);
-        }
+      for (int i = 0; i < kRowTiles; ++i) {
+        multiply_terms<T>(products, false, acc[i][2 * step], a[i], b, 0);
+        multiply_terms<T>(products, false, acc[i][2 * step + 1], a[i], b, 1);
       }
     }
   }

@@ -5,8 +5,9 @@ Fragments (PTX ISA 9.x, 9.7.14): in lane l, with g = l // 4 and t = l % 4, and e
 - A (16 x K), register 2c + r, element i: row g + 8r, column (4c + t)e + i;
 - B (K x 8), register c, element i: row (4c + t)e + i, column g;
 - C and D (16 x 8) in float32, register 2r + i: row g + 8r, column 2t + i.
-Products are exact, sums are made in float64 and rounded once to the type of D. The tensor cores add
-in an order of their own and with fewer bits, so this is not bit-exact.
+Products are exact, sums are made in float64 and cut off to the type of D, as tensor cores do (Fasi
+et al. 2021, "Numerical behavior of NVIDIA tensor cores"). These also cut off the terms, in an order
+of their own, so this is not bit-exact.
 """
 
 from __future__ import annotations
@@ -66,6 +67,12 @@ def matrix_c(words: np.ndarray, type_: str) -> np.ndarray:
     return split.transpose(3, 1, 4, 0, 5, 2).reshape(-1, 16, 8 * blocks)
 
 
+def toward_zero(x: np.ndarray) -> np.ndarray:
+    """float64 to float32, rounded toward zero."""
+    y = x.astype(np.float32)
+    return np.where((np.abs(y) > np.abs(x)) & np.isfinite(y), np.nextafter(y, np.float32(0)), y)
+
+
 def words_of_d(matrix: np.ndarray, type_: str) -> np.ndarray:
     """The inverse of `matrix_c`."""
     warps, _, columns = matrix.shape
@@ -73,8 +80,9 @@ def words_of_d(matrix: np.ndarray, type_: str) -> np.ndarray:
     if type_ == "f16":
         halves = np.ascontiguousarray(split.transpose(3, 1, 0, 2, 4, 5), np.float16)
         return halves.view(np.uint32).reshape(-1, warps, 32)
-    dtype = np.int32 if type_ == "s32" else np.float32
-    words = np.ascontiguousarray(split.transpose(3, 1, 5, 0, 2, 4).astype(dtype)).view(np.uint32)
+    values = split.transpose(3, 1, 5, 0, 2, 4)
+    values = values.astype(np.int32) if type_ == "s32" else toward_zero(values)
+    words = np.ascontiguousarray(values).view(np.uint32)
     return words.reshape(-1, warps, 32)
 
 
