@@ -139,6 +139,12 @@ FA_DEVICE void load_tile(uint32_t tile, const RowSource<T>& source, int first) {
   using Shared = Tile<kRows, kWidth, Terms<T>::kCount>;
   constexpr int kLow = Shared::kLow, kStep = kThreads / kLow;
   static_assert(kRows % kStep == 0 || kStep % kRows == 0);
+  if constexpr (!kAligned && sizeof(T) == 2) {
+    if (source.aligned && source.width % 8 == 0 && source.pages == nullptr) {
+      load_tile<T, kRows, kWidth, kThreads, kWhole, true>(tile, source, first);
+      return;
+    }
+  }
   const int low = threadIdx.x % kLow, row0 = threadIdx.x / kLow;
   if (kStep > kRows && row0 >= kRows) return;
   const uint32_t to0 = tile + Shared::offset(row0, low);

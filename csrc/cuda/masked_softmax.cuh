@@ -100,27 +100,60 @@ struct RowGroup {
 
 // -- forward --------------------------------------------------------------------------------------
 
+// Bit i: is it i < count, and column i of a piece not zero? The columns are `stride` apart.
+FA_DEVICE uint32_t nonzero_of_eight(const uint8_t* row, int64_t piece, int64_t stride, int count) {
+  const uint8_t* from = row + 8 * piece * stride;
+  uint32_t nonzero = 0;
+  if (stride == 1 && count == 8 && (uint64_t)from % 8 == 0) {
+    const uint64_t eight = *(const uint64_t*)from;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) nonzero |= (uint32_t)((eight >> (8 * i) & 0xff) != 0) << i;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i < count) nonzero |= (uint32_t)(from[i * stride] != 0) << i;
+    }
+  }
+  return nonzero;
+}
+
+// s <- s + bias, of the visible columns of one piece at least.
+template <typename T>
+FA_DEVICE void add_bias(const SoftmaxCall& p, int64_t offset, int64_t piece, uint32_t visible,
+                        float (&s)[8]) {
+  if (p.bias_stride_k == 1 && p.bias_dtype == dtype_of<T>()) {
+    float bias[8];
+    load_eight((const T*)p.bias + offset, piece, p.columns, bias);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s[i] += bias[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (visible >> i & 1) {
+        s[i] += load_as_float(p.bias, p.bias_dtype, offset + (8 * piece + i) * p.bias_stride_k);
+      }
+    }
+  }
+}
+
 // s <- scale * x + bias, -inf where hidden, of one piece; bit i: is column i visible?
 template <typename T>
 FA_DEVICE uint32_t softmax_logits(const SoftmaxCall& p, const SoftmaxRow& row, int64_t piece,
                                   int64_t visible_columns, float (&s)[8]) {
   const T* input = (const T*)p.input + row.offset[SoftmaxParams::kInput];
   load_eight(input, piece, p.columns, s);
-  uint32_t visible = 0;
+  const int count = (int)max((int64_t)0, min((int64_t)8, visible_columns - 8 * piece));
+  uint32_t visible = (1u << count) - 1;
+  if (p.mask != nullptr) {
+    const uint8_t* mask = p.mask + row.offset[SoftmaxParams::kMask];
+    visible = nonzero_of_eight(mask, piece, p.mask_stride_k, count);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) s[i] *= (float)p.scale;
+  if (p.bias != nullptr) add_bias<T>(p, row.offset[SoftmaxParams::kBias], piece, visible, s);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int64_t column = 8 * piece + i;
-    bool sees = column < visible_columns;
-    if (sees && p.mask != nullptr) {
-      sees = p.mask[row.offset[SoftmaxParams::kMask] + column * p.mask_stride_k] != 0;
-    }
-    s[i] *= (float)p.scale;
-    if (sees && p.bias != nullptr) {
-      s[i] += load_as_float(p.bias, p.bias_dtype,
-                            row.offset[SoftmaxParams::kBias] + column * p.bias_stride_k);
-    }
-    if (!sees) s[i] = -kInf;
-    visible |= (uint32_t)sees << i;
+    if (!(visible >> i & 1)) s[i] = -kInf;
   }
   return visible;
 }

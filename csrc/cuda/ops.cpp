@@ -70,8 +70,8 @@ class OnDeviceOf {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
-// PyTorch's current stream, a cudaStream_t. It is asked for in libtorch_cuda, which is there where a
-// CUDA tensor is, and is not linked: this library loads without it.
+// PyTorch's current stream, a cudaStream_t. It is asked for in libtorch_cuda, which is there where
+// a CUDA tensor is, and is not linked: this library loads without it.
 void* current_stream() {
   using Get = AOTITorchError (*)(int32_t device_index, void** stream);
   static const Get get = [] {

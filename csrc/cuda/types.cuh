@@ -1,6 +1,8 @@
 // Element types, their conversions, and how a matrix product sees them.
 #pragma once
 
+#include <type_traits>
+
 #include "launch.h"
 
 #define FA_DEVICE __device__ __forceinline__
@@ -13,6 +15,13 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+
+template <typename T>
+__host__ __device__ constexpr DType dtype_of() {
+  return sizeof(T) == 4            ? DType::kFloat32
+         : std::is_same_v<T, Half> ? DType::kFloat16
+                                   : DType::kBFloat16;
+}
 
 constexpr float kInf = __builtin_huge_valf();
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
