@@ -381,9 +381,9 @@ def attention_dbias_kernel(
             q_tile = load_tile(q, seq.b, h, m_start, offs_m, offs_d, rows, D, BLOCK_D)
             do = load_tile(grad_out, seq.b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV)
             h_kv = h // call.group
-            b, first, offs = place_of_keys(call, seq, n_start, offs_n, columns)
-            k_tile = load_tile(k, b, h_kv, first, offs, offs_d, columns, D, BLOCK_D)
-            v_tile = load_tile(v, b, h_kv, first, offs, offs_dv, columns, DV, BLOCK_DV)
+            b, start, offs = place_of_keys(call, seq, n_start, offs_n, columns)
+            k_tile = load_tile(k, b, h_kv, start, offs, offs_d, columns, D, BLOCK_D)
+            v_tile = load_tile(v, b, h_kv, start, offs, offs_dv, columns, DV, BLOCK_DV)
             matrix = seq.b * call.Hq + h
             at = row_number(call, seq, h) + m_start + offs_m
             lse_i = load_lse(lse + at, rows)[:, None]
