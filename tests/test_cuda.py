@@ -825,6 +825,19 @@ def test_the_row_serves_what_is_on_a_gpu(loaded, monkeypatch):
     assert CUDA.plan(on_gpu).operator is cuda.operators().direct_forward_plain
     everything = dataclasses.replace(on_gpu, features=frozenset(FEATURES))
     assert CUDA.supports(everything) == []
+    big = {"batch": 8, "heads_q": 16, "heads_kv": 16, "seqlen_q": 2048, "seqlen_k": 2048}
+    few = {"batch": 64, "heads_q": 32, "heads_kv": 8, "seqlen_q": 1, "seqlen_k": 8192}
+    for changes, triton in (
+        (big | {"features": frozenset({"causal", "sinks", "gradients", "varlen"})}, False),
+        (big | {"features": frozenset({"causal", "mask"})}, True),
+        (big | {"features": frozenset({"dropout"}), "dtype": torch.float32}, False),
+        ({"features": frozenset({"bias", "bias_gradient"})}, False),
+        (few, True),
+        (few | {"batch": 1}, False),
+    ):
+        problem = dataclasses.replace(on_gpu, **changes)
+        row = backends.TRITON if triton and not backends.TRITON.missing() else CUDA
+        assert backends.choose(problem) is row and backends.is_faster_in_triton(problem) == triton
     wide = dataclasses.replace(on_gpu, head_dim=512, dtype=torch.float64)
     reasons = CUDA.supports(wide)
     assert reasons[0].startswith("dtype torch.float64: only") and "head_dim 512" in reasons[1]

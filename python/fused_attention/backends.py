@@ -150,6 +150,8 @@ def _triton_details(problem: Problem) -> Details:
     arch = arch_of(problem.device)
     if splits == 0:
         kernel, reason = "attention_forward", ""
+        if is_faster_in_triton(problem):
+            reason = "so many scores, with more than a causal mask: faster than in CUDA"
         tiles = attention_tiles("forward", arch, problem.dtype, head_dim)
     else:
         kernel, rows = "attention_decode", heads * problem.seqlen_q
@@ -207,7 +209,6 @@ def _reference_details(problem: Problem) -> Details:
 
 # -- The table ---------------------------------------------------------------------------
 
-# On a GPU the first of CUDA and TRITON serves; no report of a GPU has decided their order yet.
 CUDA = Backend(
     "cuda",
     devices=frozenset({"cuda"}),
@@ -246,6 +247,7 @@ REFERENCE = Backend(
     plan=_reference_plan,
     details=_reference_details,
 )
+# In this order. On a GPU see also `is_faster_in_triton`.
 BACKENDS = (CUDA, TRITON, CPU, REFERENCE)
 NAMES = tuple(row.name for row in BACKENDS)
 
@@ -280,6 +282,29 @@ def feature_table() -> str:
 
 
 # -- Choice ------------------------------------------------------------------------------
+
+# What CUDA's kernels without options serve.
+_QUICK_IN_CUDA = {"gradients", "causal", "window_size", "gqa", "value_head_dim", "return_lse"}
+_QUICK_IN_CUDA |= {"lse_gradient", "sinks", "sinks_gradient", "varlen", "seqused_k"}
+_MANY_SCORES = 1 << 24
+_MAX_DECODE_ROWS = 64
+
+
+def is_faster_in_triton(problem: Problem) -> bool:
+    """Whether TRITON comes before CUDA, in 16 bits.
+
+    On an H200 (benchmarks/results/gpu) its kernels took a third to a tenth of the time of CUDA's
+    where a call has a mask, a bias or dropout, and three quarters where few queries meet the keys
+    of many sequences; but it takes 0.2 ms to start them, in which CUDA's have computed some million
+    scores.
+    """
+    if problem.device.type != "cuda" or problem.dtype.itemsize != 2:
+        return False
+    rows = problem.heads_q // max(problem.heads_kv, 1) * problem.seqlen_q
+    if problem.features <= _QUICK_IN_CUDA and problem.scale > 0 and rows > _MAX_DECODE_ROWS:
+        return False
+    scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
+    return torch.compiler.is_compiling() or scores >= _MANY_SCORES
 
 
 class Environment(NamedTuple):
@@ -341,7 +366,8 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
 def _first_without_reason(problem: Problem) -> tuple[Backend, dict[str, list[str]]]:
     """And the reasons against those before it."""
     refused: dict[str, list[str]] = {}
-    for row in BACKENDS:
+    quickest = (TRITON,) if is_faster_in_triton(problem) else ()
+    for row in (*quickest, *BACKENDS):
         reasons = row.supports(problem)
         if not reasons:
             return row, refused
