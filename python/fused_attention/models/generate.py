@@ -6,7 +6,8 @@
     beams      the sequences with the largest log p / ((5 + length) / 6)^length_penalty
                (Wu et al. 2016, equation 14), sought among the best `beams` beginnings
 
-A batch is generated together. Sequences that have ended go on with padding, and are cut.
+A batch is generated together. Sequences that have ended go on with padding, and are cut. What comes
+next is decided on the CPU, wherever the model is: a seed draws the same everywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..problem import wrong_value
 from .attend import pad
@@ -34,6 +35,15 @@ class Generator(Protocol):
     def start(self, memory: Any, batch: int, room: int) -> Any: ...
 
     def step(self, tokens: Tensor, cache: Any, lengths: Tensor | None = None) -> Tensor: ...
+
+
+def _step(model: Generator, tokens: Tensor, cache: Any, lengths: Tensor | None = None) -> Tensor:
+    """`model.step` for tokens on the CPU: [B, V] there."""
+    device = tokens.device
+    if isinstance(model, nn.Module):
+        device = next(model.parameters()).device
+    lengths = None if lengths is None else lengths.to(device)
+    return model.step(tokens.to(device), cache, lengths).cpu()
 
 
 @torch.no_grad()
@@ -72,7 +82,7 @@ def generate(
         wrong_value("temperature", "0 with beams", temperature)
     tokens, layout = pad(prompts)
     cache = model.start(memory, len(prompts), tokens.shape[1] + max_new_tokens)
-    logits = model.step(tokens, cache, layout.lengths)
+    logits = _step(model, tokens, cache, layout.lengths)
     logits = logits.index_fill(-1, torch.tensor(forbidden_first, dtype=torch.long), -math.inf)
     hide = torch.tensor(forbidden, dtype=torch.long)
     if beams > 1:
@@ -88,7 +98,7 @@ def generate(
                 new[b].append(token)
         if not any(running) or n == max_new_tokens - 1:
             break
-        logits = model.step(chosen[:, None], cache)
+        logits = _step(model, chosen[:, None], cache)
     return new
 
 
@@ -175,5 +185,5 @@ def _beam_search(
             break
         history = history.gather(1, kept[..., None].expand(-1, -1, length))
         cache.reorder((torch.arange(B)[:, None] * beams + parents.gather(1, kept)).flatten())
-        logits = model.step(tokens.gather(1, kept).view(-1, 1), cache)
+        logits = _step(model, tokens.gather(1, kept).view(-1, 1), cache)
     return best
