@@ -1,21 +1,42 @@
-"""The backends of a GPU, on one, through the public functions: the cases of everywhere else."""
+"""The backends of a GPU, on one, through the public functions: the cases of everywhere else.
+
+TRITON_INTERPRET=0 pytest tests/test_gpu.py
+"""
 
 import dataclasses
+import functools
+import itertools
+import os
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 import fused_attention as fa
-from fused_attention import attention, backends, ops, testing
+import test_cache
+import test_corner_cases
+import test_decode
+import test_generate
+import test_softmax
+import test_varlen
+import test_weights
+from fused_attention import attention, backends, kv_cache_append_, ops, patch_sdpa, testing
+from fused_attention.models.attend import pad
 from fused_attention.testing import Case
+from fused_attention.weights import attention_with_weights
 from test_features import case_id
-from test_softmax import PHILOX, check, randn
+from test_transformer import SOURCES, TARGETS, model_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use"),
+    pytest.mark.skipif(
+        os.environ["TRITON_INTERPRET"] == "1", reason="Triton interprets: set TRITON_INTERPRET=0"
+    ),
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PHILOX = test_softmax.PHILOX
 
 
 @pytest.fixture(params=[backends.TRITON, backends.CUDA], ids=lambda row: row.name)
@@ -26,15 +47,34 @@ def backend(request):
 
 
 def on_gpu(x):
-    return x.cuda() if isinstance(x, torch.Tensor) else x
+    """With the same strides, which Tensor.cuda() does not keep of views with gaps."""
+    if not isinstance(x, torch.Tensor) or x.is_cuda:
+        return x
+    if 0 in x.stride() or x.numel() == 0:
+        return x.cuda()
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x)
+
+
+def on_cpu(x):
+    return x.cpu() if isinstance(x, torch.Tensor) else x
+
+
+def there(function, **fixed):
+    """`function` computed on the GPU, for callers whose tensors are on the CPU; gradients too."""
+
+    def call(*args, **options):
+        args, options = tree_map(on_gpu, (args, options | fixed))
+        return tree_map(on_cpu, function(*args, **options))
+
+    return call
 
 
 def moved(inputs: testing.Inputs) -> testing.Inputs:
     return testing.Inputs(
-        {name: on_gpu(x) for name, x in inputs.tensors.items()},
-        {name: on_gpu(x) for name, x in inputs.options.items()},
-        inputs.grad_out.cuda(),
-        inputs.grad_lse.cuda(),
+        tree_map(on_gpu, inputs.tensors),
+        tree_map(on_gpu, inputs.options),
+        on_gpu(inputs.grad_out),
+        on_gpu(inputs.grad_lse),
     )
 
 
@@ -42,11 +82,12 @@ def wrong(case: Case, backend: backends.Backend) -> list[str]:
     def answer(case: Case):
         inputs = testing.make_inputs(case)
         got = testing.run(moved(inputs), backend=backend.name)
-        got = {name: x.cpu() for name, x in got.items()}
-        return got, testing.exact(inputs), testing.naive(inputs)
+        return tree_map(on_cpu, got), testing.exact(inputs), testing.naive(inputs)
 
     return testing.check_answers(case, answer)
 
+
+# -- Features and sizes ------------------------------------------------------------------
 
 CASES = [
     dataclasses.replace(case, dtype=DTYPES[number % 3])
@@ -67,22 +108,211 @@ def test_head_dims_and_lengths(dtype, head_dim, backend):
         assert not wrong(Case(dtype=dtype, **sizes, causal="bottom_right"), backend)
 
 
+# What the kernels without options serve, those of TMA and wgmma among them
+PLAIN = {
+    "full": {},
+    "causal": {"causal": "top_left"},
+    "causal, more queries": {"causal": "bottom_right", "Sq": 700},
+    "window": {"window_size": (200, 100)},
+    "narrow window": {"window_size": (3, -1), "causal": "bottom_right"},
+    "sinks": {"sinks": True, "causal": "bottom_right"},
+    "one key head": {"Hkv": 1},
+    "BSHD": {"layout": "BSHD", "causal": "bottom_right"},
+    "other width of values": {"Dv": 40},
+    "few keys": {"Sk": 5},
+    "no row sees a key": {"causal": "bottom_right", "Sq": 900, "Sk": 70},
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("dtype, head_dim", list(itertools.product(DTYPES[1:], (64, 128))), ids=str)
+def test_kernels_without_options(dtype, head_dim, name, backend):
+    case = Case(dtype=dtype, Hq=4, Hkv=2, Sq=391, Sk=523, D=head_dim, Dv=head_dim)
+    assert not wrong(dataclasses.replace(case, **PLAIN[name]), backend)
+
+
+@pytest.mark.parametrize(
+    "precision, allowed", [("highest", 1e-5), ("high", 2e-4), ("medium", 5e-2)]
+)
+def test_precisions_of_float32(precision, allowed, backend):
+    inputs = testing.make_inputs(Case(Sq=300, Sk=400, D=64, Dv=64, Hq=4))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        got = testing.run(moved(inputs), backend=backend.name)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    want = testing.exact(inputs)
+    for name, x in got.items():
+        assert (x.cpu() - want[name]).abs().max() < allowed * want[name].abs().max(), name
+
+
+@pytest.mark.parametrize("Sq", [3, 200])
+def test_more_than_2_to_the_31_elements(Sq, backend):
+    """The last of the heads is what it is alone."""
+    Sk = 2**23 + 70
+    query = torch.randn(1, 4, Sq, 64, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.randn(1, 4, Sk, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    window = {"causal": "bottom_right", "window_size": (5000, 0)}
+    for options in ({}, window):
+        out = attention(query, key, value, backend=backend.name, **options)
+        alone = [x[:, 3:].contiguous() for x in (query, key, value)]
+        want = attention(*alone, backend=backend.name, **options)
+        torch.testing.assert_close(out[:, 3:], want, atol=1e-5, rtol=2e-2)
+        assert want.abs().max() > 0
+
+
+# -- Sequences, decoding, caches, weights ------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(backend, monkeypatch):
+    """The tests of other files call the backend on the GPU."""
+    for module in (test_varlen, test_decode, test_cache, test_corner_cases):
+        monkeypatch.setattr(module, "attention", there(attention, backend=backend.name))
+    monkeypatch.setattr(testing, "DTYPES", (*DTYPES, torch.bfloat16))  # float64 is not served
+
+
+def one_dtype(*parameters):
+    """Every dtype somewhere."""
+    return DTYPES[sum(map(len, map(str, parameters))) % 3]
+
+
+@pytest.mark.parametrize("page_size", [None, 7, 64])
+@pytest.mark.parametrize("lengths", ["prompts", "decode"])
+@pytest.mark.parametrize("name", test_varlen.OPTIONS)
+def test_packed(name, lengths, page_size, elsewhere):
+    each = test_varlen.LENGTHS if lengths == "prompts" else test_varlen.DECODED
+    dtype = one_dtype(name, lengths, page_size)
+    test_varlen.test_packed(None, name, dtype, each, page_size)
+
+
+@pytest.mark.parametrize("page_size", [None, 7])
+@pytest.mark.parametrize("name", test_varlen.OPTIONS)
+def test_gradients_of_packed(name, page_size, elsewhere):
+    test_varlen.test_gradients_of_packed(None, name, page_size)
+
+
+@pytest.mark.parametrize("page_size", [None, 128])
+@pytest.mark.parametrize("dtype, head_dim", list(itertools.product(DTYPES[1:], (64, 128))), ids=str)
+def test_long_packed_sequences(dtype, head_dim, page_size, elsewhere, monkeypatch):
+    """Whole tiles, which come by the copy engine where there is one."""
+    wide = dataclasses.replace(test_varlen.PLAIN, dtype=dtype, D=head_dim, Dv=head_dim)
+    options = {"full": wide, "causal": dataclasses.replace(wide, causal="bottom_right")}
+    monkeypatch.setattr(test_varlen, "OPTIONS", options)
+    monkeypatch.setattr(test_varlen, "LENGTHS", [(300, 450), (0, 9), (129, 700), (257, 256)])
+    monkeypatch.setattr(testing, "DTYPES", (dtype,) * 4)
+    for name in options:
+        test_varlen.test_packed(None, name, dtype, test_varlen.LENGTHS, page_size)
+        test_varlen.test_gradients_of_packed(None, name, page_size)
+
+
+@pytest.mark.parametrize("page_size", [None, 5])
+@pytest.mark.parametrize("Sq", [1, 60])
+@pytest.mark.parametrize("name", test_varlen.OPTIONS | test_varlen.SCORES)
+def test_used_lengths_and_pages(name, Sq, page_size, elsewhere):
+    test_varlen.test_used_lengths_and_pages(None, name, Sq, page_size)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("name", test_varlen.OPTIONS | test_varlen.SCORES)
+def test_gradients_of_used_lengths_and_pages(name, page_size, elsewhere):
+    test_varlen.test_gradients_of_used_lengths_and_pages(None, name, page_size)
+
+
+@pytest.mark.parametrize("name", [x for x, case in test_decode.CASES.items() if case.D <= 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_cases(dtype, name, elsewhere):
+    test_decode.test_results(None, name, dtype)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_generation_from_a_cache(paged, elsewhere, monkeypatch):
+    monkeypatch.setattr(test_cache, "kv_cache_append_", append)
+    test_cache.test_generation_is_attention_over_all_tokens(paged)
+
+
+def append(*tensors):
+    """kv_cache_append_ on the GPU; its first two arguments are changed."""
+    given = [on_gpu(x) for x in tensors]
+    kv_cache_append_(*given)
+    for x, changed in zip(tensors[:2], given, strict=False):
+        x.copy_(changed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cache_append(dtype, monkeypatch):
+    monkeypatch.setattr(test_cache, "kv_cache_append_", append)
+    test_cache.test_dense(dtype, 4)
+    for page_size in (1, 3, 256):
+        test_cache.test_paged(page_size, 40)
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("number", range(0, len(test_weights.COVERING), 3))
+def test_weights_of_pairs_of_features(number, average, monkeypatch):
+    monkeypatch.setattr(test_weights, "attention_with_weights", there(attention_with_weights))
+    case = dataclasses.replace(test_weights.COVERING[number], dtype=DTYPES[number % 3])
+    assert test_weights.mismatches(case, average) == []
+
+
+# -- Corner cases ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", test_corner_cases.NOT_SEEN)
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_keys_that_nobody_sees_influence_nothing(how, junk, elsewhere):
+    for dtype in DTYPES:
+        test_corner_cases.test_keys_that_nobody_sees_influence_nothing(None, how, junk, dtype)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_that_see_nothing(sinks, elsewhere):
+    for dtype in DTYPES:
+        test_corner_cases.test_rows_that_see_nothing(None, dtype, sinks)
+
+
+# -- Softmax and dropout -----------------------------------------------------------------
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 def test_dropout_bits_are_those_of_the_cpu(p):
-    expected = fa.dropout_mask(PHILOX, p, 2, 3, 170, 333)
-    got = ops.dropout_keep_mask(PHILOX.cuda(), p, 2, 3, 170, 333)
+    expected = fa.dropout_mask(2, 3, 170, 333, p, PHILOX)
+    got = fa.dropout_mask(2, 3, 170, 333, p, PHILOX.cuda(), device="cuda")
+    assert got.is_cuda
     assert torch.equal(got.cpu(), expected)
 
 
-@pytest.mark.parametrize("columns", [17, 1000, 8192 + 77])
+@pytest.fixture(params=["cuda", "triton"])
+def softmax_there(request, monkeypatch):
+    """test_softmax's calls of masked_softmax, by the kernels of one library."""
+    if request.param == "triton":
+        from fused_attention.kernels import operators
+
+        monkeypatch.setattr(ops, "gpu_kernel", functools.partial(getattr, operators))
+    elif backends.CUDA.missing():
+        pytest.skip(backends.CUDA.missing())
+    monkeypatch.setattr(test_softmax.fa, "masked_softmax", there(fa.masked_softmax))
+
+
+@pytest.mark.parametrize("columns", [17, 1000, 4096, 8192 + 77, 40000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_softmax(dtype, columns):
-    x = randn(2, 3, 5, columns, dtype=dtype).cuda()
-    assert not check(x, (torch.rand(2, 1, 5, columns) > 0.4).cuda(), scale=0.7)
+def test_masked_softmax(dtype, columns, softmax_there):
+    x = test_softmax.randn(2, 3, 5, columns, dtype=dtype)
+    assert not test_softmax.check(x, torch.rand(2, 1, 5, columns) > 0.4, scale=0.7)
+    bias, sinks = test_softmax.randn(1, 3, 5, columns), test_softmax.randn(3)
+    assert not test_softmax.check(x, bias=bias, sinks=sinks, causal="bottom_right")
+    assert not test_softmax.check(x, dropout_p=0.3)
 
 
-def test_twice_the_same_bits(backend):
-    inputs = moved(testing.make_inputs(Case(dtype=torch.bfloat16, Sq=500, Sk=600, bias="11QK")))
+# -- Determinism, streams, graphs --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": "11QK"}, {}, {"causal": "top_left", "sinks": True}], ids=str
+)
+def test_twice_the_same_bits(options, backend):
+    case = Case(dtype=torch.bfloat16, Sq=500, Sk=600, D=64, Dv=64, Hq=4, **options)
+    inputs = moved(testing.make_inputs(case))
     first, second = (testing.run(inputs, backend=backend.name) for _ in range(2))
     assert all(torch.equal(x, second[name]) for name, x in first.items())
 
@@ -106,3 +336,85 @@ def test_streams_and_graphs(backend):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, expected)
+
+
+def test_memory_is_linear_in_the_length(backend):
+    def peak(S):
+        tensors = [
+            torch.randn(1, 4, S, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for _ in range(3)
+        ]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        attention(*tensors, causal="top_left", backend=backend.name).sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(8192) < 4.5 * peak(2048)
+
+
+# -- What users have around it -----------------------------------------------------------
+
+
+def test_compile(backend):
+    """With Inductor, without graph breaks, gradients too."""
+    leaves = [
+        torch.randn(2, 4, 200, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+        for _ in range(3)
+    ]
+
+    def function(query, key, value):
+        x = attention(query * 2, key, value, causal="top_left", backend=backend.name)
+        return x * 3
+
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True)):
+        out = call(*leaves)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+
+
+def test_autocast(backend):
+    query = torch.randn(1, 2, 70, 32, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        out = attention(query, query, query, backend=backend.name)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert query.grad.dtype == torch.float32 and query.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_attention(need_weights):
+    torch.manual_seed(3)
+    theirs = torch.nn.MultiheadAttention(64, 4, batch_first=True, device="cuda")
+    own = fa.MultiheadAttention.from_torch(theirs)
+    x = torch.randn(3, 50, 64, device="cuda", requires_grad=True)
+    padding = (torch.arange(50) > 40).expand(3, 50).cuda()
+    results = []
+    for module in (theirs, own):
+        out, weights = module(x, x, x, key_padding_mask=padding, need_weights=need_weights)
+        gradients = torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
+        results.append([out, *gradients, *([weights] if need_weights else [])])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-3)
+
+
+def test_patch_sdpa():
+    x = [torch.randn(2, 4, 60, 32, device="cuda", dtype=torch.float16) for _ in range(3)]
+    expected = F.scaled_dot_product_attention(*x, is_causal=True)
+    with patch_sdpa():
+        got = F.scaled_dot_product_attention(*x, is_causal=True)
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+
+
+@torch.no_grad()
+def test_generation_of_a_model():
+    """Greedy, with a cache that grows in place: the tokens of naive attention on the CPU."""
+    tokens = []
+    for kind, device in (("naive", "cpu"), ("fused", "cuda")):
+        model = model_of("norm first", kind).to(device)
+        source, layout = pad(SOURCES)
+        layout = dataclasses.replace(layout, lengths=layout.lengths.to(device))
+        memory = model.encode(source.to(device), layout)
+        tokens.append(test_generate.generate(model, TARGETS, memory, max_new_tokens=6))
+    assert tokens[0] == tokens[1]
