@@ -7,6 +7,7 @@ cannot show (what the compiler accepts and generates) is in test_triton_compile.
 import dataclasses
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -428,6 +429,26 @@ BY_DESCRIPTOR = {
     "mask": ({"mask": meta(1, 1, 9, 300, dtype=torch.bool)}, False),
     "key padding": ({"key_padding": meta(2, 300, dtype=torch.bool)}, False),
 }
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+@pytest.mark.parametrize("lacks_fences", [False, True])
+def test_old_versions_compile_without_wgmma(monkeypatch, lacks_fences, before):
+    class Kernel:
+        seen = ()
+
+        def __getitem__(self, grid):
+            return lambda **options: setattr(self, "seen", os.environ.get("DISABLE_MMA_V3"))
+
+    monkeypatch.setattr(launch, "LACKS_FENCES", lacks_fences)
+    if before is None:
+        monkeypatch.delenv("DISABLE_MMA_V3", raising=False)
+    else:
+        monkeypatch.setenv("DISABLE_MMA_V3", before)
+    kernel = Kernel()
+    launch.Launch(kernel, (1,), (), {}, 4, 1).run()
+    assert kernel.seen == ("1" if lacks_fences else before)
+    assert os.environ.get("DISABLE_MMA_V3") == before
 
 
 @pytest.mark.parametrize("name", BY_DESCRIPTOR)
