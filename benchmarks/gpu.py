@@ -296,7 +296,27 @@ def status(reports: list[dict[str, Any]]) -> str:
         tests = report.get("tests", {})
         result = f"{tests.get('passed', 0)} passed, {tests.get('failed', 0)} failed"
         lines.append(f"| {report['device']} | {result} | {speed(report)} | {report['date'][:10]} |")
+    for report in reports:
+        lines += rates(report)
     return "\n".join(lines) + "\n"
+
+
+def rates(report: dict[str, Any]) -> list[str]:
+    """TFLOP/s of each peer: forward / forward and backward."""
+    benchmarks = report.get("benchmarks", [])
+    peers = list(dict.fromkeys(k for one in benchmarks for k, v in one.items() if type(v) is dict))
+    lines = ["", f"| {report['device']}, TFLOP/s | {' | '.join(peers)} |"]
+    lines.append("| --- |" + " --- |" * len(peers))
+    for one in benchmarks:
+        what = f"{one['shape'][2]} tokens, head size {one['shape'][3]}, "
+        what += "causal" if one["causal"] else "full"
+        cells = []
+        for name in peers:
+            got = one.get(name, {})
+            figures = [got.get(f"{kind}_tflops") for kind in ("forward", "both")]
+            cells.append(" / ".join(f"{x:.0f}" if x else "–" for x in figures))
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return lines if benchmarks else []
 
 
 def speed(report: dict[str, Any]) -> str:
