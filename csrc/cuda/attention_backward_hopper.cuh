@@ -64,7 +64,8 @@ struct HopperBackward {
   FA_DEVICE void init_barriers() const {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
-        barrier_init(full(stage), kKeys ? 2 : 1);  // the copies, and lse and delta
+        // the copies, and each lane that brings lse and delta
+        barrier_init(full(stage), kKeys ? 1 + 32 : 1);
         barrier_init(empty(stage), kComputing / 32);
       }
       barrier_init(rows_full(), 1);
@@ -110,8 +111,7 @@ struct HopperBackward {
         store_shared(to + j * 8 + 4,
                      __float_as_uint(inside ? ((const float*)p.delta)[row + j] : 0.0f));
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(full(stage));
+      barrier_arrive(full(stage));
     }
   }
 
