@@ -300,11 +300,12 @@ def is_faster_in_triton(problem: Problem) -> bool:
     """
     if problem.device.type != "cuda" or problem.dtype.itemsize != 2:
         return False
+    is_quick = problem.features <= _QUICK_IN_CUDA and problem.scale > 0
+    if torch.compiler.is_compiling():  # for every length
+        return not is_quick
     rows = problem.heads_q // max(problem.heads_kv, 1) * problem.seqlen_q
-    if problem.features <= _QUICK_IN_CUDA and problem.scale > 0 and rows > _MAX_DECODE_ROWS:
-        return False
     scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
-    return torch.compiler.is_compiling() or scores >= _MANY_SCORES
+    return scores >= _MANY_SCORES and not (is_quick and rows > _MAX_DECODE_ROWS)
 
 
 class Environment(NamedTuple):
