@@ -79,8 +79,8 @@ FAULTS = [
         {
             ("sm_80", "forward"): (0, 4, 7, 11), ("sm_80", "dkdv"): (1, 4, 10),
             ("sm_80", "dq"): (0, 3, 10), ("sm_80", "dbias"): (1, 3),
-            ("sm_90", "forward"): (14, 17, 20), ("sm_90", "dkdv"): (0, 9, 16),
-            ("sm_90", "dq"): (0, 11, 14),
+            ("sm_90", "forward"): (15, 18, 21), ("sm_90", "dkdv"): (0, 7, 16),
+            ("sm_90", "dq"): (12, 13, 15),
         },
     ),
     *numbered(
@@ -96,7 +96,7 @@ FAULTS = [
     ),
     *numbered(
         "fence between the proxies", r"fence\.proxy\.async\.shared::cta;", "missing proxy fence",
-        {("sm_90", "forward"): (0, 2), ("sm_90", "dkdv"): (1, 6), ("sm_90", "dq"): (2,)},
+        {("sm_90", "forward"): (0, 2), ("sm_90", "dkdv"): (1, 6), ("sm_90", "dq"): (0, 1)},
     ),
     *numbered(
         "arrival for a copy by TMA", r"@%p\d+ mbarrier\.arrive\.expect_tx[^;]*;", "deadlock",
