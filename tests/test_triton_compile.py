@@ -196,8 +196,10 @@ def covering(axes: dict[str, list], seed: int) -> list[dict]:
 
 def request_of(row: dict) -> Request:
     kernel, features = row["kernel"], FEATURES[row["features"]]
-    # There are no biases and no returned weights of packed sequences, nor weights of pages.
+    # There are no biases and no returned weights of packed sequences, nor weights of pages; in a
+    # window lie too few keys to be divided.
     missing = {"dbias": ["packed"], "weights": ["packed", "used", "page_size"]}
+    missing["combine"] = ["window"]
     without = next((names for part, names in missing.items() if part in kernel), [])
     features = {name: x for name, x in features.items() if name not in without}
     features |= NEEDED.get(kernel, {})
