@@ -372,7 +372,8 @@ def decode_launches(
     """parts: of several splits, float32 [splits, rows, Dv], [splits, rows] and [splits, rows], rows
     those of lse. longest: queries of a sequence, as far as is known."""
     D, DV, Hkv = query.shape[-1], value.shape[-1], key.shape[1]
-    tiles = tiles or decode_tiles(arch, query.dtype, max(D, DV), call.group * longest)
+    rows_of_key = call.group * longest
+    tiles = tiles or decode_tiles(arch, query.dtype, max(D, DV), rows_of_key, is_per_score(call))
     q, k, v, o = (rows(x) for x in (query, key, value, out))
     # the queries of a tile may be of several heads
     wide = is_wide(tiles, q, k, v, o, call.mask, call.bias, call.key_padding)

@@ -172,6 +172,7 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
 _PER_SCORE: dict[tuple[str, str, int], dict[int, Tiles]] = {
     # Also because Triton 3.6 computes wrong sums over 16 scores of a mask with dropout.
     ("forward", "any", 32): {256: Tiles(16, 32, 8, 1)},
+    ("decode", "any", 32): {256: Tiles(16, 32, 4, 1)},
     ("dkdv", "any", 32): {128: Tiles(32, 16, 8, 1), 256: Tiles(32, 16, 8, 1)},
     ("dq", "any", 32): {128: Tiles(16, 32, 8, 1), 256: Tiles(16, 32, 8, 1)},
     ("dkdv", "sm_80", 16): {64: Tiles(32, 64, 8, 2), 128: Tiles(64, 64, 8, 2)},
@@ -201,9 +202,11 @@ DECODE_PROGRAMS = 256
 MIN_SPLIT_KEYS = 256
 
 
-def decode_tiles(arch: Arch, dtype: torch.dtype, head_dim: int, rows: int) -> Tiles:
+def decode_tiles(
+    arch: Arch, dtype: torch.dtype, head_dim: int, rows: int, per_score: bool = False
+) -> Tiles:
     """Tiles of `attention_decode`, of one block of rows if that is possible."""
-    tiles = attention_tiles("decode", arch, dtype, head_dim)
+    tiles = attention_tiles("decode", arch, dtype, head_dim, per_score)
     block_m = max(tiles.block_m, 1 << (min(rows, MAX_DECODE_ROWS) - 1).bit_length())
     return tiles._replace(block_m=block_m)
 

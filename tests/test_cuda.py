@@ -627,7 +627,7 @@ def registered() -> set[str]:
 
 
 @needs_nvcc
-def test_kernels_are_registered_by_the_names_they_are_launched_by(loaded, monkeypatch):
+def test_kernels_are_registered_by_the_names_they_are_launched_by(loaded):
     """What the interpreter does not need: it knows the kernels by the launches."""
     everything = {"bias": "1H1K", "sinks": True, "dropout_p": 0.2, "Sq": 70, "Sk": 300}
     calls = [

@@ -413,24 +413,6 @@ def test_a_launch_is_a_function_of_shapes_and_strides():
     ).constants["PLAIN"]
 
 
-BY_DESCRIPTOR = {
-    "dense": ({}, True),
-    "other layout": ({"layout": "BSHD", "dtype": torch.bfloat16}, True),
-    "head size 40": ({"D": 40}, True),
-    "one head": ({"H": 1, "B": 1, "D": 100}, False),  # rows of 200 bytes
-    "one row": ({"S": 1, "H": 1, "B": 1, "D": 100}, True),  # nobody asks for the next one
-    "head size 36": ({"D": 36}, False),
-    "float32": ({"dtype": torch.float32}, False),
-    "sm_80": ({"arch": "sm_80"}, False),
-    "AMD": ({"arch": "gfx942"}, False),
-    "the same head for all": ({"expand": 1}, False),
-    "an address between": ({"first": 1}, False),
-    "no row": ({"S": 0}, False),
-    "mask": ({"mask": meta(1, 1, 9, 300, dtype=torch.bool)}, False),
-    "key padding": ({"key_padding": meta(2, 300, dtype=torch.bool)}, False),
-}
-
-
 @pytest.mark.parametrize("before", [None, "0"])
 @pytest.mark.parametrize("lacks_fences", [False, True])
 def test_old_versions_compile_without_wgmma(monkeypatch, lacks_fences, before):
@@ -449,6 +431,24 @@ def test_old_versions_compile_without_wgmma(monkeypatch, lacks_fences, before):
     launch.Launch(kernel, (1,), (), {}, 4, 1).run()
     assert kernel.seen == ("1" if lacks_fences else before)
     assert os.environ.get("DISABLE_MMA_V3") == before
+
+
+BY_DESCRIPTOR = {
+    "dense": ({}, True),
+    "other layout": ({"layout": "BSHD", "dtype": torch.bfloat16}, True),
+    "head size 40": ({"D": 40}, True),
+    "one head": ({"H": 1, "B": 1, "D": 100}, False),  # rows of 200 bytes
+    "one row": ({"S": 1, "H": 1, "B": 1, "D": 100}, True),  # nobody asks for the next one
+    "head size 36": ({"D": 36}, False),
+    "float32": ({"dtype": torch.float32}, False),
+    "sm_80": ({"arch": "sm_80"}, False),
+    "AMD": ({"arch": "gfx942"}, False),
+    "the same head for all": ({"expand": 1}, False),
+    "an address between": ({"first": 1}, False),
+    "no row": ({"S": 0}, False),
+    "mask": ({"mask": meta(1, 1, 9, 300, dtype=torch.bool)}, False),
+    "key padding": ({"key_padding": meta(2, 300, dtype=torch.bool)}, False),
+}
 
 
 @pytest.mark.parametrize("name", BY_DESCRIPTOR)

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
-from fused_attention import _native, autograd, ops, testing
+from fused_attention import _native, autograd, ops, testing, weights
 from fused_attention.testing import DTYPES, Case, cpu_isa, make_inputs, num_threads
 from fused_attention.weights import attention_with_weights
 
@@ -74,6 +75,17 @@ def test_every_isa_and_dtype(isa, dtype, average):
     )
     with cpu_isa(isa):
         assert mismatches(case, average) == []
+
+
+def test_beside_the_cuda_library_the_kernels_serve(monkeypatch):
+    """It returns no weights, and comes first on a GPU: here played by the CPU."""
+    case = Case(B=1, Hq=2, Hkv=2, Sq=5, Sk=7)
+    call = testing.make_inputs(case).tensors
+    want = attention_with_weights(**call)
+    monkeypatch.setattr(weights, "choose", lambda problem: weights.CUDA)
+    monkeypatch.setattr(weights, "_reference", None)  # not called
+    monkeypatch.setattr(weights, "TRITON", types.SimpleNamespace(supports=lambda problem: []))
+    assert all(map(torch.equal, attention_with_weights(**call), want))
 
 
 COVERING = [case for case in testing.pairs_of_features() if case.Hq > 0]

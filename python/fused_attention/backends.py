@@ -12,6 +12,7 @@ FUSED_ATTENTION_STRICT=1  refuse a call that only the reference serves, with the
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -129,9 +130,14 @@ def _cuda_details(problem: Problem) -> Details:
 # -- Triton ------------------------------------------------------------------------------
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 @torch.compiler.assume_constant_result
 def _triton_missing() -> str:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton not installed"
     return "" if torch.cuda.is_available() else "no CUDA device"
 
@@ -287,7 +293,6 @@ def feature_table() -> str:
 _QUICK_IN_CUDA = {"gradients", "causal", "window_size", "gqa", "value_head_dim", "return_lse"}
 _QUICK_IN_CUDA |= {"lse_gradient", "sinks", "sinks_gradient", "varlen", "seqused_k"}
 _MANY_SCORES = 1 << 24
-_MAX_DECODE_ROWS = 64
 
 
 def is_faster_in_triton(problem: Problem) -> bool:
@@ -303,9 +308,11 @@ def is_faster_in_triton(problem: Problem) -> bool:
     is_quick = problem.features <= _QUICK_IN_CUDA and problem.scale > 0
     if torch.compiler.is_compiling():  # for every length
         return not is_quick
+    from .kernels.tiles import MAX_DECODE_ROWS
+
     rows = problem.heads_q // max(problem.heads_kv, 1) * problem.seqlen_q
     scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
-    return scores >= _MANY_SCORES and not (is_quick and rows > _MAX_DECODE_ROWS)
+    return scores >= _MANY_SCORES and not (is_quick and rows > MAX_DECODE_ROWS)
 
 
 class Environment(NamedTuple):
