@@ -1,5 +1,6 @@
 """What the commands are made of, on texts and images made here: nothing is fetched."""
 
+import dataclasses
 import json
 import wave
 
@@ -145,6 +146,23 @@ def test_captions_are_learnt_by_a_run_that_is_saved(tmp_path):
     assert len(results["results"]["samples"]) == 10
     again = tasks.run(settings, tmp_path)  # nothing is left to do
     assert again["losses"] == results["losses"]
+
+
+def test_a_second_run_in_a_directory_is_refused(tmp_path):
+    """Also with other settings, before it has replaced any file of the first."""
+    settings = Settings("caption", steps=1, tokens=64, examples=4, dropout=0.0)
+    contents = {}
+
+    def second(step, history):
+        contents.update({path: path.read_bytes() for path in tmp_path.iterdir()})
+        with pytest.raises(BlockingIOError, match="settings.json: another run is writing to it"):
+            tasks.run(dataclasses.replace(settings, steps=2, dropout=0.5), tmp_path)
+
+    tasks.run(settings, tmp_path, after_step=second)
+    assert (tmp_path / "settings.json").read_bytes() == contents[tmp_path / "settings.json"]
+    assert json.loads((tmp_path / "settings.json").read_text())["steps"] == 1
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint.pt", "results.json", "settings.json"]
 
 
 def test_wrong_tasks(tmp_path):

@@ -1,7 +1,10 @@
 """Training on tasks that a generator makes: it learns, the same in three ways, and resumes."""
 
 import dataclasses
+import multiprocessing
+import os
 import random
+import signal
 
 import pytest
 import torch
@@ -132,6 +135,110 @@ def test_a_run_that_was_cut_goes_on_as_if_it_was_not(tmp_path):
         assert torch.equal(ours, theirs)
     with pytest.raises(ArgumentValueError, match="recipe: expected that of"):
         train(again, pairs, pair_loss, size, dataclasses.replace(recipe, seed=1), path)
+
+
+SHORT = dataclasses.replace(RECIPE, steps=2, tokens=60, checkpoint_every=1)
+
+
+def train_shortly(path, steps=2, after_step=lambda step, history: None):
+    recipe = dataclasses.replace(SHORT, steps=steps)
+    pairs = make_pairs("copy", 50, seed=1)
+    return train(make_model(), pairs, pair_loss, size, recipe, path, after_step)
+
+
+def test_a_second_run_on_a_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    refused = []
+
+    def second(step, history):
+        before = path.read_bytes()
+        with pytest.raises(BlockingIOError) as error:
+            train_shortly(path, steps=3)
+        refused.append(str(error.value))
+        assert path.read_bytes() == before
+
+    train_shortly(path, after_step=second)
+    assert len(refused) == 2
+    assert all(f"{path}: another run is writing to it; wait until" in text for text in refused)
+    assert len(train_shortly(path, steps=3).losses) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_run_in_another_process_holds_the_checkpoint_until_it_is_killed(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    fork = multiprocessing.get_context("fork")
+    held, never = fork.Event(), fork.Event()
+
+    def hold():  # torch's threads do not survive a fork: only the lock of a run
+        with training.files.locked(path, wait=False):
+            held.set()
+            never.wait(100)
+
+    other = fork.Process(target=hold)
+    other.start()
+    assert held.wait(100)
+    with pytest.raises(BlockingIOError, match="checkpoint.pt: another run"):
+        train_shortly(path)
+    os.kill(other.pid, signal.SIGKILL)
+    other.join(100)
+    assert len(train_shortly(path).losses) == 2
+
+
+def test_a_checkpoint_whose_writing_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    train_shortly(path)
+    before = path.read_bytes()
+    save = torch.save
+
+    def full(document, file):
+        save(document, file)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        train_shortly(path, steps=3)
+    assert path.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    monkeypatch.undo()
+    assert len(train_shortly(path, steps=3).losses) == 3
+
+
+def test_a_checkpoint_is_not_written_through_a_link(tmp_path):
+    """A run goes on from the file behind a link, and puts its own file in the place of the link."""
+    path, victim = tmp_path / "run" / "checkpoint.pt", tmp_path / "victim"
+    train_shortly(tmp_path / "start.pt")
+    start = (tmp_path / "start.pt").read_bytes()
+    victim.write_text("of somebody else")
+    path.parent.mkdir()
+    path.symlink_to(tmp_path / "start.pt")
+    (path.parent / "checkpoint.partial").symlink_to(victim)
+    assert len(train_shortly(path, steps=3).losses) == 3
+    assert victim.read_text() == "of somebody else"
+    assert (tmp_path / "start.pt").read_bytes() == start and not path.is_symlink()
+    (tmp_path / "link").symlink_to(path.parent)
+    seen = []
+    train_shortly(tmp_path / "link" / path.name, 4, lambda step, history: seen.append(step))
+    assert seen == [4] and (tmp_path / "link").is_symlink()
+
+
+def test_checkpoints_that_differ_in_their_endings_do_not_meet(tmp_path):
+    """Two runs at a time: each writes while the other one is in the middle of writing."""
+    inner = []
+
+    def save(document, file):
+        real_save(document, file)
+        if not inner:
+            inner.append("begun")
+            train_shortly(tmp_path / "run.b")
+
+    real_save, torch.save = torch.save, save
+    try:
+        train_shortly(tmp_path / "run.a")
+    finally:
+        torch.save = real_save
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.a", "run.b"]
+    for name in ("run.a", "run.b"):
+        assert len(train_shortly(tmp_path / name, 3).losses) == 3
 
 
 def test_a_run_stops_when_its_time_is_over():

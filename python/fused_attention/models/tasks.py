@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import files
 from ..problem import wrong_value
 from . import captions, texts
 from .attend import pack, pad
@@ -410,12 +411,22 @@ def run(
     seconds: float = math.inf,
     after_step: Callable[[int, History], None] = lambda step, history: None,
 ) -> dict[str, Any]:
-    """Trains and measures; goes on where an earlier run with these settings was cut."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Trains and measures; goes on where an earlier run with these settings was cut.
+
+    Raises BlockingIOError, and leaves the directory alone, while another run writes to it.
+    """
+    with files.locked(out / "settings.json", wait=False):
+        return _run(settings, out, seconds, after_step)
+
+
+def _run(
+    settings: Settings, out: Path, seconds: float, after_step: Callable[[int, History], None]
+) -> dict[str, Any]:
+    """`run`, by the holder of the directory's lock."""
     prepared = prepare(settings)
-    _write_json(out / "settings.json", dataclasses.asdict(settings))
+    files.write_json(out / "settings.json", dataclasses.asdict(settings))
     if prepared.tokenizer is not None:
-        prepared.tokenizer.save(str(out / "tokenizer.json"))
+        files.write_text(out / "tokenizer.json", prepared.tokenizer.to_str(pretty=True))
     history = train(
         prepared.model,
         prepared.examples,
@@ -437,12 +448,8 @@ def run(
         "results": prepared.evaluate(prepared.model),
         "losses": history.losses,
     }
-    _write_json(out / "results.json", results)
+    files.write_json(out / "results.json", results)
     return results
-
-
-def _write_json(path: Path, document: Any) -> None:
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def load_run(out: Path, attention: str = "fused") -> tuple[Any, Any, Settings]:
@@ -451,7 +458,7 @@ def load_run(out: Path, attention: str = "fused") -> tuple[Any, Any, Settings]:
         raise FileNotFoundError(f"{out}: no run; `python -m fused_attention train` makes one")
     from tokenizers import Tokenizer
 
-    stored = json.loads((out / "settings.json").read_text())
+    stored = json.loads((out / "settings.json").read_text("utf-8"))
     settings = Settings(**{**stored, "attention": attention})
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     model = make_model(settings, tokenizer.get_vocab_size())

@@ -9,8 +9,8 @@ how often the run was cut: a run that was killed and goes on gives the losses of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import files
 from ..problem import wrong_value
 from .attend import Layout, Packed, Padded, pack, pad
 
@@ -147,8 +148,28 @@ def train(
     """Trains model in place, for recipe.steps steps or so many seconds of training.
 
     checkpoint: a file to go on from if it is there, and to write to. It belongs to one recipe;
-    more steps may be asked for.
+    more steps may be asked for. It is replaced as a whole: a kill or a full disk leaves the one
+    before. If it is a symbolic link, the run goes on from the file that the link points to, but
+    leaves that file as it is, and puts its own in the place of the link; links to folders are
+    followed.
+
+    Raises BlockingIOError if another run, in this process or another one, writes to that file now.
     """
+    with contextlib.nullcontext() if checkpoint is None else files.locked(checkpoint, wait=False):
+        return _train(model, examples, loss, size, recipe, checkpoint, after_step, seconds)
+
+
+def _train(
+    model: nn.Module,
+    examples: Sequence[Any],
+    loss: Callable[[nn.Module, list[Any], Recipe], Tensor],
+    size: Callable[[Any], int],
+    recipe: Recipe,
+    checkpoint: Path | None,
+    after_step: Callable[[int, History], None],
+    seconds: float,
+) -> History:
+    """`train`, by the holder of the checkpoint's lock."""
     random = torch.random.get_rng_state()
     torch.manual_seed(recipe.seed)
     model.train()
@@ -187,7 +208,7 @@ def train(
 def _save(
     path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe, history: History
 ) -> None:
-    """Written beside and renamed, so that a kill leaves the old one or the new one."""
+    """The caller holds the lock of the path."""
     document = {
         "model": model.state_dict(),
         "optimiser": optimiser.state_dict(),
@@ -195,10 +216,8 @@ def _save(
         "recipe": dataclasses.asdict(recipe),
         "history": dataclasses.asdict(history),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(document, partial)
-    os.replace(partial, path)
+    with files.new_file(path) as file:
+        torch.save(document, file)
 
 
 def _resume(
