@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fused_attention import _native
+from fused_attention import _native, files
 from fused_attention.benchmark.bench import bench
 from fused_attention.benchmark.harness import real_time_priority
 from fused_attention.benchmark.onnx_runtime import onnx_runtime
@@ -154,12 +154,12 @@ def main() -> None:
         results |= {result["class"]: result for result in json.loads(child.stdout)}
     rows = [row(results[group.name], group) for group in chosen if group.name in results]
     print(table(HEADER, rows))
-    if options.only and RESULTS.exists():  # the others stay as they are
-        kept = {result["class"]: result for result in json.loads(RESULTS.read_text())["classes"]}
-        results = kept | results
-    classes = [results[group.name] for group in CLASSES if group.name in results]
-    report = {"isa": _native.active_isa(), "classes": classes}
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    with files.locked(RESULTS):
+        if options.only and RESULTS.exists():  # the others stay as they are
+            stored = json.loads(RESULTS.read_text())["classes"]
+            results = {result["class"]: result for result in stored} | results
+        classes = [results[group.name] for group in CLASSES if group.name in results]
+        files.write_json(RESULTS, {"isa": _native.active_isa(), "classes": classes})
     print("saved", RESULTS.name)
 
 

@@ -5,7 +5,6 @@ Both sides are held to one instruction set, the one named by --isa; results of o
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -82,6 +81,7 @@ def main() -> None:
 
     from fused_attention import _native
     from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
+    from fused_attention.files import update_json
     from fused_attention.testing import num_threads
 
     torch.manual_seed(0)
@@ -107,15 +107,14 @@ def main() -> None:
                     "(disturbed)" if disturbed else "",
                     flush=True,
                 )
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[options.isa] = {
+    result = {
         "real_time": real_time,
         "threads": options.threads,
         "isa": _native.active_isa(),
         "machine": machine(),
         "cases": rows,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    update_json(RESULTS, {options.isa: result})
     print("saved", RESULTS.name)
 
 

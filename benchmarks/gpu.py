@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fused_attention import attention, backends, masked_softmax, tune
 from fused_attention.benchmark.harness import machine
 from fused_attention.errors import ArgumentValueError
+from fused_attention.files import update_json
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "benchmarks" / "results" / "gpu"
@@ -352,9 +353,8 @@ def main() -> int:
         return 2
     name, about = torch.cuda.get_device_name(device), machine()
     path = REPORTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
-    report |= {"device": name, "date": about["date"], "machine": about}
-    REPORTS.mkdir(parents=True, exist_ok=True)
+    present = {"device": name, "date": about["date"], "machine": about}
+    report: dict[str, Any] = {}
     steps: dict[str, Callable[[], Any]] = {
         "tests": lambda: run_tests(options.jobs),
         "sanitizer": run_sanitizer,
@@ -365,8 +365,7 @@ def main() -> int:
         "features": lambda: feature_benchmarks(options.rounds),
     }
     for step in options.only:
-        report[step] = steps[step]()
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        report = update_json(path, {**present, step: steps[step]()})
         if step == "tests":
             print("tests:", report["tests"], flush=True)
     print(f"{path.relative_to(ROOT)}: commit it, and put this into the README:\n")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fused_attention import console
+from fused_attention import console, files
 from fused_attention.benchmark.harness import machine
 from fused_attention.models import speech
 from fused_attention.models.fetch import fetch
@@ -216,6 +216,11 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def save_page() -> None:
+    with files.locked(PAGE):  # the last of several scripts that write it has read all results
+        files.write_text(PAGE, page(json.loads(RESULTS.read_text())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three steps of each")
@@ -224,19 +229,21 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="their directories")
     options = parser.parse_args()
     if options.page:
-        PAGE.write_text(page(json.loads(RESULTS.read_text())))
+        save_page()
         return
     for name in ("descriptions", "interface", "minilm", "whisper", "speech"):
         print(fetch(name))
     results: dict[str, Any] = {}
     if RESULTS.exists() and not options.quick:
         results = json.loads(RESULTS.read_text())
-    results["machine"] = machine() | {"threads": torch.get_num_threads()}
+    about = machine() | {"threads": torch.get_num_threads()}
 
-    def save() -> None:
+    def save(name: str, found: Any) -> None:
+        """Results that another script has saved since are read here, and stay."""
+        results.update({"machine": about, name: found})
         if not options.quick:
-            RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-            PAGE.write_text(page(results))
+            results.update(files.update_json(RESULTS, {"machine": about, name: found}))
+            save_page()
 
     for name, (settings, seconds) in plan(options.quick).items():
         if options.only and not name.startswith(options.only):
@@ -253,7 +260,6 @@ def main() -> None:
             )
         losses = found.pop("losses")
         found["losses_every_20"] = losses[::20]
-        results[name] = found
         figures = {k: v for k, v in found["results"].items() if k != "samples"}
         print(
             name,
@@ -264,11 +270,11 @@ def main() -> None:
             figures,
             flush=True,
         )
-        save()
+        save(name, found)
     if not options.only or options.only == "whisper":
-        results["whisper"] = word_error_rates()
-        print("whisper:", results["whisper"]["word_error_rate"])
-        save()
+        found = word_error_rates()
+        print("whisper:", found["word_error_rate"])
+        save("whisper", found)
 
 
 if __name__ == "__main__":

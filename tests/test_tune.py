@@ -98,6 +98,29 @@ def test_status(gpu_script):
     assert "| – |" in gpu_script.status([report | {"benchmarks": []}])
 
 
+def test_two_scripts_at_a_time_keep_the_steps_of_both(gpu_script, tmp_path, monkeypatch):
+    """One with --only, which ends while the other is in the middle of a step."""
+
+    def run_tiles():
+        monkeypatch.setattr("sys.argv", ["gpu.py", "--only", "sanitizer"])
+        assert gpu_script.main() == 0
+        return ["tiles"]
+
+    monkeypatch.setattr(gpu_script, "REPORTS", tmp_path)
+    monkeypatch.setattr(gpu_script, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_script.tune, "require_gpu", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H9 X")
+    monkeypatch.setattr(gpu_script, "status", lambda reports: "")
+    monkeypatch.setattr(gpu_script, "run_sanitizer", lambda: "clean")
+    monkeypatch.setattr(gpu_script, "run_tiles", run_tiles)
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--only", "tiles"])
+    assert gpu_script.main() == 0
+    (report,) = gpu_script.committed_reports()
+    assert report["device"] == "H9 X" and report["date"] == report["machine"]["date"]
+    assert report["tiles"] == ["tiles"] and report["sanitizer"] == "clean"
+    assert [path.name for path in tmp_path.iterdir()] == ["h9-x.json"]
+
+
 def test_outcome_of_pytest(gpu_script):
     text = "....\n3 passed, 1 failed, 2 skipped in 4.00s\n"
     assert gpu_script.outcome(text) == {"passed": 3, "failed": 1, "skipped": 2}
