@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from fused_attention import (
     MultiheadAttention,
@@ -454,6 +455,291 @@ def test_torch_func_gradients_of_parameters():
     assert_same(loss(ours), loss(theirs))
 
 
+# -- Modules and parameters that others changed ----------------------------------------------
+
+
+def random_nested(lengths, features, layout):
+    samples = [torch.randn(n, features, dtype=torch.float64) for n in lengths]
+    return torch.nested.nested_tensor(samples, layout=layout)
+
+
+def many_calls(construction):
+    """(query, key, value) of every kind that a module so constructed takes."""
+    options = CONSTRUCTIONS[construction]
+    batch_first = options.get("batch_first", False)
+    kdim, vdim = options.get("kdim", E), options.get("vdim", E)
+    for batched in (True, False):
+        yield tuple(
+            sequence(length, features, batch_first, batched)
+            for length, features in ((L, E), (S, kdim), (S, vdim))
+        )
+    if kdim == vdim == E:
+        x, key = (sequence(n, E, batch_first) for n in (L, S))
+        yield from ((x, x, x), (x, key, key))
+    if batch_first:
+        for layout in (torch.strided, torch.jagged):
+            if kdim == vdim == E:
+                x = random_nested((3, 5, 1), E, layout)
+                yield (x, x, x)
+            key = random_nested((4, 2, 6), kdim, layout)
+            value = key if kdim == vdim else random_nested((4, 2, 6), vdim, layout)
+            if layout == torch.strided or key is value:
+                yield (random_nested((3, 5, 1), E, layout), key, value)
+
+
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_hooks_of_out_proj_run_once_per_call(construction, one_thread):
+    _, ours = pair(**CONSTRUCTIONS[construction])
+    ran = []
+    ours.out_proj.register_forward_pre_hook(lambda *_: ran.append("before"))
+    ours.out_proj.register_forward_hook(lambda *_: ran.append("after"))
+    ours.out_proj.register_full_backward_pre_hook(lambda *_: ran.append("gradient before"))
+    ours.out_proj.register_full_backward_hook(lambda *_: ran.append("gradient after"))
+    for query, key, value in many_calls(construction):
+        for training, need_weights in itertools.product((True, False), repeat=2):
+            ran.clear()
+            out, _ = ours.train(training)(query, key, value, need_weights=need_weights)
+            assert ran == ["before", "after"]
+            out = torch.cat(out.unbind()) if out.is_nested else out
+            out.square().sum().backward()
+            assert ran == ["before", "after", "gradient before", "gradient after"]
+            with torch.no_grad():
+                ours(query, key, value, need_weights=need_weights)
+            assert ran[4:] == ["before", "after"]
+
+
+def test_hooks_of_out_proj_run_once_per_call_under_autocast():
+    _, ours = pair(torch.float32)
+    seen = []
+    ours.out_proj.register_forward_hook(lambda module, args, out: seen.append(out))
+    x = sequence(L, dtype=torch.float32)
+    for need_weights in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            out, _ = ours(x, x, x, need_weights=need_weights)
+        assert len(seen) == 1 and seen.pop() is out and out.dtype == torch.bfloat16
+
+
+def test_hooks_of_out_proj_may_change_what_passes():
+    theirs, ours = pair(batch_first=True)
+    x = sequence(L, batch_first=True)
+    for need_weights in (True, False):
+        expected, _ = theirs(x, x, x, need_weights=need_weights)
+        doubled = ours.out_proj.register_forward_hook(lambda module, args, out: 2 * out)
+        torch.testing.assert_close(ours(x, x, x, need_weights=need_weights)[0], 2 * expected)
+        doubled.remove()
+        silenced = ours.out_proj.register_forward_pre_hook(lambda module, args: (0 * args[0],))
+        out, _ = ours(x, x, x, need_weights=need_weights)
+        torch.testing.assert_close(out, ours.out_proj.bias.expand_as(out))
+        silenced.remove()
+
+
+class Masked(nn.Module):
+    """What pruning computes, as a parametrization."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return x * self.mask
+
+
+PRUNED = ("out_proj.weight", "out_proj.bias", "in_proj_weight", "in_proj_bias", "q_proj_weight")
+PRUNED += ("k_proj_weight", "v_proj_weight", "bias_k", "bias_v")
+
+
+def owner(module, name):
+    return module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("when", ["pruned", "pruned, then replaced"])
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_pruned_modules_train_as_the_original(construction, when, one_thread):
+    """The original never runs the hook that prunes out_proj: it gets a parametrization."""
+    theirs, ours = pair(**CONSTRUCTIONS[construction])
+    if when == "pruned, then replaced":
+        ours = copy.deepcopy(theirs)
+    names = [name for name in PRUNED if name in theirs.state_dict()]
+    for name in names:
+        mask = (torch.rand_like(theirs.state_dict()[name]) < 0.6).double()
+        prune.custom_from_mask(*owner(ours, name), mask)
+        parametrize.register_parametrization(*owner(theirs, name), Masked(mask))
+    if when == "pruned, then replaced":
+        ours = MultiheadAttention.from_torch(ours)
+    optimizers = [torch.optim.SGD(module.parameters(), 0.05) for module in (ours, theirs)]
+    calls = [call for call in many_calls(construction) if not call[0].is_nested]
+    for step, inputs in enumerate(calls * 2):
+        for module, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            out, weights = module(*inputs, need_weights=step % 2 == 0)
+            (out.square().mean() + (0 if weights is None else weights.square().sum())).backward()
+            optimizer.step()
+    with torch.no_grad():
+        for name in names:
+            prune.remove(*owner(ours, name))
+            parametrize.remove_parametrizations(*owner(theirs, name))
+        for name, x in ours.state_dict().items():
+            if name in names:
+                assert 0 < (x == 0).double().mean() < 1
+    assert_same(ours.state_dict(), dict(theirs.state_dict()), atol=1e-10, rtol=1e-10)
+
+
+PARAMETRIZATIONS = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETRIZATIONS)
+@pytest.mark.parametrize("construction", ["default", "kdim, no bias, batch_first"])
+def test_parametrizations(kind, construction, one_thread):
+    theirs, ours = pair(**CONSTRUCTIONS[construction])
+    names = [n for n in PRUNED if n in theirs.state_dict() and theirs.state_dict()[n].dim() == 2]
+    for module in (theirs, ours):
+        for name in names:
+            PARAMETRIZATIONS[kind](*owner(module, name))
+    ours.load_state_dict(theirs.state_dict())
+    # In training spectral_norm moves at every read, and the original reads more than once.
+    for training in (False,) if kind == "spectral_norm" else (False, True):
+        for module in (theirs, ours):
+            module.train(training)
+        for query, key, value in many_calls(construction):
+            if query is not key and not query.is_nested:
+                inputs = {"query": query, "key": key, "value": value}
+                for need_weights in (True, False):
+                    results = (
+                        run(x, inputs, {}, need_weights=need_weights) for x in (ours, theirs)
+                    )
+                    assert_same(*results, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_a_parametrization_is_computed_once_per_call(construction, one_thread):
+    computed = []
+
+    class Counted(nn.Module):
+        def forward(self, x):
+            computed.append(self)
+            return x
+
+    _, ours = pair(**CONSTRUCTIONS[construction])
+    names = [name for name in PRUNED if name in ours.state_dict()]
+    for name in names:
+        parametrize.register_parametrization(*owner(ours, name), Counted())
+    for inputs in many_calls(construction):
+        computed.clear()
+        ours(*inputs)
+        assert len(computed) == len(set(computed)) == len(names)
+
+
+class LowRank(nn.Module):
+    """LoRA (Hu et al. 2021): W x + B A x, with or without an attribute `weight`."""
+
+    def __init__(self, base, has_weight):
+        super().__init__()
+        self.base = base
+        self.a = nn.Parameter(torch.randn(2, base.in_features, dtype=base.weight.dtype))
+        self.b = nn.Parameter(torch.randn(base.out_features, 2, dtype=base.weight.dtype))
+        if has_weight:
+            self.weight = base.weight
+
+    def forward(self, x):
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize("has_weight", [True, False])
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_a_wrapper_in_the_place_of_out_proj(construction, has_weight, one_thread):
+    theirs, ours = pair(**CONSTRUCTIONS[construction])
+    wrapper = ours.out_proj = LowRank(ours.out_proj, has_weight)
+    merged = theirs.out_proj.weight + wrapper.b @ wrapper.a
+    for inputs in many_calls(construction):
+        for training, need_weights in itertools.product((True, False), repeat=2):
+            results = []
+            for module, changed in ((ours, {}), (theirs, {"out_proj.weight": merged})):
+                if inputs[0].is_nested and module is theirs:
+                    continue
+                module.train(training)
+                out, _ = torch.func.functional_call(
+                    module, changed, inputs, {"need_weights": need_weights}
+                )
+                out = torch.cat(out.unbind()) if out.is_nested else out
+                loss = out.square().sum()
+                grads = torch.autograd.grad(loss, (wrapper.a, wrapper.b), retain_graph=True)
+                results.append((out, *grads))
+            if inputs[0].is_nested:
+                assert all(gradient.count_nonzero() for gradient in results[0])
+            else:
+                torch.testing.assert_close(*results)
+        if not inputs[0].is_nested:
+            ours.explain(*inputs)
+
+
+@pytest.mark.parametrize("has_weight", [True, False])
+def test_a_wrapper_in_pytorch_transformers(has_weight, one_thread):
+    options = {"dropout": 0.0, "batch_first": True, "dtype": torch.float64}
+    original = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, HEADS, 32, **options), 2)
+    ours, x = copy.deepcopy(original), sequence(S, batch_first=True)
+    for mine, layer in zip(ours.layers, original.layers, strict=True):
+        mine.self_attn.out_proj = LowRank(mine.self_attn.out_proj, has_weight)
+        with torch.no_grad():
+            layer.self_attn.out_proj.weight += mine.self_attn.out_proj.b @ mine.self_attn.out_proj.a
+    replace_multihead_attention(ours)
+    for training in (True, False):
+        with torch.no_grad():
+            for padding in padding_masks().values():
+                out = ours.train(training)(x, src_key_padding_mask=padding)
+                expected = original.train()(x, src_key_padding_mask=padding)
+                torch.testing.assert_close(out, expected)
+
+
+def test_out_proj_may_have_another_width():
+    theirs, ours = pair()
+    ours.out_proj = theirs.out_proj = nn.Linear(E, 10, dtype=torch.float64)
+    for inputs in many_calls("default"):
+        torch.testing.assert_close(ours(*inputs), theirs(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.skipif(torch.backends.quantized.engine == "none", reason="no quantized kernels")
+def test_out_proj_may_be_quantized():
+    quantization = pytest.importorskip("torch.ao.quantization")
+    from torch.ao.nn.quantized import dynamic
+
+    _, ours = pair(torch.float32, batch_first=True)
+    quantized = quantization.quantize_dynamic(
+        copy.deepcopy(ours),
+        {type(ours.out_proj)},
+        mapping={type(ours.out_proj): dynamic.Linear},
+    )
+    assert type(quantized.out_proj) is dynamic.Linear and callable(quantized.out_proj.weight)
+    heads = []
+    ours.out_proj.register_forward_pre_hook(lambda module, args: heads.append(*args))
+    x = sequence(L, batch_first=True, dtype=torch.float32)
+    padding = torch.arange(L).expand(N, -1) > 3
+    for need_weights in (True, False):
+        options = {"key_padding_mask": padding, "need_weights": need_weights}
+        exact, _ = ours(x, x, x, **options)
+        with torch.no_grad():
+            out, _ = quantized(x, x, x, **options)
+        assert torch.equal(out, quantized.out_proj(heads.pop()))
+        assert 0 < (out - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_a_wrapper_with_a_hook_compiles():
+    torch._dynamo.reset()
+    _, ours = pair(torch.float32, batch_first=True)
+    ours.out_proj = LowRank(ours.out_proj, has_weight=False)
+    ours.out_proj.register_forward_hook(lambda module, args, out: 2 * out)
+    prune.random_unstructured(ours, "in_proj_weight", 0.5)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    x = sequence(L, batch_first=True, dtype=torch.float32)
+    with torch.no_grad():
+        out, expected = (f(x, x, x, need_weights=False)[0] for f in (compiled, ours))
+    torch.testing.assert_close(out, expected)
+
+
 # -- Inside PyTorch's transformers -------------------------------------------------------
 
 
@@ -490,24 +776,139 @@ def test_the_fast_path_of_encoder_layers_does_not_bypass_it(calls, activation, m
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("replaced", ["layer", "encoder"])
-def test_encoders_and_their_nested_tensors(calls, replaced):
-    """An encoder makes a nested tensor of a padded batch, in evaluation."""
-    layer = nn.TransformerEncoderLayer(E, HEADS, 32, batch_first=True)
-    original = nn.TransformerEncoder(layer, 2).eval()
-    if replaced == "layer":
-        ours = nn.TransformerEncoder(replace_multihead_attention(copy.deepcopy(layer)), 2).eval()
+class OwnEncoder(nn.TransformerEncoder):
+    """A subclass, as models define them."""
+
+
+def replaced_then_built(original):
+    layer = replace_multihead_attention(copy.deepcopy(original.layers[0]))
+    return nn.TransformerEncoder(layer, 2, copy.deepcopy(original.norm))
+
+
+def built_by_hand_then_replaced(original):
+    layer = copy.deepcopy(original.layers[0])
+    layer.self_attn = MultiheadAttention.from_torch(layer.self_attn)
+    return replace_multihead_attention(
+        nn.TransformerEncoder(layer, 2, copy.deepcopy(original.norm))
+    )
+
+
+def half_replaced(original):
+    """Only the second layer is ours, and the encoder is passed afterwards."""
+
+    class Other(nn.MultiheadAttention):
+        """A subclass: it stays."""
+
+    model = copy.deepcopy(original)
+    model.layers[0].self_attn.__class__ = Other
+    model.layers[0].register_forward_hook(lambda *_: None)  # its own native path misreads masks too
+    return replace_multihead_attention(model)
+
+
+def pickled(original):
+    buffer = io.BytesIO()
+    torch.save(replace_multihead_attention(copy.deepcopy(original)), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+ENCODERS = {
+    "replaced": lambda original: replace_multihead_attention(copy.deepcopy(original)),
+    "replaced, then copied": lambda original: copy.deepcopy(
+        replace_multihead_attention(copy.deepcopy(original))
+    ),
+    "replaced, then pickled": pickled,
+    "inside a model": lambda original: replace_multihead_attention(
+        nn.ModuleDict({"encoder": copy.deepcopy(original)})
+    )["encoder"],
+    "layer replaced, then built": replaced_then_built,
+    "built by hand, then replaced": built_by_hand_then_replaced,
+    "half replaced": half_replaced,
+}
+
+
+def padding_masks():
+    """Two samples without padding beside one with, and never one of padding only."""
+    lengths = torch.tensor([[S], [2], [5]])
+    ends = torch.arange(S) >= lengths
+    scattered = torch.rand(N, S) < 0.5
+    scattered[:, torch.randint(S, ())] = False
+    zeros, finite = torch.zeros(N, S, dtype=torch.float64), torch.randn(N, S, dtype=torch.float64)
+    return {
+        "none": None,
+        "bool": ends,
+        "bool, scattered": scattered,
+        "0 and -inf": zeros.masked_fill(ends, float("-inf")),
+        "a value at the end": zeros.masked_fill(ends, torch.randn(()).double().item()),
+        "no value is 0": finite,
+        "values and -inf": finite.masked_fill(scattered, float("-inf")),
+    }
+
+
+@pytest.mark.parametrize("built", ENCODERS)
+def test_encoders_in_evaluation_read_padding_masks_as_in_training(built, calls, one_thread):
+    """The nested tensors of the original encoder take every nonzero value for padding."""
+    options = {"dropout": 0.0, "batch_first": True, "dtype": torch.float64}
+    for cls, norm_first in ((nn.TransformerEncoder, False), (OwnEncoder, True)):
+        layer = nn.TransformerEncoderLayer(E, HEADS, 32, norm_first=norm_first, **options)
+        original = cls(layer, 2, nn.LayerNorm(E, dtype=torch.float64))
+        ours = ENCODERS[built](original).eval()
+        assert ours.state_dict().keys() == original.state_dict().keys()
         ours.load_state_dict(original.state_dict())
-    else:
-        ours = replace_multihead_attention(copy.deepcopy(original))
-    assert ours.use_nested_tensor
-    x = sequence(S, batch_first=True, dtype=torch.float32)
-    padding = torch.arange(S) >= torch.tensor([[7], [2], [5]])
-    for options in ({}, {"src_key_padding_mask": padding}, {"mask": causal_mask(S)}):
-        calls.clear()
+        x = sequence(S, batch_first=True)
+        for name, padding in padding_masks().items():
+            calls.clear()
+            with torch.no_grad():
+                expected = original.train()(x, src_key_padding_mask=padding)
+                out = ours(x, src_key_padding_mask=padding)
+            assert_same({name: out}, {name: expected})
+            assert len(calls) == (1 if built == "half replaced" else 2)
         with torch.no_grad():
-            torch.testing.assert_close(ours(x, **options), original(x, **options))
-        assert len(calls) == 2 and len({id(module) for module in calls}) == 2
+            mask = causal_mask(S, dtype=torch.float64)
+            torch.testing.assert_close(ours(x, mask=mask), original(x, mask=mask))
+
+
+def test_the_encoder_of_a_whole_transformer_reads_padding_masks_as_in_training(one_thread):
+    options = {"dropout": 0.0, "batch_first": True, "dtype": torch.float64}
+    original = nn.Transformer(E, HEADS, 2, 1, 32, **options)
+    ours = replace_multihead_attention(copy.deepcopy(original)).eval()
+    src, tgt = sequence(S, batch_first=True), sequence(L, batch_first=True)
+    for name, padding in padding_masks().items():
+        masks = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}
+        with torch.no_grad():
+            assert_same({name: ours(src, tgt, **masks)}, {name: original(src, tgt, **masks)})
+
+
+def test_what_a_replacement_changes_in_parents():
+    """Only what leads around the module: and nothing where no module was replaced."""
+
+    class Other(nn.MultiheadAttention):
+        pass
+
+    layer = nn.TransformerEncoderLayer(E, HEADS, 32, activation="gelu", batch_first=True)
+    model = nn.ModuleDict({"ours": nn.TransformerEncoder(layer, 2)})
+    layer.self_attn.__class__ = Other
+    model["other"] = nn.TransformerEncoder(layer, 2)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    replace_multihead_attention(model)
+    changed = {}
+    for name, module in model.named_modules():
+        if type(module) is not MultiheadAttention:
+            now = {key: x for key, x in vars(module).items() if key != "_modules"}
+            assert now.keys() | {"_modules"} == before[name].keys()
+            new = {key: x for key, x in now.items() if x is not before[name][key]}
+            changed |= {name: new} if new else {}
+    assert changed == {
+        "ours": {"enable_nested_tensor": False, "use_nested_tensor": False},
+        "ours.layers.0": {"activation_relu_or_gelu": 0},
+        "ours.layers.1": {"activation_relu_or_gelu": 0},
+    }
+
+
+def test_an_encoder_around_a_replaced_layer_is_built_without_a_warning(recwarn):
+    layer = nn.TransformerEncoderLayer(E, HEADS, 32, batch_first=True)
+    nn.TransformerEncoder(replace_multihead_attention(layer), 2, enable_nested_tensor=False)
+    assert not recwarn.list
 
 
 def test_a_fully_padded_sample_in_an_encoder_is_finite():

@@ -54,8 +54,15 @@ class MultiheadAttention(nn.MultiheadAttention):
     the bits of dropout are those of `attention` (torch.manual_seed decides). torch.jit.script is
     not supported.
 
-    In nn.TransformerEncoderLayer it is called in evaluation too (see `_keep_fast_path_away`), with
-    the nested tensors that nn.TransformerEncoder makes of padded batches.
+    The output projection is a call of out_proj, whereas the original reads out_proj.weight: hooks,
+    pruning and parametrizations of out_proj take effect, and any module that maps [..., embed_dim]
+    may replace it (LoRA, quantized layers). The in-projection has no module of its own; each of its
+    parameters is read once per call, so pruning and parametrizations take effect there too.
+
+    nn.TransformerEncoderLayer calls the module in evaluation too (see `_keep_fast_path_away`). An
+    nn.TransformerEncoder that was built around this module by hand still makes nested tensors of
+    padded batches in evaluation, and so takes every nonzero value of a floating padding mask for
+    padding: build it with enable_nested_tensor=False, or pass it to `replace_multihead_attention`.
     """
 
     def __init__(
@@ -186,15 +193,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """q, k and v of the heads, [N, H, L or S, D], and what else `attention` needs."""
-        N, L, S = self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
-        q, k, v = (self._heads(x) for x in self._project(query, key, value))
+        weights, bias = self._in_projection()
+        N, L, S = self._check(
+            query, key, value, key_padding_mask, attn_mask, is_causal, parameter=weights[0]
+        )
+        q, k, v = (self._heads(x) for x in self._project(query, key, value, weights, bias))
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.view(N, S)
         extra = 0  # keys that every query sees
-        if self.bias_k is not None and self.bias_v is not None:
+        bias_k, bias_v = self.bias_k, self.bias_v
+        if bias_k is not None and bias_v is not None:
             shape = (N, self.num_heads, 1, self.head_dim)
             bias_k, bias_v = (
-                x.to(k.dtype).view(1, *shape[1:]).expand(shape) for x in (self.bias_k, self.bias_v)
+                x.to(k.dtype).view(1, *shape[1:]).expand(shape) for x in (bias_k, bias_v)
             )
             k, v = torch.cat([k, bias_k], 2), torch.cat([v, bias_v], 2)
             extra += 1
@@ -224,8 +235,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
+        parameter: Tensor,
     ) -> tuple[int, int, int]:
-        """N, L and S, if everything fits together."""
+        """N, L and S, if everything fits together.
+
+        parameter: one of the in-projection, which gives the dtype and device that the inputs must
+        have. out_proj may be any module and does not say.
+        """
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_tensor(name, x)
         rank = query.dim()
@@ -263,32 +279,48 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "attn_mask: Need attn_mask if specifying the is_causal hint. "
                 "Hint: nn.Transformer.generate_square_subsequent_mask makes it"
             )
-        weight = self.out_proj.weight
-        autocast = has_autocast(weight.device.type)
-        autocast = autocast and torch.is_autocast_enabled(weight.device.type)
+        device, dtype = parameter.device, parameter.dtype
+        autocast = has_autocast(device.type) and torch.is_autocast_enabled(device.type)
         for name, x in (("query", query), ("key", key), ("value", value)):
-            if x.device != weight.device:
-                _wrong(name, f"device {weight.device}, as the parameters have", x.device)
-            if x.dtype != weight.dtype and not autocast:
-                _wrong(name, f"dtype {weight.dtype}, as the parameters have", x.dtype)
+            if x.device != device:
+                _wrong(name, f"device {device}, as the parameters have", x.device)
+            if x.dtype != dtype and not autocast:
+                _wrong(name, f"dtype {dtype}, as the parameters have", x.dtype)
         if self.training and not 0.0 <= self.dropout <= 1.0:
             _wrong("dropout", "a probability in [0, 1]", self.dropout)
         return N, L, S
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _in_projection(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The weights, either (W_qkv,) or (W_q, W_k, W_v), and the bias [3 * E] or None.
+
+        A call reads each parameter here and only once: a parametrized one is computed anew at every
+        read, and spectral_norm updates its state at every read in training.
+        """
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is not None:
+            return (weight,), bias
+        return (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), bias
+
+    def _project(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weights: tuple[Tensor, ...],
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [..., E]: views of as few products as the inputs allow."""
-        E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
-        if weight is None:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        elif query is key and key is value:
-            q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, E)).unbind(-2)
-            return q, k, v
-        elif key is value:
-            w_q, w_kv = weight.split([E, 2 * E])
-            b_q, b_kv = (None, None) if bias is None else bias.split([E, 2 * E])
-            k, v = F.linear(key, w_kv, b_kv).unflatten(-1, (2, E)).unbind(-2)
-            return F.linear(query, w_q, b_q), k, v
-        else:
+        E = self.embed_dim
+        if len(weights) == 1:
+            (weight,) = weights
+            if query is key and key is value:
+                q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, E)).unbind(-2)
+                return q, k, v
+            if key is value:
+                w_q, w_kv = weight.split([E, 2 * E])
+                b_q, b_kv = (None, None) if bias is None else bias.split([E, 2 * E])
+                k, v = F.linear(key, w_kv, b_kv).unflatten(-1, (2, E)).unbind(-2)
+                return F.linear(query, w_q, b_q), k, v
             weights = weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         q, k, v = (
@@ -318,12 +350,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         return attention_with_weights(q, k, v, **options, average=average_attn_weights)
 
     def _project_output(self, out: Tensor, query: Tensor) -> Tensor:
-        """[N, H, L, D] to the shape of query."""
+        """out_proj of the heads [N, H, L, D], in the layout of query."""
         if query.dim() == 2:
             out = out.squeeze(0).transpose(0, 1)
         else:
             out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
-        return F.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        return self.out_proj(out.flatten(-2))
 
     def _attend_nested(
         self,
@@ -400,6 +432,15 @@ def replace_multihead_attention(model: nn.Module) -> nn.Module:
     Parameters stay the same objects (an optimizer that has them keeps working), and so do state
     dicts. Subclasses are left alone, parametrized modules among them. Returns model; if it is
     itself an nn.MultiheadAttention, what replaces it.
+
+    Every nn.TransformerEncoder in `model` that holds a `MultiheadAttention`, replaced now or
+    before, stops making nested tensors of padded batches in evaluation: its enable_nested_tensor
+    and use_nested_tensor become False. The nested path takes every nonzero value of a floating
+    src_key_padding_mask for padding, and fails if no value is 0. Without it evaluation gives what
+    training without dropout gives, also in the rows of padding, where the nested path gives 0. An
+    encoder that is built later around a replaced nn.TransformerEncoderLayer makes no nested tensors
+    either, and warns of that unless it is given enable_nested_tensor=False. Pass the whole model:
+    an encoder cannot be reached from one of its layers.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(describe_error("model", "a torch.nn.Module", type(model).__name__))
@@ -410,4 +451,24 @@ def replace_multihead_attention(model: nn.Module) -> nn.Module:
                 if child not in replaced:
                     replaced[child] = MultiheadAttention.from_torch(child)
                 setattr(parent, name, replaced[child])
+    _disable_native_paths(model)
     return MultiheadAttention.from_torch(model) if type(model) is nn.MultiheadAttention else model
+
+
+def _disable_native_paths(model: nn.Module) -> None:
+    """Makes PyTorch's encoders in `model` call the `MultiheadAttention` inside, on dense tensors.
+
+    nn.TransformerEncoder.forward reads use_nested_tensor. enable_nested_tensor is the argument of
+    the constructor, which forwards written for earlier versions read. The constructor sets
+    use_nested_tensor by facts of its layer; the only one that serves nothing but the native path is
+    activation_relu_or_gelu, and 0 says that the layer has no such path.
+    """
+    for parent in model.modules():
+        if not isinstance(parent, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            continue
+        if not any(isinstance(child, MultiheadAttention) for child in parent.modules()):
+            continue
+        if isinstance(parent, nn.TransformerEncoder):
+            parent.enable_nested_tensor = parent.use_nested_tensor = False
+        else:
+            parent.activation_relu_or_gelu = 0
