@@ -34,6 +34,7 @@ KINDS = {
         SMALL, positions="rotary", kv_heads=1, tied=False
     ),
 }
+KIND_WITH_OWN_LOGITS = "rotary, one key head, own logits"
 SOURCES = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13, 14]]
 TARGETS = [[1, 2], [3, 4, 5, 6, 7], [8, 9, 10]]
 
@@ -212,6 +213,74 @@ def test_a_cache_is_reordered_and_its_memory_is_shared():
     tokens, layout = pad(whole)
     expected = model(tokens, layout, *pad(sources))[torch.arange(4), layout.lengths.long() - 1]
     torch.testing.assert_close(logits, expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["as in the paper", "decoder only", KIND_WITH_OWN_LOGITS])
+@torch.no_grad()
+def test_a_cache_under_autocast_equals_all_at_once(kind):
+    model = model_of(kind)
+    tokens, layout = pad(TARGETS)
+    exact = model(tokens, layout, *(pad(SOURCES) if model.encoder else ()))
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = None if model.encoder is None else model.encode(*pad(SOURCES))
+        cache = model.start(memory, 3, 12)
+        cache.reorder(torch.arange(3))
+        model.step(tokens[:, :1], cache)
+        cache.reorder(torch.tensor([0, 1, 2]))
+        logits = model.step(tokens[:, 1:], cache, layout.lengths - 1)
+        expected = model.decode(tokens, layout, memory)
+    last = torch.arange(3), layout.lengths.long() - 1
+    assert logits.dtype == expected.dtype
+    # Twice what rounding to bfloat16 costs all at once: the steps may round in other places.
+    bound = 2 * (expected - exact)[last].abs().max() + 0.01 * exact.abs().max()
+    assert (logits - expected[last]).abs().max() <= bound
+
+
+class Wrapper(nn.Module):
+    """Stands in for a layer, without its attributes: W x + B A x (LoRA, Hu et al. 2021)."""
+
+    def __init__(self, layer, out_features, in_features):
+        super().__init__()
+        self.layer = layer
+        self.a = nn.Parameter(torch.randn(2, in_features, dtype=torch.float64))
+        self.b = nn.Parameter(torch.randn(out_features, 2, dtype=torch.float64))
+
+    def forward(self, x):
+        if x.is_floating_point():
+            return self.layer(x) + x @ self.a.T @ self.b.T
+        return self.layer(x) + self.a.T[x] @ self.b.T
+
+
+def test_layers_may_be_wrapped_and_hooked():
+    """Every layer is called as a module, once a step, and no other module is asked for a weight."""
+    model, merged = (model_of(KIND_WITH_OWN_LOGITS).double() for _ in range(2))
+    ran = []
+    for name, layer in merged.named_modules():
+        if not isinstance(layer, (nn.Linear, nn.Embedding)):
+            continue
+        sizes = layer.weight.shape
+        sizes = sizes if isinstance(layer, nn.Linear) else sizes[::-1]
+        wrapper = Wrapper(model.get_submodule(name), *sizes)
+        model.set_submodule(name, wrapper)
+        wrapper.register_forward_hook(lambda *_, name=name: ran.append(name))
+        with torch.no_grad():
+            low_rank = wrapper.b @ wrapper.a
+            layer.weight += low_rank if isinstance(layer, nn.Linear) else low_rank.T
+    out, expected = run(model), run(merged)
+    torch.testing.assert_close(out, expected, atol=1e-8, rtol=1e-8)
+    layers = [x for x in model.modules() if isinstance(x, Wrapper)]
+    assert len(ran) == len(layers) + 1  # the embedding serves both stacks
+    gradients = torch.autograd.grad(
+        out.square().sum(), [x for layer in layers for x in (layer.a, layer.b)]
+    )
+    assert all(x.count_nonzero() for x in gradients)
+    with torch.no_grad():
+        memory = model.encode(*pad(SOURCES))
+        tokens, layout = pad(TARGETS)
+        logits = model.step(tokens, model.start(memory, 3, 8), layout.lengths)
+        expected = merged.decode(tokens, layout, merged.encode(*pad(SOURCES)))
+    last = torch.arange(3), layout.lengths.long() - 1
+    torch.testing.assert_close(logits, expected[last], atol=1e-8, rtol=1e-8)
 
 
 # -- Dropout, errors ---------------------------------------------------------------------------

@@ -181,6 +181,42 @@ class KeysValues(NamedTuple):
     value: Tensor
 
 
+class LayerCache:
+    """Keys and values of one layer, [batch, Hkv, room, D], written in place.
+
+    The first `append` allocates them, in the dtype of what the projections return: under autocast
+    no parameter has that dtype, and a module that replaces a projection need not have a weight.
+    """
+
+    def __init__(self, batch: int, room: int) -> None:
+        self.batch, self.room = batch, room
+        self.stored: KeysValues | None = None
+
+    def append(self, key: Tensor, value: Tensor, before: Tensor) -> KeysValues:
+        """Writes key and value [batch, Hkv, S, D] behind the `before` tokens of each sequence.
+
+        Returns all keys and values, those of the unused room included.
+        """
+        if self.stored is None:
+            self.stored = KeysValues(*(self._allocate(x, self.batch) for x in (key, value)))
+        kv_cache_append_(*self.stored, key, value, before)
+        return self.stored
+
+    def reorder(self, rows: Tensor, used: int) -> None:
+        """`Cache.reorder` of one layer, of which the first `used` tokens are in use."""
+        self.batch = len(rows)
+        if self.stored is None:
+            return
+        old = self.stored
+        if len(rows) != len(old.key):
+            self.stored = KeysValues(*(self._allocate(x, len(rows)) for x in old))
+        for source, target in zip(old, self.stored, strict=True):
+            target[:, :, :used] = source[rows, :, :used]
+
+    def _allocate(self, like: Tensor, batch: int) -> Tensor:
+        return like.new_zeros(batch, like.shape[1], self.room, like.shape[3])
+
+
 class Cache:
     """Keys and values of the tokens so far, written in place, and those of the memory, once.
 
@@ -190,16 +226,15 @@ class Cache:
 
     def __init__(self, model: Transformer, memory: Memory | None, batch: int, room: int) -> None:
         assert model.decoder is not None
-        config, like = model.config, model.tokens.weight
-        shape = (batch, config.key_heads, room, config.head_dim)
         self.memory = memory
-        self.layers: list[KeysValues] = []
+        self.layers: list[LayerCache] = []
         self.known: list[KeysValues | None] = []
         for block in model.decoder.blocks:
             assert isinstance(block, Block)
-            self.layers.append(KeysValues(like.new_zeros(shape), like.new_zeros(shape)))
+            self.layers.append(LayerCache(batch, room))
             self.known.append(None if memory is None else block.cross_attention.keys_values(memory))
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=like.device)
+        device = next(model.parameters()).device
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.longest = 0  # at least max(lengths), without looking at them
 
     def advance(self, lengths: Tensor | int, longest: int) -> None:
@@ -209,12 +244,8 @@ class Cache:
     def reorder(self, rows: Tensor) -> None:
         """Sequence b goes on where sequence rows[b] was; there may be more or fewer than before."""
         self.lengths = self.lengths[rows]
-        used = self.longest
-        for i, layer in enumerate(self.layers):
-            if len(rows) != len(layer.key):
-                self.layers[i] = KeysValues(*(x.new_zeros(len(rows), *x.shape[1:]) for x in layer))
-            for old, new in zip(layer, self.layers[i], strict=True):
-                new[:, :, :used] = old[rows, :, :used]
+        for layer in self.layers:
+            layer.reorder(rows, self.longest)
 
 
 # -- Attention --------------------------------------------------------------------------------
@@ -253,7 +284,7 @@ class SelfAttention(Projections):
         self.causal = causal
 
     def forward(
-        self, x: Tensor, layout: Layout, angles: Tensor | None, cache: KeysValues | None = None
+        self, x: Tensor, layout: Layout, angles: Tensor | None, cache: LayerCache | None = None
     ) -> Tensor:
         q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
         if angles is not None:
@@ -261,8 +292,7 @@ class SelfAttention(Projections):
         q, k, v = heads_inward(q), heads_inward(k), heads_inward(v)
         if cache is not None:
             assert isinstance(layout, Cached)
-            kv_cache_append_(cache.key, cache.value, k, v, layout.before)
-            k, v = cache.key, cache.value
+            k, v = cache.append(k, v, layout.before)
         return self.merge(self.attend(q, k, v, layout, layout, self.causal))
 
 
@@ -311,7 +341,7 @@ class Block(nn.Module):
         layout: Layout,
         angles: Tensor | None = None,
         memory: Memory | None = None,
-        cache: KeysValues | None = None,
+        cache: LayerCache | None = None,
         known: KeysValues | None = None,
     ) -> Tensor:
         x = self.residual(
