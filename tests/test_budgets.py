@@ -17,7 +17,7 @@ from main_loop import Code, Instruction, score_loops
 
 pytest.importorskip("triton")
 
-pytestmark = pytest.mark.timeout(900)  # a cold cache on a busy machine
+pytestmark = pytest.mark.timeout(3600)  # a cold cache on a busy machine
 LIMITS = budgets.load()["limits"]
 PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}  # products a score
 

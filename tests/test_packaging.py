@@ -23,6 +23,7 @@ TORCH_SYMBOLS = Path(__file__).parent / "data" / "torch_symbols.txt"
 
 pytestmark = [
     pytest.mark.serial,
+    pytest.mark.timeout(7200),  # minutes of compiling on a quiet machine
     pytest.mark.skipif(
         not (REPOSITORY / "setup.py").exists(), reason="needs the source tree, not only the tests"
     ),

@@ -86,7 +86,7 @@ class Page(html.parser.HTMLParser):
 def browse(path, address, *options):
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", *options]
     command += [f"--user-data-dir={path.parent / 'profile'}", f"file://{path}{address}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium")

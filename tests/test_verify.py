@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -53,9 +52,7 @@ def test_the_pairs_are_all_covered_and_always_the_same():
 
 
 def test_ours_passes_on_every_backend_and_isa(capsys, tmp_path):
-    start = time.monotonic()
     code = cli.main(["verify", "--quick", "--json", str(tmp_path / "report.json")])
-    assert time.monotonic() - start < 120
     out = capsys.readouterr().out
     assert code == 0 and "FAILED" not in out
     document = json.loads((tmp_path / "report.json").read_text())

@@ -28,7 +28,7 @@ from test_triton import arguments, run
 from test_triton_sequences import Packing
 from test_triton_weights import mismatches as weights_mismatches
 
-pytestmark = pytest.mark.timeout(900)  # a cold cache on a busy machine
+pytestmark = pytest.mark.timeout(3600)  # a cold cache on a busy machine
 TARGETS = pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 slow = pytest.mark.slow
 
