@@ -4,7 +4,8 @@
 //
 //   constexpr const char* kDevice                      in messages
 //   bool is_here(const Tensor&)                        is it on the device of the call?
-//   Tensor empty_strided(Sizes, const int64_t* strides, ScalarType)
+//   AOTITorchError empty_strided(Sizes, const int64_t* strides, ScalarType, AtenTensorHandle*)
+//   template <typename Int> class Integers             of a tensor, as kernels read them: data()
 //   void set_philox(Params&, const int64_t* state, int64_t samples)
 //                                                      of dropout: see count_samples
 #pragma once
@@ -58,25 +59,81 @@ int64_t element_bytes(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-Tensor empty(Sizes sizes, ScalarType dtype) {
+int64_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+// a * b; the largest number where that is more.
+int64_t saturating_product(int64_t a, int64_t b) {
+  int64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? std::numeric_limits<int64_t>::max() : product;
+}
+int64_t count_elements(Sizes sizes) {
+  int64_t count = 1;
+  for (const int64_t size : sizes) {
+    if (size == 0) return 0;
+    count = saturating_product(count, size);
+  }
+  return count;
+}
+
+// `what` names a buffer and its shape; `hint` says what would need less.
+[[noreturn]] void refuse_for_memory(const char* what, double bytes, const char* hint) {
+  char text[512];
+  snprintf(text, sizeof(text), "not enough memory for %s: %.1f MiB%s%s", what, bytes / (1 << 20),
+           *hint != 0 ? ". Hint: " : "", hint);
+  throw std::runtime_error(text);
+}
+
+// A new tensor, which `what` and `hint` describe where there is no memory for it.
+struct Buffer {
+  const char *what, *hint = "";
+};
+Tensor new_tensor(Buffer buffer, Sizes sizes, const int64_t* strides, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  const int64_t count = count_elements(sizes);
+  const bool countable = count < std::numeric_limits<int64_t>::max() / 16;
+  if (!countable || empty_strided(sizes, strides, dtype, &handle) != AOTI_TORCH_SUCCESS) {
+    refuse_for_memory(buffer.what, (double)count * (double)element_bytes(dtype), buffer.hint);
+  }
+  return Tensor(handle);
+}
+
+Tensor empty(Buffer buffer, Sizes sizes, ScalarType dtype) {
   constexpr size_t kMaxDims = 64;  // as in torch
   STD_TORCH_CHECK(sizes.size() <= kMaxDims, "expected at most 64 dimensions");
   int64_t strides[kMaxDims], stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
-    stride *= sizes[i] > 1 ? sizes[i] : 1;
+    stride = saturating_product(stride, sizes[i] > 1 ? sizes[i] : 1);
   }
-  return empty_strided(sizes, strides, dtype);
+  return new_tensor(buffer, sizes, strides, dtype);
 }
+// In the place of a result that is not asked for.
+Tensor no_result(ScalarType dtype) { return empty({"a result"}, {0}, dtype); }
 
 // Dense [B, H, S, D] memory, or [B, S, H, D] where that is how the model tensor lies.
-Tensor empty_like_layout(const Shape& model, int64_t S, int64_t D, ScalarType dtype) {
+Tensor empty_like_layout(Buffer buffer, const Shape& model, int64_t S, int64_t D,
+                         ScalarType dtype) {
   const int64_t B = model.size[0], H = model.size[1];
-  if (model.stride[1] >= model.stride[2]) return empty({B, H, S, D}, dtype);
+  if (model.stride[1] >= model.stride[2]) return empty(buffer, {B, H, S, D}, dtype);
   const auto at_least_1 = [](int64_t n) { return n > 1 ? n : 1; };
-  const int64_t row = at_least_1(D), token = row * at_least_1(H), batch = token * at_least_1(S);
+  const int64_t row = at_least_1(D), token = saturating_product(row, at_least_1(H));
+  const int64_t batch = saturating_product(token, at_least_1(S));
   const int64_t strides[4] = {batch, row, token, 1};
-  return empty_strided({B, H, S, D}, strides, dtype);
+  return new_tensor(buffer, {B, H, S, D}, strides, dtype);
 }
 
 // An input as given and as kernels read it: in place if its last stride is 1, else copied.
@@ -100,6 +157,12 @@ TensorView view_of(const Tensor& output, Layout layout = Layout::kDense) {
   return Input(output, "output", layout).view();
 }
 
+Footprint footprint_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  return Footprint(tensor.data_ptr(), element_bytes(tensor.scalar_type()), sizes.data(),
+                   strides.data(), sizes.size());
+}
+
 // A tensor that broadcasts against the scores: each size 1 or full, stride 0 where it is 1.
 ScoreView score_view(const Tensor& tensor, const char* name, const AttentionParams& p) {
   const Shape shape = shape_of(tensor, name);
@@ -114,6 +177,12 @@ ScoreView score_view(const Tensor& tensor, const char* name, const AttentionPara
 }
 
 // -- describing a call ----------------------------------------------------------------------------
+
+// What kernels read that belongs to no argument; kept while a call runs.
+struct Held {
+  std::optional<Integers<int32_t>> cu_seqlens_q, cu_seqlens_k, seqused_k, block_table;
+  std::optional<Integers<int64_t>> philox;
+};
 
 // The arguments that attention_forward and attention_backward share, as in their schemas.
 struct Options {
@@ -151,16 +220,16 @@ int64_t count_samples(const OptionalTensor& philox, const OptionalTensor& sinks,
 
 // Both kinds of params hold the state of dropout under the same names.
 template <typename Params>
-void describe_dropout(Params& p, double dropout_p, const OptionalTensor& philox,
-                      int64_t samples = 0) {
+void describe_dropout(Params& p, double dropout_p, const OptionalTensor& philox, int64_t samples,
+                      Held& held) {
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected 0 to 1, got ", dropout_p);
   if (dropout_p == 0) return;
-  STD_TORCH_CHECK(philox.has_value() && is_here(*philox) &&
-                      philox->numel() == (samples > 1 ? samples : 1) * 2 &&
-                      philox->scalar_type() == ScalarType::Long && philox->is_contiguous(),
-                  "philox: expected an int64 ", kDevice,
-                  " tensor [2] of seed and offset, or [samples, 2]");
-  set_philox(p, (const int64_t*)philox->data_ptr(), samples);
+  STD_TORCH_CHECK(
+      philox.has_value() && is_here(*philox) &&
+          philox->numel() == (samples > 1 ? samples : 1) * 2 &&
+          philox->scalar_type() == ScalarType::Long && philox->dim() == (samples > 0 ? 2 : 1),
+      "philox: expected an int64 ", kDevice, " tensor [2] of seed and offset, or [samples, 2]");
+  set_philox(p, held.philox.emplace(*philox).data(), samples);
   p.dropout_threshold = (uint32_t)std::nearbyint(dropout_p * 65536);
   const uint32_t kept = 65536 - p.dropout_threshold;
   p.dropout_scale = kept == 0 ? 0.0 : 65536.0 / kept;
@@ -191,8 +260,22 @@ void describe_inputs(AttentionParams& p, const Input& query, const Input& key, c
   p.value = value.view();
 }
 
+// A cap of 2^96 or more (float64: 2^992) is none: no softmax tells such scores apart, and cap *
+// tanh would overflow, or lose scale / cap to denormals. A cap so small that scale / cap would
+// overflow is raised until it does not: all logits remain 0 to an exponential.
+double effective_softcap(double softcap, double scale, bool wide) {
+  using Wide = std::numeric_limits<double>;
+  using Narrow = std::numeric_limits<float>;
+  const double most = wide ? Wide::max() : (double)Narrow::max();
+  const double least = wide ? Wide::min() : (double)Narrow::min();
+  scale = std::fabs(scale);
+  if (softcap <= 0 || softcap >= std::ldexp(1.0, wide ? 992 : 96)) return 0;
+  if (scale > 0 && scale / softcap < least) return 0;
+  return std::fmax(softcap, 4 * std::fmax(least, scale / most));
+}
+
 template <typename Params>
-void describe_options(Params& p, const Options& o) {
+void describe_options(Params& p, const Options& o, Held& held) {
   STD_TORCH_CHECK(o.causal >= 0 && o.causal <= 2, "causal: expected 0, 1 or 2, got ", o.causal);
   STD_TORCH_CHECK(o.window_left >= -1 && o.window_right >= -1,
                   "window: expected tokens, or -1 for no limit");
@@ -203,11 +286,13 @@ void describe_options(Params& p, const Options& o) {
   p.window_right = o.causal != 0 ? 0 : window(o.window_right);
   p.bottom_right = o.causal == (int64_t)Causal::kBottomRight;
   p.scale = o.scale;
-  p.softcap = o.softcap;
+  STD_TORCH_CHECK(std::isfinite(o.scale), "scale: expected a finite number, got ", o.scale);
+  STD_TORCH_CHECK(o.softcap >= 0, "softcap: expected a number >= 0, got ", o.softcap);
+  p.softcap = effective_softcap(o.softcap, o.scale, p.dtype == DType::kFloat64);
   p.precision = o.precision;
   const int64_t samples = count_samples(o.philox, o.sinks, p.B);
   p.sample_heads = samples > 0 ? p.B / samples * p.Hq : 0;
-  describe_dropout(p, o.dropout_p, o.philox, samples);
+  describe_dropout(p, o.dropout_p, o.philox, samples, held);
   if (o.mask) {
     STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool, "mask: expected bool");
     p.mask = score_view(*o.mask, "mask", p);
@@ -251,33 +336,25 @@ void describe_options(Params& p, const Options& o) {
 
 // -- sequences that are not all alike -------------------------------------------------------------
 
-// An int32 tensor as kernels read it.
-Tensor int32_tensor(const Tensor& tensor, const char* name, int64_t dim, int64_t size) {
+const Tensor& checked_int32(const Tensor& tensor, const char* name, int64_t dim, int64_t size) {
   STD_TORCH_CHECK(is_here(tensor) && tensor.scalar_type() == ScalarType::Int &&
                       tensor.dim() == dim && tensor.size(0) == size,
                   name, ": expected an int32 ", kDevice, " tensor of ", dim,
                   " dimensions, the first ", size);
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return tensor;
 }
-const int32_t* int32_data(const Tensor& tensor) { return (const int32_t*)tensor.const_data_ptr(); }
-
-// The tensors that tell the lengths and places of sequences, dense, while a call uses them.
-struct Sequences {
-  OptionalTensor cu_seqlens_q, cu_seqlens_k, seqused_k, block_table;
-};
 
 // Batch, lengths and places, but for what the tensors hold.
-Sequences describe_places(AttentionParams& p, const Options& o, const Input& key) {
-  Sequences held;
-  const int64_t Tq = p.Sq, num_pages = key.shape.size[0];
+void describe_places(AttentionParams& p, const Options& o, int64_t num_pages, Held& held) {
+  const int64_t Tq = p.Sq;
   if (o.cu_seqlens_q) {
     STD_TORCH_CHECK(o.cu_seqlens_q->dim() == 1 && o.cu_seqlens_q->size(0) > 0,
                     "cu_seqlens_q: expected [B + 1] offsets");
     STD_TORCH_CHECK(!o.mask && !o.bias && !o.key_padding_mask,
                     "mask, bias, key_padding_mask: expected none beside cu_seqlens_q");
     p.B = o.cu_seqlens_q->size(0) - 1;
-    held.cu_seqlens_q = int32_tensor(*o.cu_seqlens_q, "cu_seqlens_q", 1, p.B + 1);
-    p.cu_seqlens_q = int32_data(*held.cu_seqlens_q);
+    const Tensor& offsets = checked_int32(*o.cu_seqlens_q, "cu_seqlens_q", 1, p.B + 1);
+    p.cu_seqlens_q = held.cu_seqlens_q.emplace(offsets).data();
     STD_TORCH_CHECK(o.cu_seqlens_k || o.block_table, "cu_seqlens_k: expected beside cu_seqlens_q");
   } else {
     STD_TORCH_CHECK(!o.cu_seqlens_k, "cu_seqlens_q: expected beside cu_seqlens_k");
@@ -285,23 +362,22 @@ Sequences describe_places(AttentionParams& p, const Options& o, const Input& key
                     num_pages);
   }
   if (o.block_table) {
-    held.block_table = int32_tensor(*o.block_table, "block_table", 2, p.B);
-    p.block_table = int32_data(*held.block_table);
-    p.block_table_stride_b = held.block_table->size(1);
+    const Tensor& table = checked_int32(*o.block_table, "block_table", 2, p.B);
+    p.block_table = held.block_table.emplace(table).data();
+    p.block_table_stride_b = table.size(1);
     p.page_size = p.Sk;
     p.Sk = p.page_size * p.block_table_stride_b;
   }
   if (o.cu_seqlens_k) {
-    held.cu_seqlens_k = int32_tensor(*o.cu_seqlens_k, "cu_seqlens_k", 1, p.B + 1);
-    p.cu_seqlens_k = int32_data(*held.cu_seqlens_k);
+    const Tensor& offsets = checked_int32(*o.cu_seqlens_k, "cu_seqlens_k", 1, p.B + 1);
+    p.cu_seqlens_k = held.cu_seqlens_k.emplace(offsets).data();
   }
   if (o.seqused_k) {
-    held.seqused_k = int32_tensor(*o.seqused_k, "seqused_k", 1, p.B);
-    p.seqused_k = int32_data(*held.seqused_k);
+    const Tensor& lengths = checked_int32(*o.seqused_k, "seqused_k", 1, p.B);
+    p.seqused_k = held.seqused_k.emplace(lengths).data();
   }
   p.lse_stride_b = p.cu_seqlens_q != nullptr ? 0 : p.Hq * Tq;
   p.lse_stride_h = Tq;
-  return held;
 }
 
 ScalarType lse_dtype(const AttentionParams& p) {

@@ -9,9 +9,11 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "footprint.h"
 
 namespace py = pybind11;
 using namespace fused_attention;
@@ -49,6 +51,14 @@ DType dtype_named(const std::string& name) {
   const auto found = dtypes.find(name);
   if (found == dtypes.end()) throw py::value_error("dtype: no kernel for " + name);
   return found->second;
+}
+
+// A tensor as (address, bytes of an element, sizes, strides).
+using Place = std::tuple<uintptr_t, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
+Footprint footprint_of(const Place& place) {
+  const auto& [address, width, sizes, strides] = place;
+  if (sizes.size() != strides.size()) throw py::value_error("expected a stride for each size");
+  return Footprint((const void*)address, width, sizes.data(), strides.data(), sizes.size());
 }
 
 // sizes = B, Hq, Hkv, Sq, Sk, D, Dv
@@ -126,6 +136,13 @@ PYBIND11_MODULE(_native, m) {
   m.def("active_isa", [] { return std::string(kernel_table().isa); });
   m.def("set_isa", &set_isa_checked, py::arg("name"),
         "Puts an instruction set in force for every later call; \"auto\" is the best.");
+  m.def(
+      "overlap",
+      [](const Place& a, const Place& b) { return footprint_of(a).overlaps(footprint_of(b)); },
+      "Whether two tensors, each (address, bytes of an element, sizes, strides), share memory.");
+  m.def(
+      "overlaps_itself", [](const Place& a) { return footprint_of(a).overlaps_itself(); },
+      "Whether two elements of a tensor lie in one place.");
   m.def("attention_kernel", &attention_kernel, py::arg("dtype"), py::arg("sizes"),
         py::arg("bias") = false, py::arg("softcap") = false,
         "The forward kernel that serves a call on the ISA in force, why, its tile sizes, and the "

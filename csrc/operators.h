@@ -2,6 +2,7 @@
 // torch.ops.fused_attention, those of CUDA, with the same arguments, in fused_attention_cuda.
 #pragma once
 
+#include <stdio.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,10 +11,14 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
+#include <limits>
+#include <memory>
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 
 #include "attention_params.h"
+#include "footprint.h"
 
 namespace fused_attention {
 
@@ -66,6 +71,9 @@ constexpr const char* kAttentionWeights =
 constexpr const char* kDropoutKeepMask =
     "dropout_keep_mask(Tensor philox, float dropout_p, SymInt batch, SymInt heads, "
     "SymInt seqlen_q, SymInt seqlen_k) -> Tensor";
+constexpr const char* kCheckSequences =
+    "check_sequences(Tensor query, Tensor key, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? seqused_k, Tensor? block_table) -> ()";
 constexpr const char* kKvCacheAppend =
     "kv_cache_append_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, "
     "Tensor cache_seqlens, Tensor? block_table=None) -> ()";

@@ -26,13 +26,23 @@ constexpr const char* kDevice = "CPU";
 
 bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
 
-Tensor empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides,
-                                                  (int32_t)dtype, aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
-  return Tensor(handle);
+AOTITorchError empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype,
+                             AtenTensorHandle* handle) {
+  return aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides, (int32_t)dtype,
+                                  aoti_torch_device_type_cpu(), 0, handle);
 }
+
+// The integers of a tensor of one or two dimensions, copied: each is read once, and what was
+// checked is what is used, even if somebody writes to the tensor during the call.
+template <typename Int>
+class Integers {
+ public:
+  explicit Integers(const Tensor& tensor);
+  const Int* data() const { return values_.get(); }
+
+ private:
+  std::unique_ptr<Int[]> values_;
+};
 
 template <typename Params>
 void set_philox(Params& p, const int64_t* state, int64_t samples) {
@@ -49,17 +59,40 @@ void set_philox(Params& p, const int64_t* state, int64_t samples) {
 namespace fused_attention {
 namespace {
 
+template <typename Int>
+Integers<Int>::Integers(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const size_t dims = sizes.size();
+  const int64_t rows = dims == 2 ? sizes[0] : 1, row_stride = dims == 2 ? strides[0] : 0;
+  const int64_t columns = sizes[dims - 1], column_stride = strides[dims - 1];
+  const int64_t count = count_elements(sizes);
+  if (count < std::numeric_limits<int64_t>::max() / 16) {
+    values_.reset(new (std::nothrow) Int[(size_t)count]);
+  }
+  if (values_ == nullptr) {
+    refuse_for_memory("a copy of lengths, pages or random states",
+                      (double)count * (double)sizeof(Int), "");
+  }
+  const Int* given = (const Int*)tensor.const_data_ptr();
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      values_[(size_t)(r * columns + c)] =
+          __atomic_load_n(given + r * row_stride + c * column_stride, __ATOMIC_RELAXED);
+    }
+  }
+}
+
 // -- running phases -------------------------------------------------------------------------------
 
 // Scratch memory of a thread, kept between calls while it is small.
 class Workspace {
  public:
+  // Null if there is no memory.
   void* at_least(size_t bytes) {
     if (bytes > size_) {
       release();
       data_ = aligned_alloc(64, (bytes + 63) / 64 * 64);
-      if (data_ == nullptr) throw std::bad_alloc();
-      size_ = bytes;
+      size_ = data_ == nullptr ? 0 : bytes;
     }
     return data_;
   }
@@ -86,12 +119,15 @@ struct alignas(64) Share {
 };
 constexpr int64_t kMaxShares = 16;
 
-// The tasks of share `first`, then what others left of theirs.
+// The tasks of share `first`, then what others left of theirs. Returns false, without having drawn
+// a task, if there is no memory for the workspace: other threads may have theirs.
 template <typename Params>
-void run_tasks(const PhaseOf<Params>& phase, const Params& params, Share* shares, int64_t count,
+bool run_tasks(const PhaseOf<Params>& phase, const Params& params, Share* shares, int64_t count,
                int64_t first) {
   static thread_local Workspace workspace;
-  void* memory = workspace.at_least(phase.workspace_bytes(params));
+  const size_t bytes = phase.workspace_bytes(params);
+  void* memory = workspace.at_least(bytes);
+  if (memory == nullptr && bytes > 0) return false;
   for (int64_t i = 0; i < count; ++i) {
     Share& share = shares[(first + i) % count];
     for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
@@ -99,6 +135,7 @@ void run_tasks(const PhaseOf<Params>& phase, const Params& params, Share* shares
     }
   }
   workspace.trim();
+  return true;
 }
 
 // OpenMP's threads do not survive a fork, and a child that waits for them hangs. A child forked
@@ -127,7 +164,14 @@ void run(const PhaseOf<Params>& phase, const Params& params, bool own_shares = f
   Share shares[kMaxShares];
   shares[0].end = tasks;
   if (tasks == 0) return;
-  if (tasks == 1 || forked_from_threads) return run_tasks(phase, params, shares, 1, 0);
+  const auto refuse = [&] {
+    refuse_for_memory("the workspace of a thread", (double)phase.workspace_bytes(params),
+                      "fewer keys, or a bias that is not broadcast over the queries, need less");
+  };
+  if (tasks == 1 || forked_from_threads) {
+    if (!run_tasks(phase, params, shares, 1, 0)) refuse();
+    return;
+  }
   int64_t threads = torch::stable::get_num_threads();
   threads = threads < tasks ? threads : tasks;
   const int64_t count = !own_shares ? 1 : threads < kMaxShares ? threads : kMaxShares;
@@ -135,9 +179,11 @@ void run(const PhaseOf<Params>& phase, const Params& params, bool own_shares = f
     shares[i].next = tasks * i / count;
     shares[i].end = tasks * (i + 1) / count;
   }
+  std::atomic<bool> served = false;  // by one thread at least, which then ran every task
   torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    run_tasks(phase, params, shares, count, thread % count);
+    if (run_tasks(phase, params, shares, count, thread % count)) served = true;
   });
+  if (!served) refuse();
 }
 
 // -- sequences that are not all alike -------------------------------------------------------------
@@ -161,8 +207,14 @@ void check_pages(const int32_t* pages, int64_t used, int64_t page_size, int64_t 
   }
 }
 
+bool has_sequences(const AttentionParams& p) {
+  return p.cu_seqlens_q != nullptr || p.cu_seqlens_k != nullptr || p.seqused_k != nullptr ||
+         p.block_table != nullptr;
+}
+
 // Whatever the tensors of `describe_places` hold, nothing is read out of bounds from here on.
 void check_places(const AttentionParams& p, int64_t Tq, int64_t num_pages) {
+  if (!has_sequences(p)) return;
   if (p.cu_seqlens_q != nullptr) check_offsets("cu_seqlens_q", p.cu_seqlens_q, p.B, Tq);
   if (p.cu_seqlens_k != nullptr) {
     // Of paged keys they tell the lengths only.
@@ -185,15 +237,15 @@ void check_places(const AttentionParams& p, int64_t Tq, int64_t num_pages) {
     }
   }
 }
-Sequences describe_sequences(AttentionParams& p, const Options& o, const Input& key) {
-  const int64_t Tq = p.Sq;
-  Sequences held = describe_places(p, o, key);
-  check_places(p, Tq, key.shape.size[0]);
-  return held;
+void describe_sequences(AttentionParams& p, const Options& o, const Shape& key, Held& held) {
+  const int64_t Tq = p.Sq, num_pages = key.size[0];
+  describe_places(p, o, num_pages, held);
+  check_places(p, Tq, num_pages);
 }
 
 // Sq and Sk <- those of the longest sequence.
 void shorten_to_longest(AttentionParams& p) {
+  if (!has_sequences(p)) return;
   int64_t Sq = p.cu_seqlens_q != nullptr ? 0 : p.Sq, Sk = 0;
   if (p.seqused_k == nullptr && p.cu_seqlens_k == nullptr) Sk = p.Sk;
   for (int64_t b = 0; b < p.B; ++b) {
@@ -228,7 +280,9 @@ void describe_weights(AttentionParams& p, const Tensor& tensor, const char* name
 
 // Memory that the phases of one call share, 64-byte aligned.
 struct Shared {
-  explicit Shared(size_t bytes) : tensor(empty({(int64_t)bytes + 63}, ScalarType::Byte)) {}
+  explicit Shared(size_t bytes)
+      : tensor(empty({"the workspace that the phases of a kernel share", "split the batch"},
+                     {(int64_t)bytes + 63}, ScalarType::Byte)) {}
   void* data() const { return (void*)(((uintptr_t)tensor.data_ptr() + 63) / 64 * 64); }
   Tensor tensor;
 };
@@ -258,11 +312,22 @@ void run_forward(AttentionParams& p) {
 }
 
 // In the memory order of the input, dense.
-Tensor empty_gradient(const Tensor& tensor, const Input& input, Layout layout) {
+Tensor empty_gradient(const char* what, const Tensor& tensor, const Input& input, Layout layout) {
   const Shape& shape = input.given;
-  if (layout != Layout::kDense) return empty(tensor.sizes(), tensor.scalar_type());
-  return empty_like_layout(shape, shape.size[2], shape.size[3], tensor.scalar_type());
+  const Buffer buffer = {what, "split the batch; an expanded input has a gradient of full size"};
+  if (layout != Layout::kDense) return empty(buffer, tensor.sizes(), tensor.scalar_type());
+  return empty_like_layout(buffer, shape, shape.size[2], shape.size[3], tensor.scalar_type());
 }
+bool is_empty(const Tensor& tensor) { return count_elements(tensor.sizes()) == 0; }
+
+constexpr Buffer kOut = {"the output [B, Hq, Sq, Dv]", "split the batch"};
+constexpr Buffer kLse = {"the log-sum-exp [B, Hq, Sq]",
+                         "a call without gradients and without return_lse keeps none"};
+constexpr Buffer kDelta = {"delta [B, Hq, Sq] of the backward", "split the batch"};
+constexpr Buffer kDbias = {"the gradient of the bias",
+                           "a bias of size 1 where it is broadcast has a smaller one than an "
+                           "expanded bias; a mask has none"};
+constexpr Buffer kDsinks = {"the gradient of the sinks [Hq]"};
 
 // Tokens behind the last packed sequence: out 0, lse -inf.
 template <typename T>
@@ -280,18 +345,21 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   AttentionParams p;
+  Held held;
   describe_inputs(p, q, k, v);
   const int64_t Tq = p.Sq;
-  const Sequences held = describe_sequences(p, options, k);
-  describe_options(p, options);
+  describe_sequences(p, options, k.shape, held);
+  describe_options(p, options, held);
   const bool packed = layout == Layout::kPacked;
-  Tensor out = packed ? empty({Tq, p.Hq, p.Dv}, query.scalar_type())
-                      : empty_like_layout(q.given, p.Sq, p.Dv, query.scalar_type());
+  Tensor out = packed ? empty(kOut, {Tq, p.Hq, p.Dv}, query.scalar_type())
+                      : empty_like_layout(kOut, q.given, p.Sq, p.Dv, query.scalar_type());
   p.out = Input(out, "out", layout).view();
   if (lse != nullptr) {
-    *lse = packed ? empty({p.Hq, Tq}, lse_dtype(p)) : empty({p.B, p.Hq, Tq}, lse_dtype(p));
+    *lse =
+        packed ? empty(kLse, {p.Hq, Tq}, lse_dtype(p)) : empty(kLse, {p.B, p.Hq, Tq}, lse_dtype(p));
     p.lse = lse->data_ptr();
   }
+  if (is_empty(out) && (lse == nullptr || is_empty(*lse))) return out;
   shorten_to_longest(p);
   if (p.B * p.Hq > 0) run_forward(p);
   if (packed && p.dtype == DType::kFloat64) clear_rest(p, Tq, (double*)p.lse);
@@ -317,17 +385,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   const Input o(out, "out", layout), grad_o(grad_out, "grad_out", layout);
+  STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
+  STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
+  STD_TORCH_CHECK(!grad_weights || !(cu_seqlens_q || seqused_k || block_table),
+                  "grad_weights: expected none beside cu_seqlens_q, seqused_k and block_table");
   AttentionParams p;
+  Held held;
   describe_inputs(p, q, k, v);
-  const Sequences held = describe_sequences(p, options, k);
-  describe_options(p, options);
+  describe_sequences(p, options, k.shape, held);
+  describe_options(p, options, held);
   describe_gradients(p, q, o, grad_o, grad_lse);
-  const Tensor kept_lse = dense_lse(p, lse);
+  check_lse(p, lse, "lse");
+  if (grad_weights) describe_weights(p, *grad_weights, "grad_weights", average);
   const ScalarType dtype = query.scalar_type();
-  Tensor delta = empty(kept_lse.sizes(), lse_dtype(p));
+  Tensor dq = empty_gradient("the gradient of query", query, q, layout);
+  Tensor dk = empty_gradient("the gradient of key", key, k, kv_layout);
+  Tensor dv = empty_gradient("the gradient of value", value, v, kv_layout);
+  Tensor dbias = bias_grad ? empty(kDbias, bias->sizes(), bias->scalar_type()) : no_result(dtype);
+  Tensor dsinks =
+      sinks_grad ? empty(kDsinks, sinks->sizes(), lse_dtype(p)) : no_result(lse_dtype(p));
+  if (is_empty(lse)) {  // there is no query
+    for (Tensor* gradient : {&dq, &dk, &dv, &dbias, &dsinks}) torch::stable::zero_(*gradient);
+    return {dq, dk, dv, dbias, dsinks};
+  }
+  const Tensor kept_lse = dense_lse(p, lse);
+  Tensor delta = empty(kDelta, kept_lse.sizes(), lse_dtype(p));
   p.delta = delta.data_ptr();
-  Tensor dq = empty_gradient(query, q, layout);
-  Tensor dk = empty_gradient(key, k, kv_layout), dv = empty_gradient(value, v, kv_layout);
   p.dq = view_of(dq, layout);
   if (cu_seqlens_q) torch::stable::zero_(dq);  // tokens behind the last sequence
   if (cu_seqlens_k || seqused_k || block_table) {
@@ -336,33 +419,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   }
   Tensor whole_dk = dk, whole_dv = dv;  // of each sequence
   if (block_table) {
-    whole_dk = empty({p.B, p.Hkv, p.Sk, p.D}, dtype);
-    whole_dv = empty({p.B, p.Hkv, p.Sk, p.Dv}, dtype);
+    const Buffer buffer = {"the gradients of the sequences' keys and values [B, Hkv, Sk, D]",
+                           "a block_table of fewer pages, or packed keys, need less"};
+    whole_dk = empty(buffer, {p.B, p.Hkv, p.Sk, p.D}, dtype);
+    whole_dv = empty(buffer, {p.B, p.Hkv, p.Sk, p.Dv}, dtype);
     p.page_dk = view_of(dk, kv_layout), p.page_dv = view_of(dv, kv_layout);
   }
   const Layout whole = block_table ? Layout::kDense : kv_layout;
   p.dk = view_of(whole_dk, whole), p.dv = view_of(whole_dv, whole);
-  STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
-  STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
-  Tensor dbias = empty({0}, dtype), dsinks = empty({0}, lse_dtype(p));
   if (bias_grad) {
-    const Shape shape = shape_of(*bias, "bias");
-    const auto& size = shape.size;
-    dbias = empty({size[0], size[1], size[2], size[3]}, bias->scalar_type());
-    if (p.B * p.Hq * p.Sq * p.Sk == 0) torch::stable::zero_(dbias);
+    if (p.Sk == 0) torch::stable::zero_(dbias);
     p.dbias = score_view(dbias, "dbias", p);
     p.dbias.dtype = p.bias.dtype;
   }
-  if (sinks_grad) {
-    dsinks = empty(sinks->sizes(), lse_dtype(p));
-    if (p.B == 0) torch::stable::zero_(dsinks);
-    p.dsinks = dsinks.data_ptr();
-  }
-  STD_TORCH_CHECK(!grad_weights || !(cu_seqlens_q || seqused_k || block_table),
-                  "grad_weights: expected none beside cu_seqlens_q, seqused_k and block_table");
-  if (grad_weights) describe_weights(p, *grad_weights, "grad_weights", average);
+  if (sinks_grad) p.dsinks = dsinks.data_ptr();
   if (!bias_grad) shorten_to_longest(p);
-  if (p.B * p.Hq == 0) return {dq, dk, dv, dbias, dsinks};
   const std::optional<Shared> mask_blocks = note_mask_blocks(p);
   const KernelTable& kernels = kernel_table();
   std::optional<Shared> shared;
@@ -396,12 +467,21 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
                            mask,   bias,    key_padding_mask, alibi_slopes, none,
                            philox, softcap, dropout_p,        none,         none,
                            none,   none};
-  describe_sequences(p, options, k);
-  describe_options(p, options);
-  const Tensor kept_lse = dense_lse(p, lse);
+  Held held;
+  describe_sequences(p, options, k.shape, held);
+  describe_options(p, options, held);
+  check_lse(p, lse, "lse");
   const ScalarType dtype = query.scalar_type();
   Tensor weights =
-      average ? empty({p.B, p.Sq, p.Sk}, dtype) : empty({p.B, p.Hq, p.Sq, p.Sk}, dtype);
+      average
+          ? empty({"the averaged attention weights [B, Sq, Sk]", "need_weights=False returns none"},
+                  {p.B, p.Sq, p.Sk}, dtype)
+          : empty({"the attention weights [B, Hq, Sq, Sk]",
+                   "average_attn_weights=True returns a matrix for all heads, "
+                   "need_weights=False none"},
+                  {p.B, p.Hq, p.Sq, p.Sk}, dtype);
+  if (is_empty(weights)) return weights;
+  const Tensor kept_lse = dense_lse(p, lse);
   describe_weights(p, weights, "weights", average);
   if (p.Hq == 0) {
     torch::stable::zero_(weights);
@@ -490,20 +570,25 @@ std::tuple<Tensor, Tensor> attention_jvp(
   refuse_sequences(options);
   const Input q(query, "query"), k(key, "key"), v(value, "value");
   AttentionParams p;
+  Held held;
   describe_inputs(p, q, k, v);
-  describe_sequences(p, options, k);
-  describe_options(p, options);
+  describe_sequences(p, options, k.shape, held);
+  describe_options(p, options, held);
   const ScalarType dtype = query.scalar_type();
   TangentInputs tangents(dtype);
   describe_tangents(p, tangents, q, k, v, tangent_query, tangent_key, tangent_value, tangent_bias,
                     tangent_sinks, sinks);
   p.out = tangents.view(out, {{p.B, p.Hq, p.Sq, p.Dv}, {}}, "out");
+  check_lse(p, lse, "lse");
+  Tensor tangent_out =
+      empty_like_layout({"the tangent of the output [B, Hq, Sq, Dv]"}, q.given, p.Sq, p.Dv, dtype);
+  Tensor tangent_lse =
+      empty({"the tangent of the log-sum-exp [B, Hq, Sq]"}, {p.B, p.Hq, p.Sq}, lse_dtype(p));
+  if (is_empty(tangent_lse)) return {tangent_out, tangent_lse};  // there is no query
   const Tensor kept_lse = dense_lse(p, lse);
-  Tensor tangent_out = empty_like_layout(q.given, p.Sq, p.Dv, dtype);
-  Tensor tangent_lse = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
   p.tangent.out = view_of(tangent_out);
   p.tangent.lse = tangent_lse.data_ptr();
-  if (p.B * p.Hq > 0) run(kernel_table().attention_jvp, p);
+  run(kernel_table().attention_jvp, p);
   return {tangent_out, tangent_lse};
 }
 
@@ -531,9 +616,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
   STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
   const Input q(query, "query"), k(key, "key"), v(value, "value");
   AttentionParams p;
+  Held held;
   describe_inputs(p, q, k, v);
-  describe_sequences(p, options, k);
-  describe_options(p, options);
+  describe_sequences(p, options, k.shape, held);
+  describe_options(p, options, held);
   const ScalarType dtype = query.scalar_type();
   TangentInputs tangents(dtype);
   describe_tangents(p, tangents, q, k, v, tangent_query, tangent_key, tangent_value, tangent_bias,
@@ -543,33 +629,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
   p.grad_out = tangents.view(grad_out, like_out, "grad_out");
   p.tangent.out = tangents.view(tangent_out, like_out, "tangent_out");
   p.tangent.grad_out = tangents.view(tangent_grad_out, like_out, "tangent_grad_out");
+  check_lse(p, lse, "lse");
+  Tensor dq = empty_gradient("the tangent of query's gradient", query, q, Layout::kDense);
+  Tensor dk = empty_gradient("the tangent of key's gradient", key, k, Layout::kDense);
+  Tensor dv = empty_gradient("the tangent of value's gradient", value, v, Layout::kDense);
+  Tensor dbias = bias_grad ? empty(kDbias, bias->sizes(), bias->scalar_type()) : no_result(dtype);
+  Tensor dsinks =
+      sinks_grad ? empty(kDsinks, sinks->sizes(), lse_dtype(p)) : no_result(lse_dtype(p));
+  if (is_empty(lse)) {  // there is no query
+    for (Tensor* gradient : {&dq, &dk, &dv, &dbias, &dsinks}) torch::stable::zero_(*gradient);
+    return {dq, dk, dv, dbias, dsinks};
+  }
   p.lse = tangents.rows(p, lse, "lse");
   p.grad_lse = tangents.rows(p, grad_lse, "grad_lse");
   p.tangent.lse = tangents.rows(p, tangent_lse, "tangent_lse");
   p.tangent.grad_lse = tangents.rows(p, tangent_grad_lse, "tangent_grad_lse");
 
-  Tensor delta = empty({p.B, p.Hq, p.Sq}, lse_dtype(p)),
-         tangent_delta = empty({p.B, p.Hq, p.Sq}, lse_dtype(p));
+  Tensor delta = empty(kDelta, {p.B, p.Hq, p.Sq}, lse_dtype(p)),
+         tangent_delta = empty(kDelta, {p.B, p.Hq, p.Sq}, lse_dtype(p));
   p.delta = delta.data_ptr();
   p.tangent.delta = tangent_delta.data_ptr();
-  Tensor dq = empty_like_layout(q.given, p.Sq, p.D, dtype);
-  Tensor dk = empty_like_layout(k.given, p.Sk, p.D, dtype);
-  Tensor dv = empty_like_layout(v.given, p.Sk, p.Dv, dtype);
   p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
-  Tensor dbias = empty({0}, dtype), dsinks = empty({0}, lse_dtype(p));
   if (bias_grad) {
-    const auto size = bias->sizes();
-    dbias = empty(size, bias->scalar_type());
-    if (p.B * p.Hq * p.Sq * p.Sk == 0) torch::stable::zero_(dbias);
+    if (p.Sk == 0) torch::stable::zero_(dbias);
     p.dbias = score_view(dbias, "dbias", p);
     p.dbias.dtype = p.bias.dtype;
   }
-  if (sinks_grad) {
-    dsinks = empty(sinks->sizes(), lse_dtype(p));
-    if (p.B == 0) torch::stable::zero_(dsinks);
-    p.dsinks = dsinks.data_ptr();
-  }
-  if (p.B * p.Hq == 0) return {dq, dk, dv, dbias, dsinks};
+  if (sinks_grad) p.dsinks = dsinks.data_ptr();
   for (const Phase& phase : kernel_table().attention_backward_jvp) run(phase, p);
   return {dq, dk, dv, dbias, dsinks};
 }
@@ -581,14 +667,36 @@ Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, 
   STD_TORCH_CHECK(batch >= 0 && heads >= 0 && seqlen_q >= 0 && seqlen_k >= 0,
                   "batch, heads, seqlen_q, seqlen_k: expected sizes");
   AttentionParams p;
+  Held held;
   p.B = batch, p.Hq = heads, p.Sq = seqlen_q, p.Sk = seqlen_k;
   const int64_t samples = count_samples(philox, no_tensor(), batch);
-  p.sample_heads = samples > 0 ? batch / samples * heads : 0;
-  describe_dropout(p, dropout_p, philox, samples);
-  Tensor keep = empty({batch, heads, seqlen_q, seqlen_k}, ScalarType::Bool);
+  p.sample_heads = samples > 0 ? saturating_product(batch / samples, heads) : 0;
+  describe_dropout(p, dropout_p, philox, samples, held);
+  Tensor keep = empty(
+      {"a dropout mask [batch, heads, seqlen_q, seqlen_k]", "attention(dropout_p=) needs none"},
+      {batch, heads, seqlen_q, seqlen_k}, ScalarType::Bool);
+  if (is_empty(keep)) return keep;
   p.dropout_keep = (uint8_t*)keep.data_ptr();
   run(kernel_table().dropout_keep_mask, p);
   return keep;
+}
+
+// Refuses the lengths and pages that attention_forward would refuse. A call with dropout asks
+// first, because a refused call must not draw random numbers.
+void check_sequences(const Tensor& query, const Tensor& key, const OptionalTensor& cu_seqlens_q,
+                     const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
+                     std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
+                     const OptionalTensor& block_table) {
+  const OptionalTensor& none = no_tensor();
+  const Options options = {1,          0,    -1,   -1,  0,   none,         none,         none,
+                           none,       none, none, 0.0, 0.0, cu_seqlens_q, cu_seqlens_k, seqused_k,
+                           block_table};
+  const Shape q = shape_of(query, "query", layout_of_queries(options));
+  const Shape k = shape_of(key, "key", layout_of_keys(options));
+  AttentionParams p;
+  Held held;
+  p.B = q.size[0], p.Sq = q.size[2], p.Sk = k.size[2];
+  describe_sequences(p, options, k, held);
 }
 
 // -- key/value cache ------------------------------------------------------------------------------
@@ -617,7 +725,25 @@ void copy_row(const CacheView& to, char* to_row, const CacheView& from, const ch
   }
 }
 
-// Row cache_seqlens[b] + i of sequence b <- row i of key and value.
+// The rows of pages that new tokens are written to: those of one sequence, at most one a page.
+struct PageRows {
+  int32_t page;
+  int64_t begin, end, b;
+};
+// No two tokens go to one row.
+void check_pages_apart(std::vector<PageRows>& written) {
+  std::sort(written.begin(), written.end(), [](const PageRows& x, const PageRows& y) {
+    return std::tie(x.page, x.begin, x.b) < std::tie(y.page, y.begin, y.b);
+  });
+  for (size_t i = 1; i < written.size(); ++i) {
+    const PageRows &before = written[i - 1], &after = written[i];
+    STD_TORCH_CHECK(before.page != after.page || before.end <= after.begin,
+                    "block_table: expected a place of its own for each new token, got page ",
+                    after.page, " for those of sequences ", before.b, " and ", after.b);
+  }
+}
+
+// Row cache_seqlens[b] + i of sequence b <- row i of key and value, as they were before the call.
 void kv_cache_append_(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key,
                       const Tensor& value, const Tensor& cache_seqlens,
                       const OptionalTensor& block_table) {
@@ -625,14 +751,24 @@ void kv_cache_append_(const Tensor& key_cache, const Tensor& value_cache, const 
   const Layout layout = block_table ? Layout::kPaged : Layout::kDense;
   const DType dtype = dtype_of(key, "key");
   const int64_t width = element_bytes(dtype);
-  const CacheView caches[2] = {{key_cache, "key_cache", layout},
-                               {value_cache, "value_cache", layout}};
-  const CacheView tokens[2] = {{key, "key", Layout::kDense}, {value, "value", Layout::kDense}};
-  const Tensor* tensors[4] = {&key_cache, &value_cache, &key, &value};
-  for (const Tensor* tensor : tensors) {
+  for (const Tensor* tensor : {&key_cache, &value_cache, &key, &value}) {
     STD_TORCH_CHECK(tensor->scalar_type() == key.scalar_type(),
                     "key_cache, value_cache, key, value: expected one dtype");
   }
+  const Footprint footprints[2] = {footprint_of(key_cache), footprint_of(value_cache)};
+  STD_TORCH_CHECK(!footprints[0].overlaps(footprints[1]),
+                  "value_cache: expected memory apart from key_cache's");
+  // New tokens that lie in a cache are read before it is written to.
+  const auto apart = [&](const Tensor& tensor) {
+    const Footprint own = footprint_of(tensor);
+    const bool shared = own.overlaps(footprints[0]) || own.overlaps(footprints[1]);
+    return shared ? torch::stable::clone(tensor) : tensor;
+  };
+  const Tensor own_key = apart(key), own_value = apart(value);
+  const CacheView caches[2] = {{key_cache, "key_cache", layout},
+                               {value_cache, "value_cache", layout}};
+  const CacheView tokens[2] = {{own_key, "key", Layout::kDense},
+                               {own_value, "value", Layout::kDense}};
   const auto& size = tokens[0].shape.size;
   const int64_t B = size[0], H = size[1], S = size[2];
   int64_t room = caches[0].shape.size[2];
@@ -644,23 +780,21 @@ void kv_cache_append_(const Tensor& key_cache, const Tensor& value_cache, const 
     STD_TORCH_CHECK(cache.size[1] == H && cache.size[3] == token.size[3] && cache.size[2] == room &&
                         cache.size[0] == (block_table ? caches[0].shape.size[0] : B),
                     name, ": expected the batch, heads and head_dim of the new tokens");
-    for (int d = 0; d < 4; ++d) {
-      STD_TORCH_CHECK(cache.size[d] <= 1 || cache.stride[d] != 0, name,
-                      ": expected elements with memory of their own, got an expanded tensor");
-    }
+    STD_TORCH_CHECK(!footprints[i].overlaps_itself(), name,
+                    ": expected memory of its own for each element, got overlapping strides");
   }
-  const Tensor held_lengths = int32_tensor(cache_seqlens, "cache_seqlens", 1, B);
-  const int32_t* lengths = int32_data(held_lengths);
-  OptionalTensor held_table;
+  const Integers<int32_t> held_lengths(checked_int32(cache_seqlens, "cache_seqlens", 1, B));
+  const int32_t* lengths = held_lengths.data();
+  std::optional<Integers<int32_t>> held_table;
   const int32_t* table = nullptr;
   int64_t pages = 0;
   const int64_t page_size = room;
   if (block_table) {
-    held_table = int32_tensor(*block_table, "block_table", 2, B);
-    table = int32_data(*held_table);
-    pages = held_table->size(1);
+    table = held_table.emplace(checked_int32(*block_table, "block_table", 2, B)).data();
+    pages = block_table->size(1);
     room = page_size * pages;
   }
+  std::vector<PageRows> written;
   for (int64_t b = 0; b < B; ++b) {
     STD_TORCH_CHECK(lengths[b] >= 0 && lengths[b] + S <= room,
                     "cache_seqlens: expected lengths that leave room for ", S, " of ", room,
@@ -671,8 +805,13 @@ void kv_cache_append_(const Tensor& key_cache, const Tensor& value_cache, const 
       STD_TORCH_CHECK(page >= 0 && page < caches[0].shape.size[0],
                       "block_table: expected pages in [0, ", caches[0].shape.size[0], "), got ",
                       page);
+      const int64_t first = n * page_size;
+      written.push_back({page, std::max<int64_t>(lengths[b] - first, 0),
+                         std::min<int64_t>(lengths[b] + S - first, page_size), b});
     }
   }
+  check_pages_apart(written);
+  if (is_empty(key) && is_empty(value)) return;
   const auto append = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / S / H, h = row / S % H, i = row % S, n = lengths[b] + i;
@@ -709,7 +848,7 @@ struct OnDeviceOf {
   explicit OnDeviceOf(const Tensor&) {}
 };
 
-// Small ones lie in memory that malloc has had before.
+// Outputs that are small lie in memory that malloc has had before.
 void expect_output(SoftmaxParams& p, const Tensor& out) {
   constexpr int64_t kNewMemory = 1 << 20;  // elements
   if (out.numel() >= kNewMemory) p.map_pages = map_pages;
@@ -737,6 +876,7 @@ STABLE_TORCH_LIBRARY(fused_attention, m) {
   m.def(kAttentionBackwardJvp);
   m.def(kAttentionWeights);
   m.def(kDropoutKeepMask);
+  m.def(kCheckSequences);
   m.def(kKvCacheAppend);
   m.def(kMaskedSoftmaxForward);
   m.def(kMaskedSoftmax);
@@ -752,6 +892,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attention, CPU, m) {
   m.impl("attention_backward_jvp", TORCH_BOX(&fused_attention::attention_backward_jvp));
   m.impl("attention_weights", TORCH_BOX(&fused_attention::attention_weights));
   m.impl("dropout_keep_mask", TORCH_BOX(&fused_attention::dropout_keep_mask));
+  m.impl("check_sequences", TORCH_BOX(&fused_attention::check_sequences));
   m.impl("kv_cache_append_", TORCH_BOX(&fused_attention::kv_cache_append_));
   m.impl("masked_softmax_forward", TORCH_BOX(&fused_attention::masked_softmax_forward));
   m.impl("masked_softmax_", TORCH_BOX(&fused_attention::masked_softmax_));

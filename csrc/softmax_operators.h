@@ -31,14 +31,16 @@ SoftmaxCall describe_rows(const Tensor& tensor, const char* name, int64_t causal
   p.heads = last >= 2 ? sizes[last - 2] : 1;
   p.groups = 1;
   for (size_t i = 0; i < last; ++i) {
-    p.groups *= sizes[i];
+    p.groups = saturating_product(p.groups, sizes[i]);
     if (sizes[i] == 1) continue;
     STD_TORCH_CHECK(p.dims < SoftmaxParams::kMaxDims, name, ": expected at most ",
                     SoftmaxParams::kMaxDims, " dimensions beside the last, got ", last);
     p.size[p.dims++] = sizes[i];
   }
   int64_t number = 1;
-  for (int d = p.dims; d-- > 0; number *= p.size[d]) p.stride[SoftmaxParams::kNumber][d] = number;
+  for (int d = p.dims; d-- > 0; number = saturating_product(number, p.size[d])) {
+    p.stride[SoftmaxParams::kNumber][d] = number;
+  }
   p.causal = causal != 0;
   p.diagonal_offset = causal == (int64_t)Causal::kBottomRight ? p.columns - p.queries : 0;
   p.groups_per_task = p.columns >= kTaskElements ? 1 : kTaskElements / (p.columns + 1);
@@ -106,7 +108,7 @@ int64_t describe_samples(SoftmaxCall& p, const OptionalTensor& philox,
 SoftmaxCall describe_softmax(const Tensor& input, double scale, int64_t causal,
                              const OptionalTensor& mask, const OptionalTensor& bias,
                              const OptionalTensor& sinks, const OptionalTensor& philox,
-                             double dropout_p) {
+                             double dropout_p, Held& held) {
   SoftmaxCall p = describe_rows(input, "input", causal);
   const auto sizes = input.sizes();
   describe_operand(p, SoftmaxParams::kInput, input, "input", sizes, false);
@@ -123,7 +125,7 @@ SoftmaxCall describe_softmax(const Tensor& input, double scale, int64_t causal,
     p.bias = bias->data_ptr();
   }
   describe_sinks(p, sinks, (int64_t)sizes.size());
-  describe_dropout(p, dropout_p, philox, describe_samples(p, philox, sinks));
+  describe_dropout(p, dropout_p, philox, describe_samples(p, philox, sinks), held);
   return p;
 }
 
@@ -135,15 +137,27 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_forward(
     double dropout_p) {
   const OnDeviceOf device(input);
   const Tensor dense = dense_rows(input);
-  SoftmaxCall p = describe_softmax(dense, scale, causal, mask, bias, sinks, philox, dropout_p);
+  Held held;
+  SoftmaxCall p =
+      describe_softmax(dense, scale, causal, mask, bias, sinks, philox, dropout_p, held);
   const auto sizes = input.sizes();
-  Tensor out = empty(sizes, input.scalar_type());
+  Tensor out = empty({"the softmax, of input's shape", "masked_softmax_ overwrites its input"},
+                     sizes, input.scalar_type());
   describe_output(p, out, sizes, true);
   const bool save_weights = save && dropout_p > 0, save_sinks = save && sinks.has_value();
-  Tensor weights =
-      save_weights ? empty(sizes, input.scalar_type()) : empty({0}, input.scalar_type());
-  Tensor sink_weight =
-      empty(save_sinks ? Sizes(sizes.data(), sizes.size() - 1) : Sizes({0}), accumulation_dtype(p));
+  Tensor weights = save_weights
+                       ? empty({"the weights before dropout, of input's shape, for the backward",
+                                "torch.no_grad(), or dropout_p=0, keeps none"},
+                               sizes, input.scalar_type())
+                       : no_result(input.scalar_type());
+  Tensor sink_weight = save_sinks
+                           ? empty({"the weights of the sinks, one a row, for the backward",
+                                    "torch.no_grad() keeps none"},
+                                   Sizes(sizes.data(), sizes.size() - 1), accumulation_dtype(p))
+                           : no_result(accumulation_dtype(p));
+  if (count_elements(sizes) == 0 && count_elements(sink_weight.sizes()) == 0) {
+    return {out, weights, sink_weight};
+  }
   if (save_weights) p.weights = weights.data_ptr();
   if (save_sinks) p.sink_weight = sink_weight.data_ptr();
   run_softmax(p);
@@ -154,13 +168,21 @@ void masked_softmax_(const Tensor& input, double scale, int64_t causal, const Op
                      const OptionalTensor& bias, const OptionalTensor& sinks,
                      const OptionalTensor& philox, double dropout_p) {
   const OnDeviceOf device(input);
-  const auto sizes = input.sizes(), strides = input.strides();
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    STD_TORCH_CHECK(sizes[i] <= 1 || strides[i] != 0,
-                    "input: expected elements with memory of their own, got an expanded tensor");
-  }
+  const auto sizes = input.sizes();
+  const Footprint written = footprint_of(input);
+  STD_TORCH_CHECK(!written.overlaps_itself(),
+                  "input: expected memory of its own for each element, got overlapping strides");
+  const auto check_apart = [&](const char* name, const OptionalTensor& tensor) {
+    STD_TORCH_CHECK(!tensor || !written.overlaps(footprint_of(*tensor)), name,
+                    ": expected memory apart from input's, which is overwritten");
+  };
+  check_apart("mask", mask), check_apart("bias", bias);
+  check_apart("sinks", sinks), check_apart("philox", philox);
   Tensor dense = dense_rows(input);
-  SoftmaxCall p = describe_softmax(dense, scale, causal, mask, bias, sinks, philox, dropout_p);
+  Held held;
+  SoftmaxCall p =
+      describe_softmax(dense, scale, causal, mask, bias, sinks, philox, dropout_p, held);
+  if (count_elements(sizes) == 0) return;
   describe_operand(p, SoftmaxParams::kOutput, dense, "input", sizes, false);
   p.output = dense.data_ptr();
   run_softmax(p);
@@ -176,7 +198,7 @@ void describe_bias_gradient(SoftmaxCall& p, const Tensor& bias, Sizes sizes) {
   constexpr int64_t kMinRows = 8;
   p.bias_dtype = dtype_of(bias, "bias");
   // Where the shape is broadcast; an expanded bias has a gradient of full size.
-  Tensor shape = empty(bias.sizes(), bias.scalar_type());
+  Tensor shape = empty({"the gradient of the mask"}, bias.sizes(), bias.scalar_type());
   const int64_t columns = describe_operand(p, SoftmaxParams::kBias, shape, "bias", sizes, true);
   p.bias_width = p.columns == 1 || columns != 0 ? p.columns : 1;
   const SoftmaxCall given = p;
@@ -213,8 +235,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_backward(
   const Tensor dense_weights = dense_rows(weights), dense_grad = dense_rows(grad_out);
   SoftmaxCall p = describe_rows(dense_weights, "weights", causal);
   p.scale = scale;
-  describe_dropout(p, dropout_p, philox, describe_samples(p, philox, no_tensor()));
-  Tensor dx = empty(sizes, weights.scalar_type());
+  Held held;
+  describe_dropout(p, dropout_p, philox, describe_samples(p, philox, no_tensor()), held);
+  Tensor dx = empty({"the gradient of input"}, sizes, weights.scalar_type());
   describe_operand(p, SoftmaxParams::kInput, dense_weights, "weights", sizes, false);
   describe_operand(p, SoftmaxParams::kGradOut, dense_grad, "grad_out", sizes, false);
   describe_output(p, dx, sizes, !bias_grad);
@@ -222,32 +245,39 @@ std::tuple<Tensor, Tensor, Tensor> masked_softmax_backward(
   p.grad_out = dense_grad.data_ptr();
   const int64_t rows = p.groups;
 
-  Tensor dbias = empty({0}, weights.scalar_type()), partial = dbias;
+  Tensor dbias = bias_grad ? empty({"the gradient of the mask",
+                                    "a mask of size 1 where it is broadcast has a smaller one "
+                                    "than an expanded mask; a boolean mask has none"},
+                                   bias->sizes(), bias->scalar_type())
+                           : no_result(weights.scalar_type());
+  Tensor dsinks = sinks_grad
+                      ? empty({"the gradient of the sinks [H]"}, {p.heads}, accumulation_dtype(p))
+                      : no_result(accumulation_dtype(p));
+  if (rows == 0 || p.columns == 0) {
+    torch::stable::zero_(dbias);
+    torch::stable::zero_(dsinks);
+    return {dx, dbias, dsinks};
+  }
+  Tensor partial, sink_terms;
   if (bias_grad) {
     describe_bias_gradient(p, *bias, sizes);
-    dbias = empty(bias->sizes(), bias->scalar_type());
     p.dbias = dbias.data_ptr();
     if (p.chunks > 1) {
-      partial = empty({p.groups * p.chunks * p.bias_width}, accumulation_dtype(p));
+      partial = empty({"the parts of the mask's gradient"}, {p.groups * p.chunks * p.bias_width},
+                      accumulation_dtype(p));
       p.partial = partial.data_ptr();
     }
   }
-  Tensor dsinks = empty({0}, accumulation_dtype(p)), sink_terms = dsinks;
   if (sinks_grad) {
     STD_TORCH_CHECK(sizes.size() >= 3 && is_here(*sink_weight) && sink_weight->is_contiguous() &&
                         sink_weight->numel() == rows &&
                         sink_weight->scalar_type() == accumulation_dtype(p),
                     "sink_weight: expected what masked_softmax_forward saved");
     p.sink_weight = sink_weight->data_ptr();
-    dsinks = empty({p.heads}, accumulation_dtype(p));
-    sink_terms = empty({rows}, accumulation_dtype(p));
+    sink_terms =
+        empty({"what each row adds to the sinks' gradient"}, {rows}, accumulation_dtype(p));
     p.dsinks = dsinks.data_ptr();
     p.sink_terms = sink_terms.data_ptr();
-  }
-  if (rows == 0 || p.columns == 0) {
-    if (bias_grad) torch::stable::zero_(dbias);
-    if (sinks_grad) torch::stable::zero_(dsinks);
-    return {dx, dbias, dsinks};
   }
   run_softmax_backward(p);
   return {dx, dbias, dsinks};

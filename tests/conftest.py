@@ -8,12 +8,22 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from fused_attention import _native, testing
+
+# How many examples a property is tried with; none fails because of time.
+_ANY_TIME = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("quick", max_examples=60, **_ANY_TIME)
+settings.register_profile("full", max_examples=1500, **_ANY_TIME)
 
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also the tests marked slow")
+
+
+def pytest_configure(config):
+    settings.load_profile("full" if config.getoption("--full") else "quick")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as bound_before
 
-from fused_attention import patch, patch_sdpa
+from fused_attention import backends, patch, patch_sdpa
 
 ORIGINAL = F.scaled_dot_product_attention
 HAS_REGISTRY = hasattr(torch.nn.attention, "register_flash_attention_impl")
@@ -49,8 +49,8 @@ def calls(monkeypatch):
 
         return call
 
-    function = counted("function", patch.scaled_dot_product_attention)
-    monkeypatch.setattr(patch, "scaled_dot_product_attention", function)
+    function = counted("function", patch.sdpa)
+    monkeypatch.setattr(patch, "sdpa", function)
     monkeypatch.setattr(patch, "_flash", counted("operator", patch._flash))
     return count
 
@@ -420,3 +420,89 @@ def test_the_model_is_not_changed():
         x = torch.randn(5, 2, 32)
         model(x, x, x, need_weights=False)
     assert model.__dict__.keys() == before.keys()
+
+
+# -- What no kernel here serves ----------------------------------------------------------
+
+
+def wide(dtype=torch.float32):
+    return [torch.randn(1, 2, 5, 600, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+
+LEFT = {
+    "head_dim": lambda: (wide(), {}),
+    "head_dim, causal": lambda: (wide(torch.float64), {"is_causal": True}),
+    "head_dim, mask": lambda: (wide(), {"attn_mask": torch.rand(5, 5) > 0.3}),
+    "value's head_dim": lambda: ([*qkv(1, 2, 5, 8)[:2], wide()[0]], {}),
+    "head_dim, 3-D": lambda: ([x[0] for x in wide()], {}),
+    "head_dim, 5-D": lambda: ([x[None] for x in wide()], {}),
+    "head_dim 0": lambda: ([torch.randn(1, 2, 5, 0) for _ in range(2)] + qkv(1, 2, 5, 8)[:1], {}),
+    "complex": lambda: (qkv(1, 2, 5, 8, dtype=torch.complex64), {}),
+    "a mask of another dtype": lambda: (
+        qkv(dtype=torch.float64),
+        {"attn_mask": torch.zeros(9, 9, dtype=torch.float16)},
+    ),
+    "no tensor": lambda: ([[1.0], [2.0], [3.0]], {}),
+    "no tensor as key": lambda: ([qkv()[0], [2.0], qkv()[0]], {}),
+    "a scale with a gradient": lambda: (
+        qkv(),
+        {"scale": torch.tensor(0.1, requires_grad=True)},
+    ),
+    "a scale of one element": lambda: (qkv(), {"scale": torch.tensor([0.1])}),
+    "heads": lambda: ([*qkv()[:1], *qkv(2, 3, 9, 16)[:2]], {}),
+    "mask and causal": lambda: (qkv(), {"attn_mask": torch.ones(9, 9).bool(), "is_causal": True}),
+    "meta": lambda: ([x.to("meta") for x in qkv()], {}),
+}
+
+
+def outcome(function, inputs, options):
+    try:
+        return function(*inputs, **options)
+    except Exception as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("what", LEFT)
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_patch_leaves_what_no_kernel_serves(what, strict, monkeypatch):
+    monkeypatch.setenv("FUSED_ATTENTION_STRICT", str(int(strict)))
+    backends.read_environment()
+    monkeypatch.setattr(
+        "fused_attention.reference.attention_reference", lambda *x, **y: pytest.fail("reference")
+    )
+    inputs, options = LEFT[what]()
+    expected = outcome(ORIGINAL, inputs, options)
+    with patch_sdpa():
+        for _ in range(2):
+            got = outcome(F.scaled_dot_product_attention, inputs, options)
+            if isinstance(expected, torch.Tensor):
+                assert got.shape == expected.shape and got.dtype == expected.dtype
+                if not got.is_meta:  # the operator below may be ours
+                    torch.testing.assert_close(got, expected)
+            else:
+                assert got == expected
+    monkeypatch.undo()
+    backends.read_environment()
+
+
+def test_a_patch_leaves_it_in_compiled_code_too():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *x: F.scaled_dot_product_attention(*x), backend="aot_eager", fullgraph=True
+    )
+    inputs = wide()
+    with patch_sdpa():
+        torch.testing.assert_close(compiled(*inputs), ORIGINAL(*inputs))
+
+
+def test_the_backend_that_the_environment_asks_for_serves_a_patch(monkeypatch):
+    inputs = qkv()
+    for name, head_dim in (("reference", 16), ("cpu", 16), ("cpu", 600)):
+        monkeypatch.setenv("FUSED_ATTENTION_BACKEND", name)
+        backends.read_environment()
+        inputs = qkv(1, 2, 5, head_dim)
+        with patch_sdpa():
+            out = F.scaled_dot_product_attention(*inputs)
+        torch.testing.assert_close(out, ORIGINAL(*inputs), atol=1e-5, rtol=1e-5)
+    monkeypatch.undo()
+    backends.read_environment()

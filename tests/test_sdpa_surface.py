@@ -1,15 +1,22 @@
 """scaled_dot_product_attention against torch's own, held to its MATH kernel: results and errors."""
 
+import contextlib
 import inspect
 import itertools
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
+from fused_attention import attention, backends, dropout_mask, masked_softmax, patch_sdpa
 from fused_attention import scaled_dot_product_attention as ours
+from fused_attention.errors import ArgumentTypeError, ArgumentValueError
 
 
 def theirs(*args, **kwargs):
@@ -264,3 +271,135 @@ def test_nested_and_sparse_tensors_are_refused_by_name():
     for other in (torch.nested.nested_tensor([randn(3, 4, 8)] * 2), dense.to_sparse()):
         with pytest.raises(RuntimeError, match="query.*dense"):
             ours(other, other, other)
+
+
+# -- A scale that is a tensor ------------------------------------------------------------
+
+PATCHED = pytest.mark.parametrize("patched", [False, True])
+
+
+def called(patched, *args, **kwargs):
+    with patch_sdpa() if patched else contextlib.nullcontext():
+        return (F.scaled_dot_product_attention if patched else ours)(*args, **kwargs)
+
+
+@PATCHED
+@pytest.mark.parametrize("kind", [torch.tensor, nn.Parameter], ids=["tensor", "parameter"])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": torch.zeros(5, 5)}])
+def test_a_scale_stands_for_its_present_value(patched, kind, options):
+    query = randn(1, 2, 5, 8, dtype=torch.float32)
+    scale = torch.tensor(0.1)
+    if kind is nn.Parameter:
+        scale = nn.Parameter(scale, requires_grad=False)
+    plans = len(backends.PLANS)
+    for value in (0.1, 3.0, -1.0, 0.1):
+        scale.data.fill_(value)
+        out = called(patched, query, query, query, scale=scale, **options)
+        expected = theirs(query, query, query, scale=value, **options)
+        torch.testing.assert_close(out, expected)
+    assert len(backends.PLANS) <= plans + 3  # one for each value
+    for value in (torch.tensor(2), torch.tensor(True), torch.tensor(0.1, dtype=torch.float16)):
+        out = called(patched, query, query, query, scale=value)
+        torch.testing.assert_close(out, theirs(query, query, query, scale=value))
+
+
+@PATCHED
+@pytest.mark.parametrize(
+    "scale",
+    [
+        torch.tensor([0.1]),
+        torch.tensor([0.1, 0.2]),
+        torch.tensor(0.1, requires_grad=True),
+        nn.Parameter(torch.tensor(0.1)),
+        "0.1",
+        torch.tensor(1j),
+    ],
+    ids=str,
+)
+def test_a_scale_that_pytorch_refuses_is_refused(patched, scale):
+    query = randn(1, 2, 5, 8)
+    for _ in range(2):
+        with pytest.raises((TypeError, RuntimeError), match="scale|converted"):
+            theirs(query, query, query, scale=scale)
+        error = TypeError if not patched or not isinstance(scale, torch.Tensor) else Exception
+        with pytest.raises(error, match="scale|converted"):
+            called(patched, query, query, query, scale=scale)
+
+
+def test_a_scale_of_numpy():
+    query = randn(1, 2, 5, 8)
+    for scale in (np.float32(0.25), np.float64(0.25)):
+        out = ours(query, query, query, scale=scale)
+        assert torch.equal(out, ours(query, query, query, scale=0.25))
+
+
+# -- What a plan is remembered by --------------------------------------------------------
+
+EQUAL = {
+    "window_size": [((2, 1), (2.0, 1.0)), ((2, 1), (2, 1.0)), ((2, 1), (Fraction(2), 1))],
+    "causal": [(True, 1.0), (False, 0.0), (True, Fraction(1))],
+    "scale": [(0.5, np.float32(0.5)), (0.5, Fraction(1, 2)), (0.5, Decimal("0.5"))],
+    "softcap": [(2.0, np.float32(2)), (2, Decimal(2))],
+    "dropout_p": [(0.5, np.float32(0.5)), (0.5, Decimal("0.5"))],
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_what_compares_equal_is_not_taken_for_the_same(name):
+    query = randn(1, 2, 5, 8)
+    for valid, wrong in EQUAL[name]:
+        assert valid == wrong
+        for call in (attention, lambda *x, **o: attention(*x, **o, return_lse=True)):
+            call(query, query, query, **{name: valid})
+            with pytest.raises((ArgumentTypeError, ArgumentValueError), match=name):
+                call(query, query, query, **{name: wrong})
+
+
+def test_lengths_that_compare_equal():
+    query, lengths = randn(5, 2, 8), torch.tensor([0, 2, 5]).int()
+    options = {"cu_seqlens_q": lengths, "cu_seqlens_k": lengths}
+    attention(query, query, query, **options, max_seqlen_q=5)
+    with pytest.raises(ArgumentValueError, match="max_seqlen_q"):
+        attention(query, query, query, **options, max_seqlen_q=5.0)
+
+
+def test_a_plan_holds_no_tensor():
+    query = randn(1, 2, 5, 8)
+    options = {"bias": randn(5, 5), "scale": 0.5, "alibi_slopes": randn(2), "return_lse": True}
+    attention(query, query, query, **options)
+    ours(query, query, query, randn(5, 5), scale=torch.tensor(0.3))
+
+    def tensors(x):
+        if isinstance(x, tuple):
+            return [y for part in x for y in tensors(part)]
+        return [x] if isinstance(x, torch.Tensor) else []
+
+    assert backends.PLANS
+    for kind, plan in backends.PLANS.items():
+        assert not tensors(kind) and not tensors(plan.numbers) and not tensors(plan.limits)
+
+
+@pytest.mark.parametrize("window", [(2**64, 2**70), (2**63, 0), (0, 2**63)])
+def test_windows_without_end(window):
+    query = randn(1, 2, 5, 8)
+    same = tuple(-1 if x > 5 else x for x in window)
+    for _ in range(2):
+        out = attention(query, query, query, window_size=window)
+        assert torch.equal(out, attention(query, query, query, window_size=same))
+
+
+def test_numbers_of_too_many_bits():
+    query, lengths = randn(5, 2, 8), torch.tensor([0, 2, 5]).int()
+    options = {"cu_seqlens_q": lengths, "cu_seqlens_k": lengths}
+    for _ in range(2):
+        out = attention(query, query, query, **options, max_seqlen_q=2**64, max_seqlen_k=2**65)
+        assert torch.equal(out, attention(query, query, query, **options))
+        for name in ("scale", "softcap", "dropout_p"):
+            with pytest.raises(ArgumentValueError, match=f"{name}: expected"):
+                attention(query, query, query, **options, **{name: 2**2000})
+        with pytest.raises(ArgumentValueError, match="scale"):
+            ours(query, query, query, scale=2**2000)
+        with pytest.raises(ArgumentValueError, match="scale"):
+            masked_softmax(query, scale=2**2000)
+        with pytest.raises(ArgumentValueError, match="heads: expected a size below"):
+            dropout_mask(1, 2**64, 1, 1, 0.5, 1)

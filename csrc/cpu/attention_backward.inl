@@ -31,6 +31,7 @@ struct BackwardTile {
   T *lse, *delta;            // [kBlockM]
   T *p, *ds;                 // weights and score gradients [kBlockN][kBlockM]
   T* softcap_slope;          // [kBlockN][kBlockM]
+  T* unseen;                 // [kBlockN][D or Dv], see add_for_seen_keys
   T *bias, *bias_t;          // then dw [kBlockM][kBlockN] and transposed
   uint64_t *visible, *keep;  // [kBlockN]
   T *dk, *dv;                // [kBlockN][D or Dv]
@@ -53,6 +54,7 @@ struct BackwardTile {
     dq_t = arena.take<T>(M * width);
     dq = arena.take<T>(M * width);
     softcap_slope = arena.take<T>(p_.softcap > 0 ? kBlockN * M : 0);
+    unseen = arena.take<T>(kBlockN * max_of(width, width_v));
     const bool staged = p_.bias.data != nullptr || p_.weights.data != nullptr;
     bias = arena.take<T>(staged ? M * kBlockN : 0);
     bias_t = arena.take<T>(staged ? M * kBlockN : 0);
@@ -153,6 +155,23 @@ uint64_t seeing_queries(int64_t rows, int64_t columns, Visible seen, const uint6
   uint64_t seeing = 0;
   for (int64_t j = 0; j < columns; ++j) seeing |= visible[j];
   return seeing & low_bits(rows);
+}
+
+// add() adds the products of a tile to `sums`, [columns][width], dk or dv of its keys. A key that
+// no query of the block sees keeps its sum as it is: its weights are 0, but 0 times an infinity in
+// q or do is NaN. `visible` is null when every key is seen; `unseen` has room for the sums of all.
+template <typename T, typename F>
+void add_for_seen_keys(const uint64_t* visible, int64_t columns, int64_t width, T* sums, T* unseen,
+                       F add) {
+  const auto for_each_unseen = [&](auto copy) {
+    for (int64_t j = 0; visible != nullptr && j < columns; ++j) {
+      if (visible[j] == 0) copy(sums + j * width, unseen + j * width);
+    }
+  };
+  const size_t bytes = (size_t)width * sizeof(T);
+  for_each_unseen([&](T* sum, T* kept) { __builtin_memcpy(kept, sum, bytes); });
+  add();
+  for_each_unseen([&](T* sum, T* kept) { __builtin_memcpy(sum, kept, bytes); });
 }
 
 // One task owns all of a key head (of several where they share a part of dbias), or its blocks of
@@ -318,14 +337,19 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
         load_queries<kVectors>(p, seq, h, m, rows, t);
         score_gradients<kVectors>(p, seq, h, m, rows, n_start, columns, seen, t);
         t.products.select_queries(p, rows, seeing_queries(rows, columns, seen, t.visible));
+        const uint64_t* visible = seen == Visible::kSome ? t.visible : nullptr;
         // dv <- dv + p^T do
-        t.products.template add_to_dv<kVectors>(p, rows, columns, t.p, t.dv);
+        add_for_seen_keys(visible, columns, width_v, t.dv, t.unseen, [&] {
+          t.products.template add_to_dv<kVectors>(p, rows, columns, t.p, t.dv);
+        });
         if (p.dbias.data != nullptr && p.dbias.stride_q == 0) {
           add_key_sums<T, kVectors>(rows, columns, t.ds, key_sums);
         }
         apply_softcap_slope<kVectors>(p, columns, t);
         // dk <- dk + ds^T q
-        t.products.template add_to_dk<kVectors>(p, rows, columns, t.ds, t.dk);
+        add_for_seen_keys(visible, columns, width, t.dk, t.unseen, [&] {
+          t.products.template add_to_dk<kVectors>(p, rows, columns, t.ds, t.dk);
+        });
       });
     }
   }
@@ -455,7 +479,10 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
 
     if (head.dv != nullptr) {  // dv <- dv + p^T do
       t.products.select_queries(p, rows, seeing_queries(rows, columns, seen, t.visible));
-      t.products.template add_to_dv<kVectors>(p, rows, columns, t.p, head.dv + n * width_v);
+      T* dv = head.dv + n * width_v;
+      add_for_seen_keys(visible, columns, width_v, dv, t.unseen, [&] {
+        t.products.template add_to_dv<kVectors>(p, rows, columns, t.p, dv);
+      });
     }
     if (head.key_sums != nullptr) {
       add_key_sums<T, kVectors>(rows, columns, t.ds, head.key_sums + n);
@@ -471,7 +498,10 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
     }
     apply_softcap_slope<kVectors>(p, columns, t);
     if (head.dk != nullptr) {  // dk <- dk + ds^T q
-      t.products.template add_to_dk<kVectors>(p, rows, columns, t.ds, head.dk + n * width);
+      T* dk = head.dk + n * width;
+      add_for_seen_keys(visible, columns, width, dk, t.unseen, [&] {
+        t.products.template add_to_dk<kVectors>(p, rows, columns, t.ds, dk);
+      });
     }
     // dq^T <- dq^T + k^T ds^T
     t.products.template add_to_dq<kVectors>(p, seq, h_kv, n, columns, visible, t.ds, t.dq_t);

@@ -265,8 +265,8 @@ T decode_softmax(T block_max, T* s, T* row_max, T* row_sum) {
   store(scratch, exp2<T>(mul(sub(broadcast(before), top), log2e)));
   const T alpha = scratch[0];
   *row_sum = *row_sum * alpha + reduce_add(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
-  // A visible NaN is in the sum; the maximum may have missed it, and would say that there is
-  // nothing to see.
+  // A visible NaN is in the sum, but the maximum may have missed it, and splits are combined by
+  // their maxima.
   *row_max = *row_sum == *row_sum ? after : *row_sum;
   return alpha;
 }
@@ -381,7 +381,7 @@ void decode_finish(const AttentionParams& p, const Sequence& seq, int64_t h, int
   T weight = row_weight(row_max, row_sum, sink);
   if (p.dropout_threshold > 0) weight *= (T)p.dropout_scale;
   // A row that saw nothing is zero even beside a visible NaN, which 0 * NaN would not be.
-  if (row_max == -kInf<T>) fill(acc, p.Dv, (T)0);
+  if (saw_nothing(row_sum)) fill(acc, p.Dv, (T)0);
   store_row(row_of(p.out, p.dtype, seq.b, h, seq.q_start + i), p.dtype, acc, p.Dv, weight);
 }
 
@@ -467,7 +467,7 @@ struct DecodeCombine {
     fill(acc, width_v, (T)0);
     for (int64_t split = 0; split < splits; ++split) {
       const DecodeResult<T> part = result(split);
-      if (part.row_max[r] == -kInf<T>) continue;  // saw nothing
+      if (saw_nothing(part.row_sum[r])) continue;
       const double weight = __builtin_exp((double)part.row_max[r] - (double)row_max);
       row_sum += weight * (double)part.row_sum[r];
       const Vec<T> factor = broadcast((T)weight);

@@ -101,7 +101,7 @@ void attention_forward_block(const AttentionParams& p, const Sequence& seq, int6
     T weight = row_weight(max, rounded ? t.rows.rounded_sum[i] : sum, sink);
     if (p.dropout_threshold > 0) weight *= (T)p.dropout_scale;
     // A row that saw nothing is zero even beside a visible NaN, which 0 * NaN would not be.
-    if (max == -kInf<T>) fill(t.out + i * width_v, p.Dv, (T)0);
+    if (saw_nothing(sum)) fill(t.out + i * width_v, p.Dv, (T)0);
     store_row(row_of(p.out, p.dtype, seq.b, h, seq.q_start + m_start + i), p.dtype,
               t.out + i * width_v, p.Dv, weight);
   }

@@ -39,6 +39,7 @@ struct TangentTile {
   uint64_t *visible, *keep;  // [kBlockN]
   T *sum_t, *sum, *sum2;     // results: [D or Dv][kBlockM]; [kBlockM or kBlockN][D or Dv]
   T* dbias;                  // [kBlockN][kBlockM]
+  T* unseen;                 // [kBlockN][D or Dv], see add_for_seen_keys
 
   size_t place(const AttentionParams& params, void* workspace) {
     constexpr int M = kBlockM<T>;
@@ -60,6 +61,7 @@ struct TangentTile {
     take(M * widest, sum_t);
     take(most * widest, sum, sum2);
     take(params.dbias.data != nullptr ? kBlockN * M : 0, dbias);
+    take(kBlockN * widest, unseen);
     visible = arena.take<uint64_t>(kBlockN);
     keep = arena.take<uint64_t>(kBlockN);
     return arena.used;
@@ -466,18 +468,20 @@ void tangent_keys(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_s
         tangent_gradients<T, kVectors>(p, seq, h, m, rows, n_start, columns, keys, t);
         clear_blind_tangents(rows, columns, width, width_v, t);
         // t_dv <- t_dv + (z t_p)^T do + (z p)^T t_do
-        multiply_wide(columns, rows, width_v, Scalars<T>{t.tp, kRow, 1}, t.grad_out, width_v, tdv,
-                      width_v);
-        if (p.tangent.grad_out.data != nullptr) {
+        add_for_seen_keys(t.visible, columns, width_v, tdv, t.unseen, [&] {
+          multiply_wide(columns, rows, width_v, Scalars<T>{t.tp, kRow, 1}, t.grad_out, width_v, tdv,
+                        width_v);
+          if (p.tangent.grad_out.data == nullptr) return;
           multiply_wide(columns, rows, width_v, Scalars<T>{t.p, kRow, 1}, t.t_grad_out, width_v,
                         tdv, width_v);
-        }
+        });
         apply_tangent_softcap<T, kVectors>(p, columns, t);
         // t_dk <- t_dk + t_e^T q + e^T t_q
-        multiply_wide(columns, rows, width, Scalars<T>{t.tds, kRow, 1}, t.q, width, tdk, width);
-        if (p.tangent.query.data != nullptr) {
+        add_for_seen_keys(t.visible, columns, width, tdk, t.unseen, [&] {
+          multiply_wide(columns, rows, width, Scalars<T>{t.tds, kRow, 1}, t.q, width, tdk, width);
+          if (p.tangent.query.data == nullptr) return;
           multiply_wide(columns, rows, width, Scalars<T>{t.ds, kRow, 1}, t.tq, width, tdk, width);
-        }
+        });
       });
     }
   }

@@ -23,6 +23,13 @@ struct RowState {
   T* rounded_sum;  // of the weights as an arithmetic rounds them for the product with v, if it does
   T* alpha;        // what was accumulated before the last tile shrinks by this
 };
+// Whether a finished row saw nothing: no visible key, or logits of -inf only. Its weights add up to
+// exactly 0. Any other row has a weight of about 1 at its maximum, or a sum that is NaN. The
+// maximum itself cannot tell: it misses a NaN that hidden keys follow.
+template <typename T>
+FA_INLINE bool saw_nothing(T row_sum) {
+  return row_sum == 0;
+}
 // -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0.
 template <typename T>
 FA_INLINE Vec<T> finite_max(Vec<T> max) {
@@ -128,13 +135,14 @@ Denominator denominator(T row_max, T row_sum, const T* sink) {
 template <typename T>
 T log_sum_exp(T row_max, T row_sum, const T* sink) {
   const Denominator all = denominator(row_max, row_sum, sink);
-  return all.top == -__builtin_inf() ? -kInf<T> : (T)(all.top + __builtin_log(all.sum));
+  if (saw_nothing(row_sum) && all.top == -__builtin_inf()) return -kInf<T>;
+  return (T)(all.top + __builtin_log(all.sum));
 }
 
-// What a finished row is multiplied by: 0 if it saw nothing (row_max = -inf).
+// The factor that normalises a finished row: 0 if it saw nothing.
 template <typename T>
 T row_weight(T row_max, T row_sum, const T* sink) {
-  if (row_max == -kInf<T>) return 0;
+  if (saw_nothing(row_sum)) return 0;
   const Denominator all = denominator(row_max, row_sum, sink);
   return (T)((row_max == (T)all.top ? 1 : __builtin_exp((double)row_max - all.top)) / all.sum);
 }

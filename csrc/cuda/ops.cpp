@@ -32,13 +32,24 @@ bool is_here(const Tensor& tensor) {
   return type == device_type && tensor.get_device_index() == device_index;
 }
 
-Tensor empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides,
-                                                  (int32_t)dtype, device_type, device_index,
-                                                  &handle));
-  return Tensor(handle);
+AOTITorchError empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype,
+                             AtenTensorHandle* handle) {
+  return aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides, (int32_t)dtype,
+                                  device_type, device_index, handle);
 }
+
+// The integers of a tensor on the device, dense. A kernel reads each of them once, checks it, and
+// uses what it checked.
+template <typename Int>
+class Integers {
+ public:
+  explicit Integers(const Tensor& tensor)
+      : dense_(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor)) {}
+  const Int* data() const { return (const Int*)dense_.const_data_ptr(); }
+
+ private:
+  Tensor dense_;
+};
 
 template <typename Params>
 void set_philox(Params& p, const int64_t* state, int64_t) {
@@ -118,32 +129,33 @@ void check_sizes(const Call& p) {
 }
 
 // In the memory order of `like`; packed tokens and pages are contiguous.
-Tensor empty_like_input(const Tensor& tensor, const Input& like, Layout layout, int64_t last) {
+Tensor empty_like_input(Buffer buffer, const Tensor& tensor, const Input& like, Layout layout,
+                        int64_t last) {
   if (layout == Layout::kDense) {
-    return empty_like_layout(like.given, like.given.size[2], last, tensor.scalar_type());
+    return empty_like_layout(buffer, like.given, like.given.size[2], last, tensor.scalar_type());
   }
   int64_t sizes[4];
   for (int i = 0; i < (int)tensor.dim(); ++i) sizes[i] = tensor.size(i);
   sizes[tensor.dim() - 1] = last;
-  return empty({sizes, (size_t)tensor.dim()}, tensor.scalar_type());
+  return empty(buffer, {sizes, (size_t)tensor.dim()}, tensor.scalar_type());
 }
 
 // [B, Hq, Sq], packed [Hq, Tq].
 Tensor empty_rows(const Call& p, int64_t Tq) {
-  return p.cu_seqlens_q != nullptr ? empty({p.Hq, Tq}, ScalarType::Float)
-                                   : empty({p.B, p.Hq, Tq}, ScalarType::Float);
+  const Buffer buffer = {"a number for each query [B, Hq, Sq]", "split the batch"};
+  return p.cu_seqlens_q != nullptr ? empty(buffer, {p.Hq, Tq}, ScalarType::Float)
+                                   : empty(buffer, {p.B, p.Hq, Tq}, ScalarType::Float);
 }
 
-Sequences describe(Call& p, const Input& query, const Input& key, const Input& value,
-                   const Options& options) {
+void describe(Call& p, const Input& query, const Input& key, const Input& value,
+              const Options& options, Held& held) {
   describe_inputs(p, query, key, value);
-  Sequences held = describe_places(p, options, key);
+  describe_places(p, options, key.shape.size[0], held);
   p.page_count = key.shape.size[0];
   if (p.page_count == 0 && p.block_table != nullptr) p.Sk = 0;
   check_sizes(p);
-  describe_options(p, options);
+  describe_options(p, options, held);
   STD_TORCH_CHECK(p.sample_heads == 0, "philox, sinks: rows for several samples, for CPU tensors");
-  return held;
 }
 
 int device_capability() {
@@ -153,7 +165,8 @@ int device_capability() {
 
 void start_decode(Call& p) {
   const int64_t rows = cuda::rows_of(p);
-  Tensor parts = empty({p.splits * rows * (p.Dv + 2)}, ScalarType::Float);
+  Tensor parts = empty({"the partial results of splits of the keys", "split the batch"},
+                       {p.splits * rows * (p.Dv + 2)}, ScalarType::Float);
   p.part_out = (float*)parts.data_ptr();
   p.part_max = p.part_out + p.splits * rows * p.Dv;
   p.part_sum = p.part_max + p.splits * rows;
@@ -168,8 +181,10 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   Call p;
-  const Sequences held = describe(p, q, k, v, options);
-  Tensor out = empty_like_input(query, q, layout, p.Dv);
+  Held held;
+  describe(p, q, k, v, options, held);
+  Tensor out =
+      empty_like_input({"the output [B, Hq, Sq, Dv]", "split the batch"}, query, q, layout, p.Dv);
   p.out = view_of(out, layout);
   if (lse != nullptr) {
     *lse = empty_rows(p, p.Sq);
@@ -208,7 +223,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   const Input o(out, "out", layout), grad_o(grad_out, "grad_out", layout);
   Call p;
-  const Sequences held = describe(p, q, k, v, options);
+  Held held;
+  describe(p, q, k, v, options, held);
   describe_gradients(p, q, o, grad_o, grad_lse);
   const Tensor kept_lse = dense_lse(p, lse);
   Tensor delta = empty_rows(p, p.Sq), row_lse = empty_rows(p, p.Sq);
@@ -216,9 +232,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.row_lse = (float*)row_lse.data_ptr();
 
   const ScalarType dtype = query.scalar_type();
-  Tensor dq = empty_like_input(query, q, layout, p.D);
-  Tensor dk = empty_like_input(key, k, kv_layout, p.D);
-  Tensor dv = empty_like_input(value, v, kv_layout, p.Dv);
+  const char* hint = "split the batch; an expanded input has a gradient of full size";
+  Tensor dq = empty_like_input({"the gradient of query", hint}, query, q, layout, p.D);
+  Tensor dk = empty_like_input({"the gradient of key", hint}, key, k, kv_layout, p.D);
+  Tensor dv = empty_like_input({"the gradient of value", hint}, value, v, kv_layout, p.Dv);
   if (cu_seqlens_k || seqused_k) {  // keys that are not in use
     torch::stable::zero_(dk);
     torch::stable::zero_(dv);
@@ -227,15 +244,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor whole_dk, whole_dv;  // of pages: of each sequence
   if (block_table) {
     p.page_dk = p.dk, p.page_dv = p.dv;
-    whole_dk = empty({p.B, p.Hkv, p.Sk, p.D}, dtype);
-    whole_dv = empty({p.B, p.Hkv, p.Sk, p.Dv}, dtype);
+    const Buffer buffer = {"the gradients of the sequences' keys and values [B, Hkv, Sk, D]",
+                           "a block_table of fewer pages, or packed keys, need less"};
+    whole_dk = empty(buffer, {p.B, p.Hkv, p.Sk, p.D}, dtype);
+    whole_dv = empty(buffer, {p.B, p.Hkv, p.Sk, p.Dv}, dtype);
     p.dk = view_of(whole_dk), p.dv = view_of(whole_dv);
   }
-  Tensor dbias = empty({0}, dtype), dsinks = empty({0}, ScalarType::Float);
+  Tensor dbias = no_result(dtype), dsinks = no_result(ScalarType::Float);
   STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
   STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
   if (bias_grad) {
-    dbias = empty(shape_of(*bias, "bias").size, bias->scalar_type());
+    dbias =
+        empty({"the gradient of the bias",
+               "a bias of size 1 where it is broadcast has a smaller one than an expanded bias"},
+              bias->sizes(), bias->scalar_type());
     p.dbias = score_view(dbias, "dbias", p);
     p.dbias.dtype = p.bias.dtype;
     if (p.B * p.Hq * p.Sq * p.Sk == 0) {
@@ -244,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     }
   }
   if (sinks_grad) {
-    dsinks = empty({p.Hq}, ScalarType::Float);
+    dsinks = empty({"the gradient of the sinks [Hq]"}, {p.Hq}, ScalarType::Float);
     p.dsinks = dsinks.data_ptr();
   }
   p.aligned = is_aligned(q, p.dtype) && is_aligned(k, p.dtype) && is_aligned(v, p.dtype) &&
@@ -273,7 +295,8 @@ void run_softmax_backward(SoftmaxCall& p) {
   check_softmax(p);
   std::optional<Tensor> delta;
   if (p.dbias != nullptr) {
-    delta = empty({cuda::softmax_rows(p)}, ScalarType::Float);
+    delta = empty({"a number for each row, for the mask's gradient"}, {cuda::softmax_rows(p)},
+                  ScalarType::Float);
     p.delta = (float*)delta->data_ptr();
   }
   const cuda::SoftmaxPlan plan = cuda::plan_softmax_backward(p);

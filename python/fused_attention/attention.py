@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import ops
-from .backends import MAX_PLANS, PLANS, TRITON, choose
-from .errors import ArgumentValueError, is_of_operator, message_of_operator
+from .backends import LEFT, MAX_PLANS, PLANS, TRITON, choose, plan_of_kernel
+from .errors import ArgumentTypeError, ArgumentValueError, argument_error, is_of_operator
 from .problem import (
     DTYPES,
     Plan,
@@ -32,6 +33,8 @@ from .problem import (
     check_philox_seed,
     check_shape,
     check_tensor,
+    looks_at_sizes,
+    plain_sizes,
     shape_of,
     wrong_type,
     wrong_value,
@@ -39,6 +42,7 @@ from .problem import (
 
 # Bound once: looking these up costs as much as calling them.
 _is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _len_torch_function_stack = torch._C._len_torch_function_stack
@@ -46,20 +50,21 @@ _ORDINARY = frozenset({Tensor, torch.nn.Parameter})
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _get_float32_matmul_precision = torch._C._get_float32_matmul_precision
 
-# Raised where no plan is found, and by an operator that finds key or value wrong. Not the last
-# word: validation follows, and says it better.
-_VALIDATE = (KeyError, TypeError, AttributeError, ValueError, RuntimeError)
+_NO_WINDOW = (-1, -1)
 
 
 # -- Plans -------------------------------------------------------------------------------
 
 
-def _kind(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Any, ...] | None:
-    """What a call has in common with others that the same plan serves.
+def _kind(
+    query: Tensor, key: Tensor, value: Tensor, draws: bool, options: Any
+) -> tuple[Any, ...] | None:
+    """What a call has in common with others that the same plan serves: numbers and kinds only.
 
-    None where a tuple cannot say it: unless `is_direct`, which this repeats. Not in it: strides,
-    which the operators look at and no backend refuses; dtype and device of key and value, which
-    the operators compare with query's.
+    None if a tuple cannot identify the call: unless `is_direct`, which this repeats, and while
+    torch.jit.trace runs, where sizes are tensors. Not in it: strides, which the operators look at
+    and no backend refuses; dtype, device and layout of key and value, which the operators compare
+    with query's, unless the call `draws` random numbers before its operator could refuse it.
     """
     if (
         type(query) not in _ORDINARY
@@ -68,16 +73,22 @@ def _kind(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Any,
         or _are_transforms_active()
         or forward_ad._current_level >= 0
         or _len_torch_function_stack() != 0
+        or _is_tracing()
     ):
+        return None
+    try:
+        shapes = (query.shape, key.shape, value.shape)
+    except RuntimeError:  # nested tensors have none
         return None
     try:
         precision = _get_float32_matmul_precision()
     except RuntimeError:  # see float32_matmul_precision
         precision = "highest"
+    if draws:
+        options += tuple((x.dtype, x.device, x.layout) for x in (key, value))
+        options += (query.layout,)
     return (
-        query.shape,
-        key.shape,
-        value.shape,
+        shapes,
         query.dtype,
         query.device,
         _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
@@ -87,14 +98,37 @@ def _kind(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Any,
 
 
 def _kind_of_option(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return type(x), x.shape, x.dtype, x.device, _is_grad_enabled() and x.requires_grad
+    if isinstance(x, Tensor) and not x.is_nested:
+        requires_grad = _is_grad_enabled() and x.requires_grad
+        return type(x), x.shape, x.dtype, x.device, x.layout, requires_grad
     return type(x)
 
 
-def _make_plan(query: Tensor, key: Tensor, value: Tensor, backend: str, **options: Any) -> Plan:
-    """Validates and chooses."""
+def _types(x: Any) -> Any:
+    """Beside values in a kind, because 2 == 2.0 == True although not all of them are valid."""
+    return tuple(map(type, x)) if isinstance(x, tuple) else type(x)
+
+
+def _planned(kind: tuple[Any, ...] | None) -> Plan | None:
+    """The plan of a call of this kind that was seen before."""
+    try:
+        return PLANS.get(kind)
+    except TypeError:  # an unhashable option, say window_size=[1, 1]
+        return None
+
+
+def _make_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    backend: str,
+    may_leave: bool = False,
+    **options: Any,
+) -> Plan:
+    """Validates and chooses; LEFT instead of the reference, and of a refusal, if `may_leave`."""
     problem = Problem.from_call(query, key, value, **options)
+    if may_leave:
+        return plan_of_kernel(problem)
     make = choose(problem, backend).plan
     assert make is not None  # a row without one supports nothing
     return make(problem)
@@ -109,6 +143,15 @@ def _remember(kind: tuple[Any, ...] | None, plan: Plan) -> None:
         PLANS[kind] = plan
 
 
+def _may_be_refusal(error: RuntimeError) -> bool:
+    """Whether an operator may have refused a call that was not validated, its kind being known.
+
+    Validation then says it better. Everything else is the caller's own (hooks, modes, memory) and
+    passes through as it is. Nothing is run again.
+    """
+    return is_of_operator(error) or isinstance(error, (ArgumentValueError, NotImplementedError))
+
+
 def _run(
     plan: Plan,
     query: Tensor,
@@ -120,12 +163,16 @@ def _run(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     philox_seed: int | Tensor | None = None,
-    softcap: float = 0.0,
-    dropout_p: float = 0.0,
     packed: tuple[Any, ...] = (),
 ) -> Any:
     if plan.is_plain:
         return plan.operator(query, key, value, *plan.numbers)
+    softcap, dropout_p, *longest = plan.limits
+    if packed:
+        cu_seqlens_q, cu_seqlens_k, seqused_k, block_table = packed
+        packed = (cu_seqlens_q, cu_seqlens_k, *longest, seqused_k, block_table)
+        if dropout_p and not _is_compiling():
+            ops.check_sequences(query, key, *packed)
     return plan.operator(
         query,
         key,
@@ -155,7 +202,7 @@ def attention(
     bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     causal: bool | str = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = _NO_WINDOW,
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
@@ -188,6 +235,7 @@ def attention(
         Sk - Sq for "bottom_right". -1 = no limit.
     scale: a number, default 1/sqrt(D).
     softcap: in logits, 0 = none: scores become softcap · tanh(scores / softcap), before the bias.
+        2^96 and more (float64: 2^992) is none too.
     alibi_slopes: [Hq] or [B, Hq]: adds -slope · |i + off - j|. Not differentiable.
     sinks: [Hq] logits that take part in the denominator only; differentiable.
     dropout_p: probability in [0, 1], rounded to 1/65536, applied to the weights. Random bits follow
@@ -222,11 +270,14 @@ def attention(
     )
     tensors = (mask, bias, key_padding_mask, alibi_slopes, sinks, philox_seed)
     packed: tuple[Any, ...] = ()
-    kind = None
     if not is_dense:
-        packed = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table)
+        packed = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
+    kind = plan = None
     if not compiling:
         options: tuple[Any, ...] = (causal, window_size, scale, precision, backend)
+        options += (type(causal), type(scale))
+        if window_size is not _NO_WINDOW:
+            options += (_types(window_size),)
         if (
             mask is not None
             or bias is not None
@@ -237,18 +288,24 @@ def attention(
             or softcap != 0.0
             or dropout_p != 0.0
         ):
-            options += (softcap, dropout_p, bool(return_lse), *map(_kind_of_option, tensors))
+            numbers = (softcap, dropout_p)
+            options += (numbers, _types(numbers), bool(return_lse), *map(_kind_of_option, tensors))
         if not is_dense:
-            options += (cu_seqlens_q is cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            longest = (max_seqlen_q, max_seqlen_k)
+            options += (longest, _types(longest), cu_seqlens_q is cu_seqlens_k)
             options += tuple(map(_kind_of_option, packed))
+        kind = _kind(query, key, value, dropout_p != 0.0, options)
+        plan = _planned(kind)
+    refusal = None
+    if plan is not None:
         try:
-            kind = _kind(query, key, value, options)
-            operator, numbers, is_plain, _ = plan = PLANS[kind]
-            if is_plain:
-                return operator(query, key, value, *numbers)
-            return _run(plan, query, key, value, *tensors, softcap, dropout_p, packed)
-        except _VALIDATE:
-            pass
+            if plan.is_plain:
+                return plan.operator(query, key, value, *plan.numbers)
+            return _run(plan, query, key, value, *tensors, packed)
+        except RuntimeError as error:
+            if not _may_be_refusal(error):
+                raise
+            refusal = error
     plan = _make_plan(
         query,
         key,
@@ -274,14 +331,16 @@ def attention(
         philox_seed=philox_seed,
         precision=precision,
     )
+    if refusal is not None:
+        raise argument_error(refusal)
     _remember(kind, plan)
     if compiling or is_dense:
-        return _run(plan, query, key, value, *tensors, softcap, dropout_p, packed)
+        return _run(plan, query, key, value, *tensors, packed)
     try:  # lengths and pages are values, which only the operator sees
-        return _run(plan, query, key, value, *tensors, softcap, dropout_p, packed)
+        return _run(plan, query, key, value, *tensors, packed)
     except RuntimeError as error:
         if is_of_operator(error):
-            raise ArgumentValueError(message_of_operator(error)) from None
+            raise argument_error(error) from None
         raise
 
 
@@ -315,46 +374,119 @@ def scaled_dot_product_attention(
     Ev != E, any rank and any mask. A row that sees no key gives 0; NaN in a query stays NaN.
     Raises what PyTorch raises (RuntimeError, TypeError), see `attention`.
     """
+    return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: Any,
+    enable_gqa: bool,
+    original: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """`scaled_dot_product_attention`; if `original` is given, it gets what no kernel here serves.
+
+    `original` is what a patch replaced. Calls without a meaning here go there too: they may have
+    one there, and if they have none, the error is the one that the caller knows.
+    """
+    q, k, v, mask, number = query, key, value, attn_mask, scale
     compiling = _is_compiling()
     if compiling or _is_any_autocast_enabled():
-        query, key, value, attn_mask = cast_for_autocast(query, key, value, attn_mask)
-    kind = None
+        q, k, v, mask = cast_for_autocast(q, k, v, mask)
+    if number is not None and type(number) is not float:
+        number = _scale_number(number)
+    kind = plan = None
     if not compiling and (is_causal is False or is_causal is True):
-        options: tuple[Any, ...] = ("sdpa", is_causal, scale, enable_gqa)
-        if attn_mask is not None or dropout_p != 0.0:
-            options += (dropout_p, _kind_of_option(attn_mask))
+        options: tuple[Any, ...] = ("sdpa", original is None, is_causal, number, enable_gqa)
+        if type(number) is not float:
+            options += (type(number),)
+        if mask is not None or dropout_p != 0.0:
+            options += (dropout_p, type(dropout_p), _kind_of_option(mask))
+        kind = _kind(q, k, v, dropout_p != 0.0, options)
+        plan = _planned(kind)
+    refusal = call = None
+    if plan is not None and not plan.is_left:
         try:
-            kind = _kind(query, key, value, options)
-            operator, numbers, is_plain, _ = plan = PLANS[kind]
-            if is_plain:
-                return operator(query, key, value, *numbers)
-            mask, bias = _mask_and_bias(attn_mask)
-            return _run(plan, query, key, value, mask, bias, dropout_p=dropout_p)
-        except _VALIDATE:
-            pass
-    _check_sdpa(query, key, value, is_causal, enable_gqa)
+            if plan.is_plain:
+                return plan.operator(q, k, v, *plan.numbers)
+            return _run(plan, q, k, v, *_mask_and_bias(mask))
+        except RuntimeError as error:
+            if not _may_be_refusal(error):
+                raise
+            refusal = error
+    if plan is None or refusal is not None:
+        try:
+            call = _describe_sdpa(q, k, v, mask, dropout_p, is_causal, number, enable_gqa)
+            plan = _make_plan(*call.tensors, "auto", original is not None, **call.options)
+        except (ArgumentValueError, ArgumentTypeError):
+            if original is None:
+                raise
+            plan = LEFT
+        else:
+            if refusal is not None:
+                raise argument_error(refusal)
+            if call.is_as_given:
+                _remember(kind, plan)
+    if call is None or plan.is_left:
+        assert original is not None
+        inputs = (query, key, value, attn_mask, dropout_p, is_causal)
+        return original(*inputs, scale=scale, enable_gqa=enable_gqa)
+    if call.rank > 4:
+        out = _with_leading(*call.tensors, call.leading, call.attn_mask, call.options)
+        return out.unflatten(0, call.leading)
+    out = _run(plan, *call.tensors, *_mask_and_bias(call.attn_mask))
+    return out if call.rank == 4 else out[0] if call.rank == 3 else out[0, 0]
+
+
+def _scale_number(scale: Any) -> Any:
+    """As PyTorch's parser: a tensor without dimensions or a gradient stands for its value."""
     if isinstance(scale, Tensor):
-        scale = scale.item()
+        return scale if scale.dim() > 0 or scale.requires_grad else scale.item()
+    return float(scale) if isinstance(scale, Real) and not isinstance(scale, int) else scale
+
+
+class _SdpaCall(NamedTuple):
+    """A valid call of `scaled_dot_product_attention` as `attention` takes it, but for the mask."""
+
+    tensors: tuple[Tensor, Tensor, Tensor]  # [B, H, S, E]
+    leading: tuple[int, ...]  # dimensions that B stands for
+    attn_mask: Tensor | None
+    options: dict[str, Any]
+    rank: int
+    is_as_given: bool
+
+
+def _describe_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: Any,
+    enable_gqa: bool,
+) -> _SdpaCall:
+    _check_sdpa(query, key, value, is_causal, enable_gqa)
     causal: bool | str = "top_left" if is_causal else False
+    is_causal_bias = isinstance(attn_mask, CausalBias)
     if isinstance(attn_mask, CausalBias):
-        kind = None  # its lengths are not in it
         causal, attn_mask = _causal_of(attn_mask, query, key, is_causal), None
     elif attn_mask is not None:
         _check_attn_mask(attn_mask, query, is_causal)
     rank = max(query.dim(), key.dim(), value.dim())
     if attn_mask is not None and attn_mask.dim() > rank:
         wrong_value("attn_mask", f"at most {rank} dimensions", shape_of(attn_mask))
-
-    named: dict[str, Any] = {"causal": causal, "scale": scale, "dropout_p": dropout_p}
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "dropout_p": dropout_p}
+    if rank <= 4:
+        options["mask"], options["bias"] = _mask_and_bias(attn_mask)
     q, k, v, leading = _four_dimensional(query, key, value, enable_gqa)
-    if rank > 4:
-        return _with_leading(q, k, v, leading, attn_mask, named).unflatten(0, leading)
-    mask, bias = _mask_and_bias(attn_mask)
-    plan = _make_plan(q, k, v, "auto", mask=mask, bias=bias, **named)
-    if q is query and k is key and v is value:
-        _remember(kind, plan)
-    out = _run(plan, q, k, v, mask, bias, dropout_p=dropout_p)
-    return out if rank == 4 else out[0] if rank == 3 else out[0, 0]
+    # The lengths of a CausalBias are not in the kind of a call.
+    is_as_given = q is query and k is key and v is value and not is_causal_bias
+    return _SdpaCall((q, k, v), leading, attn_mask, options, rank, is_as_given)
 
 
 def _check_sdpa(query: Any, key: Any, value: Any, is_causal: Any, enable_gqa: Any) -> None:
@@ -369,6 +501,7 @@ def _check_sdpa(query: Any, key: Any, value: Any, is_causal: Any, enable_gqa: An
         wrong_type("is_causal", "a bool", type(is_causal).__name__)
 
 
+@looks_at_sizes
 def _check_attn_mask(attn_mask: Any, query: Tensor, is_causal: bool) -> None:
     if is_causal:
         raise ArgumentValueError(
@@ -381,6 +514,7 @@ def _check_attn_mask(attn_mask: Any, query: Tensor, is_causal: bool) -> None:
         wrong_value("attn_mask", expected, attn_mask.dtype)
 
 
+@looks_at_sizes
 def _causal_of(bias: CausalBias, query: Tensor, key: Tensor, is_causal: bool) -> str:
     """The alignment that a CausalBias stands for."""
     if is_causal:
@@ -402,12 +536,13 @@ def _four_dimensional(
     Views, with two exceptions that copy keys and values: five or more dimensions of which some but
     not all are broadcast, and enable_gqa with different numbers of heads in key and value.
     """
-    if query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0]:
-        same_heads = query.shape[1] == key.shape[1] or enable_gqa or key.shape[1] == 1
-        if key.shape[:3] == value.shape[:3] and same_heads:
-            return query, key, value, (query.shape[0],)
+    q_shape, k_shape, v_shape = (plain_sizes(x) for x in (query, key, value))
+    if len(q_shape) == len(k_shape) == len(v_shape) == 4 and q_shape[0] == k_shape[0]:
+        same_heads = q_shape[1] == k_shape[1] or enable_gqa or k_shape[1] == 1
+        if k_shape[:3] == v_shape[:3] and same_heads:
+            return query, key, value, (q_shape[0],)
     tensors = [x if x.dim() > 2 else x.unsqueeze(0) for x in (query, key, value)]
-    heads_q, heads_k, heads_v = (x.shape[-3] for x in tensors)
+    heads_q, heads_k, heads_v = (plain_sizes(x)[-3] for x in tensors)
     if enable_gqa and heads_k != heads_v:
         for i, heads in ((1, heads_k), (2, heads_v)):
             if heads == 0 or heads_q % heads != 0:
@@ -416,13 +551,13 @@ def _four_dimensional(
     elif not enable_gqa and (heads_k, heads_v) not in ((heads_q, heads_q), (1, 1)):
         heads = _broadcast("heads (-3)", [(heads_q,), (heads_k,), (heads_v,)])[0]
         tensors = [x.expand(*x.shape[:-3], heads, -1, -1) for x in tensors]
-    leading = _broadcast("leading", [tuple(x.shape[:-3]) for x in tensors])
-    tensors = [
-        x
-        if x.dim() == 4 and tuple(x.shape[:-3]) == leading
-        else x.expand(*leading, *x.shape[-3:]).reshape(math.prod(leading), *x.shape[-3:])
-        for x in tensors
-    ]
+    leading = _broadcast("leading", [tuple(plain_sizes(x)[:-3]) for x in tensors])
+    for i, x in enumerate(tensors):
+        if tuple(plain_sizes(x)[:-3]) != leading:
+            x = x.expand(*leading, *x.shape[-3:])
+        if len(leading) != 1:
+            x = x.reshape(math.prod(leading), *x.shape[-3:])
+        tensors[i] = x
     return tensors[0], tensors[1], tensors[2], leading
 
 
@@ -503,6 +638,8 @@ def dropout_mask(
             wrong_type(name, "an int", type(size).__name__)
         if size < 0:
             wrong_value(name, "a size >= 0", size)
+        if size >= 2**63:
+            wrong_value(name, "a size below 2^63", size)
     check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         wrong_value("dropout_p", "a probability in [0, 1]", dropout_p)

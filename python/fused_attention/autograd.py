@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import cuda, ops
-from .problem import Plan, Problem, check_transforms
+from .problem import Plan, Problem, check_transforms, is_tracing
 from .tangents import attention_gradients, attention_tangents
 
 _NOT_PACKED = (None,) * 6  # cu_seqlens_q, ... block_table
@@ -71,6 +71,11 @@ def _gradients(
     )
     gradients = {0: dq, 1: dk, 2: dv, 9: dbias, 12: dsinks}
     return tuple(gradients.get(i) if need else None for i, need in enumerate(needed))
+
+
+traced_attention = ops.define_traced(
+    "attention", ops.schema_of(ops.forward), ops.forward, Attention
+)
 
 
 class AttentionForwardMode(Attention):
@@ -146,6 +151,15 @@ def forward_with_weights(average: bool, *inputs: Any) -> tuple[Tensor, Tensor, T
     masks = (mask, bias, key_padding_mask, alibi_slopes)
     weights = ops.weights(query, key, lse, *numbers, average, *masks, philox, *softcap_and_dropout)
     return out, lse, weights
+
+
+_schema = ops.schema_of(ops.forward).replace("(", "(bool average, ", 1)
+traced_attention_with_weights = ops.define_traced(
+    "attention_with_weights",
+    _schema.replace("-> (Tensor, Tensor)", "-> (Tensor, Tensor, Tensor)"),
+    forward_with_weights,
+    AttentionWithWeights,
+)
 
 
 class AttentionPlain(Function):
@@ -288,7 +302,9 @@ def plan_cuda(problem: Problem) -> Plan:
 def _plan(problem: Problem, operators: ops.Operators, functions: Functions) -> Plan:
     check_transforms("attention")
     function: Callable[..., Any]
-    if not problem.differentiable:
+    if is_tracing():
+        function = traced_attention
+    elif not problem.differentiable:
         if problem.is_plain:
             direct = operators.direct_forward_plain
             function = direct if problem.is_direct else operators.forward_plain
@@ -302,12 +318,15 @@ def _plan(problem: Problem, operators: ops.Operators, functions: Functions) -> P
         return Plan(functions.plain, (problem.numbers,), is_plain=True)
     else:
         function = functions.direct
-    return Plan(function if problem.return_lse else _first(function), problem.numbers)
+    function = function if problem.return_lse else _first(function)
+    return Plan(function, problem.numbers, problem.limits)
 
 
 def plan_with_weights(problem: Problem) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """What gives (out, lse, weights), from the inputs of `AttentionWithWeights`."""
     check_transforms("attention")
+    if is_tracing():
+        return traced_attention_with_weights
     if not problem.differentiable:
         return forward_with_weights
     if torch.compiler.is_compiling():

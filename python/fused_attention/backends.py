@@ -25,7 +25,15 @@ from torch import Tensor
 
 from . import _native, autograd, cuda
 from .errors import ArgumentValueError, describe_error
-from .problem import CAUSAL, DTYPES, FEATURES, Plan, Problem, cast_for_autocast
+from .problem import (
+    CAUSAL,
+    DTYPES,
+    FEATURES,
+    Plan,
+    Problem,
+    cast_for_autocast,
+    exports_onnx,
+)
 
 logger = logging.getLogger("fused_attention")
 
@@ -202,7 +210,7 @@ def _reference_plan(problem: Problem) -> Plan:
             **dict(zip(names, options, strict=False)),
         )
 
-    return Plan(operator, (), may_be_kept=False)
+    return Plan(operator, (), problem.limits, may_be_kept=False)
 
 
 def _reference_details(problem: Problem) -> Details:
@@ -323,6 +331,7 @@ class Environment(NamedTuple):
 # Of calls that validated before, by what they have in common: see `attention.py`.
 PLANS: dict[tuple[Any, ...] | None, Plan] = {}
 MAX_PLANS = 4096
+LEFT = Plan(lambda *inputs: None, (), is_left=True)
 
 _logged: set[str] = set()
 
@@ -349,9 +358,12 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
 
     "auto": the first without a reason against, or NotImplementedError with those of all. If that is
     `reference`: logged once per set of reasons, NotImplementedError if FUSED_ATTENTION_STRICT. A
-    name: that row, or NotImplementedError with its reasons.
+    name: that row, or NotImplementedError with its reasons. An export to ONNX always gets
+    `reference`.
     """
     name = requested(backend)
+    if exports_onnx():
+        return REFERENCE
     if name != "auto":
         row = BACKENDS[NAMES.index(name)]
         reasons = row.supports(problem)
@@ -371,11 +383,35 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
     return row
 
 
+def plan_of_kernel(problem: Problem) -> Plan:
+    """The plan of a row that has kernels; LEFT if only the reference, or nothing, serves this.
+
+    The reference serves if FUSED_ATTENTION_BACKEND asks for it.
+    """
+    if exports_onnx():
+        return LEFT
+    name = requested("auto")
+    rows = _in_order(problem) if name == "auto" else (BACKENDS[NAMES.index(name)],)
+    for row in rows:
+        if row.supports(problem) or (row is REFERENCE and name == "auto"):
+            continue
+        assert row.plan is not None
+        try:
+            return row.plan(problem)
+        except NotImplementedError:  # compiled inside a transform
+            return LEFT
+    return LEFT
+
+
+def _in_order(problem: Problem) -> tuple[Backend, ...]:
+    """The rows, the preferred one first."""
+    return ((TRITON,) if is_faster_in_triton(problem) else ()) + BACKENDS
+
+
 def _first_without_reason(problem: Problem) -> tuple[Backend, dict[str, list[str]]]:
     """And the reasons against those before it."""
     refused: dict[str, list[str]] = {}
-    quickest = (TRITON,) if is_faster_in_triton(problem) else ()
-    for row in (*quickest, *BACKENDS):
+    for row in _in_order(problem):
         reasons = row.supports(problem)
         if not reasons:
             return row, refused

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .errors import ArgumentValueError, is_of_operator, message_of_operator
+from .errors import argument_error, is_of_operator
 from .problem import (
     DTYPES,
     check_dtype,
@@ -20,6 +20,7 @@ from .problem import (
     check_same_device,
     check_shape,
     check_tensor,
+    looks_at_sizes,
     shape_of,
     wrong_value,
 )
@@ -44,14 +45,37 @@ def kv_cache_append_(
     [B, max_pages]) pages [pages, page_size, Hkv, D or Dv] of any page_size: token n of sequence b
     is row n % page_size of page block_table[b, n // page_size]. Any strides; one dtype out of
     float32, bfloat16, float16 and float64; CPU and CUDA. What flash_attn_with_kvcache does with k
-    and v, whose layout is the transpose(1, 2) of this one. Sequences that share the page of a new
-    token overwrite one another. Not differentiable.
+    and v, whose layout is the transpose(1, 2) of this one. key and value may lie in the caches:
+    they are read before anything is written. Autograd notices the change as after any in-place
+    operation of PyTorch. Not differentiable.
 
     Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
-    RuntimeError) for arguments that do not fit together, tokens that have no room and pages that do
-    not exist; nothing is written then. On a GPU, which nobody waits for here, cache_seqlens and
-    block_table are not read before: such tokens are left out.
+    RuntimeError) for arguments that do not fit together, caches whose elements share memory, tokens
+    that have no room, pages that do not exist, and two new tokens for one row of a page; nothing is
+    written then. On a GPU, which nobody waits for here, cache_seqlens and block_table are not read
+    before: tokens without room are left out, and of two for one row either stays.
     """
+    tensors = (key_cache, value_cache, key, value, cache_seqlens, block_table)
+    _check(*tensors)
+    if torch.compiler.is_compiling():
+        return ops.kv_cache_append(*tensors)
+    try:
+        ops.kv_cache_append(*tensors)
+    except RuntimeError as error:
+        if is_of_operator(error):
+            raise argument_error(error) from None
+        raise
+
+
+@looks_at_sizes
+def _check(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+) -> None:
     tensors = {
         "key_cache": key_cache, "value_cache": value_cache, "key": key, "value": value
     }  # fmt: skip
@@ -85,11 +109,3 @@ def kv_cache_append_(
     check_shape("value_cache", value_cache, meaning.format("Dv"), (*front, head_dim_v))
     if key.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(f"kv_cache_append_: device {key.device}: not built yet")
-    if torch.compiler.is_compiling():
-        return ops.kv_cache_append(key_cache, value_cache, key, value, cache_seqlens, block_table)
-    try:
-        ops.kv_cache_append(key_cache, value_cache, key, value, cache_seqlens, block_table)
-    except RuntimeError as error:
-        if is_of_operator(error):
-            raise ArgumentValueError(message_of_operator(error)) from None
-        raise

@@ -5,6 +5,7 @@ A call that is right but that the requested backend cannot serve raises NotImple
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
@@ -26,12 +27,19 @@ def describe_error(name: str, expected: str, got: Any, hint: str = "") -> str:
     return f"{message}. Hint: {hint}" if hint else message
 
 
+# "function, csrc/ops.cpp:123, message"
+_REFUSAL = re.compile(r"\S+, csrc/\S+:\d+, (.*)")
+
+
 def is_of_operator(error: RuntimeError) -> bool:
-    """Whether an operator of ours refused a call: see `message_of_operator`."""
-    return type(error) is RuntimeError and ", csrc/" in str(error)
+    """Whether an operator of ours refused a call because of its arguments."""
+    return type(error) is RuntimeError and _REFUSAL.match(str(error)) is not None
 
 
-def message_of_operator(error: RuntimeError) -> str:
-    """What an operator found wrong with values, without the place in its source that goes before:
-    "function, csrc/ops.cpp:123, message"."""
-    return str(error).split("\n")[0].split(", ", 2)[-1]
+def argument_error(error: RuntimeError) -> RuntimeError:
+    """The refusal of an operator as an ArgumentValueError, without its place in the source; any
+    other error as it is."""
+    refusal = _REFUSAL.match(str(error))
+    if type(error) is not RuntimeError or refusal is None:
+        return error
+    return ArgumentValueError(refusal.group(1))

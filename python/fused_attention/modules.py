@@ -22,7 +22,14 @@ from torch.nn.utils.rnn import pad_sequence
 from .attention import attention
 from .backends import Explanation, explain
 from .errors import ArgumentTypeError, ArgumentValueError, describe_error
-from .problem import DTYPES, check_tensor, has_autocast, shape_of, transform_is_active
+from .problem import (
+    DTYPES,
+    check_tensor,
+    has_autocast,
+    looks_at_sizes,
+    shape_of,
+    transform_is_active,
+)
 from .weights import attention_with_weights, weights_extra_bytes
 
 
@@ -227,6 +234,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         options["dropout_p"] = float(self.dropout) if self.training else 0.0
         return q, k, v, options
 
+    @looks_at_sizes
     def _check(
         self,
         query: Tensor,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,8 +21,11 @@ from torch._functorch.pyfunctorch import (
     retrieve_all_functorch_interpreters,
     temporarily_clear_interpreter_stack,
 )
+from torch.autograd.graph import increment_version
 
 from . import _native as _native  # defines the operators
+from .errors import ArgumentValueError
+from .problem import check_philox_seed
 
 forward_plain = torch.ops.fused_attention.attention_forward_plain.default
 forward_plain_lse = torch.ops.fused_attention.attention_forward_plain_lse.default
@@ -102,6 +106,7 @@ def philox_state(
     if isinstance(philox_seed, Tensor):
         return philox_seed.contiguous()
     if philox_seed is not None:
+        check_philox_seed(philox_seed, query.device)
         wraps = 2**63 <= philox_seed < 2**64
         signed = philox_seed - 2**64 if wraps else philox_seed
         return torch.tensor([signed, 0], dtype=torch.int64, device=query.device)
@@ -136,7 +141,9 @@ def check_devices(*inputs: Any) -> None:
     """The dispatcher does not: it comes here with a mask on "meta" and a query on a CPU."""
     devices = {str(x.device) for x in inputs if isinstance(x, Tensor)}
     if len(devices) > 1:
-        raise RuntimeError(f"attention: expected one device, got {', '.join(sorted(devices))}")
+        raise ArgumentValueError(
+            f"attention: expected one device, got {', '.join(sorted(devices))}"
+        )
 
 
 def empty_like_layout(like: Tensor, last: Any) -> Tensor:
@@ -224,12 +231,97 @@ def _fake_philox_state(like: Tensor, call_site: int) -> Tensor:
     return like.new_empty(2, dtype=torch.int64)
 
 
+check_sequences = torch.ops.fused_attention.check_sequences.default
 kv_cache_append = torch.ops.fused_attention.kv_cache_append_.default
+
+
+def _check_nothing(*args: Any) -> None:
+    """On a GPU lengths and pages are not looked at: that would wait for it."""
+
+
+torch.library.register_fake("fused_attention::check_sequences", _check_nothing)
+_library.impl("check_sequences", _check_nothing, "CUDA")
 
 
 @torch.library.register_fake("fused_attention::kv_cache_append_")
 def _fake_kv_cache_append(*args: Any, **kwargs: Any) -> None:
     check_devices(*args, *kwargs.values())
+
+
+# -- Writing to arguments ----------------------------------------------------------------
+
+WRITES = {"kv_cache_append_": ("key_cache", "value_cache"), "masked_softmax_": ("input",)}
+
+
+def _count_versions(library: torch.library.Library, name: str) -> None:
+    """Autograd then notices if a tensor that it kept was written to, as after PyTorch's own
+    in-place operators, whose kernels for this dispatch key do the same."""
+    op = getattr(getattr(torch.ops, library.ns), name).default
+
+    def write(keys: Any, *args: Any, **kwargs: Any) -> None:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+        call = arguments(op, args, kwargs)
+        increment_version([call[written] for written in WRITES[name]])
+
+    library.impl(name, write, "ADInplaceOrView", with_keyset=True)
+
+
+for _name in WRITES:
+    _count_versions(_library, _name)
+
+
+def _has_memory(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
+
+
+def _place(x: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    return x.data_ptr(), x.element_size(), tuple(x.shape), tuple(x.stride())
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether an element of one shares a byte with one of the other."""
+    if not (_has_memory(a) and _has_memory(b)) or a.device != b.device:
+        return False
+    return _native.overlap(_place(a), _place(b))
+
+
+def has_shared_elements(x: Tensor) -> bool:
+    """Whether two elements lie in one place."""
+    return _has_memory(x) and _native.overlaps_itself(_place(x))
+
+
+# -- torch.jit.trace -----------------------------------------------------------------------
+
+
+def schema_of(op: Any) -> str:
+    """Its arguments and results, without its name."""
+    return "(" + str(op._schema).split("(", 1)[1]
+
+
+def define_traced(
+    name: str, schema: str, forward: Callable[..., Any], function: Any
+) -> Callable[..., Any]:
+    """The operator `traced_<name>`: `forward` with the gradients of a Function.
+
+    What torch.jit.trace records must be an operator, for a Function cannot be saved; and the same
+    one with and without gradients, for it traces twice and compares. PyTorch's registration of
+    gradients costs 34 us a call, so only traces use it. It leaves out arguments that have their
+    defaults, so there are no defaults here: the last ones that are not given are None.
+    """
+    schema = re.sub(r"=[^,)]*", "", schema)
+    _library.define(f"traced_{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(f"traced_{name}", forward, "CompositeExplicitAutograd")
+    torch.library.register_autograd(
+        f"fused_attention::traced_{name}", function.backward, setup_context=function.setup_context
+    )
+    op = getattr(torch.ops.fused_attention, f"traced_{name}").default
+    count = len(op._schema.arguments)
+
+    def call(*inputs: Any) -> Any:
+        return op(*inputs, *(None,) * (count - len(inputs)))
+
+    return call
 
 
 # -- CUDA and HIP ------------------------------------------------------------------------
@@ -389,6 +481,8 @@ def _sample(call: dict[str, Any], dims: dict[str, Any], i: int) -> dict[str, Any
 def register_tracing(namespace: str) -> None:
     """Fake kernels and rules of vmap, for the attention operators of a library; once."""
     library = getattr(torch.ops, namespace)
+    if namespace != "fused_attention":
+        _count_versions(_library_of(namespace), "masked_softmax_")
     for name, fake, outputs in (
         ("attention_forward_plain", _fake_forward_plain, 1),
         ("attention_forward_plain_lse", _fake_forward, 2),
@@ -398,6 +492,11 @@ def register_tracing(namespace: str) -> None:
         op = getattr(library, name).default
         torch.library.register_fake(f"{namespace}::{name}", fake)
         torch.library.register_vmap(f"{namespace}::{name}", _vmap_rule(op, batched_outputs=outputs))
+
+
+@functools.cache
+def _library_of(namespace: str) -> torch.library.Library:
+    return torch.library.Library(namespace, "IMPL")
 
 
 register_tracing("fused_attention")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .attention import scaled_dot_product_attention
+from .attention import sdpa
 from .backends import BACKENDS, CPU, REFERENCE
 from .problem import CAUSAL, as_4d, precision_number, wrong_type, wrong_value
 
@@ -44,12 +44,12 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Ours where a kernel of ours can serve the tensors, else what was there before."""
-    ours = _state.on and query.device.type in _state.devices and not query.is_nested
-    function = scaled_dot_product_attention if ours else _state.original
-    return function(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    """Ours where a kernel of ours serves the call, else what was there before."""
+    inputs = (query, key, value, attn_mask, dropout_p, is_causal)
+    ours = isinstance(query, Tensor) and query.device.type in _state.devices
+    if _state.on and ours and not query.is_nested:
+        return sdpa(*inputs, scale, enable_gqa, _state.original)
+    return _state.original(*inputs, scale=scale, enable_gqa=enable_gqa)
 
 
 # -- Instead of the operator -------------------------------------------------------------
@@ -280,8 +280,8 @@ def patch_sdpa(modules: Iterable[ModuleType] = ()) -> SdpaPatch:
     they use what makes PyTorch leave it: dropout, a mask with a gradient, Ev != E, or tensors that
     are not 4-D. For those name the module in `modules`.
 
-    Not touched: nested tensors, and tensors on a device for which there is no kernel here yet; they
-    go where they went before.
+    Not touched: nested tensors, and what no kernel here serves (a head_dim above 512, other dtypes or
+    devices); such calls go where they went before, and so does what is wrong, to PyTorch's errors.
 
     Patches nest, and may be undone in any order: what was there comes back when the last is undone.
     The function is an attribute of a module, so that a patch holds for every thread of the process:

@@ -7,15 +7,19 @@ The functions below it bring tensors into the form of the operators, without cop
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .errors import ArgumentDtypeError, ArgumentTypeError, ArgumentValueError, describe_error
+
+MAX_INT64 = 2**63 - 1
+MAX_FLOAT64 = int(torch.finfo(torch.float64).max)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -84,6 +88,47 @@ def as_vector(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
+def is_tracing() -> bool:
+    """Whether torch.jit.trace is at work, or the ONNX exporter that is built on it."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def exports_onnx() -> bool:
+    """Whether the exporter built on torch.jit.trace is at work: it knows PyTorch's operators only,
+    which the reference is made of."""
+    return not torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def looks_at_sizes(function: _F) -> _F:
+    """For functions that decide by sizes and run no operator.
+
+    While torch.jit.trace runs, sizes are tensors; inside such a function they are numbers, and what
+    it decides holds for the sizes that were traced.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not is_tracing():
+            return function(*args, **kwargs)
+        state = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+    return cast(_F, call)
+
+
+@looks_at_sizes
+def plain_sizes(x: Tensor) -> tuple[int, ...]:
+    """x.shape as numbers, also while torch.jit.trace runs."""
+    return x.shape
+
+
 @torch.compiler.assume_constant_result
 def float32_matmul_precision() -> str:
     """The process-wide setting; "highest" once PyTorch refuses to tell it as one word.
@@ -148,6 +193,8 @@ def check_broadcastable(name: str, x: Tensor, target: tuple[int, int, int, int])
 def check_number(name: str, x: Any, hint: str = "") -> None:
     if isinstance(x, Tensor) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         wrong_type(name, "a number", type(x).__name__, hint)
+    if isinstance(x, int) and not -MAX_FLOAT64 <= x <= MAX_FLOAT64:
+        wrong_value(name, "a number that a float64 can hold", f"an int of {x.bit_length()} bits")
 
 
 def check_query_key_value(query: Any, key: Any, value: Any) -> None:
@@ -206,11 +253,21 @@ def causal_number(causal: Any, same_lengths: bool) -> int:
     wrong_value("causal", 'False, True, "top_left" or "bottom_right"', repr(causal))
 
 
+def as_float(x: Any) -> Any:
+    return float(x) if isinstance(x, int) else x
+
+
+def as_int64(x: Any) -> Any:
+    """A number of tokens for the operators, which take no more than 64 bits."""
+    return min(x, MAX_INT64) if isinstance(x, int) else x
+
+
 def window_numbers(window_size: Any) -> tuple[int, int]:
+    """A window wider than any sequence hides nothing."""
     if isinstance(window_size, Sequence) and len(window_size) == 2:
         left, right = window_size
         if all(isinstance(x, (int, torch.SymInt)) and x >= -1 for x in (left, right)):
-            return left, right
+            return as_int64(left), as_int64(right)
     wrong_value("window_size", "(left, right) in tokens, each an int >= -1", repr(window_size))
 
 
@@ -267,6 +324,8 @@ class Problem:
     window_size: tuple[int, int]
     softcap: float
     dropout_p: float
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
     precision: int
     return_lse: bool
     features: frozenset[str]
@@ -280,6 +339,11 @@ class Problem:
         return (self.scale, self.causal, *self.window_size, self.precision)
 
     @property
+    def limits(self) -> tuple[float, float, int | None, int | None]:
+        """See `Plan`."""
+        return (self.softcap, self.dropout_p, self.max_seqlen_q, self.max_seqlen_k)
+
+    @property
     def is_plain(self) -> bool:
         """No optional tensor, no softcap, no dropout, no lse: served by the small operator."""
         return self.features <= {"gradients", "causal", "window_size", "gqa", "value_head_dim"}
@@ -289,6 +353,7 @@ class Problem:
         return sum(self.copied.values())
 
     @staticmethod
+    @looks_at_sizes
     def from_call(
         query: Tensor,
         key: Tensor,
@@ -460,11 +525,13 @@ class Problem:
             head_dim_v=head_dim_v,
             dtype=query.dtype,
             device=query.device,
-            scale=float(scale) if isinstance(scale, int) else scale,
+            scale=as_float(scale),
             causal=causal_value,
             window_size=window,
-            softcap=softcap,
-            dropout_p=dropout_p,
+            softcap=as_float(softcap),
+            dropout_p=as_float(dropout_p),
+            max_seqlen_q=as_int64(max_seqlen_q),
+            max_seqlen_k=as_int64(max_seqlen_k),
             precision=precision_number(precision, query.dtype),
             return_lse=bool(return_lse),
             features=frozenset(name for name in FEATURES if used[name]),
@@ -482,11 +549,14 @@ class Problem:
 
 class Plan(NamedTuple):
     """What serves calls of one kind: `operator(query, key, value, *numbers)`, which gives out or
-    (out, lse). Unless `is_plain`, the other arguments of the operator attention_forward follow."""
+    (out, lse). Unless `is_plain`, the other arguments of the operator attention_forward follow, of
+    which `limits` are softcap, dropout_p, max_seqlen_q and max_seqlen_k."""
 
     operator: Callable[..., Any]
     numbers: tuple[Any, ...]
+    limits: tuple[float, float, int | None, int | None] = (0.0, 0.0, None, None)
     is_plain: bool = False
+    is_left: bool = False  # to what a patch has replaced
     may_be_kept: bool = True  # because the operator itself refuses what does not fit together
 
 

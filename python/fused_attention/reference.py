@@ -91,7 +91,8 @@ def scores(
     """The logits before masking, [B, Hq, Sq, Sk], from q [B, Hq, Sq, D] and k [B, Hq, Sk, D]."""
     B, Hq, Sq, _ = q.shape
     s = scale * (q @ k.transpose(-2, -1))
-    if softcap:
+    if 0 < softcap < 2.0 ** (992 if s.dtype == torch.float64 else 96):  # larger ones cap nothing
+        softcap = max(softcap, 4 * torch.finfo(s.dtype).tiny)
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
         if not bias.is_floating_point():

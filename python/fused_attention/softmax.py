@@ -29,6 +29,9 @@ from .problem import (
     check_philox_seed,
     check_tensor,
     check_transforms,
+    exports_onnx,
+    is_tracing,
+    looks_at_sizes,
     shape_of,
     transform_is_active,
     wrong_value,
@@ -95,6 +98,14 @@ class MaskedSoftmaxForwardMode(MaskedSoftmaxFunction):
         )
 
 
+traced_masked_softmax = ops.define_traced(
+    "masked_softmax",
+    ops.schema_of(ops.softmax_forward),
+    ops.softmax_forward,
+    MaskedSoftmaxFunction,
+)
+
+
 def _saved(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The same for both modes, as vmap asks for: weights, bias, sink_weight, philox."""
     *_, bias, sinks, philox, dropout_p = inputs
@@ -110,10 +121,12 @@ def _saved(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor 
 # -- Describing a call -------------------------------------------------------------------
 
 
+@looks_at_sizes
 def _check(
     input: Any, mask: Any, scale: Any, causal: Any, dropout_p: Any, sinks: Any, philox_seed: Any
-) -> None:
-    """Everything that `masked_softmax` takes; the message names the argument."""
+) -> int:
+    """Everything that `masked_softmax` takes; the message names the argument. Returns the number of
+    `causal`."""
     check_tensor("input", input)
     if input.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
@@ -152,16 +165,13 @@ def _check(
     if not 0.0 <= dropout_p <= 1.0:
         wrong_value("dropout_p", "a probability in [0, 1]", dropout_p)
     check_philox_seed(philox_seed, input.device)
+    rows = input.shape[-2] if input.dim() > 1 else 1
+    return causal_number(causal, rows == input.shape[-1])
 
 
 def _check_device(name: str, x: Tensor, input: Tensor) -> None:
     if x.device != input.device:
         wrong_value(name, f"device {input.device}, as input has", x.device)
-
-
-def _causal_number(causal: Any, input: Tensor) -> int:
-    rows = input.shape[-2] if input.dim() > 1 else 1
-    return causal_number(causal, rows == input.shape[-1])
 
 
 def _options(
@@ -181,6 +191,8 @@ def _options(
 def _has_kernel(input: Tensor) -> bool:
     from .backends import CUDA, TRITON
 
+    if exports_onnx():
+        return False
     if input.device.type == "cuda":
         return input.dtype in TRITON.dtypes and not (TRITON.missing() and CUDA.missing())
     return input.device.type in ("cpu", "meta")
@@ -191,7 +203,7 @@ def _reference(input: Tensor, scale: float, causal: int, options: tuple[Any, ...
     from .reference import masked_softmax_reference
 
     kind = input.device.type
-    if not torch.compiler.is_compiling() and kind not in _logged:
+    if not torch.compiler.is_compiling() and kind not in _logged and not exports_onnx():
         _logged.add(kind)
         logger.warning("masked_softmax: no kernel for %s, the slow reference serves it", kind)
     mask, bias, sinks, philox, dropout_p = options
@@ -247,12 +259,14 @@ def masked_softmax(
     """
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         input, mask = cast_for_autocast(input, mask)
-    _check(input, mask, scale, causal, dropout_p, sinks, philox_seed)
-    diagonal = _causal_number(causal, input)
+    diagonal = _check(input, mask, scale, causal, dropout_p, sinks, philox_seed)
+    if _has_kernel(input):
+        check_transforms("masked_softmax")
     options = _options(input, mask, dropout_p, sinks, philox_seed)
     if not _has_kernel(input):
         return _reference(input, scale, diagonal, options)
-    check_transforms("masked_softmax")
+    if is_tracing():
+        return traced_masked_softmax(input, scale, diagonal, True, *options)[0]
     gradients = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in (input, mask, sinks)
     )
@@ -281,16 +295,12 @@ def masked_softmax_(
     or sinks require a gradient (and grad mode is on), if elements of input share memory (it is
     expanded, or its strides overlap), and if mask or sinks lie in input's memory.
     """
-    _check(input, mask, scale, causal, dropout_p, sinks, philox_seed)
+    diagonal = _check(input, mask, scale, causal, dropout_p, sinks, philox_seed)
     for name, x in (("input", input), ("mask", mask), ("sinks", sinks)):
         if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
             hint = "use masked_softmax, or torch.no_grad()"
             wrong_value(name, "no requires_grad, for an in-place operation", True, hint)
-    if any(input.shape[i] > 1 and input.stride(i) == 0 for i in range(input.dim())):
-        wrong_value("input", "memory of its own for each element", "an expanded tensor", "clone it")
-    if not torch.compiler.is_compiling() and _overlaps(input):
-        got = f"strides {tuple(input.stride())} for sizes {shape_of(input)}"
-        wrong_value("input", "memory of its own for each element", got, "clone it")
+    _check_memory(input, mask, sinks, philox_seed)
     if transform_is_active() or not _has_kernel(input):
         with torch.autocast(input.device.type, enabled=False):
             out = masked_softmax(
@@ -303,24 +313,24 @@ def masked_softmax_(
                 philox_seed=philox_seed,
             )
         return input.copy_(out)
-    for name, x in (("mask", mask), ("sinks", sinks)):
-        if x is None or torch.compiler.is_compiling() or input.device.type != "cpu":
-            continue
-        if x.untyped_storage().data_ptr() == input.untyped_storage().data_ptr() and x.numel():
-            wrong_value(name, "memory apart from input's", "a view of the same memory", "clone it")
     options = _options(input, mask, dropout_p, sinks, philox_seed)
-    ops.softmax_in_place(input, scale, _causal_number(causal, input), *options)
+    ops.softmax_in_place(input, scale, diagonal, *options)
     return input
 
 
-def _overlaps(x: Tensor) -> bool:
-    """Whether two elements may be at one place: unless each stride steps over all smaller ones."""
-    reach = 0
-    for stride, size in sorted((x.stride(i), x.shape[i]) for i in range(x.dim())):
-        if size > 1 and stride <= reach:
-            return x.numel() > 0
-        reach += (size - 1) * stride
-    return False
+@looks_at_sizes
+def _check_memory(input: Tensor, mask: Any, sinks: Any, philox_seed: Any) -> None:
+    """What is written to is nothing else's memory."""
+    if any(input.shape[i] > 1 and input.stride(i) == 0 for i in range(input.dim())):
+        wrong_value("input", "memory of its own for each element", "an expanded tensor", "clone it")
+    # Before random numbers are drawn; in compiled calls the operator looks.
+    if not torch.compiler.is_compiling() and not transform_is_active():
+        if ops.has_shared_elements(input):
+            got = f"strides {tuple(input.stride())} for sizes {shape_of(input)}"
+            wrong_value("input", "memory of its own for each element", got, "clone it")
+        for name, other in (("mask", mask), ("sinks", sinks), ("philox_seed", philox_seed)):
+            if isinstance(other, Tensor) and ops.share_memory(input, other):
+                wrong_value(name, "memory apart from input's", "a view of the same", "clone it")
 
 
 # -- Megatron-LM and apex ----------------------------------------------------------------

@@ -51,12 +51,12 @@ def attention_with_weights(
     problem = Problem.from_call(
         query, key, value, bias=bias, philox_seed=philox_seed, return_lse=True, **options
     )
-    philox = None
-    if problem.dropout_p:
-        philox = ops.philox_state(query, key, value, philox_seed)
     row = choose(problem)
     if row is CUDA and not TRITON.supports(problem):  # the CUDA library has no weights to return
         row = TRITON
+    philox = None
+    if problem.dropout_p:  # not before: a refused call draws nothing
+        philox = ops.philox_state(query, key, value, philox_seed)
     if row not in (CPU, TRITON):
         return _reference(query, key, value, problem, average, bias=bias, philox=philox, **options)
     out, _, weights = autograd.plan_with_weights(problem)(
