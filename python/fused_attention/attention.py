@@ -8,7 +8,6 @@ O(B·Hq·Sq) beyond inputs and outputs on every backend but the reference.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -77,7 +76,7 @@ def _kind(
     ):
         return None
     try:
-        shapes = (query.shape, key.shape, value.shape)
+        shapes = query.shape, key.shape, value.shape
     except RuntimeError:  # nested tensors have none
         return None
     try:
@@ -109,14 +108,6 @@ def _types(x: Any) -> Any:
     return tuple(map(type, x)) if isinstance(x, tuple) else type(x)
 
 
-def _planned(kind: tuple[Any, ...] | None) -> Plan | None:
-    """The plan of a call of this kind that was seen before."""
-    try:
-        return PLANS.get(kind)
-    except TypeError:  # an unhashable option, say window_size=[1, 1]
-        return None
-
-
 def _make_plan(
     query: Tensor,
     key: Tensor,
@@ -139,8 +130,7 @@ def _remember(kind: tuple[Any, ...] | None, plan: Plan) -> None:
         return
     if len(PLANS) >= MAX_PLANS:
         PLANS.clear()
-    with contextlib.suppress(TypeError):  # an unhashable option, say window_size=[1, 1]
-        PLANS[kind] = plan
+    PLANS[kind] = plan
 
 
 def _may_be_refusal(error: RuntimeError) -> bool:
@@ -167,10 +157,9 @@ def _run(
 ) -> Any:
     if plan.is_plain:
         return plan.operator(query, key, value, *plan.numbers)
-    softcap, dropout_p, *longest = plan.limits
+    softcap, dropout_p, max_seqlen_q, max_seqlen_k = plan.limits
     if packed:
-        cu_seqlens_q, cu_seqlens_k, seqused_k, block_table = packed
-        packed = (cu_seqlens_q, cu_seqlens_k, *longest, seqused_k, block_table)
+        packed = (*packed[:2], max_seqlen_q, max_seqlen_k, *packed[2:])
         if dropout_p and not _is_compiling():
             ops.check_sequences(query, key, *packed)
     return plan.operator(
@@ -274,8 +263,15 @@ def attention(
         packed = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
     kind = plan = None
     if not compiling:
-        options: tuple[Any, ...] = (causal, window_size, scale, precision, backend)
-        options += (type(causal), type(scale))
+        options: tuple[Any, ...] = (
+            causal,
+            type(causal),
+            window_size,
+            scale,
+            type(scale),
+            precision,
+            backend,
+        )
         if window_size is not _NO_WINDOW:
             options += (_types(window_size),)
         if (
@@ -288,14 +284,17 @@ def attention(
             or softcap != 0.0
             or dropout_p != 0.0
         ):
-            numbers = (softcap, dropout_p)
-            options += (numbers, _types(numbers), bool(return_lse), *map(_kind_of_option, tensors))
+            options += (softcap, type(softcap), dropout_p, type(dropout_p), bool(return_lse))
+            options += tuple(map(_kind_of_option, tensors))
         if not is_dense:
-            longest = (max_seqlen_q, max_seqlen_k)
-            options += (longest, _types(longest), cu_seqlens_q is cu_seqlens_k)
+            options += (max_seqlen_q, type(max_seqlen_q), max_seqlen_k, type(max_seqlen_k))
+            options += (cu_seqlens_q is cu_seqlens_k,)
             options += tuple(map(_kind_of_option, packed))
         kind = _kind(query, key, value, dropout_p != 0.0, options)
-        plan = _planned(kind)
+        try:
+            plan = PLANS.get(kind)
+        except TypeError:  # an unhashable option, say window_size=[1, 1]
+            kind = None
     refusal = None
     if plan is not None:
         try:
@@ -401,15 +400,23 @@ def sdpa(
         number = _scale_number(number)
     kind = plan = None
     if not compiling and (is_causal is False or is_causal is True):
-        options: tuple[Any, ...] = ("sdpa", original is None, is_causal, number, enable_gqa)
-        if type(number) is not float:
-            options += (type(number),)
+        options: tuple[Any, ...] = (
+            "sdpa",
+            original is None,
+            is_causal,
+            number,
+            type(number),
+            enable_gqa,
+        )
         if mask is not None or dropout_p != 0.0:
             options += (dropout_p, type(dropout_p), _kind_of_option(mask))
         kind = _kind(q, k, v, dropout_p != 0.0, options)
-        plan = _planned(kind)
+        try:
+            plan = PLANS.get(kind)
+        except TypeError:  # an unhashable option
+            kind = None
     refusal = call = None
-    if plan is not None and not plan.is_left:
+    if plan is not None and plan is not LEFT:
         try:
             if plan.is_plain:
                 return plan.operator(q, k, v, *plan.numbers)

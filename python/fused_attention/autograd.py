@@ -319,7 +319,7 @@ def _plan(problem: Problem, operators: ops.Operators, functions: Functions) -> P
     else:
         function = functions.direct
     function = function if problem.return_lse else _first(function)
-    return Plan(function, problem.numbers, problem.limits)
+    return Plan(function, problem.numbers, limits=problem.limits)
 
 
 def plan_with_weights(problem: Problem) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

@@ -210,7 +210,7 @@ def _reference_plan(problem: Problem) -> Plan:
             **dict(zip(names, options, strict=False)),
         )
 
-    return Plan(operator, (), problem.limits, may_be_kept=False)
+    return Plan(operator, (), limits=problem.limits, may_be_kept=False)
 
 
 def _reference_details(problem: Problem) -> Details:

@@ -280,8 +280,8 @@ def patch_sdpa(modules: Iterable[ModuleType] = ()) -> SdpaPatch:
     they use what makes PyTorch leave it: dropout, a mask with a gradient, Ev != E, or tensors that
     are not 4-D. For those name the module in `modules`.
 
-    Not touched: nested tensors, and what no kernel here serves (a head_dim above 512, other dtypes or
-    devices); such calls go where they went before, and so does what is wrong, to PyTorch's errors.
+    Not touched: nested tensors, and what no kernel here serves (a head_dim above 512, other dtypes
+    or devices). It goes where it went before, and so do wrong calls, which get PyTorch's errors.
 
     Patches nest, and may be undone in any order: what was there comes back when the last is undone.
     The function is an attribute of a module, so that a patch holds for every thread of the process:

@@ -554,8 +554,8 @@ class Plan(NamedTuple):
 
     operator: Callable[..., Any]
     numbers: tuple[Any, ...]
-    limits: tuple[float, float, int | None, int | None] = (0.0, 0.0, None, None)
     is_plain: bool = False
+    limits: tuple[float, float, int | None, int | None] = (0.0, 0.0, None, None)
     is_left: bool = False  # to what a patch has replaced
     may_be_kept: bool = True  # because the operator itself refuses what does not fit together
 
