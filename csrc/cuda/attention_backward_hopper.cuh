@@ -210,6 +210,8 @@ struct HopperBackward {
     product_commit();
     product_wait<0>();
     if (threadIdx.x % 32 == 0) barrier_arrive(empty(stage));
+    // Lane 0 arrives for the warp: the other lanes have read lse and delta before.
+    if (kKeys) __syncwarp();
   }
 
   // s <- a b^T, of this warpgroup's 64 rows of a

@@ -35,8 +35,10 @@ An opcode, modifier or directive that is not known raises PTXError and names it.
 Limits. Only the path that the given arguments take is judged.
 - Numbers are not bit-exact: matrix products are summed in float64, TF32 operands are truncated,
   approximate functions are correctly rounded, .ftz is ignored, fma rounds twice in rare cases.
-- Clocks are kept per warp: a release or acquire by one lane counts for its warp. Lanes of a warp
-  run in lockstep where they are at one instruction; warp instructions are expected to converge.
+- An acquire by one lane counts for its warp, and so does a release for global memory; a release by
+  one lane covers what the other lanes did in shared memory up to the last barrier at which they all
+  met. Of the lanes of a warp that read a byte, the last is remembered. Lanes run in lockstep where
+  they are at one instruction; warp instructions are expected to converge.
 - Atomics and volatile accesses make no happens-before edge, so a semaphore between blocks is
   reported as a race, and one that spins may starve the block it waits for. Blocks beyond
   `machine.BATCH_THREADS` threads run one batch after the other.

@@ -119,7 +119,11 @@ def warp_barrier(program: Program, i: Instruction) -> Run:
 
     def run(m: Machine) -> None:
         m.require_whole_warps(member_lanes(m, masks(m)))
-        m.new_epoch(np.flatnonzero(m.mask.reshape(-1, 32).any(1)))
+        threads = m.active()
+        warps = m.flat_warp[threads]
+        for warp in np.unique(warps):
+            m.acquire(np.array([warp]), m.released(threads[warps == warp]))
+        m.new_epoch(np.unique(warps))
 
     return run
 

@@ -6,8 +6,9 @@ blocks at a barrier or an mbarrier; when nobody can run, asynchronous copies lan
 waits, and if there are none, that is a deadlock.
 
 Happens-before: each warp has a vector clock over the warps of its block (and one more agent, the
-asynchronous proxy). A release (barrier, mbarrier arrive) hands its clock to whoever acquires it,
-and starts a new epoch of the warp.
+asynchronous proxy), and over their lanes. A release (barrier, mbarrier arrive) hands this clock to
+whoever acquires it, and starts a new epoch of the warp. A release by some lanes of a warp covers
+what the other lanes did only up to the last barrier at which they all met.
 """
 
 from __future__ import annotations
@@ -103,7 +104,10 @@ class Machine:
             for bits in program.register_bits
         ]
         self.carry = np.zeros(total, bool)
-        self.agents = self.warps + 1
+        # A clock: an entry for each warp and for the asynchronous proxy; from `lanes` on, one for
+        # each lane of each warp, and for the proxy again, in the order of SharedMemory's stamps.
+        self.lanes = self.warps + 1
+        self.agents = self.lanes + self.warps * 32 + 1
         self.clocks = np.zeros((self.blocks * self.warps, self.agents), np.int32)
         self.clocks_flat = self.clocks.reshape(-1)  # a view
         self.own_clock = np.zeros(self.blocks * self.warps, np.int32)  # the diagonal
@@ -122,6 +126,14 @@ class Machine:
     def new_epoch(self, flat_warps: np.ndarray) -> None:
         self.clocks[flat_warps, flat_warps % self.warps] += 1
         self.own_clock[flat_warps] = self.clocks[flat_warps, flat_warps % self.warps]
+
+    def released(self, threads: np.ndarray) -> np.ndarray:
+        """The clock that those threads of one block release together."""
+        warps = self.flat_warp[threads]
+        clock = self.clocks[np.unique(warps)].max(0)
+        entries = self.lanes + self.warp_of[threads] * 32 + self.lane_of[threads]
+        clock[entries] = self.own_clock[warps]
+        return clock
 
     def acquire(self, flat_warps: np.ndarray, clock: np.ndarray) -> None:
         self.clocks[flat_warps] = np.maximum(self.clocks[flat_warps], clock)
@@ -256,7 +268,7 @@ class Machine:
                     self.find("barrier", "threads expect different numbers of threads", threads)
                 warps = np.unique(self.flat_warp[threads])
                 barrier.arrived += len(threads) + int(gone[warps].sum())
-                clock = self.clocks[warps].max(0)
+                clock = self.released(threads)
                 barrier.clock = clock if barrier.clock is None else np.maximum(barrier.clock, clock)
                 if waits:
                     self.state[threads] = BLOCKED

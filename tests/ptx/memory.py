@@ -130,6 +130,18 @@ class SharedMemory:
     def granules(self, flat: np.ndarray, size: int) -> np.ndarray:
         return flat[:, None] // self.granule + np.arange(-(-size // self.granule))
 
+    def later_than_known(
+        self, threads: np.ndarray, stamps: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which stamped accesses ([threads, n]) are not ordered before what each of `threads` does
+        now: those of another warp, and those of another lane of its own warp."""
+        m = self.machine
+        row = (m.flat_warp[threads] * m.agents + m.lanes)[:, None]
+        late = (stamps >> 12) > m.clocks_flat[row + (stamps & 4095)]
+        mine = ((stamps >> 5) & 127) == m.warp_of[threads][:, None]
+        others = (stamps & 31) != m.lane_of[threads][:, None]
+        return late & ~mine, late & mine & others
+
     def read(
         self, threads: np.ndarray, flat: np.ndarray, size: int, granules: np.ndarray | None = None
     ) -> None:
@@ -138,10 +150,7 @@ class SharedMemory:
         warp, lane = m.warp_of[threads], m.lane_of[threads]
         now = m.own_clock[m.flat_warp[threads]]
         writer = self.writer[g]
-        known = m.clocks_flat[(m.flat_warp[threads] * m.agents)[:, None] + ((writer >> 5) & 127)]
-        race = (writer >> 12) > known
-        same_epoch = (writer >> 5) == (now << 7 | warp)[:, None]
-        race_of_lanes = same_epoch & ((writer & 31) != lane[:, None])
+        race, race_of_lanes = self.later_than_known(threads, writer)
         bad = (writer == 0) | race | race_of_lanes | self.in_flight[g]
         if bad.any():
             for kind, what, where in (
@@ -169,18 +178,17 @@ class SharedMemory:
         m, g = self.machine, self.granules(flat, size)
         warp, lane = m.warp_of[threads], m.lane_of[threads]
         now = m.own_clock[m.flat_warp[threads]]
-        writer, readers = self.writer[g], self.readers[g]
-        known = m.clocks[m.flat_warp[threads]]
-        race = (writer >> 12) > np.take_along_axis(known, (writer >> 5) & 127, axis=1)
-        other_lane = ((writer >> 5) == (now << 7 | warp)[:, None]) & (
-            (writer & 31) != lane[:, None]
-        )
+        race, other_lane = self.later_than_known(threads, self.writer[g])
         if same is not None:
             race &= ~same[:, None]
             other_lane &= ~same[:, None]
-        overwrites = ((readers >> 5) > known[:, None, : m.warps]).any(2)
-        mine = np.take_along_axis(readers, warp[:, None, None], axis=2)[..., 0]
-        race_of_lanes = ((mine >> 5) == now[:, None]) & ((mine & 31) != lane[:, None])
+        readers, every = self.readers[g], np.arange(m.warps)
+        stamps = (readers >> 5) << 12 | every << 5 | (readers & 31)
+        late, late_lane = self.later_than_known(
+            threads, stamps.reshape(len(stamps), g.shape[1] * m.warps)
+        )
+        overwrites = late.reshape(readers.shape).any(2)
+        race_of_lanes = late_lane.reshape(readers.shape).any(2)
         bad = (
             race
             | overwrites

@@ -107,7 +107,8 @@ class Hopper:
                 m.shared.bytes[load.destination] = load.data
                 granules = m.shared.granules(np.array([load.first]), len(load.data))
                 m.shared.note_write(granules, load.tick << 12 | m.warps << 5, False, False)
-                barrier.clock[m.warps] = max(barrier.clock[m.warps], load.tick)
+                for entry in (m.warps, m.agents - 1):
+                    barrier.clock[entry] = max(barrier.clock[entry], load.tick)
                 barrier.bytes_due -= len(load.data)
                 self.check_phase(barrier)
                 return True
@@ -186,7 +187,7 @@ def shared_window(where: np.ndarray) -> np.ndarray:
 def arrive(h: Hopper, barrier: PhaseBarrier, threads: np.ndarray, count: int) -> None:
     m = h.machine
     warps = np.unique(m.flat_warp[threads])
-    barrier.clock = np.maximum(barrier.clock, m.clocks[warps].max(0))
+    barrier.clock = np.maximum(barrier.clock, m.released(threads))
     m.new_epoch(warps)
     if count > barrier.pending:
         m.find("barrier", "more arrivals at an mbarrier than it expects in a phase", threads)

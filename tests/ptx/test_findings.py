@@ -173,6 +173,27 @@ def test_mbarrier_hands_over(schedule):
     assert "barrier" in found(MBARRIER.replace("COUNT", "16"))
 
 
+ELECTED = MBARRIER.replace("COUNT", "1").replace(
+    "@%q mbarrier.arrive", "SYNC setp.eq.u32 %done, %t, LANE; @%done mbarrier.arrive"
+)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("lane", ["0", "5"])
+def test_one_lane_hands_over_what_the_others_did_before_a_barrier_of_the_warp(schedule, lane):
+    def found(sync):
+        text = ELECTED.replace("SYNC", sync).replace("LANE", lane)
+        return run(text, shared=512, schedule=schedule).kinds()
+
+    assert found("bar.warp.sync -1;") == set()
+    assert found("") == {"shared race"}
+    # Nor does a barrier help of the warp's other half.
+    half = "setp.lt.u32 %done, %lane, 16; @%done bar.warp.sync 65535;"
+    assert found(half if lane == "5" else half.replace("lt", "ge").replace("65535", "-65536")) == {
+        "shared race"
+    }
+
+
 COPY = """mad.wide.u32 %at, %t, 4, %p0; mad.lo.u32 %own, %t, 4, %s;
 cp.async.ca.shared.global [%own], [%at], 4; cp.async.commit_group; WAIT ld.shared.u32 %x, [%own];"""
 
