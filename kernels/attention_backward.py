@@ -23,6 +23,8 @@ from .primitives import (
     LOG2E,
     Rows,
     batch_of,
+    clear_blind_queries,
+    clear_unseen_keys,
     dropout_keep,
     dropout_keep_at,
     key_block,
@@ -180,7 +182,7 @@ def keys_meet_all_queries(
                     full_end, end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX,
                     PRECISION, True,
                 )  # fmt: skip
-    return dk, dv
+    return clear_unseen_keys(dk, dv, call, seq, h_kv, n_start, BLOCK_M, INDEX)
 
 
 @triton.jit
@@ -213,9 +215,6 @@ def attention_dkdv_kernel(
             dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, call, seq, h_kv, n_start,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EVEN_M, INDEX, PRECISION,
         )  # fmt: skip
-        if call.seqused_k is not None:  # what lies behind the used keys met scores of 0, not -inf
-            dk_tile = tl.where(in_k[:, None], dk_tile, 0.0)
-            dv_tile = tl.where(in_k[:, None], dv_tile, 0.0)
     else:
         blocks = tl.cdiv(call.pages.size, BLOCK_N)
         first = tl.program_id(0) % blocks * BLOCK_N
@@ -237,8 +236,8 @@ def attention_dkdv_kernel(
                 own_dk, own_dv, k_tile, v_tile, q, do, lse, delta, call, seq, h_kv, n_start,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EVEN_M, INDEX, PRECISION,
             )  # fmt: skip
-            dk_tile += tl.where(in_k[:, None], own_dk, 0.0)
-            dv_tile += tl.where(in_k[:, None], own_dv, 0.0)
+            dk_tile += own_dk
+            dv_tile += own_dv
 
     if call.dropout is not None:
         dv_tile *= call.dropout.scale
@@ -332,6 +331,7 @@ def attention_dq_kernel(
                 dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, full_end, end,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
             )  # fmt: skip
+    dq_tile = clear_blind_queries(dq_tile, lse_i, call, seq, h, m_start, BLOCK_N, INDEX)
     store_tile(dq, b, h, first, offs_m, offs_d, in_q, D, dq_tile * call.scale)
 
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from .attention_forward import attend
 from .primitives import (
     LOG2E,
+    LOWEST,
     batch_of,
     finish_softmax,
     load_tile,
@@ -58,7 +59,7 @@ def attention_decode_kernel(
         r = tl.where(in_q, r, 0)
         h, i = h_kv * call.group + r // seq.Sq, (r % seq.Sq).to(INDEX)
         q_tile = load_tile(q, q_b, h[:, None], seq.q_start, i, offs_d, in_q, D, BLOCK_D)
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         acc, row_max, row_sum = attend(
@@ -91,22 +92,21 @@ def attention_combine_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside, offs_dv = row < rows, tl.arange(0, BLOCK_DV)
     # m <- max over the splits
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     for split in tl.range(0, splits):
         at = tl.cast(split, tl.int64) * rows + row
         m = tl.load(split_max + at, mask=inside, other=float("-inf"))
         row_max = tl.maximum(row_max, m)
-    origin = tl.where(row_max == float("-inf"), 0.0, row_max)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for split in tl.range(0, splits):
         at = tl.cast(split, tl.int64) * rows + row
         m = tl.load(split_max + at, mask=inside, other=float("-inf"))
-        # alpha <- exp(m_s - m): 0 for a split that saw nothing
+        # alpha <- exp(m_s - m), of what is 0 for a split that saw nothing
         if PLAIN:
-            alpha = tl.exp2(m - origin)
+            alpha = tl.exp2(m - row_max)
         else:
-            alpha = tl.exp2((m - origin) * LOG2E)
+            alpha = tl.exp2((m - row_max) * LOG2E)
         # l <- l + alpha l_s, acc <- acc + alpha acc_s
         row_sum += alpha * tl.load(split_sum + at, mask=inside, other=0.0)
         pointers = split_acc + at[:, None] * DV + offs_dv[None, :]

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    LOWEST,
     Rows,
     batch_of,
     dropout_keep,
@@ -65,7 +66,7 @@ def attend(
 
         # -- p <- exp(s - m), l <- alpha l + rowsum(p), acc <- alpha acc --
         acc, row_max, row_sum, p = online_softmax_update(
-            acc, row_max, row_sum, s, call.scale, PLAIN, MASKED
+            acc, row_max, row_sum, s, call.scale, PLAIN
         )
         if call.dropout is not None:  # after the sum: the denominator is that of all weights
             matrix = seq.b * call.Hq + h
@@ -100,7 +101,7 @@ def attention_forward_kernel(
 
     b, first = batch_of(call.cu_seqlens_q, seq), seq.q_start + m_start
     q_tile = load_tile(q, b, h, first, offs_m, offs_d, in_q, D, BLOCK_D)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 

@@ -14,6 +14,10 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Where a row's maximum starts: the lowest finite number, so that a logit of -inf, hidden or not,
+# has weight exp(-inf - maximum) = 0 and never exp(-inf + inf) = NaN. A row that saw nothing is told
+# by its sum, which is 0, never by its maximum.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 # -- Operands: strides in elements; None where a call has no such thing --------------------
 
@@ -410,6 +414,75 @@ def seeing_queries(call, seq, seen, m_start, n_start, offs_m, BLOCK_N: tl.conste
     return queries
 
 
+# A key that no query sees, and a query that sees no key, has a gradient of 0, also where 0 * NaN
+# was added to it. Bounds and key padding tell which they are at no cost. A mask has to be read once
+# more, which is done only where there is a NaN to remove.
+
+
+@triton.jit
+def has_nan(x):
+    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) != 0
+
+
+@triton.jit
+def clear_unseen_keys(dk, dv, call, seq, h_kv, n_start, BLOCK_M: tl.constexpr, INDEX: tl.constexpr):
+    """dk and dv of a tile, 0 for the keys that no query of the group's heads sees."""
+    BLOCK_N: tl.constexpr = dk.shape[0]
+    offs_n = tl.arange(0, BLOCK_N).to(INDEX)
+    if call.mask is None:
+        key = n_start + offs_n
+        # of the queries that see a key, but for key padding, the first and the last
+        first, last = key * 0, key * 0 + seq.Sq - 1
+        if call.right is not None:
+            first = tl.maximum(first, key - (seq.offset + call.right))
+        if call.left is not None:
+            last = tl.minimum(last, key - (seq.offset - call.left))
+        seen = (key < seq.Sk) & (first <= last)
+        if call.key_padding is not None:
+            padding = call.key_padding
+            base = padding.data + seq.b * padding.stride_b
+            base += tl.cast(n_start, tl.int64) * padding.stride_k
+            seen = seen & (tl.load(base + offs_n * padding.stride_k, mask=seen, other=1) == 0)
+        dk, dv = tl.where(seen[:, None], dk, 0.0), tl.where(seen[:, None], dv, 0.0)
+    elif has_nan(dk) | has_nan(dv):
+        i, j = tl.arange(0, BLOCK_M).to(INDEX)[None, :], offs_n[:, None]
+        count = tl.zeros([BLOCK_N], tl.int32)
+        for in_group in tl.range(0, call.group):
+            h = h_kv * call.group + in_group
+            # All of them: bounds kept until here would take registers in the main loop.
+            for m_start in tl.range(0, seq.Sq, BLOCK_M, num_stages=1):
+                tile = visible_tile(call, seq, h, m_start, n_start, i, j)
+                count = tl.maximum(count, tl.max(tile.to(tl.int32), 1))
+        dk, dv = tl.where(count[:, None] != 0, dk, 0.0), tl.where(count[:, None] != 0, dv, 0.0)
+    return dk, dv
+
+
+@triton.jit
+def clear_blind_queries(dq, lse, call, seq, h, m_start, BLOCK_N: tl.constexpr, INDEX: tl.constexpr):
+    """dq of a tile, 0 for the queries that see no key. lse: as load_lse gives it, [BLOCK_M, 1]; a
+    sink hides from it that the sum over the keys was 0."""
+    BLOCK_M: tl.constexpr = dq.shape[0]
+    offs_m = tl.arange(0, BLOCK_M).to(INDEX)
+    if call.mask is None and call.key_padding is None:
+        query = m_start + offs_m
+        first, last = query * 0, query * 0 + seq.Sk - 1
+        if call.left is not None:
+            first = tl.maximum(first, query + (seq.offset - call.left))
+        if call.right is not None:
+            last = tl.minimum(last, query + (seq.offset + call.right))
+        dq = tl.where((first <= last)[:, None], dq, 0.0)
+    elif call.sinks is None:
+        dq = tl.where(lse == float("inf"), 0.0, dq)
+    elif has_nan(dq):
+        i, j = offs_m[:, None], tl.arange(0, BLOCK_N).to(INDEX)[None, :]
+        count = tl.zeros([BLOCK_M], tl.int32)
+        for n_start in tl.range(0, seq.Sk, BLOCK_N, num_stages=1):
+            tile = visible_tile(call, seq, h, m_start, n_start, i, j)
+            count = tl.maximum(count, tl.max(tile.to(tl.int32), 1))
+        dq = tl.where(count[:, None] != 0, dq, 0.0)
+    return dq
+
+
 # -- Logits --------------------------------------------------------------------------------
 
 
@@ -495,32 +568,25 @@ def weights_gradient(call, seq, h, m_start, n_start, i, j):
 
 
 @triton.jit
-def online_softmax_update(
-    acc, row_max, row_sum, s, scale, PLAIN: tl.constexpr, MASKED: tl.constexpr
-):
-    """One block of scores into the running softmax (Milakov & Gimelshein 2018, Algorithm 3).
+def online_softmax_update(acc, row_max, row_sum, s, scale, PLAIN: tl.constexpr):
+    """One block of scores into the running softmax (Milakov & Gimelshein 2018, Algorithm 3), whose
+    row_max starts at LOWEST. Hidden scores are -inf.
 
     PLAIN: logits are scale * s, and row_max is in powers of two, so that a weight costs one
     fused multiply-add. Else s are logits, whose difference is taken before it is multiplied by
-    log2 e: a logit of -FLT_MAX, which hides keys in many models, would overflow. MASKED: some of
-    the scores may be hidden, and are -inf then.
+    log2 e: a logit of -FLT_MAX, which hides keys in many models, would overflow.
     Returns acc * alpha, row_max, row_sum, p.
     """
     if PLAIN:
         # m <- max(m, rowmax(s))
         new_max = tl.maximum(row_max, tl.max(s, 1) * (scale * LOG2E))
-        origin = new_max
-        if MASKED:
-            # -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0
-            origin = tl.where(new_max == float("-inf"), 0.0, new_max)
         # p <- exp(s - m), alpha <- exp(m_old - m)
-        p = tl.exp2(s * (scale * LOG2E) - origin[:, None])
-        alpha = tl.exp2(row_max - origin)
+        p = tl.exp2(s * (scale * LOG2E) - new_max[:, None])
+        alpha = tl.exp2(row_max - new_max)
     else:
         new_max = tl.maximum(row_max, tl.max(s, 1))
-        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2((s - origin[:, None]) * LOG2E)
-        alpha = tl.exp2((row_max - origin) * LOG2E)
+        p = tl.exp2((s - new_max[:, None]) * LOG2E)
+        alpha = tl.exp2((row_max - new_max) * LOG2E)
     # l <- alpha l + rowsum(p), acc <- alpha acc
     row_sum = row_sum * alpha + tl.sum(p, 1)
     return acc * alpha[:, None], new_max, row_sum, p
@@ -541,6 +607,7 @@ def finish_softmax(acc, row_max, row_sum, call, sink, PLAIN: tl.constexpr):
     blind = row_sum == 0.0  # and so is acc, unless it met a NaN that others see
     if PLAIN:
         row_max = row_max * LN2
+    row_max = tl.where(blind, float("-inf"), row_max)
     factor = 1.0
     if sink is not None:
         # One more logit, without a value: it only joins the denominator.

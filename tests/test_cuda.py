@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cuda_interpreter
+import nothing_seen
 import test_triton_sequences as sequences
 from cuda_interpreter import interpreted
 from fused_attention import autograd, backends, cuda, reference, testing
@@ -155,6 +156,53 @@ def test_what_nobody_sees_may_be_nan(dtype):
     assert not findings(runs)
     for name, x in got.items():
         torch.testing.assert_close(x.double(), want[name], rtol=0, atol=1e-2, msg=name)
+
+
+def on(capability, starts=True):
+    """As a backend of nothing_seen.py. starts: it always starts kernels."""
+
+    def results(inputs):
+        got, runs = run(inputs, capability=capability)
+        assert not findings(runs), "\n".join(findings(runs))
+        if starts:
+            masked = set(inputs.options) & {"mask", "key_padding_mask"}
+            assert cuda_interpreter.is_hopper(runs[0].kernel) == (capability == 90 and not masked)
+        return got
+
+    return results
+
+
+def quick(names, *chosen):
+    """All of them, of which some run each time."""
+    return [pytest.param(x, marks=() if x in chosen else pytest.mark.slow) for x in names]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("bad", quick([torch.nan, torch.inf], torch.inf))
+@pytest.mark.parametrize("name", quick(nothing_seen.UNSEEN, "key padding", "mask, float16"))
+def test_gradients_of_unseen_keys_are_zero_beside_nan(name, bad):
+    nothing_seen.check_gradients_of_unseen_keys(on(80), name, bad)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("bad", quick([torch.nan, torch.inf], torch.nan))
+@pytest.mark.parametrize("name", quick(nothing_seen.BLIND, "mask, float16"))
+def test_results_of_blind_queries_are_zero_beside_nan(name, bad):
+    nothing_seen.check_results_of_blind_queries(on(80), name, bad)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("where", quick(nothing_seen.PLACES, "query"))
+@pytest.mark.parametrize("name", quick(nothing_seen.WINDOWS, "mask, float16"))
+def test_nan_stays_beside_hidden_keys(name, where):
+    nothing_seen.check_nan_stays(on(80), name, where)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("sinks", quick([False, True], True))
+def test_logits_of_minus_infinity(sinks):
+    """Of 16-bit calls: an infinite float32 beside a term of 0 makes NaN, see `Terms`."""
+    nothing_seen.check_logits_of_minus_infinity(on(80), torch.float16, sinks=sinks)
 
 
 @needs_nvcc
@@ -449,6 +497,23 @@ def test_queries_that_see_nothing_may_be_nan_on_hopper():
         torch.testing.assert_close(got[name].double(), want[name], rtol=0, atol=2e-2, msg=name)
 
 
+@needs_nvcc
+@pytest.mark.parametrize("name", ["causal, longer keys", *quick(["window"])])
+def test_gradients_of_unseen_keys_are_zero_beside_nan_on_hopper(name):
+    nothing_seen.check_gradients_of_unseen_keys(on(90), name, torch.nan)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_nan_and_what_sees_nothing_on_hopper():
+    nothing_seen.check_results_of_blind_queries(on(90), "causal, longer queries", torch.nan)
+    for name, where in itertools.product(
+        ("causal, longer keys", "window"), ("query", "key", "value")
+    ):
+        nothing_seen.check_nan_stays(on(90), name, where)
+    nothing_seen.check_logits_of_minus_infinity(on(90), torch.float16, sinks=True)
+
+
 TRY_WAIT_PARITY = r"(mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, \[%r\d+\]), %r\d+;"
 TRY_WAIT = TRY_WAIT_PARITY.replace("(", "").replace(")", "")
 HOPPER_FAULTS = {
@@ -494,6 +559,9 @@ BACKWARD_FAULTS = {
     ),
     "no fence before a product": (
         "false", faults.drop(r"wgmma\.fence\.sync\.aligned;", -1), "finding"
+    ),
+    "a stage is left before all lanes have read lse and delta": (
+        "true", faults.everywhere(r"bar\.warp\.sync[^;]*;", ""), "finding"
     ),
     "a product is left out": ("true", faults.drop(r"wgmma\.mma_async[^;]*;", -1), "numbers"),
     "a copy is left out": (
@@ -589,9 +657,6 @@ def recording(compute_capability):
     set_substitute(record, compute_capability)
     try:
         yield launches
-    "a stage is left before all lanes have read lse and delta": (
-        "true", faults.everywhere(r"bar\.warp\.sync[^;]*;", ""), "finding"
-    ),
     finally:
         set_substitute(None, 0)
 

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+import nothing_seen
 from fused_attention import ops, reference, testing
 from fused_attention.kernels import launch, operators, tiles
 from fused_attention.kernels.primitives import visible_block_range
@@ -268,6 +269,23 @@ def test_a_fully_padded_sample_is_zero():
         assert (gradient[1] == 0).all() and gradient[0].isfinite().all()
 
 
+def quick(names, *chosen):
+    """All of them, of which some run each time."""
+    return [pytest.param(x, marks=() if x in chosen else pytest.mark.slow) for x in names]
+
+
+@pytest.mark.parametrize("bad", quick([NAN, INF], NAN))
+@pytest.mark.parametrize("name", quick(nothing_seen.UNSEEN, "key padding", "mask", "window"))
+def test_gradients_of_unseen_keys_are_zero_beside_nan(name, bad):
+    nothing_seen.check_gradients_of_unseen_keys(run, name, bad)
+
+
+@pytest.mark.parametrize("bad", quick([NAN, INF], INF))
+@pytest.mark.parametrize("name", quick(nothing_seen.BLIND, nothing_seen.BLIND[1]))
+def test_results_of_blind_queries_are_zero_beside_nan(name, bad):
+    nothing_seen.check_results_of_blind_queries(run, name, bad)
+
+
 # -- What somebody sees --------------------------------------------------------------------
 
 
@@ -292,6 +310,19 @@ def test_a_nan_in_a_query_stays():
     expected[0, 1, 7] = True
     assert torch.equal(lse.isnan(), expected)
     assert torch.equal(out.isnan(), expected.unsqueeze(-1).expand_as(out))
+
+
+@pytest.mark.parametrize("where", quick(nothing_seen.PLACES, "query", "row of a bias"))
+@pytest.mark.parametrize("name", quick(nothing_seen.WINDOWS, "window"))
+def test_nan_stays_beside_hidden_keys(name, where):
+    nothing_seen.check_nan_stays(run, name, where)
+
+
+@pytest.mark.parametrize(
+    "fields", quick([{"Sk": 32}, {}, {"sinks": True}, {"bias": "11QK"}], {"Sk": 32}), ids=str
+)
+def test_logits_of_minus_infinity(fields):
+    nothing_seen.check_logits_of_minus_infinity(run, torch.float32, **fields)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -78,6 +78,9 @@ struct BackwardBlock {
   RowSource<T> x_columns, y_columns;
   Dropout dropout;
   float row_lse[kRowTiles][2], row_delta[kRowTiles][2];  // where rows are queries
+  // Bit `half`: this lane's row has met a column that it sees, or that sees it; unless kPlain,
+  // where `takes_part` tells.
+  uint32_t seen_rows = 0;
 
   FA_DEVICE BackwardBlock(const Call& params, const TokenBlock& block, uint32_t shared)
       : p(params),
@@ -260,6 +263,7 @@ struct BackwardBlock {
         finish_scores<kKeys, kColumns, true>(p, seq, h, row, half, column_start, visible[half],
                                              s[0], slope);
       }
+      seen_rows |= (uint32_t)(visible[0] != 0) | (uint32_t)(visible[1] != 0) << 1;
       seen = any_row(visible[0] | visible[1]);
       if (dropout.threshold > 0) {
         kept_weights<kColumns, kKeys>(dropout, row_warp, column_start, keep);
@@ -283,8 +287,9 @@ struct BackwardBlock {
           float &w = s[i][n][c], &d = dp[i][n][c];
           // p <- exp(s - lse), ds <- p * (dp - delta); what is hidden has neither, whatever v holds
           if constexpr (kPlain) {
+            const bool hidden = kMasked && w == -kInf;
             w = exp2_approx(w * scale_log2 - lse);
-            if (kFirst) d = kMasked && w == 0 ? 0.0f : w * (d - delta);
+            if (kFirst) d = hidden ? 0.0f : w * (d - delta);
           } else {
             const bool keeps = keep[c / 2] >> (2 * n + c % 2) & 1;
             const bool sees = visible[c / 2] >> (2 * n + c % 2) & 1;
@@ -324,6 +329,9 @@ struct BackwardBlock {
 
   FA_DEVICE void store() {
     const float scale = (float)p.scale;
+    for (int lanes = 1; lanes < 4; lanes *= 2) {  // four share a row
+      if (!kPlain) seen_rows |= __shfl_xor_sync(~0u, seen_rows, lanes);
+    }
     if (kFirst) store_rows(kKeys ? p.dk : p.dq, (int)p.D, scale, dx);
     if (kSecond) store_rows(p.dv, (int)p.Dv, 1, dy);
   }
@@ -336,10 +344,13 @@ struct BackwardBlock {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row_warp + 16 * i + 8 * half + lane_row();
+        // What takes no part has no gradient, also where 0 * NaN was added to it.
+        const bool seen = kPlain ? takes_part<kKeys>(p, seq, row) : seen_rows >> half & 1;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           const int d = 8 * n + lane_column();
-          const float low = acc[i][n][2 * half] * factor, high = acc[i][n][2 * half + 1] * factor;
+          const float low = seen ? acc[i][n][2 * half] * factor : 0.0f;
+          const float high = seen ? acc[i][n][2 * half + 1] * factor : 0.0f;
           T* at = rows + row * to.stride_s + d;
           if constexpr (kPlain) {
             if (row < row_end && d < width) *(uint32_t*)at = pack<T>(low, high);

@@ -183,8 +183,9 @@ struct HopperBackward {
       for (int c = 0; c < 4; ++c) {
         float &w = s[0][n][c], &d = dp[n][c];
         // p <- exp(s - lse), ds <- p * (dp - delta); what is hidden has neither, whatever v holds
+        const bool hidden = kMasked && w == -kInf;
         w = exp2_approx(w * scale_log2 - (kKeys ? column_lse[c % 2] : lse[c / 2]));
-        d = kMasked && w == 0 ? 0.0f : w * (d - (kKeys ? column_delta[c % 2] : delta[c / 2]));
+        d = hidden ? 0.0f : w * (d - (kKeys ? column_delta[c % 2] : delta[c / 2]));
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -209,9 +210,9 @@ struct HopperBackward {
     }
     product_commit();
     product_wait<0>();
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty(stage));
     // Lane 0 arrives for the warp: the other lanes have read lse and delta before.
     if (kKeys) __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty(stage));
   }
 
   // s <- a b^T, of this warpgroup's 64 rows of a
@@ -245,12 +246,13 @@ struct HopperBackward {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row_warp + 8 * half + lane_row();
+      const bool seen = takes_part<kKeys>(p, seq, row);
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
         const int d = 8 * n + lane_column();
         if (row < row_end && d < width) {
-          *(uint32_t*)(rows + row * to.stride_s + d) =
-              pack<T>(acc[n][2 * half] * factor, acc[n][2 * half + 1] * factor);
+          const float low = acc[n][2 * half] * factor, high = acc[n][2 * half + 1] * factor;
+          *(uint32_t*)(rows + row * to.stride_s + d) = seen ? pack<T>(low, high) : 0;
         }
       }
     }

@@ -15,6 +15,13 @@ template <bool kTransposed>
 FA_DEVICE Range seen_by(const Call& p, const Sequence& seq, int row) {
   return kTransposed ? visible_queries(p, seq, row, row + 1) : visible_keys(p, seq, row, row + 1);
 }
+// Whether a row takes part at all, in a call without masks: a query that sees some key, or a key
+// that some query sees. Otherwise its gradient is 0, also where 0 * NaN was added to it.
+template <bool kTransposed>
+FA_DEVICE bool takes_part(const Call& p, const Sequence& seq, int row) {
+  const Range seen = seen_by<kTransposed>(p, seq, row);
+  return seen.begin < seen.end;
+}
 // Of rows [row_start, row_end) everyone sees the columns [begin, end).
 template <bool kTransposed>
 FA_DEVICE Range seen_by_all(const Call& p, const Sequence& seq, int row_start, int row_end) {
