@@ -339,6 +339,11 @@ def forward_launch(
     )
 
 
+def longest(hint: int | None, tokens: int) -> int:
+    """How long a packed sequence is at most: as the caller says, unless that cannot be."""
+    return hint if hint is not None and 0 < hint < tokens else tokens
+
+
 def decode_splits(
     B: int, heads_q: int, heads_kv: int, seqlen_q: int, seqlen_k: int, window: tuple[int, int]
 ) -> int:

@@ -92,11 +92,13 @@ def _forward(
 
     longest_q, longest_k = call.Sq, call.Sk
     if layout.packed:
-        longest_q = max_seqlen_q or call.Sq
-        longest_k = call.Sk if layout.paged else max_seqlen_k or call.Sk
+        longest_q = launch.longest(max_seqlen_q, call.Sq)
+        longest_k = call.Sk if layout.paged else launch.longest(max_seqlen_k, call.Sk)
     window = (window_left, 0 if causal else window_right)
     heads = (call.Hq, key.shape[1])
     splits = launch.decode_splits(call.B, *heads, longest_q, longest_k, window)
+    if call.group * call.Sq >= launch.LIMIT:  # the hint may be wrong, and 32 bits count the rows
+        splits = 0
     operands = (query, key, value, out, lse)
     if splits == 0:
         launches = [launch.forward_launch(*operands, call, precision, arch, OVERRIDE)]

@@ -167,8 +167,9 @@ def sequence_of(call, b):
 
 
 @triton.jit
-def packed_block(cu_seqlens, B, block, BLOCK: tl.constexpr):
-    """Whose tokens the block has, and which is its first: beyond the last one if it has none.
+def packed_block(cu_seqlens, B, total, block, BLOCK: tl.constexpr):
+    """Whose tokens of `total` the block has, and which is its first: beyond the last one if it has
+    none. Whatever cu_seqlens holds, it is 0 or more, and not so far that it overflows.
 
     The blocks of sequence b, which starts at token t, are those from t // BLOCK + b on. That is
     room for all, since ceil(n / BLOCK) <= (t + n) // BLOCK - t // BLOCK + 1.
@@ -176,12 +177,12 @@ def packed_block(cu_seqlens, B, block, BLOCK: tl.constexpr):
     b = -1
     for first in tl.range(0, B + 1, 128):
         number = first + tl.arange(0, 128)
-        start = tl.load(cu_seqlens + number, mask=number <= B, other=0)
+        start = between(tl.load(cu_seqlens + number, mask=number <= B, other=0), 0, total)
         begins = (number <= B) & (start // BLOCK + number <= block)
         b += tl.sum(begins.to(tl.int32), 0)
     b = tl.maximum(b, 0)
-    start = tl.maximum(block - tl.load(cu_seqlens + b) // BLOCK - b, 0) * BLOCK
-    return b.to(tl.int64), start
+    first = between(tl.load(cu_seqlens + b), 0, total) // BLOCK + b
+    return b.to(tl.int64), between(block - first, 0, total // BLOCK + 1) * BLOCK
 
 
 @triton.jit
@@ -199,7 +200,7 @@ def query_block(call, BLOCK_M: tl.constexpr):
         blocks = call.Sq // BLOCK_M + call.B + 1
         block = blocks - 1 - tl.program_id(0) % blocks
         h = (tl.program_id(0) // blocks).to(tl.int64)
-        b, m_start = packed_block(call.cu_seqlens_q, call.B, block, BLOCK_M)
+        b, m_start = packed_block(call.cu_seqlens_q, call.B, call.Sq, block, BLOCK_M)
     return sequence_of(call, b), h, m_start
 
 
@@ -215,7 +216,7 @@ def key_block(call, Hkv, BLOCK_N: tl.constexpr):
         blocks = call.Sk // BLOCK_N + call.B + 1
         h_kv = (tl.program_id(0) // blocks).to(tl.int64)
         block = tl.program_id(0) % blocks
-        b, n_start = packed_block(call.cu_seqlens_k, call.B, block, BLOCK_N)
+        b, n_start = packed_block(call.cu_seqlens_k, call.B, call.Sk, block, BLOCK_N)
     return sequence_of(call, b), h_kv, n_start
 
 

@@ -206,6 +206,26 @@ def test_logits_of_minus_infinity(sinks):
 
 
 @needs_nvcc
+@pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cu_seqlens", quick(nothing_seen.HOSTILE, nothing_seen.HOSTILE[0]), ids=str
+)
+def test_senseless_lengths_lead_nowhere(cu_seqlens, capability):
+    """Nothing is read or written that is not the call's, forward and backward."""
+    cuda_interpreter.library()
+    lengths = torch.tensor(cu_seqlens, dtype=torch.int32)
+    used = torch.tensor([-5, 2**31 - 1, 3, -(2**31)], dtype=torch.int32)
+    q, k, v = (x[0].transpose(0, 1) for x in qkv(B=1, Hq=2, Hkv=1, Sq=40, Sk=40))
+    with interpreted(compute_capability=capability) as runs:
+        for hint, seqused in ((1, None), (-3, used), (2**62, None)):
+            rest = (*(None,) * 6, 0.0, 0.0, lengths, lengths.flip(0), hint, hint, seqused)
+            out, lse = OPS.attention_forward(q, k, v, *PLAIN_NUMBERS, *rest)
+            OPS.attention_backward(out, None, q, k, v, out, lse, *PLAIN_NUMBERS, *rest)
+    found = [x for run in runs for x in run.report.findings if x.kind == "out of bounds"]
+    assert runs and not found, "\n".join(map(str, found))
+
+
+@needs_nvcc
 @pytest.mark.parametrize("where", ["key", "value"])
 def test_a_visible_nan_propagates(where):
     inputs = testing.make_inputs(Case(dtype=torch.float16, Sq=20, Sk=90, D=64, Dv=64))

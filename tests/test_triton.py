@@ -20,7 +20,7 @@ import triton.language as tl
 import nothing_seen
 from fused_attention import ops, reference, testing
 from fused_attention.kernels import launch, operators, tiles
-from fused_attention.kernels.primitives import visible_block_range
+from fused_attention.kernels.primitives import packed_block, visible_block_range
 from fused_attention.testing import Case
 from test_features import case_id
 from triton_interpreter import quick_calls, repaired_bfloat16
@@ -598,6 +598,24 @@ def test_visible_block_range(left, right):
         assert seen[:, full_begin:full_end].all()
         if full_end > full_begin:
             assert full_begin % 4 == 0 and full_end % 4 == 0 and full_end <= length
+
+
+@triton.jit
+def _packed_block_kernel(cu_seqlens, B, total, result, BLOCK: tl.constexpr):
+    b, start = packed_block(cu_seqlens, B, total, tl.program_id(0), BLOCK)
+    tl.store(result + 2 * tl.program_id(0), b)
+    tl.store(result + 2 * tl.program_id(0) + 1, start)
+
+
+@pytest.mark.parametrize("cu_seqlens", nothing_seen.HOSTILE, ids=str)
+def test_blocks_of_senseless_lengths_are_blocks_of_the_tensor(cu_seqlens):
+    B, total, BLOCK = 4, 40, 16
+    result = torch.full((total // BLOCK + B + 1, 2), -7)
+    lengths = torch.tensor(cu_seqlens, dtype=torch.int32)
+    _packed_block_kernel[(len(result),)](lengths, B, total, result, BLOCK=BLOCK)
+    b, start = result.T
+    assert (b >= 0).all() and (b <= B).all()
+    assert (start >= 0).all() and (start <= total + BLOCK).all()
 
 
 # -- Triton's interpreter itself -----------------------------------------------------------

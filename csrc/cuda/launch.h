@@ -163,8 +163,12 @@ constexpr int64_t kDecodeBlocks = 256, kMinSplitKeys = 256;
 // Into how many parts attention_decode_kernel cuts the keys; 0 if attention_forward_kernel serves
 // the call. seqlen_q, seqlen_k: the longest, as far as is known; only speed depends on them.
 inline int64_t decode_splits(const Call& p, int64_t seqlen_q, int64_t seqlen_k) {
-  const int64_t rows = p.Hkv > 0 ? p.Hq / p.Hkv * seqlen_q : kMaxDecodeRows + 1;
+  // A hint that is no length is none. However wrong it is, the rows of a sequence can be counted.
+  if (seqlen_q <= 0 || seqlen_q > p.Sq) seqlen_q = p.Sq;
+  if (seqlen_k <= 0 || seqlen_k > p.Sk) seqlen_k = p.Sk;
+  const int64_t group = p.Hkv > 0 ? p.Hq / p.Hkv : 0, rows = group * seqlen_q;
   if (rows == 0 || rows > kMaxDecodeRows || p.dropout_threshold > 0) return 0;
+  if (group * p.Sq >= (int64_t)1 << 31) return 0;
   if (p.window_left >= 0 && p.window_right >= 0) {
     const int64_t seen = p.window_left + seqlen_q + p.window_right;
     seqlen_k = seen < seqlen_k ? seen : seqlen_k;

@@ -61,12 +61,16 @@ FA_DEVICE TokenBlock token_block(const Call& p, const int32_t* cu_seqlens, int64
   if (!packed) {
     return {(int)(head / (uint32_t)heads), (int)(head % (uint32_t)heads), block * size};
   }
+  // Whatever cu_seqlens holds, a block starts at 0 or later, and not so far behind the last token
+  // that its place overflows.
+  const auto first_block = [&](int b) { return between(cu_seqlens[b], 0, (int)length) / size; };
   int low = 0, high = (int)p.B + 1;  // the last sequence whose first block is not beyond this one
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    (cu_seqlens[middle] / size + middle <= block ? low : high) = middle;
+    (first_block(middle) + middle <= block ? low : high) = middle;
   }
-  return {low, (int)head, max(block - cu_seqlens[low] / size - low, 0) * size};
+  return {low, (int)head,
+          between(block - first_block(low) - low, 0, (int)length / size + 1) * size};
 }
 // Of each head the last queries first: under a causal mask they have the most keys.
 FA_DEVICE TokenBlock query_block(const Call& p, int size) {
