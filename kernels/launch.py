@@ -385,10 +385,11 @@ def decode_launches(
     constants = _constants(call, tiles, arch, query, DV, precision, wide)
     number = out.shape[0] * out.shape[1] * out.shape[2]
     sequences = call.B if call.cu_seqlens_q is None else call.B + 1  # see sequence_of
+    programs = sequences * Hkv * splits if number else 0
     launches = [
         Launch(
             attention_decode.attention_decode_kernel,
-            (sequences * Hkv * splits,),
+            (programs,),
             (q, k, v, o, lse, *parts, for_tiles(call, tiles), Hkv, splits, number),
             constants,
             tiles.num_warps,
@@ -520,7 +521,7 @@ def backward_launches(
     ]
     if dsinks is not None:
         args = (lse, delta, call.sinks, dsinks, B, Hq, Sq)
-        grid = (Hq if B > 0 else 0,)
+        grid = (Hq if B * Sq > 0 else 0,)
         launches.append(
             Launch(attention_backward.attention_dsinks_kernel, grid, args, {"BLOCK": 1024}, 4, 1)
         )
@@ -645,7 +646,7 @@ def cache_append_launch(
     block_s, block_d = 16, 128
     return Launch(
         kv_cache_append_kernel,
-        (B * H * ceil_div(S, block_s),),
+        (B * H * ceil_div(S, block_s) if D + value.shape[-1] else 0,),
         (
             *(Elements(x, *x.stride()) for x in tensors),
             *(cache_seqlens, pages, H, S, room, D, value.shape[-1]),
@@ -700,7 +701,7 @@ def _row_launch(
         "BLOCK": tiles.block,
         "ONE_BLOCK": call.columns <= tiles.block,
     }
-    grid = (ceil_div(call.rows, tiles.rows),)
+    grid = (ceil_div(call.rows, tiles.rows) if call.columns else 0,)
     return Launch(kernel, grid, args, constants, tiles.num_warps, 1, fusion)
 
 

@@ -396,15 +396,17 @@ def masked_softmax_backward(
     dx = torch.empty_like(weights, memory_format=torch.contiguous_format)
     rows, grads = _two_dimensional(weights), _two_dimensional(grad_out)
     call = launch.row_call(rows.shape, scale, causal, None, philox, dropout_p)
-    delta = dx.new_empty(call.rows, dtype=torch.float32) if bias_grad else None
-    terms = dx.new_empty(call.rows, dtype=torch.float32) if sinks_grad else None
+    count = call.rows if rows.numel() else 0
+    delta = dx.new_empty(count, dtype=torch.float32) if bias_grad else None
+    terms = dx.new_empty(count, dtype=torch.float32) if sinks_grad else None
     launch.softmax_backward_launch(
         rows, grads, _two_dimensional(dx), delta, sink_weight, terms, call, MAX_BLOCK
     ).run()
     dbias, dsinks = dx.new_empty(0), dx.new_empty(0, dtype=torch.float32)
     if terms is not None:
-        dsinks = dx.new_empty(call.heads, dtype=torch.float32)
-        launch.softmax_dsinks_launch(terms, dsinks, call).run()
+        dsinks = dx.new_zeros(call.heads, dtype=torch.float32)
+        if rows.numel():
+            launch.softmax_dsinks_launch(terms, dsinks, call).run()
     if delta is not None:
         assert bias is not None
         dbias = bias.new_zeros(bias.shape)

@@ -206,6 +206,15 @@ def test_logits_of_minus_infinity(sinks):
 
 
 @needs_nvcc
+@pytest.mark.parametrize(
+    "zero", quick(nothing_seen.EMPTY, *nothing_seen.OFTEN[:5]), ids="-".join
+)  # fmt: skip
+def test_sizes_of_0(zero):
+    fields = {"sinks": True, "bias": "1H1K", "mask": "11QK", "dtype": torch.float16}
+    nothing_seen.check_empty(on(80, False), zero, **fields)
+
+
+@needs_nvcc
 @pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "cu_seqlens", quick(nothing_seen.HOSTILE, nothing_seen.HOSTILE[0]), ids=str
@@ -796,6 +805,32 @@ def test_what_a_backward_launches(recorded, dtype, head_dim):
     attention = ["delta", *["backward"] * passes, "dbias", "dsinks"]
     assert names == [f"attention_{name}" for name in attention]
     assert all(shared_bytes <= 99 * 1024 for *_, shared_bytes in recorded)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_huge_batch_of_nothing_starts_nothing(loaded, capability):
+    with recording(capability) as launches:
+        nothing_seen.check_huge(OPS)
+    assert [name for name, *_ in launches] == ["attention_dsinks_kernel<256>"]
+
+
+def test_hopper_does_not_serve_what_is_empty(recorded_on_hopper):
+    """There are no tensor maps without elements."""
+    places = [
+        torch.tensor([0, 0, 0], dtype=torch.int32),
+        torch.tensor([0, 5, 9], dtype=torch.int32),
+    ]
+    for packed, zero in itertools.product((False, True), ("Sq", "Sk", "Hq", "D", "Dv")):
+        q, k, v = qkv(**{zero: 0}) if zero not in ("D", "Dv") else qkv()
+        q, k = (x[..., :0] if zero == "D" else x for x in (q, k))
+        v = v[..., :0] if zero == "Dv" else v
+        rest = []
+        if packed:
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            rest = [*(None,) * 6, 0.0, 0.0, *places]
+        out, lse = OPS.attention_forward(q, k, v, *PLAIN_NUMBERS, *rest)
+        OPS.attention_backward(out, None, q, k, v, out, lse, *PLAIN_NUMBERS, *rest)
+    assert recorded_on_hopper and not [x for x, *_ in recorded_on_hopper if "hopper" in x]
 
 
 def test_nothing_is_launched_for_nothing(recorded):

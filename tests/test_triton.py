@@ -358,6 +358,30 @@ def test_empty(shape, bias):
         torch.testing.assert_close(got[name], want.to(got[name].dtype), msg=name)
 
 
+@pytest.mark.parametrize("zero", quick(nothing_seen.EMPTY, *nothing_seen.OFTEN), ids="-".join)
+@pytest.mark.parametrize("few", quick([False, True], True))
+def test_sizes_of_0(monkeypatch, zero, few):
+    """few: by attention_decode, in two splits where there are keys."""
+    if few:
+        monkeypatch.setattr(tiles, "MAX_DECODE_ROWS", 64)
+        monkeypatch.setattr(tiles, "MIN_SPLIT_KEYS", 3)
+    nothing_seen.check_empty(run, zero, sinks=True, bias="1H1K", mask="11QK")
+
+
+def test_a_huge_batch_of_nothing_starts_nothing(monkeypatch):
+    monkeypatch.setattr(tiles, "MAX_DECODE_ROWS", 64)
+    started = []
+    monkeypatch.setattr(launch.Launch, "run", lambda self: started.append(self.grid[0]))
+    nothing_seen.check_huge(operators)
+    rows, philox = torch.empty(nothing_seen.HUGE, 0), torch.tensor([1, 2])
+    operators.masked_softmax_backward(rows, rows, 1.0, 0, rows, bias_grad=True)
+    keep = operators.dropout_keep_mask(philox, 0.5, 1, nothing_seen.HUGE, 1, 0)
+    assert keep.shape == (1, nothing_seen.HUGE, 1, 0)
+    caches = [torch.empty(2, 3, 9, 0), torch.empty(2, 3, 9, 0)]
+    operators.kv_cache_append_(*caches, *caches, torch.zeros(2, dtype=torch.int32))
+    assert len(started) > 8 and set(started) == {0}
+
+
 def test_outputs_lie_in_memory_as_the_fake_kernels_say():
     for layout in ("BHSD", "BSHD", "strided"):
         inputs = testing.make_inputs(Case(layout=layout, Dv=8, Hkv=1))

@@ -203,13 +203,14 @@ inline DecodePlan plan_decode(const Call& p) {
 }
 
 // Whether the kernels of sm_90 serve the call: one without options, of up to 128 columns, on
-// tensors that a copy engine can be told.
+// tensors that a copy engine can be told: it takes no size and no stride of 0.
 inline bool serves_hopper(const Call& p, int compute_capability) {
   const auto fits = [&](const TensorView& x, int64_t B, int64_t H, int64_t S) {
     return (B <= 1 || x.stride_b > 0) && (H <= 1 || x.stride_h > 0) && (S <= 1 || x.stride_s > 0);
   };
   const int64_t B = p.cu_seqlens_q != nullptr ? 1 : p.B;
-  return compute_capability / 10 == 9 && is_plain(p) && p.D <= 128 && p.Dv <= 128 && p.Sk > 0 &&
+  const bool empty = B == 0 || p.Hq == 0 || p.Sq == 0 || p.Sk == 0 || p.D == 0 || p.Dv == 0;
+  return compute_capability / 10 == 9 && is_plain(p) && !empty && p.D <= 128 && p.Dv <= 128 &&
          fits(p.query, B, p.Hq, p.Sq) && fits(p.key, B, p.Hkv, p.Sk) &&
          fits(p.value, B, p.Hkv, p.Sk) &&
          (p.grad_out.data == nullptr || fits(p.grad_out, B, p.Hq, p.Sq));
