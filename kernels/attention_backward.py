@@ -63,7 +63,8 @@ def attention_delta_kernel(
     o = load_tile(out, b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV).to(tl.float32)
     do = load_tile(grad_out, b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV).to(tl.float32)
     # delta <- rowsum(do * o) - dlse
-    value = tl.sum(o * do, 1)
+    # A row that saw nothing has o = 0, and no part in the gradient of a sink whatever do holds.
+    value = tl.sum(tl.where(o == 0, 0.0, o * do), 1)
     if grad_lse is not None:
         pointers = score_pointers(grad_lse, b, h, m_start, 0, offs_m, 0)
         value -= tl.load(pointers, mask=rows, other=0.0)

@@ -174,6 +174,11 @@ def dropout_of(dropout_p: float, philox: Tensor | None) -> Dropout | None:
     return Dropout(philox, threshold, 65536 / kept if kept else 0.0)
 
 
+def effective_softcap(softcap: float) -> float | None:
+    """None for no cap, which 2^96 and more is; one by which float32 can divide (see describe.h)."""
+    return max(float(softcap), 2.0**-124) if 0 < softcap < 2.0**96 else None
+
+
 def describe(
     query: Tensor,
     key: Tensor,
@@ -229,7 +234,7 @@ def describe(
         seqused_k=seqused_k,
         pages=pages,
         scale=float(scale),
-        softcap=float(softcap) if softcap else None,
+        softcap=effective_softcap(softcap),
         offset=None if causal == 2 else 0,
         left=window(window_left),
         right=0 if causal else window(window_right),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentValueError, describe_error
+from ..memory import has_shared_elements, share_memory
 from . import launch
 from .tiles import MAX_SOFTMAX_BLOCK, Tiles, arch_of, attention_tiles, softmax_tiles
 
@@ -320,9 +321,19 @@ def kv_cache_append_(
     block_table: Tensor | None = None,
 ) -> None:
     for name, x in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-            expected, got = "elements with memory of their own", "an expanded tensor"
+        if has_shared_elements(x):
+            expected, got = "memory of its own for each element", "overlapping strides"
             raise ArgumentValueError(describe_error(name, expected, got))
+    if share_memory(key_cache, value_cache):
+        expected = "memory apart from key_cache's"
+        raise ArgumentValueError(describe_error("value_cache", expected, "a view of the same"))
+
+    def apart(x: Any) -> Any:
+        """What lies in a cache is read before it is written to."""
+        shared = x is not None and (share_memory(x, key_cache) or share_memory(x, value_cache))
+        return x.clone() if shared else x
+
+    key, value, cache_seqlens, block_table = map(apart, (key, value, cache_seqlens, block_table))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[key.dtype.itemsize]
     caches = [Layout(paged=block_table is not None).keys(x) for x in (key_cache, value_cache)]
     tensors = (x.view(bits) for x in (*caches, key, value))
@@ -376,6 +387,13 @@ def masked_softmax_(
     philox: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> None:
+    if has_shared_elements(input):
+        expected = "memory of its own for each element"
+        raise ArgumentValueError(describe_error("input", expected, "overlapping strides"))
+    for name, x in (("mask", mask), ("bias", bias), ("sinks", sinks), ("philox", philox)):
+        if x is not None and share_memory(input, x):
+            expected = "memory apart from input's, which is overwritten"
+            raise ArgumentValueError(describe_error(name, expected, "a view of the same"))
     rows = _two_dimensional(input)
     call = launch.row_call(rows.shape, scale, causal, sinks, philox, dropout_p)
     launch.softmax_launch(rows, rows, None, mask, bias, None, call, MAX_BLOCK).run()

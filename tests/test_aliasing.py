@@ -13,9 +13,9 @@ from fused_attention import (
     kv_cache_append_,
     masked_softmax,
     masked_softmax_,
-    ops,
 )
 from fused_attention.errors import ArgumentValueError
+from fused_attention.memory import place
 
 # -- Memory that two tensors share -------------------------------------------------------
 
@@ -40,20 +40,17 @@ def test_overlap_is_exact(a, b, widths):
     def bytes_of(view, width):
         return {width * e + byte for e in elements(view) for byte in range(width)}
 
-    def place(view, width):
+    def somewhere(view, width):
         sizes, strides, offset = view
         return offset * width + 4096, width, tuple(sizes), tuple(strides)
 
     shared = bytes_of(a, widths[0]) & bytes_of(b, widths[1])
-    places = [place(view, width) for view, width in zip((a, b), widths, strict=True)]
+    places = [somewhere(view, width) for view, width in zip((a, b), widths, strict=True)]
     assert _native.overlap(*places) == _native.overlap(*reversed(places)) == bool(shared)
     assert _native.overlaps_itself(places[0]) == (len(elements(a)) > len(set(elements(a))))
 
 
 def test_overlap_of_large_tensors_takes_no_time():
-    def place(x):
-        return ops._place(x)
-
     storage = torch.empty(2, 4096, 8, 2, 64)
     for dim in range(5):
         first, second = storage.unbind(dim)[:2]
@@ -122,7 +119,7 @@ def appends(draw):
 def test_append_reads_everything_before_it_writes(call, seed):
     torch.manual_seed(seed)
     *tensors, lengths, table = call
-    places = [ops._place(x) for x in tensors[:2]]
+    places = [place(x) for x in tensors[:2]]
     written_twice = _native.overlap(*places)
     if table is not None:
         page_size = tensors[0].shape[1]
@@ -214,7 +211,7 @@ def test_softmax_in_place_reads_everything_before_it_writes(call):
     x, options = call
     before = x._base.clone()
     expected = masked_softmax(x.clone(), **{name: y.clone() for name, y in options.items()})
-    if any(_native.overlap(ops._place(x), ops._place(y)) for y in options.values()):
+    if any(_native.overlap(place(x), place(y)) for y in options.values()):
         with pytest.raises(ArgumentValueError, match="memory apart"):
             masked_softmax_(x, **options)
         assert torch.equal(x._base, before)

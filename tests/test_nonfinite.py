@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,11 +88,47 @@ def specified_rows(tensors, options, seen):
     return ~(odd & shown & ~seen).any(-1)
 
 
+def packed(query, key, value, seqused_k=None, **options):
+    """The same sequences one after the other, and back."""
+    B, _, Sq, _ = query.shape
+    used = [key.shape[2]] * B if seqused_k is None else seqused_k.tolist()
+    starts = [torch.tensor([0, *itertools.accumulate(n)]).int() for n in ([Sq] * B, used)]
+    options |= {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1]}
+    k, v = (
+        torch.cat([x[b, :, :n].transpose(0, 1) for b, n in enumerate(used)]) for x in (key, value)
+    )
+    out, lse = attention(query.transpose(1, 2).flatten(0, 1), k, v, **options, backend="cpu")
+    return out.unflatten(0, (B, Sq)).transpose(1, 2), lse.unflatten(1, (B, Sq)).transpose(0, 1)
+
+
+def paged(query, key, value, seqused_k=None, **options):
+    """The same keys and values in pages of 16, in any order."""
+    B, _, Sk, _ = key.shape
+    used = torch.full((B,), Sk).int() if seqused_k is None else seqused_k
+    table = torch.randperm(B * -(-Sk // 16)).view(B, -1)
+    k, v = (
+        F.pad(x, (0, 0, 0, -Sk % 16)).transpose(1, 2).unflatten(1, (-1, 16)).flatten(0, 1)
+        for x in (key, value)
+    )
+    k, v = (x[table.flatten().argsort()] for x in (k, v))
+    options |= {"block_table": table.int(), "seqused_k": used}
+    return attention(query, k, v, **options, backend="cpu")
+
+
+def dense(*inputs, **options):
+    return attention(*inputs, **options, backend="cpu")
+
+
 def run(function, tensors, options, grad_out, dtype=None):
     leaves = [x.to(dtype or x.dtype).requires_grad_() for x in tensors.values()]
     out, lse = function(*leaves, **options, return_lse=True)
     gradients = torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
     return out.detach(), lse.detach(), *gradients
+
+
+def dense_lse(tensors, options):
+    inputs = [x.double() for x in tensors.values()]
+    return reference.attention_reference(*inputs, **options, return_lse=True)[1]
 
 
 def assert_same(name, got, want, where, tolerance):
@@ -102,29 +139,46 @@ def assert_same(name, got, want, where, tolerance):
     torch.testing.assert_close(got[fine], want[fine], atol=tolerance, rtol=tolerance, msg=name)
 
 
-@given(call=calls(), isa=st.sampled_from(_native.isas()))
-def test_special_values_against_the_definition(call, isa):
+@given(
+    call=calls(), isa=st.sampled_from(_native.isas()), form=st.sampled_from([dense, packed, paged])
+)
+def test_special_values_against_the_definition(call, isa, form):
     tensors, options, grad_out = call
+    if form is not dense:  # which have no masks of that shape
+        options = {
+            name: x
+            for name, x in options.items()
+            if name not in ("mask", "bias", "key_padding_mask")
+        }
     dtype = tensors["query"].dtype
     seen = seen_by(tensors, options)
     specified = specified_rows(tensors, options, seen)
     with testing.cpu_isa(isa):
-        out, lse, dq, dk, dv = run(
-            lambda *x, **o: attention(*x, **o, backend="cpu"), tensors, options, grad_out
-        )
+        out, lse, dq, dk, dv = run(form, tensors, options, grad_out)
     exact_out, exact_lse, *exact = run(
         reference.attention_reference, tensors, options, grad_out, torch.float64
     )
     tolerance = 64 * torch.finfo(dtype).eps
-    assert_same("out", out, exact_out, specified, tolerance)
     assert_same("lse", lse, exact_lse, specified, tolerance)
+    if "dropout_p" in options:  # a weight that is NaN may be dropped, and its row be 0 or NaN
+        odd = exact_lse.isnan()
+        assert (out.isnan() | (exact_out == out))[odd & specified].all()
+        specified &= ~odd
+    # Rows that see logits of -inf only are 0, also beside a value that 0 times is NaN.
+    without_sinks = {name: x for name, x in options.items() if name != "sinks"}
+    blind = dense_lse(tensors, without_sinks) == -INF
+    assert (out == 0)[blind].all()
+    specified &= ~blind
+    assert_same("out", out, exact_out, specified, tolerance)
 
     sees = seen.any(-1)
     assert (out[~sees] == 0).all() and (dq[~sees] == 0).all()
     B, Hkv, Sk, _ = tensors["key"].shape
     key_is_seen = seen.any(2).view(B, Hkv, -1, Sk).any(2)
     assert (dk[~key_is_seen] == 0).all() and (dv[~key_is_seen] == 0).all()
-    if specified.all():
+    # delta = rowsum(do * o) is NaN where o is, although dropout may have dropped what made it so.
+    is_plain = "dropout_p" not in options or bool(exact_out.isfinite().all())
+    if specified.all() and is_plain:
         for name, got, want in zip(("dq", "dk", "dv"), (dq, dk, dv), exact, strict=True):
             fine = want.isfinite()
             scale = max(float(want[fine].abs().max()) if fine.any() else 0.0, 1.0)
@@ -190,6 +244,20 @@ def test_padded_keys_have_no_gradient(isa, where, bias, heads):
         assert (dk[:, :, padded] == 0).all() and (dv[:, :, padded] == 0).all()
         assert all((x[..., padded] == 0).all() for x in dbias)
         assert not dk[:, :, ~padded].isfinite().all()
+
+
+@pytest.mark.parametrize("special", [NAN, INF])
+def test_rows_that_see_nothing_have_no_part_in_the_gradient_of_sinks(isa, special):
+    for dtype, Sq in itertools.product(testing.DTYPES, (2, 50)):
+        query, key, value, grad_out = (torch.randn(2, 2, Sq, 8).to(dtype) for _ in range(4))
+        mask = torch.ones(Sq, Sq, dtype=torch.bool)
+        mask[1] = False
+        grad_out[:, :, 1] = special
+        sinks = torch.randn(2, dtype=torch.promote_types(dtype, torch.float32))
+        leaves = [x.requires_grad_() for x in (query, key, value, sinks)]
+        out = attention(*leaves[:3], mask=mask, sinks=sinks, backend="cpu")
+        gradients = torch.autograd.grad(out, leaves, grad_out)
+        assert all(x.isfinite().all() for x in gradients)
 
 
 def test_padded_keys_have_no_tangent_of_their_gradient(isa):

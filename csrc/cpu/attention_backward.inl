@@ -29,6 +29,7 @@ struct BackwardTile {
   static constexpr int kBlockM = Arithmetic::kQueryVectors * kLanes<T>;
   Arithmetic products;       // with q and do of the queries, k and v of the keys
   T *lse, *delta;            // [kBlockM]
+  uint64_t counted;          // a bit for each query, but those that saw nothing
   T *p, *ds;                 // weights and score gradients [kBlockN][kBlockM]
   T* softcap_slope;          // [kBlockN][kBlockM]
   T* unseen;                 // [kBlockN][D or Dv], see add_for_seen_keys
@@ -68,22 +69,22 @@ struct BackwardTile {
   }
 };
 
-// A block of queries with lse and delta. Queries past the end and queries that saw nothing have
-// p = exp(s - inf) = 0 and count as zero, whatever they held.
+// A block of queries with lse and delta. Queries past the end and queries that saw nothing, no key
+// or logits of -inf only, count as zero, whatever they held.
 template <int kVectors, typename Arithmetic>
 void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                   int64_t rows, BackwardTile<Arithmetic>& t) {
   using T = typename Arithmetic::T;
   const int64_t first = row_number(p, seq, h, m_start);
-  uint64_t counted = 0;
+  t.counted = 0;
   for (int64_t i = 0; i < kVectors * kLanes<T>; ++i) {
     const T lse = i < rows ? ((const T*)p.lse)[first + i] : -kInf<T>;
     const bool empty = lse == -kInf<T>;
     t.lse[i] = empty ? kInf<T> : lse;
     t.delta[i] = empty ? (T)0 : ((const T*)p.delta)[first + i];
-    counted |= (uint64_t)!empty << i;
+    t.counted |= (uint64_t)!empty << i;
   }
-  t.products.template load_queries<kVectors>(p, seq, h, m_start, rows, counted);
+  t.products.template load_queries<kVectors>(p, seq, h, m_start, rows, t.counted);
 }
 
 // t.p <- the weights as dv meets them, t.ds <- the gradient of the logits, both [key][query].
@@ -110,9 +111,8 @@ void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, i
   const Vec<T> scale = broadcast((T)factor), zero = broadcast((T)0);
   const Vec<T> kept_scale = broadcast((T)p.dropout_scale), log2e = broadcast(kLog2e<T>);
   for (int64_t j = 0; j < columns; ++j) {
-    // Nothing in lanes past the last row: what the sums over queries read there must be 0.
-    const uint64_t visible =
-        low_bits(rows) & (seen == Visible::kSome ? t.visible[j] : ~(uint64_t)0);
+    // Nothing in lanes that do not count: what the sums over queries read there must be 0.
+    const uint64_t visible = t.counted & (seen == Visible::kSome ? t.visible[j] : ~(uint64_t)0);
     for (int x = 0; x < kVectors; ++x) {
       T *at_p = t.p + j * kRow + x * W, *at_ds = t.ds + j * kRow + x * W;
       const Vec<T> lse = load(t.lse + x * W), delta = load(t.delta + x * W);
@@ -217,6 +217,14 @@ bool in_one_pass(const AttentionParams& p) {
 
 // -- phase 1: delta. Task: kBlockM queries of one head -------------------------------------------
 
+// do where o is not 0: a row that saw nothing has o = 0, and no part in the gradient of a sink
+// whatever do holds. Where a row sees something, a NaN in do reaches it through dp.
+template <typename T>
+FA_INLINE Vec<T> where_not_zero(Vec<T> out, Vec<T> grad_out) {
+  const Vec<T> zero = broadcast((T)0);
+  return select_lt(zero, abs(out), grad_out, zero);
+}
+
 template <typename T>
 struct AttentionBackwardDelta {
   static int64_t num_tasks(const AttentionParams& p) { return count_query_blocks(p, kBlockM<T>); }
@@ -237,7 +245,8 @@ struct AttentionBackwardDelta {
       for (int64_t i = 0; i < rows; ++i) {
         Vec<T> products = broadcast((T)0);
         for (int64_t d = 0; d < width; d += W) {
-          products = fma(load(out + i * width + d), load(grad_out + i * width + d), products);
+          const Vec<T> o = load(out + i * width + d), g = load(grad_out + i * width + d);
+          products = fma(o, where_not_zero<T>(o, g), products);
         }
         T lanes[W], delta = 0;
         store(lanes, products);
@@ -467,6 +476,7 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
   const int64_t h_kv = h / (p.Hq / p.Hkv);
   load_queries<kVectors>(p, seq, h, m_start, rows, t);
   fill(t.dq_t, width * kRow, (T)0);
+  uint64_t sighted = 0;  // queries that saw something
 
   const Range keys = visible_keys(p, seq, m_start, m_start + rows);
   for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
@@ -476,9 +486,11 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
     const uint64_t* visible = seen == Visible::kSome ? t.visible : nullptr;
     t.products.load_keys(p, seq, h_kv, n, columns, visible);
     score_gradients<kVectors>(p, seq, h, m_start, rows, n, columns, seen, t);
+    const uint64_t seeing = seeing_queries(rows, columns, seen, t.visible);
+    sighted |= seeing & t.counted;
 
     if (head.dv != nullptr) {  // dv <- dv + p^T do
-      t.products.select_queries(p, rows, seeing_queries(rows, columns, seen, t.visible));
+      t.products.select_queries(p, rows, seeing);
       T* dv = head.dv + n * width_v;
       add_for_seen_keys(visible, columns, width_v, dv, t.unseen, [&] {
         t.products.template add_to_dv<kVectors>(p, rows, columns, t.p, dv);
@@ -508,8 +520,11 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
   }
   transpose_tile(width, kRow, t.dq_t, kRow, t.dq, width);
   for (int64_t i = 0; i < rows; ++i) {
-    store_row(row_of(p.dq, p.dtype, seq.b, h, seq.q_start + m_start + i), p.dtype, t.dq + i * width,
-              p.D, (T)p.scale);
+    // A query that saw nothing has no gradient even beside a NaN in a key that others see.
+    T* dq = t.dq + i * width;
+    if (!(sighted >> i & 1)) fill(dq, p.D, (T)0);
+    store_row(row_of(p.dq, p.dtype, seq.b, h, seq.q_start + m_start + i), p.dtype, dq, p.D,
+              (T)p.scale);
   }
 }
 

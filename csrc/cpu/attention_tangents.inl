@@ -30,6 +30,7 @@ struct TangentTile {
   T *q, *tq, *grad_out, *t_grad_out;
   T *q_t, *tq_t, *grad_out_t, *t_grad_out_t;
   T *lse, *t_lse, *delta, *t_delta;
+  uint64_t* counted;  // one word: a bit for each query, but those that saw nothing
   // Of the keys [kBlockN][D or Dv], where they are converted.
   T *k, *tk, *v, *tv;
   // Of the scores [kBlockN][kBlockM]: each of the pairs at first (s, t_s) and (dp, t_dp).
@@ -63,6 +64,7 @@ struct TangentTile {
     take(params.dbias.data != nullptr ? kBlockN * M : 0, dbias);
     take(kBlockN * widest, unseen);
     visible = arena.take<uint64_t>(kBlockN);
+    counted = arena.take<uint64_t>(1);
     keep = arena.take<uint64_t>(kBlockN);
     return arena.used;
   }
@@ -83,7 +85,7 @@ void load_transposed(const AttentionParams& p, const TensorView& view, int64_t b
   transpose_tile(padded, width, tile, width, transposed, padded);
 }
 
-// A block of queries. Those past the end and those that saw nothing have p = exp(s - inf) = 0.
+// A block of queries. Those past the end and those that saw nothing do not count.
 template <typename T, int kVectors>
 void load_tangent_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
                           int64_t rows, const TangentTile<T>& t) {
@@ -93,10 +95,12 @@ void load_tangent_queries(const AttentionParams& p, int64_t b, int64_t h, int64_
   load_transposed(p, d.query, b, h, m_start, rows, p.D, kRow, t.tq, t.tq_t);
   load_transposed(p, p.grad_out, b, h, m_start, rows, p.Dv, kRow, t.grad_out, t.grad_out_t);
   load_transposed(p, d.grad_out, b, h, m_start, rows, p.Dv, kRow, t.t_grad_out, t.t_grad_out_t);
+  *t.counted = 0;
   for (int64_t i = 0; i < kRow; ++i) {
     const int64_t row = row_number(p, b, h, m_start + i);
     const T lse = i < rows ? ((const T*)p.lse)[row] : -kInf<T>;
     const bool empty = lse == -kInf<T>;
+    *t.counted |= (uint64_t)!empty << i;
     t.lse[i] = empty ? kInf<T> : lse;
     if (p.delta == nullptr) continue;  // attention_jvp
     t.t_lse[i] = empty ? (T)0 : ((const T*)d.lse)[row];
@@ -152,6 +156,7 @@ double tangent_scores(const AttentionParams& p, const Sequence& seq, int64_t h, 
                       const TangentTile<T>& t) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const bool softcap = p.softcap > 0;
+  for (int64_t j = 0; j < columns; ++j) t.visible[j] &= *t.counted;
   // s <- k q^T, t_u <- k t_q^T + t_k q^T
   multiply<kVectors, false>(columns, p.D, keys.k, t.q_t, kRow, t.p, kRow);
   multiply_pair<T, kVectors>(columns, p.D, keys.k, t.tq_t, p.tangent.query.data != nullptr, keys.tk,
@@ -197,11 +202,13 @@ void attention_jvp_block(const AttentionParams& p, int64_t b, int64_t h, int64_t
   load_tangent_queries<T, kVectors>(p, b, h, m_start, rows, t);
   fill(t.sum_t, width_v * kRow, (T)0);
   fill(t.t_lse, (int64_t)kRow, (T)0);
+  uint64_t sighted = 0;  // queries that saw something
 
   const Range range = visible_keys(p, seq, m_start, m_start + rows);
   for (int64_t n = range.begin / kBlockN * kBlockN; n < range.end; n += kBlockN) {
     const int64_t columns = min_of(kBlockN, range.end - n);
     if (!tangent_visibility(p, seq, h, m_start, rows, n, columns, t)) continue;
+    sighted |= seeing_queries(rows, columns, Visible::kSome, t.visible) & *t.counted;
     const TangentKeys<T> keys = load_tangent_keys(p, seq, h_kv, n, columns, t.visible, t);
     const double factor =
         tangent_scores<T, kVectors>(p, seq, h, m_start, rows, n, columns, keys, t);
@@ -251,6 +258,7 @@ void attention_jvp_block(const AttentionParams& p, int64_t b, int64_t h, int64_t
     }
     ((T*)p.tangent.lse)[row_number(p, b, h, m_start + i)] = t_lse;
     T *t_out = t.sum + i * width_v, *out = t.sum2 + i * width_v;
+    if (!(sighted >> i & 1)) fill(t_out, width_v, (T)0);
     for (int64_t d = 0; d < width_v; d += W) {
       store(t_out + d, fma(broadcast(-t_lse), load(out + d), load(t_out + d)));
     }
@@ -313,10 +321,11 @@ struct TangentDelta : TangentQueriesPhase<T> {
       if (d.grad_out.data != nullptr) {
         load_tile(t.t_grad_out, d.grad_out, p.dtype, b, h, m, rows, p.Dv, rows);
       }
-      const auto dot = [&](const T* x, const T* y) {
+      const auto dot = [&](const T* gradient, const T* output) {
         Vec<T> products = broadcast((T)0);
         for (int64_t i = 0; i < width; i += kLanes<T>) {
-          products = fma(load(x + i), load(y + i), products);
+          const Vec<T> o = load(output + i);
+          products = fma(o, where_not_zero<T>(o, load(gradient + i)), products);
         }
         return reduce_add(products);
       };
@@ -518,11 +527,13 @@ void tangent_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
   const Sequence seq = sequence_of(p, b);
   load_tangent_queries<T, kVectors>(p, b, h, m_start, rows, t);
   fill(t.sum_t, width * kRow, (T)0);
+  uint64_t sighted = 0;  // queries that saw something
 
   const Range range = visible_keys(p, seq, m_start, m_start + rows);
   for (int64_t n = range.begin / kBlockN * kBlockN; n < range.end; n += kBlockN) {
     const int64_t columns = min_of(kBlockN, range.end - n);
     if (!tangent_visibility(p, seq, h, m_start, rows, n, columns, t)) continue;
+    sighted |= seeing_queries(rows, columns, Visible::kSome, t.visible) & *t.counted;
     const TangentKeys<T> keys = load_tangent_keys(p, seq, h_kv, n, columns, t.visible, t);
     tangent_gradients<T, kVectors>(p, seq, h, m_start, rows, n, columns, keys, t);
     apply_tangent_softcap<T, kVectors>(p, columns, t);
@@ -534,6 +545,7 @@ void tangent_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
   }
   transpose_tile(width, kRow, t.sum_t, kRow, t.sum, width);
   for (int64_t i = 0; i < rows; ++i) {
+    if (!(sighted >> i & 1)) fill(t.sum + i * width, p.D, (T)0);
     store_row(row_of(p.dq, p.dtype, b, h, m_start + i), p.dtype, t.sum + i * width, p.D,
               (T)p.scale);
   }

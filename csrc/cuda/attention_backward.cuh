@@ -33,7 +33,11 @@ __global__ void __launch_bounds__(32 * kRowsOfDelta)
   const T* out = head_of<const T>(p.out, (int)b, (int)h) + i * p.out.stride_s;
   const T* grad = head_of<const T>(p.grad_out, (int)b, (int)h) + i * p.grad_out.stride_s;
   float sum = 0;
-  for (int d = lane; d < (int)p.Dv; d += 32) sum += to_float(out[d]) * to_float(grad[d]);
+  for (int d = lane; d < (int)p.Dv; d += 32) {
+    // A row that saw nothing has o = 0, and no part in the gradient of a sink whatever do holds.
+    const float o = to_float(out[d]);
+    sum += o == 0 ? 0 : o * to_float(grad[d]);
+  }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
   if (lane != 0) return;

@@ -271,26 +271,6 @@ for _name in WRITES:
     _count_versions(_library, _name)
 
 
-def _has_memory(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
-
-
-def _place(x: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    return x.data_ptr(), x.element_size(), tuple(x.shape), tuple(x.stride())
-
-
-def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether an element of one shares a byte with one of the other."""
-    if not (_has_memory(a) and _has_memory(b)) or a.device != b.device:
-        return False
-    return _native.overlap(_place(a), _place(b))
-
-
-def has_shared_elements(x: Tensor) -> bool:
-    """Whether two elements lie in one place."""
-    return _has_memory(x) and _native.overlaps_itself(_place(x))
-
-
 # -- torch.jit.trace -----------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import ops
+from .memory import has_shared_elements, share_memory
 from .problem import (
     CAUSAL,
     DTYPES,
@@ -325,11 +326,11 @@ def _check_memory(input: Tensor, mask: Any, sinks: Any, philox_seed: Any) -> Non
         wrong_value("input", "memory of its own for each element", "an expanded tensor", "clone it")
     # Before random numbers are drawn; in compiled calls the operator looks.
     if not torch.compiler.is_compiling() and not transform_is_active():
-        if ops.has_shared_elements(input):
+        if has_shared_elements(input):
             got = f"strides {tuple(input.stride())} for sizes {shape_of(input)}"
             wrong_value("input", "memory of its own for each element", got, "clone it")
         for name, other in (("mask", mask), ("sinks", sinks), ("philox_seed", philox_seed)):
-            if isinstance(other, Tensor) and ops.share_memory(input, other):
+            if isinstance(other, Tensor) and share_memory(input, other):
                 wrong_value(name, "memory apart from input's", "a view of the same", "clone it")
 
 
