@@ -166,7 +166,7 @@ void run(const PhaseOf<Params>& phase, const Params& params, bool own_shares = f
   if (tasks == 0) return;
   const auto refuse = [&] {
     refuse_for_memory("the workspace of a thread", (double)phase.workspace_bytes(params),
-                      "fewer keys, or a bias that is not broadcast over the queries, need less");
+                      "fewer keys, or a bias whose gradient is not asked for, need less");
   };
   if (tasks == 1 || forked_from_threads) {
     if (!run_tasks(phase, params, shares, 1, 0)) refuse();
@@ -329,6 +329,16 @@ constexpr Buffer kDbias = {"the gradient of the bias",
                            "expanded bias; a mask has none"};
 constexpr Buffer kDsinks = {"the gradient of the sinks [Hq]"};
 
+// `dtype` is that of a result which is not asked for.
+Tensor gradient_if(bool wanted, Buffer buffer, const OptionalTensor& tensor, ScalarType dtype) {
+  return wanted ? empty(buffer, tensor->sizes(), tensor->scalar_type()) : no_result(dtype);
+}
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+Gradients zeros(Tensor& dq, Tensor& dk, Tensor& dv, Tensor& dbias, Tensor& dsinks) {
+  for (Tensor* gradient : {&dq, &dk, &dv, &dbias, &dsinks}) torch::stable::zero_(*gradient);
+  return {dq, dk, dv, dbias, dsinks};
+}
+
 // Tokens behind the last packed sequence: out 0, lse -inf.
 template <typename T>
 void clear_rest(const AttentionParams& p, int64_t Tq, T* lse) {
@@ -367,7 +377,7 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+Gradients attention_backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const Tensor& out, const Tensor& lse, double scale, int64_t causal,
     int64_t window_left, int64_t window_right, int64_t precision, const OptionalTensor& mask,
@@ -401,13 +411,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor dq = empty_gradient("the gradient of query", query, q, layout);
   Tensor dk = empty_gradient("the gradient of key", key, k, kv_layout);
   Tensor dv = empty_gradient("the gradient of value", value, v, kv_layout);
-  Tensor dbias = bias_grad ? empty(kDbias, bias->sizes(), bias->scalar_type()) : no_result(dtype);
-  Tensor dsinks =
-      sinks_grad ? empty(kDsinks, sinks->sizes(), lse_dtype(p)) : no_result(lse_dtype(p));
-  if (is_empty(lse)) {  // there is no query
-    for (Tensor* gradient : {&dq, &dk, &dv, &dbias, &dsinks}) torch::stable::zero_(*gradient);
-    return {dq, dk, dv, dbias, dsinks};
-  }
+  Tensor dbias = gradient_if(bias_grad, kDbias, bias, dtype);
+  Tensor dsinks = gradient_if(sinks_grad, kDsinks, sinks, lse_dtype(p));
+  if (is_empty(lse)) return zeros(dq, dk, dv, dbias, dsinks);  // there is no query
   const Tensor kept_lse = dense_lse(p, lse);
   Tensor delta = empty(kDelta, kept_lse.sizes(), lse_dtype(p));
   p.delta = delta.data_ptr();
@@ -593,7 +599,7 @@ std::tuple<Tensor, Tensor> attention_jvp(
 }
 
 // The tangents of what attention_backward returns.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
+Gradients attention_backward_jvp(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const Tensor& out, const Tensor& lse,
     const OptionalTensor& tangent_grad_out, const OptionalTensor& tangent_grad_lse,
@@ -633,13 +639,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
   Tensor dq = empty_gradient("the tangent of query's gradient", query, q, Layout::kDense);
   Tensor dk = empty_gradient("the tangent of key's gradient", key, k, Layout::kDense);
   Tensor dv = empty_gradient("the tangent of value's gradient", value, v, Layout::kDense);
-  Tensor dbias = bias_grad ? empty(kDbias, bias->sizes(), bias->scalar_type()) : no_result(dtype);
-  Tensor dsinks =
-      sinks_grad ? empty(kDsinks, sinks->sizes(), lse_dtype(p)) : no_result(lse_dtype(p));
-  if (is_empty(lse)) {  // there is no query
-    for (Tensor* gradient : {&dq, &dk, &dv, &dbias, &dsinks}) torch::stable::zero_(*gradient);
-    return {dq, dk, dv, dbias, dsinks};
-  }
+  Tensor dbias = gradient_if(bias_grad, kDbias, bias, dtype);
+  Tensor dsinks = gradient_if(sinks_grad, kDsinks, sinks, lse_dtype(p));
+  if (is_empty(lse)) return zeros(dq, dk, dv, dbias, dsinks);  // there is no query
   p.lse = tangents.rows(p, lse, "lse");
   p.grad_lse = tangents.rows(p, grad_lse, "grad_lse");
   p.tangent.lse = tangents.rows(p, tangent_lse, "tangent_lse");
@@ -761,8 +763,11 @@ void kv_cache_append_(const Tensor& key_cache, const Tensor& value_cache, const 
   // New tokens that lie in a cache are read before it is written to.
   const auto apart = [&](const Tensor& tensor) {
     const Footprint own = footprint_of(tensor);
-    const bool shared = own.overlaps(footprints[0]) || own.overlaps(footprints[1]);
-    return shared ? torch::stable::clone(tensor) : tensor;
+    if (!own.overlaps(footprints[0]) && !own.overlaps(footprints[1])) return tensor;
+    Tensor copy =
+        empty({"a copy of new tokens that lie in a cache"}, tensor.sizes(), key.scalar_type());
+    torch::stable::copy_(copy, tensor);
+    return copy;
   };
   const Tensor own_key = apart(key), own_value = apart(value);
   const CacheView caches[2] = {{key_cache, "key_cache", layout},

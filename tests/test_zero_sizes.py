@@ -3,6 +3,8 @@ elements do. Memory that an operator leaves unwritten is NaN here."""
 
 import contextlib
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -260,3 +262,30 @@ def test_what_memory_lacks_is_named(what):
     assert text.startswith(f"not enough memory for {what}") and "MiB" in text
     assert "aoti" not in text and "csrc" not in text
     assert not isinstance(caught.value, ValueError)  # no argument is wrong
+
+
+WORKSPACE = """
+import resource, torch
+from fused_attention import attention
+torch.set_num_threads(1)
+q = torch.randn(1, 1, 2, 1, requires_grad=True)
+k = torch.randn(1, 1, 1 << 21, 1)
+bias = torch.zeros(1, 1, 2, 1 << 21, requires_grad=True)
+few = attention(q, k[:, :, :9], k[:, :, :9], bias=bias[..., :9])
+torch.autograd.grad(few.sum(), bias)  # everything is loaded
+out = attention(q, k, k, bias=bias)
+with open("/proc/self/status") as status:
+    size = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (size + (100 << 20), -1))
+try:
+    torch.autograd.grad(out.sum(), bias)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_workspace_that_finds_no_memory_is_named():
+    done = subprocess.run([sys.executable, "-c", WORKSPACE], capture_output=True, text=True)
+    assert done.stdout.startswith("not enough memory for the workspace of a thread: "), done.stderr
+    assert "MiB. Hint: " in done.stdout
