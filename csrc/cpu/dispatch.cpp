@@ -36,7 +36,8 @@ struct Isa {
 
 bool always() { return true; }
 
-bool has_avx512() {
+#ifdef __x86_64__
+[[maybe_unused]] bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -44,7 +45,7 @@ bool has_avx512() {
 
 // The processor has tiles, and the kernel lets this process use them: it asks once, before the
 // first tile instruction of any thread, or that is SIGILL.
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
   if (!has_avx512() || !__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16")) {
     return false;
   }
@@ -52,6 +53,7 @@ bool has_amx() {
   static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return allowed;
 }
+#endif
 
 // Best first. __builtin_cpu_supports also asks the operating system (XCR0) for the registers.
 const Isa kIsas[] = {
