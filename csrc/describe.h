@@ -75,7 +75,7 @@ int64_t element_bytes(ScalarType dtype) {
   }
 }
 
-// a * b; the largest number where that is more.
+// Returns a * b, or the largest number if the product exceeds it.
 int64_t saturating_product(int64_t a, int64_t b) {
   int64_t product;
   return __builtin_mul_overflow(a, b, &product) ? std::numeric_limits<int64_t>::max() : product;
@@ -121,7 +121,7 @@ Tensor empty(Buffer buffer, Sizes sizes, ScalarType dtype) {
   }
   return new_tensor(buffer, sizes, strides, dtype);
 }
-// In the place of a result that is not asked for.
+// Returns an empty tensor, which stands for a result that is not asked for.
 Tensor no_result(ScalarType dtype) { return empty({"a result"}, {0}, dtype); }
 
 // Dense [B, H, S, D] memory, or [B, S, H, D] where that is how the model tensor lies.

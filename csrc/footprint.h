@@ -58,7 +58,7 @@ class Footprint {
   }
 
  private:
-  // n steps of `stride` bytes, low <= n <= high.
+  // A dimension allows n steps of `stride` bytes each, for low <= n <= high.
   struct Steps {
     int64_t stride, low, high;
   };

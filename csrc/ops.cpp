@@ -87,7 +87,7 @@ Integers<Int>::Integers(const Tensor& tensor) {
 // Scratch memory of a thread, kept between calls while it is small.
 class Workspace {
  public:
-  // Null if there is no memory.
+  // Returns null if there is no memory.
   void* at_least(size_t bytes) {
     if (bytes > size_) {
       release();
@@ -732,7 +732,7 @@ struct PageRows {
   int32_t page;
   int64_t begin, end, b;
 };
-// No two tokens go to one row.
+// Refuses two new tokens that would go to one row.
 void check_pages_apart(std::vector<PageRows>& written) {
   std::sort(written.begin(), written.end(), [](const PageRows& x, const PageRows& y) {
     return std::tie(x.page, x.begin, x.b) < std::tie(y.page, y.begin, y.b);

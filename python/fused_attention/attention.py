@@ -104,7 +104,7 @@ def _kind_of_option(x: Any) -> Any:
 
 
 def _types(x: Any) -> Any:
-    """Beside values in a kind, because 2 == 2.0 == True although not all of them are valid."""
+    """Types belong into a kind beside values: 2 == 2.0 == True, but not all of them are valid."""
     return tuple(map(type, x)) if isinstance(x, tuple) else type(x)
 
 

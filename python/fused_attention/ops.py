@@ -275,7 +275,7 @@ for _name in WRITES:
 
 
 def schema_of(op: Any) -> str:
-    """Its arguments and results, without its name."""
+    """Returns the arguments and results of an operator, without its name."""
     return "(" + str(op._schema).split("(", 1)[1]
 
 
