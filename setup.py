@@ -323,9 +323,14 @@ if __name__ == "__main__":  # tests/native/sanitize.py reads the flags
         license="Apache-2.0",
         packages=[
             "fused_attention",
-            "fused_attention.benchmark",
+            "fused_attention.call",
+            "fused_attention.derivatives",
+            "fused_attention.integrations",
             "fused_attention.kernels",
             "fused_attention.models",
+            "fused_attention.operators",
+            "fused_attention.tools",
+            "fused_attention.tools.benchmark",
         ],
         package_dir={
             "fused_attention": "python/fused_attention",

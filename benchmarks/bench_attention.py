@@ -20,13 +20,14 @@ from pathlib import Path
 
 import torch
 
-from fused_attention import _native, files
-from fused_attention.benchmark.bench import bench
-from fused_attention.benchmark.harness import real_time_priority
-from fused_attention.benchmark.onnx_runtime import onnx_runtime
-from fused_attention.benchmark.peers import OURS, PEERS, flex
-from fused_attention.benchmark.shapes import CLASSES, CaseClass
-from fused_attention.console import table
+from fused_attention import _native
+from fused_attention.models import files
+from fused_attention.tools.benchmark.bench import bench
+from fused_attention.tools.benchmark.harness import real_time_priority
+from fused_attention.tools.benchmark.onnx_runtime import onnx_runtime
+from fused_attention.tools.benchmark.peers import OURS, PEERS, flex
+from fused_attention.tools.benchmark.shapes import CLASSES, CaseClass
+from fused_attention.tools.console import table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
 PYTORCH, FLEX, ONNX = "PyTorch SDPA", "FlexAttention", "ONNX Runtime"

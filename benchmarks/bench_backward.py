@@ -80,9 +80,14 @@ def main() -> None:
     import torch
 
     from fused_attention import _native
-    from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
-    from fused_attention.files import update_json
-    from fused_attention.testing import num_threads
+    from fused_attention.models.files import update_json
+    from fused_attention.tools.benchmark.harness import (
+        as_json,
+        interleave,
+        machine,
+        real_time_priority,
+    )
+    from fused_attention.tools.testing import num_threads
 
     torch.manual_seed(0)
     rows = []

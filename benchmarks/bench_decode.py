@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from fused_attention import _native, attention
-from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
-from fused_attention.benchmark.peers import flex
-from fused_attention.benchmark.shapes import Case, Inputs
-from fused_attention.testing import num_threads
+from fused_attention.tools.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.tools.benchmark.peers import flex
+from fused_attention.tools.benchmark.shapes import Case, Inputs
+from fused_attention.tools.testing import num_threads
 
 RESULTS = Path(__file__).resolve().parent / "results" / "decode.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-from fused_attention import console
-from fused_attention.benchmark.harness import (
+from fused_attention.models.attend import IMPLEMENTATIONS, Padded
+from fused_attention.models.pretrained import SoundFront
+from fused_attention.models.training import token_loss
+from fused_attention.models.transformer import Config, Transformer
+from fused_attention.tools import console
+from fused_attention.tools.benchmark.harness import (
     as_json,
     extra_memory,
     interleave,
     machine,
     real_time_priority,
 )
-from fused_attention.models.attend import IMPLEMENTATIONS, Padded
-from fused_attention.models.pretrained import SoundFront
-from fused_attention.models.training import token_loss
-from fused_attention.models.transformer import Config, Transformer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WHISPER = Config(

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_attention import MultiheadAttention
-from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
-from fused_attention.testing import num_threads
+from fused_attention.tools.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.tools.testing import num_threads
 
 RESULTS = Path(__file__).resolve().parent / "results" / "modules.json"
 OURS, PYTORCH, LINEAR = "fused_attention", "torch.nn", "linear layers"

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from fused_attention import attention, scaled_dot_product_attention
-from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
-from fused_attention.testing import num_threads
+from fused_attention.tools.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.tools.testing import num_threads
 
 RESULTS = Path(__file__).resolve().parent / "results" / "overhead.json"
 CALLS = {

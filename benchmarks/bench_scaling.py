@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_attention import attention, console, explain
-from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
-from fused_attention.testing import num_threads
+from fused_attention import attention, explain
+from fused_attention.tools import console
+from fused_attention.tools.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.tools.testing import num_threads
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEADS, HEAD_DIM, WINDOW, LONGEST_MASK = 8, 64, 256, 4096

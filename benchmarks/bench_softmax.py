@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 import fused_attention as fa
-from fused_attention import _native, ops
-from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
-from fused_attention.testing import num_threads
+from fused_attention import _native
+from fused_attention import operators as ops
+from fused_attention.tools.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.tools.testing import num_threads
 
 RESULTS = Path(__file__).resolve().parent / "results" / "softmax.json"
 SHAPES = ((32, 32, 128, 128), (2, 8, 1024, 1024), (1, 4, 1024, 4096), (1, 8, 64, 32768))

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from fused_attention import _native, replace_multihead_attention
-from fused_attention.benchmark.harness import as_json, interleave, machine, real_time_priority
-from fused_attention.testing import num_threads
+from fused_attention.tools.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.tools.testing import num_threads
 
 RESULTS = Path(__file__).resolve().parent / "results" / "training_step.json"
 OURS, PYTORCH = "fused_attention", "torch.nn"

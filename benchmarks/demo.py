@@ -19,17 +19,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import fused_attention
-from fused_attention.benchmark.harness import (
+from fused_attention.tools.benchmark.harness import (
     Timing,
     as_json,
     interleave,
     machine,
     real_time_priority,
 )
-from fused_attention.benchmark.peers import PEERS, bind
-from fused_attention.benchmark.shapes import DEMO, Case, make_inputs
-from fused_attention.cli import main as command_line
-from fused_attention.testing import num_threads
+from fused_attention.tools.benchmark.peers import PEERS, bind
+from fused_attention.tools.benchmark.shapes import DEMO, Case, make_inputs
+from fused_attention.tools.cli import main as command_line
+from fused_attention.tools.testing import num_threads
 from minilm import SENTENCES, Encoder, fetch, sdpa_calls
 from plot import save_plot
 

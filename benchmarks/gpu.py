@@ -28,10 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fused_attention import attention, backends, masked_softmax, tune
-from fused_attention.benchmark.harness import machine
+from fused_attention import attention, masked_softmax
+from fused_attention.call import backends
 from fused_attention.errors import ArgumentValueError
-from fused_attention.files import update_json
+from fused_attention.models.files import update_json
+from fused_attention.tools import tune
+from fused_attention.tools.benchmark.harness import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "benchmarks" / "results" / "gpu"

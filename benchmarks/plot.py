@@ -4,8 +4,8 @@ from pathlib import Path
 
 import matplotlib
 
-from fused_attention.benchmark.harness import Timing, machine
-from fused_attention.benchmark.shapes import Case
+from fused_attention.tools.benchmark.harness import Timing, machine
+from fused_attention.tools.benchmark.shapes import Case
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from fused_attention.benchmark.peers import bench_peers, bind  # noqa: E402
-from fused_attention.benchmark.shapes import QUICK, make_inputs  # noqa: E402
-from fused_attention.implementations import NotOffered  # noqa: E402
+from fused_attention.tools.benchmark.peers import bench_peers, bind  # noqa: E402
+from fused_attention.tools.benchmark.shapes import QUICK, make_inputs  # noqa: E402
+from fused_attention.tools.foreign import NotOffered  # noqa: E402
 
 
 @pytest.mark.filterwarnings("ignore")

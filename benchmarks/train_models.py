@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from fused_attention import console, files
-from fused_attention.benchmark.harness import machine
-from fused_attention.models import speech
+from fused_attention.models import files, speech
 from fused_attention.models.fetch import fetch
 from fused_attention.models.pretrained import load_whisper, read_ctranslate2_whisper
 from fused_attention.models.tasks import Settings, run, word_errors
+from fused_attention.tools import console
+from fused_attention.tools.benchmark.harness import machine
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "training.json"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentValueError, describe_error
-from ..memory import has_shared_elements, share_memory
+from ..operators.memory import has_shared_elements, share_memory
 from . import launch
 from .tiles import MAX_SOFTMAX_BLOCK, Tiles, arch_of, attention_tiles, softmax_tiles
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fused_attention import _native, testing
+from fused_attention import _native
+from fused_attention.tools import testing
 
 # How many examples a property is tried with: the same ones in every quick run, others in every full
 # one. None fails because of time.

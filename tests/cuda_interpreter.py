@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from cuda_params import Call, SoftmaxCall
-from fused_attention import cuda
+from fused_attention.operators import cuda
 from ptx import Report, TensorMap, launch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,9 +2,9 @@
 
 import torch
 
-from fused_attention import testing
-from fused_attention.problem import Problem
-from fused_attention.testing import Case
+from fused_attention.call.problem import Problem
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 
 _VARIANTS = {
     "plain": {},

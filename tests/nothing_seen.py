@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from fused_attention import reference, testing
-from fused_attention.testing import Case
+from fused_attention import reference
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 
 INF, NAN = math.inf, math.nan
 Run = Callable[[testing.Inputs], testing.Results]

@@ -7,15 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_attention import (
-    _native,
-    attention,
-    kv_cache_append_,
-    masked_softmax,
-    masked_softmax_,
-)
+from fused_attention import _native, attention, kv_cache_append_, masked_softmax, masked_softmax_
 from fused_attention.errors import ArgumentValueError
-from fused_attention.memory import place
+from fused_attention.operators.memory import place
 
 # -- Memory that two tensors share -------------------------------------------------------
 

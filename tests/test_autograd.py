@@ -11,10 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 import feature_cases
 from feature_cases import CASES, SEQUENCES, finite
-from fused_attention import attention, ops, testing
-from fused_attention.backends import BACKENDS
-from fused_attention.problem import FEATURES
-from fused_attention.testing import Case
+from fused_attention import attention
+from fused_attention import operators as ops
+from fused_attention.call.backends import BACKENDS
+from fused_attention.call.problem import FEATURES
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
-from fused_attention import cli, implementations
-from fused_attention.benchmark import bench, harness, peers, shapes
-from fused_attention.benchmark.harness import Timing
-from fused_attention.benchmark.onnx_runtime import onnx_runtime
-from fused_attention.implementations import NotOffered
+from fused_attention.tools import cli, foreign
+from fused_attention.tools.benchmark import bench, harness, peers, shapes
+from fused_attention.tools.benchmark.harness import Timing
+from fused_attention.tools.benchmark.onnx_runtime import onnx_runtime
+from fused_attention.tools.foreign import NotOffered
 
 TINY = {
     "plain": shapes.square("plain", 1, 2, 40, 8),
@@ -163,7 +163,7 @@ def test_the_command(capsys, tmp_path, tiny_bench, monkeypatch):
 
 
 def test_an_implementation_that_raises_has_no_time(tiny_bench):
-    implementation = implementations.Implementation("broken", broken, "attention", None)
+    implementation = foreign.Implementation("broken", broken, "attention", None)
     report = bench.bench(
         [TINY["plain"]], peers.bench_peers(implementation), seconds=0.01, threads=1
     )

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fused_attention import ArgumentValueError, attention, kv_cache_append_, testing
+from fused_attention import ArgumentValueError, attention, kv_cache_append_
+from fused_attention.tools import testing
 
 int32 = torch.int32
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_attention import _native, backends, cli
-from fused_attention.problem import FEATURES
+from fused_attention import _native
+from fused_attention.call import backends
+from fused_attention.call.problem import FEATURES
+from fused_attention.tools import cli
 
 
 def run(capsys, *arguments):

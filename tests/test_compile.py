@@ -9,7 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from feature_cases import CASES, finite
-from fused_attention import attention, scaled_dot_product_attention, testing
+from fused_attention import attention, scaled_dot_product_attention
+from fused_attention.tools import testing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

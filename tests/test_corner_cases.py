@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from fused_attention import attention, testing
-from fused_attention.testing import Case
+from fused_attention import attention
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 
 INF, NAN = math.inf, math.nan
 

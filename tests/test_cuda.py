@@ -20,10 +20,14 @@ import cuda_interpreter
 import nothing_seen
 import test_triton_sequences as sequences
 from cuda_interpreter import interpreted
-from fused_attention import autograd, backends, cuda, reference, testing
-from fused_attention.backends import CUDA
-from fused_attention.problem import CAUSAL, FEATURES, Problem
-from fused_attention.testing import Case
+from fused_attention import reference
+from fused_attention.call import backends
+from fused_attention.call.backends import CUDA
+from fused_attention.call.problem import CAUSAL, FEATURES, Problem
+from fused_attention.derivatives import autograd
+from fused_attention.operators import cuda
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 from ptx import SCHEDULES, faults
 from test_triton_sequences import Packing
 

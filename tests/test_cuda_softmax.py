@@ -10,7 +10,8 @@ pytest.importorskip("triton", reason="the tests are those of the Triton kernels"
 import cuda_interpreter
 import fused_attention as fa
 from cuda_interpreter import interpreted
-from fused_attention import cuda, ops
+from fused_attention import operators as ops
+from fused_attention.operators import cuda
 from ptx import SCHEDULES, faults
 from test_softmax import PHILOX, check, randn
 from test_triton_softmax import (  # noqa: F401

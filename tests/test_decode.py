@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from fused_attention import attention, explain, testing
-from fused_attention.testing import Case
+from fused_attention import attention, explain
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 
 DECODE = Case(B=1, Hq=8, Hkv=2, Sq=1, Sk=1100, D=64, Dv=64)
 # 1100 keys and values of 64 floats are two splits; of 300 numbers, seven.

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fused_attention import testing
-from fused_attention.testing import Case
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 
 CASES = {
     "plain": Case(B=2, Hq=3, Hkv=3, Sq=150, Sk=201, D=40, Dv=40),

@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused_attention
-from fused_attention import ArgumentValueError, attention, backends, cuda, explain, ops
-from fused_attention.backends import BACKENDS, CPU, NAMES, PLANS, REFERENCE
-from fused_attention.problem import FEATURES, Problem
+from fused_attention import ArgumentValueError, attention, explain
+from fused_attention import operators as ops
+from fused_attention.call import backends
+from fused_attention.call.backends import BACKENDS, CPU, NAMES, PLANS, REFERENCE
+from fused_attention.call.problem import FEATURES, Problem
+from fused_attention.operators import cuda
 from fused_attention.reference import attention_reference
 
 
@@ -530,7 +533,7 @@ def test_importing_the_package_imports_no_triton_kernel():
 
 
 def test_triton_gives_its_reasons(monkeypatch):
-    from fused_attention.backends import TRITON
+    from fused_attention.call.backends import TRITON
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     problem = Problem.from_call(**{k: x.double() for k, x in qkv(D=320, Dv=20).items()})
@@ -547,7 +550,7 @@ def test_triton_gives_its_reasons(monkeypatch):
 
 def test_triton_serves_what_is_on_a_gpu(monkeypatch):
     """By the row alone: a tensor on a GPU that this machine may not have."""
-    from fused_attention.backends import TRITON
+    from fused_attention.call.backends import TRITON
     from fused_attention.kernels.tiles import ARCHS
 
     monkeypatch.setattr(cuda, "LIBRARY", Path("not built"))
@@ -578,7 +581,7 @@ def test_triton_serves_what_is_on_a_gpu(monkeypatch):
 def test_fake_cuda_tensors_go_through_the_operators():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from fused_attention import ops
+    from fused_attention import operators as ops
 
     with FakeTensorMode():
         query = torch.empty(2, 4, 5, 16, device="cuda", dtype=torch.float16)

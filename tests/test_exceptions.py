@@ -10,15 +10,10 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_attention import (
-    attention,
-    masked_softmax,
-    patch_sdpa,
-    scaled_dot_product_attention,
-)
+from fused_attention import attention, masked_softmax, patch_sdpa, scaled_dot_product_attention
+from fused_attention.attention_weights import attention_with_weights
 from fused_attention.errors import ArgumentTypeError, ArgumentValueError
 from fused_attention.modules import MultiheadAttention
-from fused_attention.weights import attention_with_weights
 
 
 class Custom(RuntimeError):

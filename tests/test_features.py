@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_attention import _native, attention, testing
-from fused_attention.backends import BACKENDS
-from fused_attention.problem import FEATURES, Problem
-from fused_attention.testing import Case
+from fused_attention import _native, attention
+from fused_attention.call.backends import BACKENDS
+from fused_attention.call.problem import FEATURES, Problem
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 
 
 def case_id(case: Case) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fused_attention import files
 from fused_attention.errors import ArgumentValueError
 from fused_attention.models import fetch as module
+from fused_attention.models import files
 from fused_attention.models.fetch import Deb, Descriptions, Source, Wheel, directory, fetch
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_attention import files
+from fused_attention.models import files
 
 FORK = multiprocessing.get_context("fork")  # a new interpreter would import torch for seconds
 PATIENCE = 100  # seconds, for what happens at once

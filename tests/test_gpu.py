@@ -21,10 +21,13 @@ import test_generate
 import test_softmax
 import test_varlen
 import test_weights
-from fused_attention import attention, backends, kv_cache_append_, ops, patch_sdpa, testing
+from fused_attention import attention, kv_cache_append_, patch_sdpa
+from fused_attention import operators as ops
+from fused_attention.attention_weights import attention_with_weights
+from fused_attention.call import backends
 from fused_attention.models.attend import pad
-from fused_attention.testing import Case
-from fused_attention.weights import attention_with_weights
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 from test_features import case_id
 from test_transformer import SOURCES, TARGETS, model_of
 

@@ -14,14 +14,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from fused_attention import (
-    MultiheadAttention,
-    attention,
-    modules,
-    replace_multihead_attention,
-    testing,
-)
-from fused_attention.testing import cpu_isa
+from fused_attention import MultiheadAttention, attention, modules, replace_multihead_attention
+from fused_attention.tools import testing
+from fused_attention.tools.testing import cpu_isa
 
 N, L, S, E, HEADS = 3, 5, 7, 24, 4
 causal_mask = nn.Transformer.generate_square_subsequent_mask

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_attention import _native, attention, reference, testing
+from fused_attention import _native, attention, reference
+from fused_attention.tools import testing
 
 INF, NAN = math.inf, math.nan
 SPECIAL = st.sampled_from([NAN, INF, -INF])

@@ -12,9 +12,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
 from feature_cases import CASES
-from fused_attention import reference, testing
-from fused_attention.problem import CAUSAL
-from fused_attention.testing import Case
+from fused_attention import reference
+from fused_attention.call.problem import CAUSAL
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -107,7 +107,7 @@ q, k, v = (torch.randn(1, 2, 17, 8) for _ in range(3))
 out = fused_attention.attention(q, k, v, causal="top_left", backend="cpu")
 expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 torch.testing.assert_close(out, expected)
-import fused_attention.benchmark.bench, fused_attention.kernels
+import fused_attention.tools.benchmark.bench, fused_attention.kernels
 print(fused_attention.__file__, fused_attention.kernels.__file__, _native.__file__, sep="\\n")
 print(fused_attention.__version__, _native.build_info()["version"], sep="\\n")
 """

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as bound_before
 
-from fused_attention import backends, patch, patch_sdpa
+from fused_attention import patch_sdpa
+from fused_attention.call import backends
+from fused_attention.integrations import patch
 
 ORIGINAL = F.scaled_dot_product_attention
 HAS_REGISTRY = hasattr(torch.nn.attention, "register_flash_attention_impl")

@@ -5,7 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fused_attention import _native, attention, testing
+from fused_attention import _native, attention
+from fused_attention.tools import testing
 
 sizes = st.integers(1, 40)
 # How a dimension of a tensor lies in memory: every element, every other one, or one for all

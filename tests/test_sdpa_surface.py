@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from fused_attention import attention, backends, dropout_mask, masked_softmax, patch_sdpa
+from fused_attention import attention, dropout_mask, masked_softmax, patch_sdpa
 from fused_attention import scaled_dot_product_attention as ours
+from fused_attention.call import backends
 from fused_attention.errors import ArgumentTypeError, ArgumentValueError
 
 

@@ -9,8 +9,10 @@ import torch
 from torch.autograd import gradcheck
 
 import fused_attention as fa
-from fused_attention import _native, ops, reference, testing
+from fused_attention import _native, reference
+from fused_attention import operators as ops
 from fused_attention.softmax import MaskedSoftmaxFunction, logger
+from fused_attention.tools import testing
 
 DTYPES = testing.DTYPES
 PHILOX = torch.tensor([0x123456789ABCDEF, 5])

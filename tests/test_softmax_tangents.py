@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import test_tangents
-from fused_attention import masked_softmax, reference, softmax_tangents, testing
+from fused_attention import masked_softmax, reference
+from fused_attention.derivatives import softmax_tangents
+from fused_attention.tools import testing
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -9,9 +9,11 @@ import torch
 from torch.autograd import forward_ad
 
 from feature_cases import CASES, SEQUENCES, finite
-from fused_attention import _native, attention, ops, reference, testing
-from fused_attention.testing import Case
-from fused_attention.weights import attention_with_weights
+from fused_attention import _native, attention, reference
+from fused_attention import operators as ops
+from fused_attention.attention_weights import attention_with_weights
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -7,7 +7,6 @@ import wave
 import pytest
 import torch
 
-from fused_attention import cli
 from fused_attention.errors import ArgumentValueError
 from fused_attention.models import captions, speech, tasks, texts
 from fused_attention.models.attend import pad
@@ -15,6 +14,7 @@ from fused_attention.models.generate import generate
 from fused_attention.models.lstm import LSTMTranslator
 from fused_attention.models.tasks import Settings
 from fused_attention.models.training import Recipe, pair_loss, train
+from fused_attention.tools import cli
 from test_training import BEGIN, END, SYMBOLS, make_pairs, size
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,7 +20,7 @@ from fused_attention import (
     scaled_dot_product_attention,
     scaled_masked_softmax,
 )
-from fused_attention.weights import attention_with_weights
+from fused_attention.attention_weights import attention_with_weights
 
 MASK, BIAS = torch.arange(7) % 3 != 1, torch.randn(4, 1, 7)
 LENGTHS = torch.tensor([5, 7]).int()

@@ -18,10 +18,12 @@ import triton
 import triton.language as tl
 
 import nothing_seen
-from fused_attention import ops, reference, testing
+from fused_attention import operators as ops
+from fused_attention import reference
 from fused_attention.kernels import launch, operators, tiles
 from fused_attention.kernels.primitives import packed_block, visible_block_range
-from fused_attention.testing import Case
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 from test_features import case_id
 from triton_interpreter import quick_calls, repaired_bfloat16
 

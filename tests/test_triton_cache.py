@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fused_attention import ArgumentValueError, kv_cache_append_, testing
+from fused_attention import ArgumentValueError, kv_cache_append_
 from fused_attention.kernels import operators
+from fused_attention.tools import testing
 from test_cache import arguments, paged_arguments, pages_for, tokens
 
 int32 = torch.int32

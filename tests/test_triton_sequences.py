@@ -13,9 +13,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fused_attention import testing
 from fused_attention.kernels import launch, operators, tiles
-from fused_attention.testing import Case
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 from test_triton import DTYPES, SMALL, arguments, interpreter  # noqa: F401
 
 NAN = math.nan

@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("triton")
 
 import fused_attention as fa
-from fused_attention import ops, reference
+from fused_attention import operators as ops
+from fused_attention import reference
 from fused_attention.kernels import launch, masked_softmax, operators, tiles
 from test_softmax import CASES, PHILOX, check, randn
 from triton_interpreter import quick_calls, repaired_bfloat16

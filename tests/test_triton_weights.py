@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fused_attention import testing
 from fused_attention.kernels import launch, operators, tiles
-from fused_attention.testing import Case
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 from test_features import case_id
 from test_triton import DTYPES, PAIRS, arguments, interpreter, small_tiles  # noqa: F401
 from test_weights import as_weights, weights_inputs

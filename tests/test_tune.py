@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fused_attention import tune
-from fused_attention.cli import main
 from fused_attention.kernels import tiles
+from fused_attention.tools import tune
+from fused_attention.tools.cli import main
 
 ARCH, SPECIAL = tiles.ARCHS["sm_80"], tiles.ARCHS["sm_100"]
 A, B, C = tiles.Tiles(64, 64, 4, 2), tiles.Tiles(128, 64, 4, 2), tiles.Tiles(128, 32, 8, 1)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fused_attention import ArgumentValueError, attention, explain, testing
-from fused_attention.testing import Case
+from fused_attention import ArgumentValueError, attention, explain
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 
 int32 = torch.int32
 # Queries and keys of the sequences: none, one, fewer queries than keys and more, none seen.

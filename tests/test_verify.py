@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import wrong_attention
-from fused_attention import _native, cli, implementations, testing, verify
+from fused_attention import _native
 from fused_attention.errors import ArgumentValueError
+from fused_attention.tools import cli, foreign, testing, verify
 
 ANSWERS_TO = verify.answers_to
 
@@ -29,7 +30,7 @@ def answers_once():
 
 
 def faults(function: str, **options) -> dict[str, verify.Fault]:
-    target = verify.foreign_target(implementations.load(f"wrong_attention:{function}"))
+    target = verify.foreign_target(foreign.load(f"wrong_attention:{function}"))
     (report,) = verify.verify([target], quick=True, **options)
     return report.faults
 
@@ -92,7 +93,7 @@ def test_nothing_else_is_blamed(function):
 
 
 def test_pytorch_s_signature_is_recognised():
-    implementation = implementations.load("wrong_attention:sdpa")
+    implementation = foreign.load("wrong_attention:sdpa")
     assert implementation.signature == "sdpa" and not implementation.takes("enable_gqa")
     assert "causal hides the diagonal" in faults("sdpa", backward=False)
 
@@ -103,9 +104,7 @@ def test_an_implementation_that_raises():
             raise ZeroDivisionError("by zero\nsecond line")
         raise NotImplementedError("only causal")
 
-    implementation = implementations.Implementation(
-        "broken", broken, "attention", frozenset({"causal"})
-    )
+    implementation = foreign.Implementation("broken", broken, "attention", frozenset({"causal"}))
     (report,) = verify.verify([verify.foreign_target(implementation)], quick=True)
     assert report.not_offered["only causal"] > 0
     fault = report.faults["raises ZeroDivisionError"]
@@ -134,8 +133,8 @@ def test_a_report_that_cannot_be_written(capsys, tmp_path, monkeypatch):
 
 def test_no_signature_at_all_is_an_error():
     with pytest.raises(ArgumentValueError, match="--signature"):
-        implementations.load("torch._C._nn:scaled_dot_product_attention")
-    loaded = implementations.load("torch._C._nn:scaled_dot_product_attention", "sdpa")
+        foreign.load("torch._C._nn:scaled_dot_product_attention")
+    loaded = foreign.load("torch._C._nn:scaled_dot_product_attention", "sdpa")
     query = torch.randn(1, 2, 3, 4)
     expected = torch.nn.functional.scaled_dot_product_attention(query, query, query, scale=2.0)
     assert torch.equal(loaded(query, query, query, scale=2.0), expected)

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from feature_cases import CASES, finite
-from fused_attention import attention, dropout_mask, scaled_dot_product_attention, testing
+from fused_attention import attention, dropout_mask, scaled_dot_product_attention
+from fused_attention.tools import testing
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -9,9 +9,12 @@ import types
 import pytest
 import torch
 
-from fused_attention import _native, autograd, ops, testing, weights
-from fused_attention.testing import DTYPES, Case, cpu_isa, make_inputs, num_threads
-from fused_attention.weights import attention_with_weights
+from fused_attention import _native, attention_weights
+from fused_attention import operators as ops
+from fused_attention.attention_weights import attention_with_weights
+from fused_attention.derivatives import autograd
+from fused_attention.tools import testing
+from fused_attention.tools.testing import DTYPES, Case, cpu_isa, make_inputs, num_threads
 
 ISAS = _native.isas()
 
@@ -82,9 +85,10 @@ def test_beside_the_cuda_library_the_kernels_serve(monkeypatch):
     case = Case(B=1, Hq=2, Hkv=2, Sq=5, Sk=7)
     call = testing.make_inputs(case).tensors
     want = attention_with_weights(**call)
-    monkeypatch.setattr(weights, "choose", lambda problem: weights.CUDA)
-    monkeypatch.setattr(weights, "_reference", None)  # not called
-    monkeypatch.setattr(weights, "TRITON", types.SimpleNamespace(supports=lambda problem: []))
+    monkeypatch.setattr(attention_weights, "choose", lambda problem: attention_weights.CUDA)
+    monkeypatch.setattr(attention_weights, "_reference", None)  # not called
+    triton = types.SimpleNamespace(supports=lambda problem: [])
+    monkeypatch.setattr(attention_weights, "TRITON", triton)
     assert all(map(torch.equal, attention_with_weights(**call), want))
 
 

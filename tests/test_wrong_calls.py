@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fused_attention as fa
-from fused_attention import cli
+from fused_attention.tools import cli
 from test_dispatch import PACKED, PAGED, qkv
 from test_modules import HEADS, E, L, N, pair, sequence
 

@@ -17,11 +17,11 @@ from fused_attention import (
     kv_cache_append_,
     masked_softmax,
     masked_softmax_,
-    ops,
     reference,
-    testing,
 )
-from fused_attention.weights import attention_with_weights
+from fused_attention import operators as ops
+from fused_attention.attention_weights import attention_with_weights
+from fused_attention.tools import testing
 
 
 @contextlib.contextmanager

@@ -24,17 +24,12 @@ except ImportError as error:
     ) from error
 
 from ._version import __version__
-from .attention import (
-    attention,
-    dropout_mask,
-    merge_attention_states,
-    scaled_dot_product_attention,
-)
-from .backends import explain
+from .attention import attention, dropout_mask, merge_attention_states, scaled_dot_product_attention
 from .cache import kv_cache_append_
+from .call.backends import explain
 from .errors import ArgumentTypeError, ArgumentValueError
+from .integrations.patch import patch_sdpa
 from .modules import MultiheadAttention, replace_multihead_attention
-from .patch import patch_sdpa
 from .softmax import (
     ScaledMaskedSoftmax,
     ScaledSoftmax,

@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from . import ops
-from .backends import LEFT, MAX_PLANS, PLANS, TRITON, choose, plan_of_kernel
-from .errors import ArgumentTypeError, ArgumentValueError, argument_error, is_of_operator
-from .problem import (
+from . import operators as ops
+from .call.backends import LEFT, MAX_PLANS, PLANS, TRITON, choose, plan_of_kernel
+from .call.problem import (
     DTYPES,
     Plan,
     Problem,
@@ -38,6 +37,7 @@ from .problem import (
     wrong_type,
     wrong_value,
 )
+from .errors import ArgumentTypeError, ArgumentValueError, argument_error, is_of_operator
 
 # Bound once: looking these up costs as much as calling them.
 _is_compiling = torch.compiler.is_compiling

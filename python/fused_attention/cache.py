@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
-from .errors import argument_error, is_of_operator
-from .problem import (
+from . import operators as ops
+from .call.problem import (
     DTYPES,
     check_dtype,
     check_lengths,
@@ -24,6 +23,7 @@ from .problem import (
     shape_of,
     wrong_value,
 )
+from .errors import argument_error, is_of_operator
 
 
 def kv_cache_append_(

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .attention import attention
-from .backends import Explanation, explain
-from .errors import ArgumentTypeError, ArgumentValueError, describe_error
-from .problem import (
+from .attention_weights import attention_with_weights, weights_extra_bytes
+from .call.backends import Explanation, explain
+from .call.problem import (
     DTYPES,
     check_tensor,
     has_autocast,
@@ -30,7 +30,7 @@ from .problem import (
     shape_of,
     transform_is_active,
 )
-from .weights import attention_with_weights, weights_extra_bytes
+from .errors import ArgumentTypeError, ArgumentValueError, describe_error
 
 
 class ModuleArgumentError(ArgumentValueError, AssertionError):

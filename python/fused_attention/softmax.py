@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops
-from .memory import has_shared_elements, share_memory
-from .problem import (
+from . import operators as ops
+from .call.problem import (
     CAUSAL,
     DTYPES,
     as_vector,
@@ -37,7 +36,8 @@ from .problem import (
     transform_is_active,
     wrong_value,
 )
-from .softmax_tangents import softmax_gradients, softmax_tangents
+from .derivatives.softmax_tangents import softmax_gradients, softmax_tangents
+from .operators.memory import has_shared_elements, share_memory
 
 logger = logging.getLogger("fused_attention")
 _logged: set[str] = set()  # types of devices
@@ -190,7 +190,7 @@ def _options(
 
 
 def _has_kernel(input: Tensor) -> bool:
-    from .backends import CUDA, TRITON
+    from .call.backends import CUDA, TRITON
 
     if exports_onnx():
         return False

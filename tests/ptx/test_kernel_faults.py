@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: nothing to plant faults in")
 
-from fused_attention import testing
 from fused_attention.kernels import operators
+from fused_attention.tools import testing
 from ptx.device import Execution, PTXDevice, execute_launch
 from ptx.kernel_faults import FAULTS
 from ptx.test_kernels import COVERING, PHILOX

@@ -16,9 +16,10 @@ import fused_attention as fa
 import test_cache
 import test_triton_cache
 import test_triton_sequences as sequences
-from fused_attention import ops, testing
+from fused_attention import operators as ops
 from fused_attention.kernels import launch, operators
-from fused_attention.testing import Case
+from fused_attention.tools import testing
+from fused_attention.tools.testing import Case
 from ptx import SCHEDULES
 from ptx.device import PTXDevice
 from test_features import case_id

@@ -23,8 +23,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from .. import files
-from ..problem import wrong_value
+from ..call.problem import wrong_value
+from . import files
 
 DONE = "fetched"  # a file in a directory that is complete
 TIMEOUT = 600  # seconds, of one download

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import wrong_value
+from ..call.problem import wrong_value
 from .generate import generate
 from .maps import attention_maps
 from .pictures import View, alignment_plot

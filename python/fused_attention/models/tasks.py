@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import files
-from ..problem import wrong_value
-from . import captions, texts
+from ..call.problem import wrong_value
+from . import captions, files, texts
 from .attend import pack, pad
 from .fetch import directory
 from .generate import generate

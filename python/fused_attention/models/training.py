@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import files
-from ..problem import wrong_value
+from ..call.problem import wrong_value
+from . import files
 from .attend import Layout, Packed, Padded, pack, pad
 
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import ArgumentValueError
+from ..errors import ArgumentValueError
 
 if TYPE_CHECKING:
-    from .kernels.tiles import Arch, Tiles
+    from ..kernels.tiles import Arch, Tiles
 
 KERNELS = ("forward", "dkdv", "dq")
 HEAD_DIMS = (64, 128, 256)
@@ -52,7 +52,7 @@ def shared_bytes(kernel: str, tiles: Tiles, head_dim: int, itemsize: int) -> int
 def candidates(kernel: str, arch: Arch, head_dim: int, itemsize: int = 2) -> list[Tiles]:
     """Tiles whose scores and accumulators fit the registers of their warps, and whose memory fits a
     block."""
-    from .kernels.tiles import Tiles
+    from ..kernels.tiles import Tiles
 
     found = []
     blocks, warps, stages = (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
@@ -119,8 +119,8 @@ def problem(
 ) -> tuple[Callable[[str, Any], Any], dict[str, Sequence[Tensor]]]:
     """launch(kernel, tiles) for a call of TOKENS tokens and 2048 channels; and what each kernel
     writes."""
-    from .kernels import launch, operators
-    from .kernels.tiles import arch_of
+    from ..kernels import launch, operators
+    from ..kernels.tiles import arch_of
 
     heads = 2048 // head_dim
     shape = (TOKENS // SEQLEN, heads, SEQLEN, head_dim)
@@ -173,7 +173,7 @@ def times_of(
 def tune(dtype: torch.dtype, head_dims: Sequence[int], rounds: int = 20) -> list[Tuned]:
     """For the present GPU. ArgumentValueError without one."""
     device = require_gpu()
-    from .kernels.tiles import arch_of
+    from ..kernels.tiles import arch_of
 
     results = []
     for head_dim in head_dims:

@@ -23,17 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native, autograd, cuda
-from .errors import ArgumentValueError, describe_error
-from .problem import (
-    CAUSAL,
-    DTYPES,
-    FEATURES,
-    Plan,
-    Problem,
-    cast_for_autocast,
-    exports_onnx,
-)
+from .. import _native
+from ..derivatives import autograd
+from ..errors import ArgumentValueError, describe_error
+from ..operators import cuda
+from .problem import CAUSAL, DTYPES, FEATURES, Plan, Problem, cast_for_autocast, exports_onnx
 
 logger = logging.getLogger("fused_attention")
 
@@ -151,8 +145,8 @@ def _triton_missing() -> str:
 
 
 def _triton_details(problem: Problem) -> Details:
-    from .kernels.launch import decode_splits
-    from .kernels.tiles import arch_of, attention_tiles, decode_tiles
+    from ..kernels.launch import decode_splits
+    from ..kernels.tiles import arch_of, attention_tiles, decode_tiles
 
     heads, head_dim = problem.heads_q // max(problem.heads_kv, 1), problem.head_dim
     head_dim = max(head_dim, problem.head_dim_v)
@@ -192,7 +186,7 @@ def _triton_details(problem: Problem) -> Details:
 
 
 def _reference_plan(problem: Problem) -> Plan:
-    from .reference import attention_reference
+    from ..reference import attention_reference
 
     causal = next(name for name, number in CAUSAL.items() if number == problem.causal)
     names = "mask bias key_padding_mask alibi_slopes sinks philox softcap dropout_p".split()
@@ -316,7 +310,7 @@ def is_faster_in_triton(problem: Problem) -> bool:
     is_quick = problem.features <= _QUICK_IN_CUDA and problem.scale > 0
     if torch.compiler.is_compiling():  # for every length
         return not is_quick
-    from .kernels.tiles import MAX_DECODE_ROWS
+    from ..kernels.tiles import MAX_DECODE_ROWS
 
     rows = problem.heads_q // max(problem.heads_kv, 1) * problem.seqlen_q
     scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k

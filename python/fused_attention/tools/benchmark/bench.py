@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from .. import reference
+from ... import reference
 from ..console import Progress, table
-from ..implementations import NotOffered
+from ..foreign import NotOffered
 from ..testing import num_threads
 from .harness import Timing, extra_memory, interleave, machine, real_time_priority
 from .peers import OURS, Peer, bind

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .errors import ArgumentDtypeError, ArgumentTypeError, ArgumentValueError, describe_error
+from ..errors import ArgumentDtypeError, ArgumentTypeError, ArgumentValueError, describe_error
 
 MAX_INT64 = 2**63 - 1
 MAX_FLOAT64 = int(torch.finfo(torch.float64).max)

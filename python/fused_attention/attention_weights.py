@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, autograd, ops
-from .backends import CPU, CUDA, TRITON, choose
-from .problem import CAUSAL, Problem, as_4d, as_vector, cast_for_autocast
+from . import _native
+from . import operators as ops
+from .call.backends import CPU, CUDA, TRITON, choose
+from .call.problem import CAUSAL, Problem, as_4d, as_vector, cast_for_autocast
+from .derivatives import autograd
 
 
 def weights_extra_bytes(query: Tensor, bias: Tensor | None) -> int:

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .attention import sdpa
-from .backends import BACKENDS, CPU, REFERENCE
-from .problem import CAUSAL, as_4d, precision_number, wrong_type, wrong_value
+from .. import operators as ops
+from ..attention import sdpa
+from ..call.backends import BACKENDS, CPU, REFERENCE
+from ..call.problem import CAUSAL, as_4d, precision_number, wrong_type, wrong_value
 
 NAME = "fused_attention"  # in PyTorch's registry of flash attention implementations
 

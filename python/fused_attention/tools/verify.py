@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, testing
-from .attention import attention
-from .backends import BACKENDS, NAMES
+from .. import _native
+from ..attention import attention
+from ..call.backends import BACKENDS, NAMES
+from ..errors import ArgumentValueError
+from . import testing
 from .console import Progress, table
-from .errors import ArgumentValueError
-from .implementations import Implementation, NotOffered
+from .foreign import Implementation, NotOffered
 from .testing import CHANCE, DRAWS, Case, Error, Inputs, Results
 
 RANDOM_CASES = 2000  # of the whole matrix; --quick has none

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .attend import IMPLEMENTATIONS
-from .fetch import SOURCES
+from ..models.attend import IMPLEMENTATIONS
+from ..models.fetch import SOURCES
+from .console import write_json
 
 NEEDS = "pip install 'fused_attention[models]'"
 TASK_NAMES = ("translate", "summarize", "lm", "classify", "caption")
@@ -39,7 +40,7 @@ def guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.
 
 
 def fetch_sources(arguments: argparse.Namespace) -> int:
-    from .fetch import fetch
+    from ..models.fetch import fetch
 
     if not arguments.names:
         for name, source in SOURCES.items():
@@ -51,8 +52,8 @@ def fetch_sources(arguments: argparse.Namespace) -> int:
 
 
 def train_task(arguments: argparse.Namespace) -> int:
-    from .. import console
-    from .tasks import Settings, run
+    from ..models.tasks import Settings, run
+    from . import console
 
     settings = Settings(
         arguments.task,
@@ -100,7 +101,7 @@ def train_task(arguments: argparse.Namespace) -> int:
 
 def write_with_run(arguments: argparse.Namespace) -> int:
     """translate, summarize."""
-    from .tasks import ends, load_run, write
+    from ..models.tasks import ends, load_run, write
 
     model, tokenizer, _ = load_run(arguments.run_directory, arguments.attention)
     begin, end = ends(tokenizer)
@@ -117,9 +118,9 @@ def _show_attention(
     """Of the first text: what each written token looked at."""
     import torch
 
-    from .maps import attention_maps
-    from .pictures import View, attention_page, heat_map, make_views
-    from .tasks import encode
+    from ..models.maps import attention_maps
+    from ..models.pictures import View, attention_page, heat_map, make_views
+    from ..models.tasks import encode
 
     source = [*encode(tokenizer, arguments.texts[0]), end]
     target = [*encode(tokenizer, written), end]
@@ -140,11 +141,11 @@ def _show_attention(
 def generate_text(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .fetch import directory
-    from .generate import generate
-    from .pretrained import chat_prompt, load_smollm2
-    from .tasks import encode, load_run
-    from .texts import BEGIN, END
+    from ..models.fetch import directory
+    from ..models.generate import generate
+    from ..models.pretrained import chat_prompt, load_smollm2
+    from ..models.tasks import encode, load_run
+    from ..models.texts import BEGIN, END
 
     if arguments.run_directory:
         model, tokenizer, _ = load_run(arguments.run_directory, arguments.attention)
@@ -169,9 +170,9 @@ def generate_text(arguments: argparse.Namespace) -> int:
 
 
 def transcribe(arguments: argparse.Namespace) -> int:
-    from .fetch import directory
-    from .pretrained import load_whisper
-    from .speech import align_words, hear, read_wav
+    from ..models.fetch import directory
+    from ..models.pretrained import load_whisper
+    from ..models.speech import align_words, hear, read_wav
 
     model, tokenizer, lists = load_whisper(directory("whisper"), arguments.attention)
     for path in arguments.files:
@@ -187,17 +188,15 @@ def embed(arguments: argparse.Namespace) -> int:
     import torch
     import torch.nn.functional as F
 
-    from .fetch import directory
-    from .pretrained import load_minilm
-    from .tasks import mean_of_hidden
+    from ..models.fetch import directory
+    from ..models.pretrained import load_minilm
+    from ..models.tasks import mean_of_hidden
 
     model, tokenizer = load_minilm(directory("minilm"), arguments.attention)
     with torch.no_grad():
         tokens = [tokenizer.encode(text).ids for text in arguments.texts]
         embeddings = F.normalize(mean_of_hidden(model, tokens), dim=-1)
     if arguments.json:
-        from ..cli import write_json
-
         rows = zip(arguments.texts, embeddings.tolist(), strict=True)
         write_json(arguments.json, {"embeddings": [{"text": t, "embedding": e} for t, e in rows]})
     similarity = embeddings @ embeddings.T

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _native
+from .. import _native
 
 
 def _is_in_memory(x: Tensor) -> bool:

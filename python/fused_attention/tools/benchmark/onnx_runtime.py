@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..implementations import NotOffered
+from ..foreign import NotOffered
 from .shapes import Case, Inputs
 
 Forward = Callable[[], Tensor]

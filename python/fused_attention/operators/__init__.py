@@ -23,9 +23,9 @@ from torch._functorch.pyfunctorch import (
 )
 from torch.autograd.graph import increment_version
 
-from . import _native as _native  # defines the operators
-from .errors import ArgumentValueError
-from .problem import check_philox_seed
+from .. import _native as _native  # defines the operators
+from ..call.problem import check_philox_seed
+from ..errors import ArgumentValueError
 
 forward_plain = torch.ops.fused_attention.attention_forward_plain.default
 forward_plain_lse = torch.ops.fused_attention.attention_forward_plain_lse.default
@@ -319,7 +319,7 @@ def gpu_kernel(name: str) -> Callable[..., Any]:
 
     if name in IN_CUDA_LIBRARY and not cuda.missing():
         return getattr(getattr(torch.ops, cuda.NAMESPACE), name)
-    from .kernels import operators
+    from ..kernels import operators
 
     return getattr(operators, name)
 
@@ -575,7 +575,7 @@ def _softmax_vmap_rule(
         dims = dict(zip(call, in_dims, strict=False))
         samples, own_grad = info.batch_size, bool(call.get("bias_grad"))
         if call.get("sinks_grad"):
-            from .softmax_tangents import gradients_of_samples
+            from ..derivatives.softmax_tangents import gradients_of_samples
 
             gradients = gradients_of_samples(info, call, dims)
             return gradients, tuple(

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from . import ops
+from .. import operators as ops
 
-LIBRARY = Path(__file__).with_name("_cuda.so")
+LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 NAMESPACE = "fused_attention_cuda"
 OPERATORS: ops.Operators | None = None  # once they are loaded
 

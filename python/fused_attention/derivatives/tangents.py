@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from . import ops
-from .problem import check_transforms
+from .. import operators as ops
+from ..call.problem import check_transforms
 
 _BACKWARD_DEFAULTS = [argument.default_value for argument in ops.backward._schema.arguments]
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from . import ops
-from .problem import check_transforms
+from .. import operators as ops
+from ..call.problem import check_transforms
 
 _BLOCK = 1 << 17  # elements: a few of them fit a second-level cache
 Index = tuple[slice, ...]

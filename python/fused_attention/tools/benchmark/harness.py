@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
+from ... import __version__
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
-"""What the commands show: aligned tables, and progress on a terminal (with rich, where it is)."""
+"""What the commands show and write: aligned tables, progress on a terminal (with rich, where it
+is), files of results."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from ..errors import ArgumentValueError
 
 Progress = Callable[[str], None]  # called after each step, with what comes next
 
@@ -65,3 +69,12 @@ def _plain(total: int) -> Iterator[Progress]:
 
     yield step
     sys.stderr.write("\r" + " " * 60 + "\r")
+
+
+def write_json(path: str | None, document: dict[str, Any]) -> None:
+    if path:
+        try:
+            with open(path, "w") as file:
+                file.write(json.dumps(document, indent=1) + "\n")
+        except OSError as error:
+            raise ArgumentValueError(f"--json: {error}") from error

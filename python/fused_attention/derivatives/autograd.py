@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import cuda, ops
-from .problem import Plan, Problem, check_transforms, is_tracing
+from .. import operators as ops
+from ..call.problem import Plan, Problem, check_transforms, is_tracing
+from ..operators import cuda
 from .tangents import attention_gradients, attention_tangents
 
 _NOT_PACKED = (None,) * 6  # cu_seqlens_q, ... block_table

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, reference
-from .attention import attention
-from .problem import DTYPES as DTYPES
+from .. import _native, reference
+from ..attention import attention
+from ..call.problem import DTYPES as DTYPES
 
 Results = dict[str, Tensor]  # out, lse and the gradients, by name
 

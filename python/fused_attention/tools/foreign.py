@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ArgumentValueError
+from ..errors import ArgumentValueError
 
 SIGNATURES = ("attention", "sdpa")
 # What attention() does without the keyword: then it need not be passed.

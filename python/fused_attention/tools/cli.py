@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 
-from . import __version__, _native, backends
-from .backends import BACKENDS, REFERENCE, explain, feature_table
-from .errors import ArgumentTypeError, ArgumentValueError
-from .models.commands import CommandError, add_commands
-from .problem import DTYPES
+from .. import __version__, _native
+from ..call import backends
+from ..call.backends import BACKENDS, REFERENCE, explain, feature_table
+from ..call.problem import DTYPES
+from ..errors import ArgumentTypeError, ArgumentValueError
+from .console import write_json
+from .model_commands import CommandError, add_commands
 
 ENVIRONMENT_VARIABLES = (
     "FUSED_ATTENTION_BACKEND",
@@ -203,12 +205,12 @@ def features(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from . import console, implementations, verify
+    from . import console, foreign, verify
 
     if arguments.impl:
         if arguments.backend or arguments.isa:
             raise ArgumentValueError("--impl: expected without --backend and --isa, which are ours")
-        implementation = implementations.load(arguments.impl, arguments.signature)
+        implementation = foreign.load(arguments.impl, arguments.signature)
         targets = [verify.foreign_target(implementation)]
     else:
         targets = verify.own_targets(arguments.backend, arguments.isa)
@@ -224,12 +226,12 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    from . import console, implementations
+    from . import console, foreign
     from .benchmark import bench, peers, shapes
 
     implementation = None
     if arguments.impl:
-        implementation = implementations.load(arguments.impl, arguments.signature)
+        implementation = foreign.load(arguments.impl, arguments.signature)
     cases = shapes.QUICK if arguments.quick else shapes.FULL
     with console.progress(len(cases)) as step:
         report = bench.bench(
@@ -248,7 +250,7 @@ def tune(arguments: argparse.Namespace) -> int:
     from . import tune
 
     device, dtype = tune.require_gpu(), DTYPE_NAMES[arguments.dtype]
-    from .kernels.tiles import arch_of
+    from ..kernels.tiles import arch_of
 
     results = tune.tune(dtype, arguments.head_dims)
     arch = arch_of(device).name
@@ -257,15 +259,6 @@ def tune(arguments: argparse.Namespace) -> int:
     document = {"arch": arch, "dtype": arguments.dtype, "tiles": tune.report(results)}
     write_json(arguments.json, {**document, "machine": diagnose()})
     return 0
-
-
-def write_json(path: str | None, document: dict[str, Any]) -> None:
-    if path:
-        try:
-            with open(path, "w") as file:
-                file.write(json.dumps(document, indent=1) + "\n")
-        except OSError as error:
-            raise ArgumentValueError(f"--json: {error}") from error
 
 
 # -- main --------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attention import attention
-from ..implementations import Implementation, NotOffered
+from ...attention import attention
+from ..foreign import Implementation, NotOffered
 from .onnx_runtime import onnx_runtime
 from .shapes import Case, Inputs
 
@@ -128,7 +128,7 @@ def flex(case: Case, inputs: Inputs) -> Forward:
 
 
 def with_keywords(function: Callable[..., Tensor]) -> Peer:
-    """Ours, and what has its keywords (see `implementations`)."""
+    """Ours, and what has its keywords (see `foreign`)."""
 
     def peer(case: Case, inputs: Inputs) -> Forward:
         options = {

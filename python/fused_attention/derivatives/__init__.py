@@ -1,0 +1,1 @@
+"""Gradients, forward mode and second derivatives: autograd.Functions around the operators."""

@@ -1,0 +1,1 @@
+"""Doors that are others': what calls attention elsewhere comes to the kernels here."""
