@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..operators.arguments import Arguments
 from . import attention_backward, attention_decode, attention_weights, masked_softmax
 from . import tiles as tables
 from .attention_forward import attention_forward_kernel
@@ -179,31 +180,16 @@ def effective_softcap(softcap: float) -> float | None:
     return max(float(softcap), 2.0**-124) if 0 < softcap < 2.0**96 else None
 
 
-def describe(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    causal: int,
-    window_left: int,
-    window_right: int,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    philox: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout_p: float = 0.0,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    block_table: Tensor | None = None,
-) -> Call:
+def describe(query: Tensor, key: Tensor, arguments: Arguments) -> Call:
     """The arguments of the operators, as kernels take them.
 
     query [B, Hq, Sq, D], packed [1, Hq, Tq, D]; key alike, or pages [pages, Hkv, page size, D].
-    cu_seqlens_* and seqused_k are contiguous, and so are the rows of block_table.
     """
+    a = arguments
+    cu_seqlens_q, cu_seqlens_k, seqused_k, block_table = (
+        None if x is None else x.contiguous()
+        for x in (a.cu_seqlens_q, a.cu_seqlens_k, a.seqused_k, a.block_table)
+    )
     B, Hq, Sq, _ = query.shape
     Hkv, Sk = key.shape[1], key.shape[2]
     pages = None
@@ -218,11 +204,12 @@ def describe(
         return None if tokens < 0 or tokens > Sq + Sk else tokens
 
     padding = slopes = None
-    if key_padding_mask is not None:
-        strides = key_padding_mask.stride()
-        padding = Padding(key_padding_mask.view(torch.uint8), *strides)
-    if alibi_slopes is not None:
-        slopes = Slopes(alibi_slopes, alibi_slopes.shape[-1] if alibi_slopes.dim() == 2 else 0)
+    if a.key_padding_mask is not None:
+        strides = a.key_padding_mask.stride()
+        padding = Padding(a.key_padding_mask.view(torch.uint8), *strides)
+    if a.alibi_slopes is not None:
+        heads = a.alibi_slopes.shape[-1] if a.alibi_slopes.dim() == 2 else 0
+        slopes = Slopes(a.alibi_slopes, heads)
     return Call(
         B=B,
         Hq=Hq,
@@ -233,24 +220,20 @@ def describe(
         cu_seqlens_k=cu_seqlens_k,
         seqused_k=seqused_k,
         pages=pages,
-        scale=float(scale),
-        softcap=effective_softcap(softcap),
-        offset=None if causal == 2 else 0,
-        left=window(window_left),
-        right=0 if causal else window(window_right),
-        mask=scores(mask, None if mask is None else mask.view(torch.uint8)),
-        bias=scores(bias),
+        scale=float(a.scale),
+        softcap=effective_softcap(a.softcap),
+        offset=None if a.causal == 2 else 0,
+        left=window(a.window_left),
+        right=0 if a.causal else window(a.window_right),
+        mask=scores(a.mask, None if a.mask is None else a.mask.view(torch.uint8)),
+        bias=scores(a.bias),
         key_padding=padding,
         alibi=slopes,
-        sinks=sinks,
-        dropout=dropout_of(dropout_p, philox),
+        sinks=a.sinks,
+        dropout=dropout_of(a.dropout_p, a.philox),
         weights=None,
         whole_pages=None,
     )
-
-
-# From mask to dropout_p.
-NO_OPTIONS = (None, None, None, None, None, None, 0.0, 0.0)
 
 
 def for_tiles(call: Call, tiles: Tiles) -> Call:
@@ -344,11 +327,6 @@ def forward_launch(
     )
 
 
-def longest(hint: int | None, tokens: int) -> int:
-    """How long a packed sequence is at most: as the caller says, unless that cannot be."""
-    return hint if hint is not None and 0 < hint < tokens else tokens
-
-
 def decode_splits(
     B: int, heads_q: int, heads_kv: int, seqlen_q: int, seqlen_k: int, window: tuple[int, int]
 ) -> int:
@@ -363,6 +341,27 @@ def decode_splits(
         seqlen_k = min(seqlen_k, window[0] + seqlen_q + window[1])
     wanted = ceil_div(tables.DECODE_PROGRAMS, max(1, B * heads_kv))
     return max(1, min(wanted, seqlen_k // tables.MIN_SPLIT_KEYS))
+
+
+def splits_of(call: Call, heads_kv: int, arguments: Arguments) -> int:
+    """`decode_splits` of a call."""
+    if call.group * call.Sq >= LIMIT:  # the hint may be wrong, and 32 bits count the rows
+        return 0
+    left, right = (-1 if tokens is None else tokens for tokens in (call.left, call.right))
+    lengths = longest_sequences(call, arguments)
+    return decode_splits(call.B, call.Hq, heads_kv, *lengths, (left, right))
+
+
+def longest_sequences(call: Call, arguments: Arguments) -> tuple[int, int]:
+    """Queries and keys of the longest sequence, as far as is known."""
+
+    def longest(hint: int | None, tokens: int) -> int:
+        return hint if hint is not None and 0 < hint < tokens else tokens
+
+    if call.cu_seqlens_q is None:
+        return call.Sq, call.Sk
+    keys = call.Sk if call.pages is not None else longest(arguments.max_seqlen_k, call.Sk)
+    return longest(arguments.max_seqlen_q, call.Sq), keys
 
 
 def decode_launches(

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import operators
 from ..errors import ArgumentValueError, describe_error
+from ..operators.arguments import DIFFERENTIABLE, Arguments
 from ..operators.memory import has_shared_elements, share_memory
 from . import launch
 from .tiles import MAX_SOFTMAX_BLOCK, Tiles, arch_of, attention_tiles, softmax_tiles
@@ -50,6 +52,10 @@ class Layout(NamedTuple):
     packed: bool = False
     paged: bool = False
 
+    @staticmethod
+    def of(arguments: Arguments) -> Layout:
+        return Layout(arguments.cu_seqlens_q is not None, arguments.block_table is not None)
+
     def queries(self, x: Tensor) -> Tensor:
         """A view [B, H, S, D], packed [1, H, T, D]."""
         return x.transpose(0, 1).unsqueeze(0) if self.packed else x
@@ -68,169 +74,119 @@ class Layout(NamedTuple):
         return like.new_empty(like.shape) if self.paged else self.new(like, like.shape[-1])
 
 
-NOT_PACKED = (None,) * 6
+class Plan(NamedTuple):
+    """What a call runs, in order, on memory that it has: the launches, the results, and the working
+    memory, each buffer with its name."""
+
+    launches: list[launch.Launch]
+    results: tuple[Tensor, ...]
+    buffers: dict[str, Tensor]
+
+    def run(self) -> None:
+        for each in self.launches:
+            each.run()
 
 
-def _forward(
-    *inputs: Any,
-    with_lse: bool,
-    options: tuple[Any, ...] = launch.NO_OPTIONS,
-    places: tuple[Any, ...] = NOT_PACKED,
-) -> tuple[Tensor, Tensor | None]:
-    """inputs, options (from mask to dropout_p) and places (from cu_seqlens_q on): the arguments of
-    attention_forward, in order."""
-    query, key, value, scale, causal, window_left, window_right, precision = inputs
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table = places
-    layout = Layout(cu_seqlens_q is not None, block_table is not None)
+def plan_forward(
+    query: Tensor, key: Tensor, value: Tensor, arguments: Arguments, with_lse: bool
+) -> Plan:
+    """Results: out and, if asked for, lse."""
+    layout = Layout.of(arguments)
     result = layout.new(query, value.shape[-1])
     query, out = layout.queries(dense(query)), layout.queries(result)
     key, value = layout.keys(dense(key)), layout.keys(dense(value))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32) if with_lse else None
-    numbers = (scale, causal, window_left, window_right)
-    lengths = map(contiguous, (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table))
-    call = launch.describe(query, key, *numbers, *options, *lengths)
+    call = launch.describe(query, key, arguments)
     arch = arch_of(query.device)
-
-    longest_q, longest_k = call.Sq, call.Sk
-    if layout.packed:
-        longest_q = launch.longest(max_seqlen_q, call.Sq)
-        longest_k = call.Sk if layout.paged else launch.longest(max_seqlen_k, call.Sk)
-    window = (window_left, 0 if causal else window_right)
-    heads = (call.Hq, key.shape[1])
-    splits = launch.decode_splits(call.B, *heads, longest_q, longest_k, window)
-    if call.group * call.Sq >= launch.LIMIT:  # the hint may be wrong, and 32 bits count the rows
-        splits = 0
-    operands = (query, key, value, out, lse)
+    splits = launch.splits_of(call, key.shape[1], arguments)
+    operands, buffers = (query, key, value, out, lse), {}
     if splits == 0:
-        launches = [launch.forward_launch(*operands, call, precision, arch, OVERRIDE)]
+        launches = [launch.forward_launch(*operands, call, arguments.precision, arch, OVERRIDE)]
     else:
         parts: Any = (None, None, None)
         if splits > 1:
             sizes = (splits, out.shape[:-1].numel())
             acc = out.new_empty((*sizes, out.shape[-1]), dtype=torch.float32)
-            parts = (acc, *out.new_empty((2, *sizes), dtype=torch.float32))
+            limits = out.new_empty((2, *sizes), dtype=torch.float32)
+            buffers = {"partial sums of the splits": acc, "maxima and sums of the splits": limits}
+            parts = (acc, *limits)
+        longest_q, _ = launch.longest_sequences(call, arguments)
         launches = launch.decode_launches(
-            *operands, splits, parts, longest_q, call, precision, arch, OVERRIDE
+            *operands, splits, parts, longest_q, call, arguments.precision, arch, OVERRIDE
         )
-    for each in launches:
-        each.run()
-    return result, lse.squeeze(0) if lse is not None and layout.packed else lse
+    if lse is None:
+        return Plan(launches, (result,), buffers)
+    return Plan(launches, (result, lse.squeeze(0) if layout.packed else lse), buffers)
 
 
 def attention_forward_plain(query: Tensor, key: Tensor, value: Tensor, *numbers: Any) -> Tensor:
-    return _forward(query, key, value, *numbers, with_lse=False)[0]
+    plan = plan_forward(query, key, value, Arguments(*numbers), with_lse=False)
+    plan.run()
+    return plan.results[0]
 
 
-def attention_forward_plain_lse(
-    query: Tensor, key: Tensor, value: Tensor, *numbers: Any
-) -> tuple[Tensor, Tensor | None]:
-    return _forward(query, key, value, *numbers, with_lse=True)
+def attention_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Any:
+    plan = plan_forward(query, key, value, Arguments(*arguments), with_lse=True)
+    plan.run()
+    return plan.results
 
 
-def attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    causal: int,
-    window_left: int,
-    window_right: int,
-    precision: int,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    philox: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout_p: float = 0.0,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    seqused_k: Tensor | None = None,
-    block_table: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    numbers = (scale, causal, window_left, window_right, precision)
-    options = (mask, bias, key_padding_mask, alibi_slopes, sinks, philox, softcap, dropout_p)
-    places = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table)
-    inputs = (query, key, value, *numbers)
-    return _forward(*inputs, with_lse=True, options=options, places=places)
+attention_forward_plain_lse = attention_forward
 
 
-def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: int,
-    window_left: int,
-    window_right: int,
-    precision: int,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    philox: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout_p: float = 0.0,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    seqused_k: Tensor | None = None,
-    block_table: Tensor | None = None,
-    bias_grad: bool = False,
-    sinks_grad: bool = False,
-    grad_weights: Tensor | None = None,
-    average_weights: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layout = Layout(cu_seqlens_q is not None, block_table is not None)
+def plan_backward(call: dict[str, Any]) -> Plan:
+    """call: the arguments of attention_backward by name. Results: its results, in order."""
+    arguments = Arguments(**{name: call[name] for name in Arguments._fields})
+    query, key, value = call["query"], call["key"], call["value"]
+    lse, grad_lse = call["lse"], call["grad_lse"]
+    layout = Layout.of(arguments)
     grad_query = layout.new(query, query.shape[-1])
     grad_key, grad_value = layout.new_keys(key), layout.new_keys(value)
     dq, dk, dv = layout.queries(grad_query), layout.keys(grad_key), layout.keys(grad_value)
-    query, out, grad_out = (layout.queries(dense(x)) for x in (query, out, grad_out))
+    query, out, grad_out = (
+        layout.queries(dense(x)) for x in (query, call["out"], call["grad_out"])
+    )
     key, value = layout.keys(dense(key)), layout.keys(dense(value))
     if layout.packed:
         lse = lse.unsqueeze(0)
         grad_lse = None if grad_lse is None else grad_lse.unsqueeze(0)
-    options: tuple[Any, ...] = (
-        mask,
-        bias,
-        key_padding_mask,
-        alibi_slopes,
-        sinks,
-        philox,
-        softcap,
-        dropout_p,
-    )
-    lengths = map(contiguous, (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table))
-    numbers = (scale, causal, window_left, window_right)
-    call = launch.describe(query, key, *numbers, *options, *lengths)
-    weights = launch.weights_gradient(grad_weights, average_weights, call.Hq)
-    call = call._replace(weights=weights)
+    described = launch.describe(query, key, arguments)
+    weights = launch.weights_gradient(call["grad_weights"], call["average_weights"], described.Hq)
+    described = described._replace(weights=weights)
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    dsinks = lse.new_empty(0)
-    if sinks_grad:
-        assert sinks is not None
-        dsinks = lse.new_zeros(sinks.shape)
+    buffers = {"delta": delta}
+    dsinks, dbias = lse.new_empty(0), query.new_empty(0)
+    if call["sinks_grad"]:
+        assert arguments.sinks is not None
+        dsinks = lse.new_zeros(arguments.sinks.shape)
     arch = arch_of(query.device)
-    for each in launch.backward_launches(
+    users = page_users(described)
+    if users[0] is not None:
+        buffers |= {"users of the pages": users[0], "first users of the pages": users[1]}
+    launches = launch.backward_launches(
         query, key, value, out, grad_out, grad_lse, lse, delta, dq, dk, dv,
-        dsinks if sinks_grad else None, call, precision, arch, OVERRIDE, page_users(call),
-    ):  # fmt: skip
-        each.run()
-    dbias = query.new_empty(0)
-    if bias_grad:
+        dsinks if call["sinks_grad"] else None, described, arguments.precision, arch, OVERRIDE,
+        users,
+    )  # fmt: skip
+    if call["bias_grad"]:
+        bias = arguments.bias
         assert bias is not None
-        dbias = _bias_gradient(bias, query, key, value, grad_out, lse, delta, call, precision)
-    return grad_query, grad_key, grad_value, dbias, dsinks
+        dbias = bias.new_empty(bias.shape)
+        operands = (query, key, value, grad_out, lse, delta)
+        of_bias = _plan_bias_gradient(dbias, *operands, described, arguments.precision)
+        launches, buffers = launches + of_bias.launches, buffers | of_bias.buffers
+    return Plan(launches, (grad_query, grad_key, grad_value, dbias, dsinks), buffers)
+
+
+def attention_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    plan = plan_backward(operators.arguments(operators.backward, args, kwargs))
+    plan.run()
+    parts = plan.buffers.get("parts of the bias' gradient")
+    if parts is not None:
+        dbias = plan.results[DIFFERENTIABLE.index("bias")]
+        dbias.copy_(parts.sum(0))
+    return plan.results
 
 
 def page_users(call: launch.Call) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -252,55 +208,49 @@ def page_users(call: launch.Call) -> tuple[Tensor, Tensor] | tuple[None, None]:
     return users, torch.searchsorted(pages, every)
 
 
-def _bias_gradient(
-    bias: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, lse: Tensor,
+def _plan_bias_gradient(
+    dbias: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, lse: Tensor,
     delta: Tensor, call: launch.Call, precision: int,
-) -> Tensor:  # fmt: skip
+) -> Plan:  # fmt: skip
     B, Hq, Sq, D = query.shape
     Sk = call.Sk
     if B * Hq * Sq * Sk == 0:
-        return bias.new_zeros(bias.shape)
+        dbias.zero_()
+        return Plan([], (dbias,), {})
     arch = arch_of(query.device)
     head_dim = max(D, value.shape[-1])
     tiles = OVERRIDE or attention_tiles("dq", arch, query.dtype, head_dim, per_score=True)
     blocks = (launch.ceil_div(Sq, tiles.block_m), launch.ceil_div(Sk, tiles.block_n))
-    chunks = launch.BiasGradient.of(bias.shape, B, Hq, *blocks).chunks
-    dbias = bias.new_empty(bias.shape)
-    parts = bias.new_empty((chunks, *bias.shape), dtype=torch.float32) if chunks > 1 else dbias
+    chunks = launch.BiasGradient.of(dbias.shape, B, Hq, *blocks).chunks
+    parts, buffers = dbias, {}
+    if chunks > 1:
+        parts = dbias.new_empty((chunks, *dbias.shape), dtype=torch.float32)
+        buffers = {"parts of the bias' gradient": parts}
     operands = (query, key, value, grad_out, lse, delta, parts, chunks, call, precision, arch)
-    launch.dbias_launch(*operands, tiles).run()
-    return parts.sum(0).to(bias.dtype) if chunks > 1 else dbias
+    return Plan([launch.dbias_launch(*operands, tiles)], (dbias,), buffers)
 
 
-def attention_weights(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: int,
-    window_left: int,
-    window_right: int,
-    average: bool,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    philox: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    query, key = dense(query), dense(key)
-    masks = (mask, bias, key_padding_mask, alibi_slopes)
-    options: tuple[Any, ...] = (*masks, None, philox, softcap, dropout_p)
-    call = launch.describe(query, key, scale, causal, window_left, window_right, *options)
-    weights = query.new_empty((call.B, 1 if average else call.Hq, call.Sq, call.Sk))
-    if call.Hq == 0:
+def plan_weights(call: dict[str, Any]) -> Plan:
+    """call: the arguments of attention_weights by name."""
+    given = {name: call[name] for name in Arguments._fields if name in call}
+    arguments = Arguments(**given, precision=HIGHEST)
+    query, key, average = dense(call["query"]), dense(call["key"]), call["average"]
+    described = launch.describe(query, key, arguments)
+    shape = (described.B, 1 if average else described.Hq, described.Sq, described.Sk)
+    weights = query.new_empty(shape)
+    result = weights.squeeze(1) if average else weights
+    if described.Hq == 0:
         weights.zero_()
-    else:
-        arch = arch_of(query.device)
-        operands = (query, key, lse.contiguous(), weights, call)
-        launch.weights_launch(*operands, HIGHEST, arch, OVERRIDE).run()
-    return weights.squeeze(1) if average else weights
+        return Plan([], (result,), {})
+    operands = (query, key, call["lse"].contiguous(), weights, described)
+    each = launch.weights_launch(*operands, HIGHEST, arch_of(query.device), OVERRIDE)
+    return Plan([each], (result,), {})
+
+
+def attention_weights(*args: Any, **kwargs: Any) -> Tensor:
+    plan = plan_weights(operators.arguments(operators.weights, args, kwargs))
+    plan.run()
+    return plan.results[0]
 
 
 def dropout_keep_mask(

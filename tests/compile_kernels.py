@@ -59,6 +59,7 @@ def launches(request: Request) -> list[Any]:
     import torch
 
     from fused_attention.kernels import launch, operators, tiles
+    from fused_attention.operators.arguments import Arguments
 
     arch, dtype = tiles.ARCHS[request.target], getattr(torch, request.dtype)
     B, Hq, D, Dv = 2, 4, request.D, request.Dv or request.D
@@ -119,18 +120,24 @@ def launches(request: Request) -> list[Any]:
     call = launch.describe(
         query,
         key,
-        request.scale,
-        request.causal,
-        *request.window,
-        broadcast(request.mask, torch.bool),
-        bias,
-        meta(B, request.Sk, dtype=torch.bool) if request.key_padding else None,
-        heads if request.alibi else None,
-        heads if request.sinks else None,
-        meta(2, dtype=torch.int64),
-        request.softcap,
-        request.dropout_p,
-        *(lengths, lengths, used, table),
+        Arguments(
+            request.scale,
+            request.causal,
+            *request.window,
+            request.precision,
+            mask=broadcast(request.mask, torch.bool),
+            bias=bias,
+            key_padding_mask=meta(B, request.Sk, dtype=torch.bool) if request.key_padding else None,
+            alibi_slopes=heads if request.alibi else None,
+            sinks=heads if request.sinks else None,
+            philox=meta(2, dtype=torch.int64),
+            softcap=request.softcap,
+            dropout_p=request.dropout_p,
+            cu_seqlens_q=lengths,
+            cu_seqlens_k=lengths,
+            seqused_k=used,
+            block_table=table,
+        ),
     )
     rest = (call, request.precision, arch)
     dsinks = heads if request.sinks else None

@@ -2,6 +2,7 @@
 
 import torch
 
+from fused_attention.call.options import Options
 from fused_attention.call.problem import Problem
 from fused_attention.tools import testing
 from fused_attention.tools.testing import Case
@@ -82,17 +83,22 @@ SEQUENCES = {
 }  # fmt: skip
 
 
+def problem_of(query, key, value, **options) -> Problem:
+    """As `attention` describes a call with these arguments."""
+    return Problem.from_call(query, key, value, Options(**options))
+
+
 def features_of_sequences(name: str, **options) -> frozenset[str]:
     """The same of a call of SEQUENCES."""
     tensors, given = SEQUENCES[name]
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
-    return Problem.from_call(**leaves, **given, **options).features
+    return problem_of(**leaves, **given, **options).features
 
 
 def features_of(case: Case, **options) -> frozenset[str]:
     """The names in `problem.FEATURES` that a call of this case uses."""
     inputs = testing.make_inputs(case)
-    return Problem.from_call(**inputs.differentiable(), **inputs.keywords, **options).features
+    return problem_of(**inputs.differentiable(), **inputs.keywords, **options).features
 
 
 def finite(results):

@@ -20,11 +20,14 @@ import cuda_interpreter
 import nothing_seen
 import test_triton_sequences as sequences
 from cuda_interpreter import interpreted
+from feature_cases import problem_of
 from fused_attention import reference
 from fused_attention.call import backends
 from fused_attention.call.backends import CUDA
-from fused_attention.call.problem import CAUSAL, FEATURES, Problem
-from fused_attention.derivatives import autograd
+from fused_attention.call.explain import details_of
+from fused_attention.call.options import Options
+from fused_attention.call.plan import run as run_plan
+from fused_attention.call.problem import CAUSAL, FEATURES
 from fused_attention.operators import cuda
 from fused_attention.tools import testing
 from fused_attention.tools.testing import Case
@@ -908,12 +911,12 @@ def test_gradients_go_through_autograd(kind, return_lse):
     case = Case(dtype=torch.float16, B=1, Sq=20, Sk=30, D=32, Dv=32, causal="bottom_right")
     inputs = testing.make_inputs(case)
     leaves = list(inputs.differentiable().values())
-    problem = Problem.from_call(*leaves, causal="bottom_right", return_lse=return_lse)
+    problem = problem_of(*leaves, causal="bottom_right", return_lse=return_lse)
+
+    options = Options(causal="bottom_right", return_lse=return_lse)
 
     def call(*leaves):
-        plan = autograd.plan_cuda(problem)
-        rest = () if plan.is_plain else (*(None,) * 6, 0.0, 0.0)
-        return plan.operator(*leaves, *plan.numbers, *rest)
+        return run_plan(CUDA.plan(problem), *leaves, options)
 
     function = torch.compile(call, backend="aot_eager") if kind == "compiled" else call
     with interpreted() as runs:
@@ -937,7 +940,7 @@ def test_gradients_go_through_autograd(kind, return_lse):
 def test_the_row_gives_honest_reasons(loaded, monkeypatch):
     q, k, v = qkv(dtype=torch.float64, D=300, Dv=20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    reasons = CUDA.supports(Problem.from_call(q, k, v))
+    reasons = CUDA.refuses(problem_of(q, k, v))
     assert [reason.split(":")[0] for reason in reasons] == [
         "no CUDA device", "device cpu", "dtype torch.float64", "query's head_dim 300",
     ]  # fmt: skip
@@ -956,12 +959,12 @@ def test_the_row_gives_honest_reasons(loaded, monkeypatch):
 def test_the_row_serves_what_is_on_a_gpu(loaded, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    on_gpu = dataclasses.replace(Problem.from_call(*qkv()), device=torch.device("cuda"))
-    assert CUDA.supports(on_gpu) == [] and backends.choose(on_gpu) is CUDA
-    assert CUDA.details(on_gpu).kernel == "attention_forward"
+    on_gpu = dataclasses.replace(problem_of(*qkv()), device=torch.device("cuda"))
+    assert CUDA.refuses(on_gpu) == [] and backends.choose(on_gpu) is CUDA
+    assert details_of(CUDA, on_gpu).kernel == "attention_forward"
     assert CUDA.plan(on_gpu).operator is cuda.operators().direct_forward_plain
     everything = dataclasses.replace(on_gpu, features=frozenset(FEATURES))
-    assert CUDA.supports(everything) == []
+    assert CUDA.refuses(everything) == []
     big = {"batch": 8, "heads_q": 16, "heads_kv": 16, "seqlen_q": 2048, "seqlen_k": 2048}
     few = {"batch": 64, "heads_q": 32, "heads_kv": 8, "seqlen_q": 1, "seqlen_k": 8192}
     for changes, triton in (
@@ -974,7 +977,7 @@ def test_the_row_serves_what_is_on_a_gpu(loaded, monkeypatch):
     ):
         problem = dataclasses.replace(on_gpu, **changes)
         row = backends.TRITON if triton and not backends.TRITON.missing() else CUDA
-        assert backends.choose(problem) is row and backends.is_faster_in_triton(problem) == triton
+        assert backends.choose(problem) is row and bool(CUDA.prefers(problem)) == triton
     wide = dataclasses.replace(on_gpu, head_dim=512, dtype=torch.float64)
-    reasons = CUDA.supports(wide)
+    reasons = CUDA.refuses(wide)
     assert reasons[0].startswith("dtype torch.float64: only") and "head_dim 512" in reasons[1]

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused_attention
+from feature_cases import problem_of
 from fused_attention import ArgumentValueError, attention, explain
 from fused_attention import operators as ops
-from fused_attention.call import backends
-from fused_attention.call.backends import BACKENDS, CPU, NAMES, PLANS, REFERENCE
-from fused_attention.call.problem import FEATURES, Problem
+from fused_attention.call import backends, plan
+from fused_attention.call.backends import BACKENDS, CPU, NAMES, PLANS, REFERENCE, TASKS
+from fused_attention.call.explain import details_of
+from fused_attention.call.problem import DTYPES, FEATURES, Problem
 from fused_attention.operators import cuda
 from fused_attention.reference import attention_reference
 
@@ -92,7 +94,7 @@ def test_causal_true_where_lengths_agree():
 
 def test_features_of_a_problem():
     def features(arguments, **options):
-        return set(Problem.from_call(**arguments, **options).features)
+        return set(problem_of(**arguments, **options).features)
 
     plain = qkv(Hkv=4)
     bias, sinks = randn(5, 7, requires_grad=True), randn(4, requires_grad=True)
@@ -135,23 +137,23 @@ def test_features_of_a_problem():
 def test_table_is_in_order_and_consistent():
     assert NAMES == ("cuda", "triton", "cpu", "reference")
     for row in BACKENDS:
-        assert row.features <= set(FEATURES)
-        if row.plan is None:
-            assert not row.features and not row.dtypes
+        assert set(row.services) <= set(TASKS) and "attention" in row.services
+        for service in row.services.values():
+            assert service.lacks <= set(FEATURES) and set(service.dtypes) <= set(DTYPES)
 
 
 def test_auto_takes_the_first_row_without_a_reason():
-    problem = Problem.from_call(**qkv())
-    assert CPU.supports(problem) == []
+    problem = problem_of(**qkv())
+    assert CPU.refuses(problem) == []
     assert backends.choose(problem) is CPU
-    assert backends.choose(Problem.from_call(**PACKED)) is CPU
-    assert backends.choose(Problem.from_call(**WIDE)) is REFERENCE
+    assert backends.choose(problem_of(**PACKED)) is CPU
+    assert backends.choose(problem_of(**WIDE)) is REFERENCE
 
 
 def test_every_reason_is_given():
     arguments = qkv(D=600, Dv=513)
     on_meta = {name: x.to("meta") for name, x in arguments.items()}
-    reasons = CPU.supports(Problem.from_call(**on_meta))
+    reasons = CPU.refuses(problem_of(**on_meta))
     assert [reason.split(":")[0] for reason in reasons] == [
         "device meta",
         "query's head_dim 600",
@@ -389,7 +391,7 @@ def test_float32_precision_reaches_the_operator(monkeypatch):
     row = backends.CPU
 
     def plan(problem):
-        numbers.append(problem.precision)
+        numbers.append(problem.numbers.precision)
         return original(problem)
 
     object.__setattr__(row, "plan", plan)
@@ -407,9 +409,7 @@ def test_float32_precision_reaches_the_operator(monkeypatch):
 
 
 def test_plans_are_bounded(monkeypatch):
-    import sys
-
-    monkeypatch.setattr(sys.modules["fused_attention.attention"], "MAX_PLANS", 3)
+    monkeypatch.setattr(plan, "MAX_PLANS", 3)
     for n in range(1, 9):
         attention(**qkv(Sq=n))
         assert 0 < len(PLANS) <= 3
@@ -517,9 +517,9 @@ def test_states_of_parts_merge_to_the_whole():
 def test_state_of_dropout_follows_the_generator():
     query = randn(1)
     torch.manual_seed(1)
-    first, second = (ops.philox_state(query, query, query) for _ in range(2))
+    first, second = (ops.philox_state(query) for _ in range(2))
     torch.manual_seed(1)
-    assert torch.equal(ops.philox_state(query, query, query), first)
+    assert torch.equal(ops.philox_state(query), first)
     assert first.dtype == torch.int64 and first.shape == (2,) and not torch.equal(first, second)
 
 
@@ -536,8 +536,8 @@ def test_triton_gives_its_reasons(monkeypatch):
     from fused_attention.call.backends import TRITON
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    problem = Problem.from_call(**{k: x.double() for k, x in qkv(D=320, Dv=20).items()})
-    first, *others = TRITON.supports(problem)
+    problem = problem_of(**{k: x.double() for k, x in qkv(D=320, Dv=20).items()})
+    first, *others = TRITON.refuses(problem)
     assert first in ("no CUDA device", "triton not installed")
     assert [reason.split(":")[0] for reason in others] == [
         "device cpu",
@@ -558,24 +558,24 @@ def test_triton_serves_what_is_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if TRITON.missing():
         pytest.skip("triton not installed")
-    problem = Problem.from_call(**qkv())
+    problem = problem_of(**qkv())
     on_gpu = dataclasses.replace(problem, device=torch.device("cuda"))
-    assert TRITON.supports(on_gpu) == [] and backends.choose(on_gpu) is TRITON
-    assert "device cpu: only cuda" in TRITON.supports(problem)
+    assert TRITON.refuses(on_gpu) == [] and backends.choose(on_gpu) is TRITON
+    assert "device cpu: only cuda" in TRITON.refuses(problem)
     monkeypatch.setattr("fused_attention.kernels.tiles.arch_of", lambda device: ARCHS["sm_90"])
-    details = TRITON.details(on_gpu)
+    details = details_of(TRITON, on_gpu)
     assert details.isa == "sm_90" and details.block_m > 0 and details.block_n > 0
     assert details.kernel == "attention_decode" and "in 1 splits" in details.reason
     long = dataclasses.replace(on_gpu, seqlen_q=1, seqlen_k=100_000)
-    parts = TRITON.details(long).extra_bytes
+    parts = details_of(TRITON, long).extra_bytes
     lse_bytes = 4 * long.batch * long.heads_q
     assert parts > 2 * lse_bytes * long.head_dim_v and parts % lse_bytes == 0
     prompt = dataclasses.replace(on_gpu, seqlen_q=1000)
-    assert TRITON.details(prompt).kernel == "attention_forward"
+    assert details_of(TRITON, prompt).kernel == "attention_forward"
     packed = {"query": randn(9, 4, 8), "key": randn(9, 2, 8), "value": randn(9, 2, 8)}
     cu = torch.tensor([0, 4, 9], dtype=torch.int32)
-    problem = Problem.from_call(**packed, cu_seqlens_q=cu, cu_seqlens_k=cu, seqused_k=cu[1:])
-    assert TRITON.supports(dataclasses.replace(problem, device=torch.device("cuda"))) == []
+    problem = problem_of(**packed, cu_seqlens_q=cu, cu_seqlens_k=cu, seqused_k=cu[1:])
+    assert TRITON.refuses(dataclasses.replace(problem, device=torch.device("cuda"))) == []
 
 
 def test_fake_cuda_tensors_go_through_the_operators():

@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from feature_cases import problem_of
 from fused_attention import _native, attention
 from fused_attention.call.backends import BACKENDS
-from fused_attention.call.problem import FEATURES, Problem
+from fused_attention.call.problem import FEATURES
 from fused_attention.tools import testing
 from fused_attention.tools.testing import Case
 
@@ -39,10 +40,7 @@ def target_id(target) -> str:
 
 # (row, ISA or None): what runs on this machine
 TARGETS = [
-    (row, isa)
-    for row in BACKENDS
-    if row.plan
-    for isa in (_native.isas() if row.name == "cpu" else [None])
+    (row, isa) for row in BACKENDS for isa in (_native.isas() if row.name == "cpu" else [None])
 ]
 PAIRS = testing.pairs_of_features()
 
@@ -50,12 +48,12 @@ PAIRS = testing.pairs_of_features()
 def check_or_refuse(row, case: Case, factor: float) -> None:
     inputs = testing.make_inputs(case)
     call = {k: v for k, v in inputs.options.items() if k != "philox"}
-    problem = Problem.from_call(**inputs.differentiable(), **call, return_lse=True)
-    if row.supports(problem):
+    problem = problem_of(**inputs.differentiable(), **call, return_lse=True)
+    if row.refuses(problem):
         with pytest.raises(NotImplementedError) as refusal:
             testing.run(inputs, backend=row.name)
         for name in FEATURES:
-            if name in problem.features - row.features:
+            if name in problem.features & row.services["attention"].lacks:
                 assert name in str(refusal.value)
         return
     assert not testing.check(case, factor, backend=row.name)
@@ -209,8 +207,3 @@ def test_float32_gradients_on_tiles(case):
     assert errors[0] <= errors[1] <= errors[2]
     if case is ON_TILES[-1]:  # in others, masks may hide all
         assert errors[0] < errors[1] < errors[2]
-
-
-def test_table_declares_known_features_only():
-    for row in BACKENDS:
-        assert row.features <= set(FEATURES), row.name

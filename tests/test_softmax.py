@@ -11,7 +11,8 @@ from torch.autograd import gradcheck
 import fused_attention as fa
 from fused_attention import _native, reference
 from fused_attention import operators as ops
-from fused_attention.softmax import MaskedSoftmaxFunction, logger
+from fused_attention.call import backends
+from fused_attention.softmax import MaskedSoftmaxFunction
 from fused_attention.tools import testing
 
 DTYPES = testing.DTYPES
@@ -483,24 +484,21 @@ def test_autocast():
     assert torch.equal(out, fa.masked_softmax(x.bfloat16(), scale=0.3))
 
 
-def test_other_devices_are_served_by_the_reference(monkeypatch, caplog):
-    """No such device here: a CPU is taken for one without a kernel."""
-    from fused_attention import softmax
-
-    served = []
-    original = softmax._reference
-    monkeypatch.setattr(softmax, "_logged", set())
-
+def test_what_no_kernel_serves_the_reference_does(monkeypatch, caplog):
     x, sinks = randn(2, 3, 4, 5), randn(3)
-    options = (None, None, sinks, PHILOX, 0.2)
-    with caplog.at_level("WARNING", logger=logger.name):
-        for _ in range(2):
-            served.append(original(x, 0.5, 1, options))
-    assert len(caplog.records) == 1
-    expected = fa.masked_softmax(
-        x, scale=0.5, causal="top_left", sinks=sinks, dropout_p=0.2, philox_seed=PHILOX
-    )
-    torch.testing.assert_close(served[0], expected)
+    options = {"causal": "top_left", "sinks": sinks, "dropout_p": 0.2, "philox_seed": PHILOX}
+    expected = fa.masked_softmax(x, scale=0.5, **options)
+    others = {name: x for name, x in backends.CPU.services.items() if name != "masked_softmax"}
+    with monkeypatch.context() as patch:
+        patch.setitem(backends.CPU.__dict__, "services", others)
+        backends.read_environment()
+        with caplog.at_level("WARNING", logger=backends.logger.name):
+            for _ in range(2):
+                out = fa.masked_softmax(x, scale=0.5, **options)
+                assert fa.masked_softmax_(x.clone(), scale=0.5, **options).equal(out)
+    backends.read_environment()
+    assert len(caplog.records) == 1 and "cpu: masked softmax: not built" in caplog.text
+    torch.testing.assert_close(out, expected)
 
 
 # -- Megatron-LM and apex ----------------------------------------------------------------

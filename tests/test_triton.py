@@ -22,6 +22,7 @@ from fused_attention import operators as ops
 from fused_attention import reference
 from fused_attention.kernels import launch, operators, tiles
 from fused_attention.kernels.primitives import packed_block, visible_block_range
+from fused_attention.operators.arguments import Arguments
 from fused_attention.tools import testing
 from fused_attention.tools.testing import Case
 from test_features import case_id
@@ -401,7 +402,7 @@ def test_offsets_beyond_2_to_the_31():
     key.copy_(torch.randn(1, 1, 5, 16))
     value = key.flip(2).contiguous()
     query = torch.randn(1, 1, 2, 16).half()
-    call = launch.describe(query, key, 1.0, 0, -1, -1)
+    call = launch.describe(query, key, Arguments(1.0, 0, -1, -1, 0))
     wide = launch.forward_launch(query, key, value, query, None, call, 0, tiles.INTERPRETER, SMALL)
     assert wide.constants["INDEX"] is tl.int64
     out, lse = forward(query, key, value)
@@ -452,7 +453,7 @@ def meta(*shape, dtype=torch.float16):
 def test_a_launch_is_a_function_of_shapes_and_strides():
     query, key = meta(2, 8, 1000, 64), meta(2, 2, 777, 64)
     lse = meta(2, 8, 1000, dtype=torch.float32)
-    call = launch.describe(query, key, 0.125, 2, -1, -1)
+    call = launch.describe(query, key, Arguments(0.125, 2, -1, -1, 0))
     assert (call.Hq, call.group, call.Sq, call.Sk) == (8, 4, 1000, 777)
     assert (call.offset, call.left, call.right, call.softcap) == (None, None, 0, None)
     arch = tiles.ARCHS["sm_80"]
@@ -463,7 +464,7 @@ def test_a_launch_is_a_function_of_shapes_and_strides():
     assert one.constants["PLAIN"] and not one.constants["EVEN_N"]
     assert one.constants["BLOCK_D"] == 64 and one.constants["INDEX"] is tl.int32
     assert one == launch.forward_launch(query, key, key, query, lse, call, 0, arch)
-    windows = launch.describe(query, key, 0.125, 0, 5, 10**6)
+    windows = launch.describe(query, key, Arguments(0.125, 0, 5, 10**6, 0))
     assert (windows.left, windows.right) == (5, None)
     assert not launch.forward_launch(
         query, key, key, query, lse, call._replace(scale=-1.0), 0, arch
@@ -519,9 +520,8 @@ def test_whose_tiles_come_by_descriptor(name):
         x = torch.empty(B * H * S * D + 1, dtype=x.dtype)[1:].view(B, H, S, D)
     if "expand" in how:
         x = x[:, :1].expand(-1, H, -1, -1)
-    call = launch.describe(
-        x, x, 0.125, 0, -1, -1, mask=how.get("mask"), key_padding_mask=how.get("key_padding")
-    )
+    masks = {"mask": how.get("mask"), "key_padding_mask": how.get("key_padding")}
+    call = launch.describe(x, x, Arguments(0.125, 0, -1, -1, 0, **masks))
     one = launch.descriptor(x, 128, call, tiles.ARCHS[how["arch"]])
     assert (one is not None) == expected
     if one is not None:
@@ -533,7 +533,7 @@ def test_whose_tiles_come_by_descriptor(name):
 def test_tiles_that_cross_pages_do_not_come_by_descriptor():
     query, pages = meta(2, 4, 9, 64), meta(99, 48, 2, 64).transpose(1, 2)
     table = meta(2, 7, dtype=torch.int32)
-    call = launch.describe(query, pages, 0.125, 0, -1, -1, block_table=table)
+    call = launch.describe(query, pages, Arguments(0.125, 0, -1, -1, 0, block_table=table))
     for block, expected in ((16, True), (32, False)):
         own = launch.for_tiles(call, tiles.Tiles(64, block, 4, 2))
         one = launch.descriptor(pages, block, own, tiles.ARCHS["sm_90"])
@@ -545,7 +545,7 @@ def test_warps_are_specialized_only_where_the_compiler_takes_it():
     special = tiles.Tiles(128, 128, 8, 2, warp_specialize=True)
 
     def is_special(x, causal, arch, chosen=special):
-        call = launch.describe(x, x, 0.125, causal, -1, -1)
+        call = launch.describe(x, x, Arguments(0.125, causal, -1, -1, 0))
         one = launch.forward_launch(x, x, x, x, lse, call, 0, tiles.ARCHS[arch], chosen)
         return one.constants["SPECIALIZE"]
 
@@ -565,7 +565,7 @@ def test_strides_of_broadcast_operands_are_zero():
 def test_precision_of_float32_products(arch):
     """ "highest" is never TF32."""
     query = meta(1, 1, 64, 64, dtype=torch.float32)
-    call = launch.describe(query, query, 0.125, 0, -1, -1)
+    call = launch.describe(query, query, Arguments(0.125, 0, -1, -1, 0))
     names = [
         launch.forward_launch(
             query, query, query, query, None, call, precision, tiles.ARCHS[arch]

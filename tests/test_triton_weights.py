@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from fused_attention.kernels import launch, operators, tiles
+from fused_attention.operators.arguments import Arguments
 from fused_attention.tools import testing
 from fused_attention.tools.testing import Case
 from test_features import case_id
@@ -134,7 +135,7 @@ def test_a_launch_is_a_function_of_shapes_and_strides():
     query = torch.empty(2, 8, 1000, 64, dtype=torch.float16, device="meta")
     weights = torch.empty(2, 1, 1000, 1000, dtype=torch.float16, device="meta")
     arch = tiles.ARCHS["sm_90"]
-    call = launch.describe(query, query, 0.125, 1, -1, -1)
+    call = launch.describe(query, query, Arguments(0.125, 1, -1, -1, 0))
     lse = torch.empty(2, 8, 1000, device="meta")
     averaged = launch.weights_launch(query, query, lse, weights, call, 0, arch)
     sizes = tiles.attention_tiles("dq", arch, torch.float16, 64)

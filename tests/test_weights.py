@@ -4,14 +4,15 @@ import dataclasses
 import json
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
 
-from fused_attention import _native, attention_weights
+from feature_cases import problem_of
+from fused_attention import _native
 from fused_attention import operators as ops
 from fused_attention.attention_weights import attention_with_weights
+from fused_attention.call import backends
 from fused_attention.derivatives import autograd
 from fused_attention.tools import testing
 from fused_attention.tools.testing import DTYPES, Case, cpu_isa, make_inputs, num_threads
@@ -85,10 +86,12 @@ def test_beside_the_cuda_library_the_kernels_serve(monkeypatch):
     case = Case(B=1, Hq=2, Hkv=2, Sq=5, Sk=7)
     call = testing.make_inputs(case).tensors
     want = attention_with_weights(**call)
-    monkeypatch.setattr(attention_weights, "choose", lambda problem: attention_weights.CUDA)
-    monkeypatch.setattr(attention_weights, "_reference", None)  # not called
-    triton = types.SimpleNamespace(supports=lambda problem: [])
-    monkeypatch.setattr(attention_weights, "TRITON", triton)
+    for row, devices in ((backends.CUDA, {"cpu"}), (backends.CPU, {"cpu"})):
+        monkeypatch.setitem(row.__dict__, "devices", frozenset(devices))
+    monkeypatch.setitem(backends.CUDA.__dict__, "missing", str)
+    problem = problem_of(**call)
+    assert backends.choose(problem) is backends.CUDA
+    assert backends.choose(problem, task="attention_weights") is backends.CPU
     assert all(map(torch.equal, attention_with_weights(**call), want))
 
 

@@ -24,12 +24,14 @@ except ImportError as error:
     ) from error
 
 from ._version import __version__
-from .attention import attention, dropout_mask, merge_attention_states, scaled_dot_product_attention
+from .attention import attention, dropout_mask
 from .cache import kv_cache_append_
-from .call.backends import explain
+from .call.explain import explain
 from .errors import ArgumentTypeError, ArgumentValueError
 from .integrations.patch import patch_sdpa
+from .merge import merge_attention_states
 from .modules import MultiheadAttention, replace_multihead_attention
+from .sdpa import scaled_dot_product_attention
 from .softmax import (
     ScaledMaskedSoftmax,
     ScaledSoftmax,

@@ -10,16 +10,19 @@ forward and backward, dropout included; time O(B·Hq·Sq·Sk·D), half of it for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native
-from . import operators as ops
-from .call.backends import CPU, CUDA, TRITON, choose
-from .call.problem import CAUSAL, Problem, as_4d, as_vector, cast_for_autocast
+from .call.backends import REFERENCE, choose, reference
+from .call.options import Options
+from .call.problem import Problem, arguments_of, cast_for_autocast
 from .derivatives import autograd
+from .operators._torch import check_transforms, is_compiling, is_tracing
+from .operators.arguments import Arguments
 
 
 def weights_extra_bytes(query: Tensor, bias: Tensor | None) -> int:
@@ -32,16 +35,9 @@ def weights_extra_bytes(query: Tensor, bias: Tensor | None) -> int:
 
 
 def attention_with_weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    average: bool = True,
-    bias: Tensor | None = None,
-    philox_seed: int | Tensor | None = None,
-    **options: Any,
+    query: Tensor, key: Tensor, value: Tensor, *, average: bool = True, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """(out, weights) of `attention`, which says what the arguments mean, those in `options` too.
+    """(out, weights) of `attention`, which says what the arguments mean.
 
     weights: those that met the values, after dropout, in query's dtype: [B, Sq, Sk], averaged over
     the heads (summed up in float32, float64 for float64, and rounded once), or else [B, Hq, Sq,
@@ -49,38 +45,35 @@ def attention_with_weights(
     deterministic, for any number of threads. What the kernels do not serve, the reference does.
     Raises as `attention` does.
     """
-    query, key, value, bias = cast_for_autocast(query, key, value, bias)
-    problem = Problem.from_call(
-        query, key, value, bias=bias, philox_seed=philox_seed, return_lse=True, **options
-    )
-    row = choose(problem)
-    if row is CUDA and not TRITON.supports(problem):  # the CUDA library has no weights to return
-        row = TRITON
-    philox = None
-    if problem.dropout_p:  # not before: a refused call draws nothing
-        philox = ops.philox_state(query, key, value, philox_seed)
-    if row not in (CPU, TRITON):
-        return _reference(query, key, value, problem, average, bias=bias, philox=philox, **options)
-    out, _, weights = autograd.plan_with_weights(problem)(
-        *(average, query, key, value, *problem.numbers),
-        *(as_4d(options.get("mask")), as_4d(bias), options.get("key_padding_mask")),
-        as_vector(options.get("alibi_slopes"), torch.float32),
-        as_vector(options.get("sinks"), torch.promote_types(query.dtype, torch.float32)),
-        *(philox, problem.softcap, problem.dropout_p),
-    )
+    query, key, value, bias = cast_for_autocast(query, key, value, options.get("bias"))
+    given = Options(**options | {"bias": bias, "return_lse": True})
+    problem = Problem.from_call(query, key, value, given)
+    row = choose(problem, task="attention_weights")
+    arguments = arguments_of(query, key, problem.numbers, given)
+    if row is REFERENCE:
+        return _reference(query, key, value, average, Arguments(*arguments))
+    out, _, weights = _function(problem)(average, query, key, value, *arguments)
     return out, weights
 
 
+def _function(problem: Problem) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """What gives (out, lse, weights), from the inputs of `AttentionWithWeights`."""
+    check_transforms("attention")
+    if is_tracing():
+        return autograd.traced_attention_with_weights
+    if not problem.differentiable:
+        return autograd.forward_with_weights
+    if is_compiling():
+        return lambda *inputs: autograd.AttentionWithWeights.apply(*autograd.distinct(inputs))
+    return autograd.AttentionWithWeightsForwardMode.apply
+
+
 def _reference(
-    query: Tensor, key: Tensor, value: Tensor, problem: Problem, average: bool, **options: Any
+    query: Tensor, key: Tensor, value: Tensor, average: bool, arguments: Arguments
 ) -> tuple[Tensor, Tensor]:
     """The weights are what attention gives for values that are the identity."""
-    from .reference import attention_reference
-
-    options["causal"] = next(name for name, x in CAUSAL.items() if x == problem.causal)
     B, Hkv, Sk, _ = key.shape
     identity = torch.eye(Sk, dtype=value.dtype, device=value.device).expand(B, Hkv, Sk, Sk)
-    out, weights = (attention_reference(query, key, v, **options) for v in (value, identity))
-    assert isinstance(out, Tensor) and isinstance(weights, Tensor)
+    out, weights = (reference(query, key, v, *arguments) for v in (value, identity))
     # The average over no heads is 0, as the kernels have it.
     return out, weights.sum(1) / max(weights.shape[1], 1) if average else weights

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import operators as ops
+from .call.backends import choose_for
 from .call.problem import (
     DTYPES,
     check_dtype,
@@ -19,11 +20,10 @@ from .call.problem import (
     check_same_device,
     check_shape,
     check_tensor,
-    looks_at_sizes,
     shape_of,
-    wrong_value,
 )
-from .errors import argument_error, is_of_operator
+from .errors import argument_error, is_of_operator, wrong_value
+from .operators._torch import is_compiling, looks_at_sizes
 
 
 def kv_cache_append_(
@@ -57,7 +57,7 @@ def kv_cache_append_(
     """
     tensors = (key_cache, value_cache, key, value, cache_seqlens, block_table)
     _check(*tensors)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return ops.kv_cache_append(*tensors)
     try:
         ops.kv_cache_append(*tensors)
@@ -107,5 +107,4 @@ def _check(
         meaning, front = "[pages, page_size, Hkv, {}]", (*key_cache.shape[:2], heads)
     check_shape("key_cache", key_cache, meaning.format("D"), (*front, head_dim))
     check_shape("value_cache", value_cache, meaning.format("Dv"), (*front, head_dim_v))
-    if key.device.type not in ("cpu", "cuda", "meta"):
-        raise NotImplementedError(f"kv_cache_append_: device {key.device}: not built yet")
+    choose_for("kv_cache_append_", key)

@@ -6,7 +6,7 @@ A call that is right but that the requested backend cannot serve raises NotImple
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 
 class ArgumentValueError(ValueError, RuntimeError):
@@ -25,6 +25,14 @@ def describe_error(name: str, expected: str, got: Any, hint: str = "") -> str:
     """One sentence: which argument, what was expected, what came, and what to do."""
     message = f"{name}: expected {expected}, got {got}"
     return f"{message}. Hint: {hint}" if hint else message
+
+
+def wrong_value(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
+    raise ArgumentValueError(describe_error(name, expected, got, hint))
+
+
+def wrong_type(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
+    raise ArgumentTypeError(describe_error(name, expected, got, hint))
 
 
 # "function, csrc/ops.cpp:123, message"

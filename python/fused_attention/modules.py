@@ -5,8 +5,8 @@
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2. Same parameters, arguments, masks
 and errors as torch.nn.MultiheadAttention; what differs is that padding and causality reach the
 kernel as what they are, so that no [N·H, L, S] mask is made and memory is linear in L, that dropout
-runs inside the kernel, that returned weights are computed tile by tile (`weights.py`), and that a
-sample without a visible key gives 0 in every mode, never NaN.
+runs inside the kernel, that returned weights are computed tile by tile (`attention_weights.py`),
+and that a sample without a visible key gives 0 in every mode, never NaN.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .attention import attention
 from .attention_weights import attention_with_weights, weights_extra_bytes
-from .call.backends import Explanation, explain
+from .call.explain import Explanation, explain
 from .call.problem import (
     DTYPES,
     check_tensor,
     has_autocast,
-    looks_at_sizes,
     shape_of,
-    transform_is_active,
 )
 from .errors import ArgumentTypeError, ArgumentValueError, describe_error
+from .operators._torch import looks_at_sizes, transform_is_active
 
 
 class ModuleArgumentError(ArgumentValueError, AssertionError):

@@ -10,7 +10,6 @@ Gimelshein 2018): time O(elements), no memory beyond the result. The backward, d
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -19,8 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import operators as ops
+from .call.backends import REFERENCE, choose_for
 from .call.problem import (
-    CAUSAL,
     DTYPES,
     as_vector,
     cast_for_autocast,
@@ -28,20 +27,24 @@ from .call.problem import (
     check_number,
     check_philox_seed,
     check_tensor,
-    check_transforms,
-    exports_onnx,
-    is_tracing,
-    looks_at_sizes,
     shape_of,
-    transform_is_active,
-    wrong_value,
 )
 from .derivatives.softmax_tangents import softmax_gradients, softmax_tangents
+from .errors import wrong_value
+from .operators._torch import (
+    check_transforms,
+    is_any_autocast_enabled,
+    is_compiling,
+    is_tracing,
+    looks_at_sizes,
+    transform_is_active,
+)
+from .operators.arguments import CAUSAL
+from .operators.handles import names_of
 from .operators.memory import has_shared_elements, share_memory
+from .operators.traced import signature_of
 
-logger = logging.getLogger("fused_attention")
-_logged: set[str] = set()  # types of devices
-_DEVICES = ("cpu", "cuda", "meta")
+_NAMES = names_of(ops.softmax_forward)
 
 # -- Gradients ---------------------------------------------------------------------------
 
@@ -59,11 +62,12 @@ class MaskedSoftmaxFunction(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*_saved(inputs, output))
-        ctx.scale, ctx.causal, ctx.dropout_p = inputs[1], inputs[2], inputs[8]
+        call = _named(inputs)
+        ctx.scale, ctx.causal, ctx.dropout_p = call["scale"], call["causal"], call["dropout_p"]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
+        needed = _named(ctx.needs_input_grad)
         weights, bias, sink_weight, philox = ctx.saved_tensors
         # Those of weights and sink_weight come from second derivatives only.
         grad_out, grad_weights, grad_sink_weight = grads
@@ -76,10 +80,10 @@ class MaskedSoftmaxFunction(Function):
             return (None,) * len(needed)
         dinput, dbias, dsinks = softmax_gradients(
             *(weights, sink_weight, philox, ctx.dropout_p, ctx.scale, *arrived),
-            *(bias if needed[5] else None, needed[6], ctx.causal),
+            *(bias if needed["bias"] else None, needed["sinks"], ctx.causal),
         )
-        gradients = {0: dinput, 5: dbias, 6: dsinks}
-        return tuple(gradients.get(i) if need else None for i, need in enumerate(needed))
+        gradients = {"input": dinput, "bias": dbias, "sinks": dsinks}
+        return tuple(gradients.get(name) if need else None for name, need in needed.items())
 
 
 class MaskedSoftmaxForwardMode(MaskedSoftmaxFunction):
@@ -93,15 +97,16 @@ class MaskedSoftmaxForwardMode(MaskedSoftmaxFunction):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         weights, _, sink_weight, philox = ctx.saved_tensors
+        direction = _named(tangents)
         return softmax_tangents(
             *(weights, sink_weight, philox, ctx.dropout_p, ctx.scale),
-            *(tangents[0], tangents[5], tangents[6]),
+            *(direction["input"], direction["bias"], direction["sinks"]),
         )
 
 
 traced_masked_softmax = ops.define_traced(
     "masked_softmax",
-    ops.schema_of(ops.softmax_forward),
+    signature_of(ops.softmax_forward),
     ops.softmax_forward,
     MaskedSoftmaxFunction,
 )
@@ -109,14 +114,19 @@ traced_masked_softmax = ops.define_traced(
 
 def _saved(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The same for both modes, as vmap asks for: weights, bias, sink_weight, philox."""
-    *_, bias, sinks, philox, dropout_p = inputs
+    call = _named(inputs)
     out, weights, sink_weight = output
     return (
-        out if dropout_p == 0 else weights,
-        bias,
-        None if sinks is None else sink_weight,
-        philox,
+        out if call["dropout_p"] == 0 else weights,
+        call["bias"],
+        None if call["sinks"] is None else sink_weight,
+        call["philox"],
     )
+
+
+def _named(inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """What belongs to the inputs of `MaskedSoftmaxFunction`, by their names."""
+    return dict(zip(_NAMES, inputs, strict=True))
 
 
 # -- Describing a call -------------------------------------------------------------------
@@ -132,11 +142,6 @@ def _check(
     if input.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
         wrong_value("input", f"a dtype out of {allowed}", input.dtype, "cast it first")
-    if input.device.type not in _DEVICES:
-        raise NotImplementedError(
-            f"input: expected device cpu, or one that the reference serves "
-            f"({', '.join(_DEVICES[1:])}), got {input.device}"
-        )
     if not 1 <= input.dim() <= 17:
         wrong_value("input", "1 to 17 dimensions", f"{input.dim()}: {shape_of(input)}")
     if mask is not None:
@@ -184,29 +189,14 @@ def _options(
         None if is_bias else mask,
         mask if is_bias else None,
         as_vector(sinks, torch.promote_types(input.dtype, torch.float32)),
-        ops.philox_state(input, input, input, philox_seed) if dropout_p else None,
+        ops.philox_state(input, philox_seed) if dropout_p else None,
         float(dropout_p),
     )
 
 
-def _has_kernel(input: Tensor) -> bool:
-    from .call.backends import CUDA, TRITON
-
-    if exports_onnx():
-        return False
-    if input.device.type == "cuda":
-        return input.dtype in TRITON.dtypes and not (TRITON.missing() and CUDA.missing())
-    return input.device.type in ("cpu", "meta")
-
-
 def _reference(input: Tensor, scale: float, causal: int, options: tuple[Any, ...]) -> Tensor:
-    """On a device without a kernel."""
     from .reference import masked_softmax_reference
 
-    kind = input.device.type
-    if not torch.compiler.is_compiling() and kind not in _logged and not exports_onnx():
-        _logged.add(kind)
-        logger.warning("masked_softmax: no kernel for %s, the slow reference serves it", kind)
     mask, bias, sinks, philox, dropout_p = options
     return masked_softmax_reference(
         input,
@@ -258,13 +248,14 @@ def masked_softmax(
     Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
     RuntimeError) for wrong arguments, NotImplementedError on other devices.
     """
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    if is_compiling() or is_any_autocast_enabled():
         input, mask = cast_for_autocast(input, mask)
     diagonal = _check(input, mask, scale, causal, dropout_p, sinks, philox_seed)
-    if _has_kernel(input):
+    row = choose_for("masked_softmax", input)
+    if row is not REFERENCE:
         check_transforms("masked_softmax")
     options = _options(input, mask, dropout_p, sinks, philox_seed)
-    if not _has_kernel(input):
+    if row is REFERENCE:
         return _reference(input, scale, diagonal, options)
     if is_tracing():
         return traced_masked_softmax(input, scale, diagonal, True, *options)[0]
@@ -273,7 +264,7 @@ def masked_softmax(
     )
     if not gradients and not transform_is_active():
         return ops.softmax_forward(input, scale, diagonal, False, *options)[0]
-    if torch.compiler.is_compiling():
+    if is_compiling():
         if mask is input:  # Dynamo refuses the same tensor twice
             input = input.view_as(input)
         return MaskedSoftmaxFunction.apply(input, scale, diagonal, True, *options)[0]
@@ -302,7 +293,7 @@ def masked_softmax_(
             hint = "use masked_softmax, or torch.no_grad()"
             wrong_value(name, "no requires_grad, for an in-place operation", True, hint)
     _check_memory(input, mask, sinks, philox_seed)
-    if transform_is_active() or not _has_kernel(input):
+    if transform_is_active() or choose_for("masked_softmax", input) is REFERENCE:
         with torch.autocast(input.device.type, enabled=False):
             out = masked_softmax(
                 input,
@@ -325,7 +316,7 @@ def _check_memory(input: Tensor, mask: Any, sinks: Any, philox_seed: Any) -> Non
     if any(input.shape[i] > 1 and input.stride(i) == 0 for i in range(input.dim())):
         wrong_value("input", "memory of its own for each element", "an expanded tensor", "clone it")
     # Before random numbers are drawn; in compiled calls the operator looks.
-    if not torch.compiler.is_compiling() and not transform_is_active():
+    if not is_compiling() and not transform_is_active():
         if has_shared_elements(input):
             got = f"strides {tuple(input.stride())} for sizes {shape_of(input)}"
             wrong_value("input", "memory of its own for each element", got, "clone it")

@@ -1,9 +1,8 @@
-"""The capability table: one row per backend, fastest first, `reference` last.
+"""The capability table: one row a backend, fastest first, `reference` last; and who serves a call.
 
-A row is data: the devices, dtypes, head sizes and features it serves. `supports` compares it with a
-`Problem` and answers with every reason against; `choose` takes the first row without one; `explain`
-tells how a call would be served and why not faster. The tests of features and the README's table
-are generated from the rows.
+A row is data: devices, head sizes, and of each task the dtypes and features that it serves.
+`Backend.refuses` compares a row with a call and answers with every reason against; `choose` takes
+the first row without one. The tests of features and the README's table are generated from the rows.
 
 Environment, read once when the package is imported (`read_environment` reads it again):
 FUSED_ATTENTION_BACKEND   the backend that serves backend="auto"; then it never falls back
@@ -16,120 +15,132 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .. import _native
 from ..derivatives import autograd
-from ..errors import ArgumentValueError, describe_error
-from ..operators import cuda
-from .problem import CAUSAL, DTYPES, FEATURES, Plan, Problem, cast_for_autocast, exports_onnx
+from ..errors import wrong_value
+from ..operators import OPERATORS, cuda
+from ..operators._torch import assume_constant_result, exports_onnx, is_compiling
+from ..operators.arguments import CAUSAL, Arguments
+from .plan import LEFT, PLANS, Plan, plan_of_operators
+from .problem import DTYPES, FEATURES, Problem
 
 logger = logging.getLogger("fused_attention")
 
+# What is asked of a backend, in the order of the printed table.
+TASKS = {
+    "attention": "attention",
+    "second_derivatives": "second derivatives and forward mode",
+    "attention_weights": "returned attention weights",
+    "masked_softmax": "masked softmax",
+    "dropout_mask": "the mask of dropout",
+    "kv_cache_append_": "appending to a key/value cache",
+}
 
-class Details(NamedTuple):
-    """What `explain` adds about a backend. Bytes of working memory, beyond inputs and outputs."""
 
-    kernel: str
-    extra_bytes: int
-    isa: str = ""
-    reason: str = ""  # why this kernel among those of the backend
-    block_m: int = 0  # queries per tile
-    block_n: int = 0  # keys per tile
+class Service(NamedTuple):
+    """What a backend serves of one task: calls of these dtypes, and every feature but `lacks`."""
+
+    dtypes: tuple[torch.dtype, ...]
+    lacks: frozenset[str] = frozenset()
+
+
+class Request(NamedTuple):
+    """What a call asks for; a `Problem` is one as well."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dims: Mapping[str, int] = {}  # by argument
+    features: frozenset[str] = frozenset()
+
+
+class Asks(Protocol):
+    """A `Request` or a `Problem`."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def head_dims(self) -> Mapping[str, int]: ...
+    @property
+    def features(self) -> frozenset[str]: ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One row. `plan` and `details` are None where nothing is built.
+    """One row.
 
-    missing: what this machine lacks, or "".
+    plan: how it serves a call of `attention`. missing: what this machine lacks, or "". prefers: why
+    it would rather leave a call to a row behind it, or "".
     """
 
     name: str
-    devices: frozenset[str] | None = None  # None: any
-    dtypes: tuple[torch.dtype, ...] = ()
-    head_dims: range = range(0)
-    features: frozenset[str] = frozenset()
-    plan: Callable[[Problem], Plan] | None = None
-    details: Callable[[Problem], Details] | None = None
+    devices: frozenset[str]
+    head_dims: range
+    services: Mapping[str, Service]
+    plan: Callable[[Problem], Plan]
     missing: Callable[[], str] = str
+    prefers: Callable[[Problem], str] = field(default=lambda problem: "")
 
-    def supports(self, problem: Problem) -> list[str]:
-        """Every reason why this backend cannot serve `problem`; empty if it can."""
-        if self.plan is None:
-            return ["not built yet"]
-        reasons = [self.missing()] if self.missing() else []
-        if self.devices is not None and problem.device.type not in self.devices:
-            reasons.append(f"device {problem.device}: only {', '.join(sorted(self.devices))}")
-        if problem.dtype not in self.dtypes:
-            reasons.append(f"dtype {problem.dtype}: only {', '.join(map(str, self.dtypes))}")
-        for name, size in (("query", problem.head_dim), ("value", problem.head_dim_v)):
+    def refuses(self, call: Asks, task: str = "attention") -> list[str]:
+        """Every reason why this backend cannot serve the call; empty if it can."""
+        missing = self.missing()
+        reasons = [missing] if missing else []
+        if call.device.type not in self.devices:
+            reasons.append(f"device {call.device}: only {', '.join(sorted(self.devices))}")
+        service = self.services.get(task)
+        if service is None:
+            return [*reasons, f"{TASKS[task]}: not built"]
+        if call.dtype not in service.dtypes:
+            reasons.append(f"dtype {call.dtype}: only {', '.join(map(str, service.dtypes))}")
+        for name, size in call.head_dims.items():
             if not self.head_dims.start <= size < self.head_dims.stop:
                 sizes = f"{self.head_dims.start} to {self.head_dims.stop - 1}"
                 reasons.append(f"{name}'s head_dim {size}: only {sizes}")
-        missing = problem.features - self.features
-        reasons += [f"{name}: not built yet" for name in FEATURES if name in missing]
+        lacks = call.features & service.lacks
+        reasons += [f"{name}: not built" for name in FEATURES if name in lacks]
         return reasons
 
 
-# -- CPU ---------------------------------------------------------------------------------
+# -- Plans -------------------------------------------------------------------------------
 
 
-def _cpu_details(problem: Problem) -> Details:
-    kernel = _native.attention_kernel(
-        str(problem.dtype).removeprefix("torch."),
-        (
-            problem.batch,
-            problem.heads_q,
-            problem.heads_kv,
-            problem.seqlen_q,
-            problem.seqlen_k,
-            problem.head_dim,
-            problem.head_dim_v,
-        ),
-        bias="bias" in problem.features,
-        softcap="softcap" in problem.features,
+def _plan_cuda(problem: Problem) -> Plan:
+    return plan_of_operators(problem, cuda.operators(), autograd.CUDA_FUNCTIONS)
+
+
+def _plan(problem: Problem) -> Plan:
+    return plan_of_operators(problem, OPERATORS, autograd.FUNCTIONS)
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, lse: bool = False) -> Any:
+    """The reference as an operator: out, or (out, lse)."""
+    from ..reference import attention_reference
+
+    options = Arguments(*arguments)._asdict()
+    number, window = (
+        options.pop("causal"),
+        (options.pop("window_left"), options.pop("window_right")),
     )
-    backward = "gradients" in problem.features
-    plain = problem.is_plain and not problem.differentiable
-    rows = problem.batch * problem.heads_q * problem.seqlen_q
-    lse_bytes = rows * (8 if problem.dtype == torch.float64 else 4)
-    workspaces = [kernel["forward_workspace_bytes"], kernel["backward_workspace_bytes"] * backward]
-    shared = [kernel["shared_bytes"], kernel["backward_shared_bytes"] * backward]
-    return Details(
-        kernel=kernel["kernel"] + " + attention_backward" * backward,
-        reason=kernel["reason"],
-        extra_bytes=torch.get_num_threads() * max(workspaces)
-        + max(shared)
-        + lse_bytes * (not plain)
-        + lse_bytes * backward  # delta = rowsum(do * o)
-        + problem.copied_bytes,
-        isa=kernel["isa"],
-        block_m=kernel["block_m"],
-        block_n=kernel["block_n"],
-    )
+    del options["precision"]
+    causal = next(name for name, x in CAUSAL.items() if x == number)
+    options |= {"causal": causal, "window_size": window, "return_lse": lse}
+    return attention_reference(query, key, value, **options)
 
 
-# -- CUDA C++ ------------------------------------------------------------------------------
+def _plan_reference(problem: Problem) -> Plan:
+    operator = functools.partial(reference, lse=problem.return_lse)
+    return Plan(operator, problem.numbers, may_be_kept=False)
 
 
-def _cuda_details(problem: Problem) -> Details:
-    backward = "gradients" in problem.features
-    plain = problem.is_plain and not problem.differentiable
-    lse_bytes = 4 * problem.batch * problem.heads_q * problem.seqlen_q
-    return Details(
-        kernel=f"attention_forward{' + attention_backward' * backward}",
-        # lse; backward: delta, and lse as the kernels want it
-        extra_bytes=lse_bytes * (not plain) + 2 * lse_bytes * backward + problem.copied_bytes,
-    )
-
-
-# -- Triton ------------------------------------------------------------------------------
+# -- What is missing, and what is preferred ----------------------------------------------
 
 
 @functools.cache
@@ -137,131 +148,104 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _triton_missing() -> str:
     if not _has_triton():
         return "triton not installed"
     return "" if torch.cuda.is_available() else "no CUDA device"
 
 
-def _triton_details(problem: Problem) -> Details:
-    from ..kernels.launch import decode_splits
-    from ..kernels.tiles import arch_of, attention_tiles, decode_tiles
-
-    heads, head_dim = problem.heads_q // max(problem.heads_kv, 1), problem.head_dim
-    head_dim = max(head_dim, problem.head_dim_v)
-    window = (problem.window_size[0], 0 if problem.causal else problem.window_size[1])
-    splits = decode_splits(
-        *(problem.batch, problem.heads_q, problem.heads_kv),
-        *(problem.seqlen_q, problem.seqlen_k, window),
-    )
-    arch = arch_of(problem.device)
-    if splits == 0:
-        kernel, reason = "attention_forward", ""
-        if is_faster_in_triton(problem):
-            reason = "so many scores, with more than a causal mask: faster than in CUDA"
-        tiles = attention_tiles("forward", arch, problem.dtype, head_dim)
-    else:
-        kernel, rows = "attention_decode", heads * problem.seqlen_q
-        reason = f"{rows} rows of a key head; its keys in {splits} splits"
-        tiles = decode_tiles(arch, problem.dtype, head_dim, rows)
-    backward = "gradients" in problem.features
-    plain = problem.is_plain and not problem.differentiable
-    lse_bytes = 4 * problem.batch * problem.heads_q * problem.seqlen_q
-    parts = splits if splits > 1 else 0
-    return Details(
-        kernel=f"{kernel}{' + attention_backward' * backward}",
-        reason=reason,
-        extra_bytes=lse_bytes * (not plain)
-        + lse_bytes * backward  # delta = rowsum(do * o)
-        + parts * lse_bytes * (2 + problem.head_dim_v)
-        + problem.copied_bytes,
-        isa=arch.name,
-        block_m=tiles.block_m,
-        block_n=tiles.block_n,
-    )
+# What CUDA's kernels without options serve.
+_QUICK_IN_CUDA = {"gradients", "causal", "window_size", "gqa", "value_head_dim", "return_lse"}
+_QUICK_IN_CUDA |= {"lse_gradient", "sinks", "sinks_gradient", "varlen", "seqused_k"}
+_MANY_SCORES = 1 << 24
 
 
-# -- Reference ---------------------------------------------------------------------------
+def _cuda_prefers(problem: Problem) -> str:
+    """Triton, in 16 bits.
 
+    On an H200 (benchmarks/results/gpu) its kernels took a third to a tenth of the time of CUDA's
+    where a call has a mask, a bias or dropout, and three quarters where few queries meet the keys
+    of many sequences; but it takes 0.2 ms to start them, in which CUDA's have computed some million
+    scores.
+    """
+    if problem.device.type != "cuda" or problem.dtype.itemsize != 2:
+        return ""
+    reason = "so many scores, with more than a causal mask: faster in Triton"
+    is_quick = problem.features <= _QUICK_IN_CUDA and problem.numbers.scale > 0
+    if is_compiling():  # for every length
+        return "" if is_quick else reason
+    from ..kernels.tiles import MAX_DECODE_ROWS
 
-def _reference_plan(problem: Problem) -> Plan:
-    from ..reference import attention_reference
-
-    causal = next(name for name, number in CAUSAL.items() if number == problem.causal)
-    names = "mask bias key_padding_mask alibi_slopes sinks philox softcap dropout_p".split()
-    names += "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_k block_table".split()
-
-    def operator(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Any:
-        return attention_reference(
-            query,
-            key,
-            value,
-            causal=causal,
-            window_size=problem.window_size,
-            scale=problem.scale,
-            return_lse=problem.return_lse,
-            **dict(zip(names, options, strict=False)),
-        )
-
-    return Plan(operator, (), limits=problem.limits, may_be_kept=False)
-
-
-def _reference_details(problem: Problem) -> Details:
+    rows = problem.heads_q // max(problem.heads_kv, 1) * problem.seqlen_q
     scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
-    element = 8 if problem.dtype == torch.float64 else 4
-    # scores and weights, and where they are visible; backward keeps them and their gradients
-    copies = 6 if "gradients" in problem.features else 3
-    return Details("attention_reference", copies * scores * element)
+    if scores < _MANY_SCORES or (is_quick and rows > MAX_DECODE_ROWS):
+        return ""
+    return "few queries and many keys: faster in Triton" if is_quick else reason
 
 
 # -- The table ---------------------------------------------------------------------------
 
+_ON_GPU = Service((torch.float32, torch.bfloat16, torch.float16))
+_ANY = Service(DTYPES)
+_PACKED = frozenset({"varlen", "seqused_k", "block_table"})
+
 CUDA = Backend(
     "cuda",
     devices=frozenset({"cuda"}),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
     head_dims=range(1, 257),
-    features=frozenset(FEATURES),
-    plan=autograd.plan_cuda,
-    details=_cuda_details,
+    services={"attention": _ON_GPU, "masked_softmax": _ON_GPU},
+    plan=_plan_cuda,
     missing=cuda.missing,
+    prefers=_cuda_prefers,
 )
 TRITON = Backend(
     "triton",
     devices=frozenset({"cuda"}),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
     head_dims=range(1, 257),
-    features=frozenset(FEATURES),
-    plan=autograd.plan,
-    details=_triton_details,
+    services={
+        "attention": _ON_GPU,
+        "attention_weights": _ON_GPU._replace(lacks=_PACKED),
+        "masked_softmax": _ON_GPU,
+        "dropout_mask": _ON_GPU,
+        "kv_cache_append_": _ANY,
+    },
+    plan=_plan,
     missing=_triton_missing,
 )
 CPU = Backend(
     "cpu",
     devices=frozenset({"cpu"}),
-    dtypes=DTYPES,
     head_dims=range(1, 513),
-    features=frozenset(FEATURES),
-    plan=autograd.plan,
-    details=_cpu_details,
+    services={
+        "attention": _ANY,
+        "second_derivatives": _ANY._replace(lacks=_PACKED),
+        "attention_weights": _ANY._replace(lacks=_PACKED),
+        "masked_softmax": _ANY,
+        "dropout_mask": _ANY,
+        "kv_cache_append_": _ANY,
+    },
+    plan=_plan,
 )
 REFERENCE = Backend(
     "reference",
     devices=frozenset({"cpu", "cuda", "meta"}),
-    dtypes=DTYPES,
     head_dims=range(0, 2**31),
-    features=frozenset(FEATURES),
-    plan=_reference_plan,
-    details=_reference_details,
+    services={
+        "attention": _ANY,
+        "second_derivatives": _ANY,
+        "attention_weights": _ANY._replace(lacks=_PACKED),
+        "masked_softmax": _ANY,
+        "dropout_mask": _ANY,
+    },
+    plan=_plan_reference,
 )
-# In this order. On a GPU see also `is_faster_in_triton`.
 BACKENDS = (CUDA, TRITON, CPU, REFERENCE)
 NAMES = tuple(row.name for row in BACKENDS)
 
 
 def feature_table() -> str:
-    """The table in Markdown."""
+    """The table in Markdown: what differs between the backends, then what all of them serve."""
 
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cells) + " |"
@@ -271,50 +255,44 @@ def feature_table() -> str:
             return "any"
         return f"{row.head_dims.start} to {row.head_dims.stop - 1}"
 
-    def dtypes(row: Backend) -> str:
-        return ", ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
+    def dtypes(service: Service) -> str:
+        return ", ".join(str(dtype).removeprefix("torch.") for dtype in service.dtypes)
 
-    def devices(row: Backend) -> str:
-        return "any" if row.devices is None else ", ".join(sorted(row.devices))
+    def serves(row: Backend, task: str) -> str:
+        service = row.services.get(task)
+        if service is None:
+            return "–"
+        return "yes" if service.dtypes == row.services["attention"].dtypes else dtypes(service)
 
-    def feature(row: Backend, name: str) -> str:
-        return "yes" if name in row.features else "–"
-
+    rows = {
+        "device": [", ".join(sorted(row.devices)) for row in BACKENDS],
+        "dtype": [dtypes(row.services["attention"]) for row in BACKENDS],
+        "head_dim": [head_dims(row) for row in BACKENDS],
+    }
+    everywhere = []
+    for task, title in TASKS.items():
+        cells = [serves(row, task) for row in BACKENDS]
+        if set(cells) == {"yes"}:
+            everywhere.append(title)
+        else:
+            rows[title] = cells
+        for name, meaning in FEATURES.items():
+            lacks = [name in row.services[task].lacks for row in BACKENDS if task in row.services]
+            if any(lacks):
+                rows[f"{title}: {meaning}"] = [
+                    "–" if task not in row.services or name in row.services[task].lacks else "yes"
+                    for row in BACKENDS
+                ]
+            elif task == "attention":
+                everywhere.append(meaning)
     lines = [line(["", *NAMES]), line(["---"] * (1 + len(BACKENDS)))]
-    for title, cell in (("device", devices), ("dtype", dtypes), ("head_dim", head_dims)):
-        cells = [cell(row) if row.plan else "not built yet" for row in BACKENDS]
-        lines.append(line([title, *cells]))
-    for name, meaning in FEATURES.items():
-        lines.append(line([meaning, *(feature(row, name) for row in BACKENDS)]))
-    return "\n".join(lines)
+    lines += [line([title, *cells]) for title, cells in rows.items()]
+    return "\n".join(
+        [*lines, "", *textwrap.wrap(f"All of them serve {'; '.join(everywhere)}.", 100)]
+    )
 
 
 # -- Choice ------------------------------------------------------------------------------
-
-# What CUDA's kernels without options serve.
-_QUICK_IN_CUDA = {"gradients", "causal", "window_size", "gqa", "value_head_dim", "return_lse"}
-_QUICK_IN_CUDA |= {"lse_gradient", "sinks", "sinks_gradient", "varlen", "seqused_k"}
-_MANY_SCORES = 1 << 24
-
-
-def is_faster_in_triton(problem: Problem) -> bool:
-    """Whether TRITON comes before CUDA, in 16 bits.
-
-    On an H200 (benchmarks/results/gpu) its kernels took a third to a tenth of the time of CUDA's
-    where a call has a mask, a bias or dropout, and three quarters where few queries meet the keys
-    of many sequences; but it takes 0.2 ms to start them, in which CUDA's have computed some million
-    scores.
-    """
-    if problem.device.type != "cuda" or problem.dtype.itemsize != 2:
-        return False
-    is_quick = problem.features <= _QUICK_IN_CUDA and problem.scale > 0
-    if torch.compiler.is_compiling():  # for every length
-        return not is_quick
-    from ..kernels.tiles import MAX_DECODE_ROWS
-
-    rows = problem.heads_q // max(problem.heads_kv, 1) * problem.seqlen_q
-    scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
-    return scores >= _MANY_SCORES and not (is_quick and rows > MAX_DECODE_ROWS)
 
 
 class Environment(NamedTuple):
@@ -322,13 +300,8 @@ class Environment(NamedTuple):
     strict: bool
 
 
-# Of calls that validated before, by what they have in common: see `attention.py`.
-PLANS: dict[tuple[Any, ...] | None, Plan] = {}
-MAX_PLANS = 4096
-LEFT = Plan(lambda *inputs: None, (), is_left=True)
-
-_logged: set[str] = set()
-
+_logged: set[tuple[str, str]] = set()
+_chosen: dict[tuple[str, str, torch.dtype], Backend] = {}
 
 ENVIRONMENT = Environment("auto", False)
 
@@ -341,14 +314,15 @@ def read_environment() -> None:
         strict=os.environ.get("FUSED_ATTENTION_STRICT", "") not in ("", "0"),
     )
     PLANS.clear()
+    _chosen.clear()
     _logged.clear()
 
 
 read_environment()
 
 
-def choose(problem: Problem, backend: str = "auto") -> Backend:
-    """The row that serves `problem`.
+def choose(call: Asks, backend: str = "auto", task: str = "attention") -> Backend:
+    """The row that serves `call`.
 
     "auto": the first without a reason against, or NotImplementedError with those of all. If that is
     `reference`: logged once per set of reasons, NotImplementedError if FUSED_ATTENTION_STRICT. A
@@ -359,21 +333,43 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
     if exports_onnx():
         return REFERENCE
     if name != "auto":
-        row = BACKENDS[NAMES.index(name)]
-        reasons = row.supports(problem)
+        row = row_named(name)
+        reasons = row.refuses(call, task)
         if reasons:
             raise NotImplementedError(
                 f"backend {name!r} cannot serve this call: {'; '.join(reasons)}"
             )
         return row
-    row, refused = _first_without_reason(problem)
+    row, refused = first_without_reason(call, task)
     if row is REFERENCE:
         why = _list_reasons(refused)
         if ENVIRONMENT.strict:
             raise NotImplementedError(
                 f"FUSED_ATTENTION_STRICT: only the reference serves this:{why}"
             )
-        _log_reference(problem, why)
+        _log_reference(call, task, why)
+    return row
+
+
+def choose_for(task: str, x: Tensor) -> Backend:
+    """`choose` for a task that only the device and dtype of a tensor decide about, whatever
+    FUSED_ATTENTION_BACKEND says; remembered. On "meta" any operator gives the shapes."""
+    if is_compiling() or exports_onnx():
+        return REFERENCE if exports_onnx() else _choose_for(task, x)
+    key = (task, x.device.type, x.dtype)
+    row = _chosen.get(key)
+    if row is None:
+        row = _chosen[key] = _choose_for(task, x)
+    return row
+
+
+def _choose_for(task: str, x: Tensor) -> Backend:
+    if x.device.type == "meta":
+        return CPU
+    request = Request(x.device, x.dtype)
+    row, refused = first_without_reason(request, task)
+    if row is REFERENCE:
+        _log_reference(request, task, _list_reasons(refused))
     return row
 
 
@@ -384,12 +380,11 @@ def plan_of_kernel(problem: Problem) -> Plan:
     """
     if exports_onnx():
         return LEFT
-    name = requested("auto")
-    rows = _in_order(problem) if name == "auto" else (BACKENDS[NAMES.index(name)],)
-    for row in rows:
-        if row.supports(problem) or (row is REFERENCE and name == "auto"):
+    asked = requested("auto")
+    for name in in_order(problem) if asked == "auto" else (asked,):
+        row = row_named(name)
+        if row.refuses(problem) or (row is REFERENCE and asked == "auto"):
             continue
-        assert row.plan is not None
         try:
             return row.plan(problem)
         except NotImplementedError:  # compiled inside a transform
@@ -397,20 +392,36 @@ def plan_of_kernel(problem: Problem) -> Plan:
     return LEFT
 
 
-def _in_order(problem: Problem) -> tuple[Backend, ...]:
-    """The rows, the preferred one first."""
-    return ((TRITON,) if is_faster_in_triton(problem) else ()) + BACKENDS
+def row_named(name: str) -> Backend:
+    return BACKENDS[NAMES.index(name)]
 
 
-def _first_without_reason(problem: Problem) -> tuple[Backend, dict[str, list[str]]]:
-    """And the reasons against those before it."""
+def in_order(call: Asks) -> tuple[str, ...]:
+    """The rows' names, those that would rather leave the call to another behind all others but the
+    reference."""
+    if not isinstance(call, Problem):
+        return NAMES
+    unwilling = tuple(row.name for row in BACKENDS if row.prefers(call))
+    others = tuple(name for name in NAMES if name not in unwilling)
+    return (*others[:-1], *unwilling, others[-1])
+
+
+def first_without_reason(
+    call: Asks, task: str = "attention"
+) -> tuple[Backend, dict[str, list[str]]]:
+    """The row that serves the call, and the reasons against those before it in the table."""
     refused: dict[str, list[str]] = {}
-    for row in _in_order(problem):
-        reasons = row.supports(problem)
+    for name in in_order(call):
+        row = row_named(name)
+        reasons = row.refuses(call, task)
         if not reasons:
+            if isinstance(call, Problem):
+                for other in BACKENDS[: NAMES.index(name)]:
+                    if other.name not in refused:
+                        refused[other.name] = [other.prefers(call)]
             return row, refused
-        refused[row.name] = reasons
-    raise NotImplementedError(f"attention: no backend serves this call:{_list_reasons(refused)}")
+        refused[name] = reasons
+    raise NotImplementedError(f"{task}: no backend serves this call:{_list_reasons(refused)}")
 
 
 def _list_reasons(refused: dict[str, list[str]]) -> str:
@@ -422,72 +433,15 @@ def requested(backend: str) -> str:
     sources = {"backend": backend, "FUSED_ATTENTION_BACKEND": ENVIRONMENT.backend}
     for source, name in sources.items():
         if name not in ("auto", *NAMES):
-            expected = f"auto or one of {', '.join(NAMES)}"
-            raise ArgumentValueError(describe_error(source, expected, repr(name)))
+            wrong_value(source, f"auto or one of {', '.join(NAMES)}", repr(name))
     return backend if backend != "auto" else ENVIRONMENT.backend
 
 
-def _log_reference(problem: Problem, why: str) -> None:
-    if torch.compiler.is_compiling() or problem.device.type not in ("cpu", "cuda"):
+def _log_reference(call: Asks, task: str, why: str) -> None:
+    if is_compiling() or call.device.type not in ("cpu", "cuda"):
         return
-    if why not in _logged:
-        _logged.add(why)
+    if (task, why) not in _logged:
+        _logged.add((task, why))
         logger.warning(
-            "attention: the slow reference serves a call, with all scores in memory:%s", why
+            "%s: the slow reference serves a call, with all scores in memory:%s", task, why
         )
-
-
-# -- Explanation -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """How a call is served, and every reason why no row before that serves it."""
-
-    backend: str
-    details: Details
-    threads: int
-    copied: tuple[str, ...]  # inputs that are copied first: their last stride is not 1
-    refused: dict[str, list[str]]
-
-    def __str__(self) -> str:
-        lines = {"backend": self.backend, "kernel": self.details.kernel}
-        if self.details.reason:
-            lines["chosen"] = self.details.reason
-        if self.details.isa:
-            lines["ISA"] = self.details.isa
-        if self.details.block_m:
-            lines["tiles"] = f"{self.details.block_m} queries x {self.details.block_n} keys"
-        lines["threads"] = str(self.threads)
-        lines["extra memory"] = f"{self.details.extra_bytes / 2**20:.2f} MiB"
-        if self.copied:
-            lines["copied first"] = f"{', '.join(self.copied)}: last stride is not 1"
-        for name, reasons in self.refused.items():
-            lines[f"not {name}"] = "; ".join(reasons)
-        return "\n".join(f"{title:<14}{text}" for title, text in lines.items())
-
-
-def explain(
-    query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto", **options: Any
-) -> Explanation:
-    """How `attention` serves a call with these arguments; computes and logs nothing.
-
-    Takes the arguments of `attention`, raises as it does for wrong ones and for a backend that
-    cannot serve the call. FUSED_ATTENTION_STRICT is not applied.
-    """
-    query, key, value, options["bias"] = cast_for_autocast(query, key, value, options.get("bias"))
-    problem = Problem.from_call(query, key, value, **options)
-    if requested(backend) == "auto":
-        row, refused = _first_without_reason(problem)
-    else:
-        row = choose(problem, backend)
-        before = BACKENDS[: NAMES.index(row.name)]
-        refused = {other.name: other.supports(problem) for other in before}
-    assert row.details is not None
-    return Explanation(
-        backend=row.name,
-        details=row.details(problem),
-        threads=torch.get_num_threads(),
-        copied=tuple(problem.copied),
-        refused=refused,
-    )

@@ -1,31 +1,38 @@
 """What a call of attention is: all validation, once, and one frozen record that describes it.
 
-`Problem.from_call` checks every argument of `attention()` and keeps shapes, dtypes, options and the
-set of features in use: what a backend needs to know to accept or refuse the call, and no tensor.
-The functions below it bring tensors into the form of the operators, without copying or expanding.
+`Problem.from_call` checks everything that the caller said (`Options`) and keeps shapes, dtypes,
+numbers and the set of features in use: what a backend needs to know to accept or refuse the call,
+and no tensor. `arguments_of` brings a call into the form of the operators, without copying or
+expanding.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ..errors import ArgumentDtypeError, ArgumentTypeError, ArgumentValueError, describe_error
+from .. import operators as ops
+from ..errors import ArgumentDtypeError, describe_error, wrong_type, wrong_value
+from ..operators._torch import (
+    assume_constant_result,
+    float32_matmul_precision,
+    is_compiling,
+    is_direct,
+    looks_at_sizes,
+    transform_is_active,
+)
+from ..operators.arguments import CAUSAL, PRECISION, Arguments, joined, split
+from ..operators.dropout import check_bits
+from .options import NO_WINDOW, Options
 
 MAX_INT64 = 2**63 - 1
 MAX_FLOAT64 = int(torch.finfo(torch.float64).max)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-# The numbers that the operators take for these arguments.
-CAUSAL: dict[Any, int] = {False: 0, "top_left": 1, "bottom_right": 2}
-PRECISION = {"highest": 0, "high": 1, "medium": 2}
 
 # Everything that a call may use beyond softmax(scale * q k^T) v, in the order of the printed table.
 FEATURES = {
@@ -54,7 +61,7 @@ FEATURES = {
 # -- Tensors as the operators take them --------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def has_autocast(device_type: str) -> bool:
     """torch.amp.is_autocast_available, which the compiler of PyTorch 2.11 does not see through."""
     return torch.amp.is_autocast_available(device_type)
@@ -88,68 +95,7 @@ def as_vector(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
-def is_tracing() -> bool:
-    """Whether torch.jit.trace is at work, or the ONNX exporter that is built on it."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
-
-
-def exports_onnx() -> bool:
-    """Whether the exporter built on torch.jit.trace is at work: it knows PyTorch's operators only,
-    which the reference is made of."""
-    return not torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
-
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def looks_at_sizes(function: _F) -> _F:
-    """For functions that decide by sizes and run no operator.
-
-    While torch.jit.trace runs, sizes are tensors; inside such a function they are numbers, and what
-    it decides holds for the sizes that were traced.
-    """
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not is_tracing():
-            return function(*args, **kwargs)
-        state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
-
-    return cast(_F, call)
-
-
-@looks_at_sizes
-def plain_sizes(x: Tensor) -> tuple[int, ...]:
-    """x.shape as numbers, also while torch.jit.trace runs."""
-    return x.shape
-
-
-@torch.compiler.assume_constant_result
-def float32_matmul_precision() -> str:
-    """The process-wide setting; "highest" once PyTorch refuses to tell it as one word.
-
-    It refuses after `torch.backends.*.fp32_precision` was set. While compiling it is a constant.
-    """
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return "highest"
-
-
 # -- Checks ------------------------------------------------------------------------------
-
-
-def wrong_value(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
-    raise ArgumentValueError(describe_error(name, expected, got, hint))
-
-
-def wrong_type(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
-    raise ArgumentTypeError(describe_error(name, expected, got, hint))
 
 
 def shape_of(x: Tensor) -> str:
@@ -237,7 +183,13 @@ def check_key_value_shapes(query: Tensor, key: Tensor, value: Tensor, heads_dim:
         wrong_value("key", f"a number of heads that divides query's {heads_q}", heads_kv)
 
 
+# torch.nn.attention.bias.CausalVariant; importing that module takes a second.
+_VARIANTS = {"UPPER_LEFT": "top_left", "LOWER_RIGHT": "bottom_right"}
+
+
 def causal_number(causal: Any, same_lengths: bool) -> int:
+    if type(causal).__name__ == "CausalVariant":
+        causal = _VARIANTS[causal.name]
     if isinstance(causal, (bool, int, str)) and causal in CAUSAL:
         return CAUSAL[causal]
     if isinstance(causal, int) and causal == 1:
@@ -298,8 +250,7 @@ def check_philox_seed(philox_seed: Any, device: torch.device) -> Any:
     elif philox_seed is not None:
         if not isinstance(philox_seed, (int, torch.SymInt)):
             wrong_type("philox_seed", "an int or an int64 tensor", type(philox_seed).__name__)
-        if not -(2**63) <= philox_seed < 2**64:
-            wrong_value("philox_seed", "64 bits", philox_seed)
+        check_bits(philox_seed)
     return philox_seed
 
 
@@ -319,14 +270,7 @@ class Problem:
     head_dim_v: int
     dtype: torch.dtype
     device: torch.device
-    scale: float
-    causal: int
-    window_size: tuple[int, int]
-    softcap: float
-    dropout_p: float
-    max_seqlen_q: int | None
-    max_seqlen_k: int | None
-    precision: int
+    numbers: Arguments  # but for the tensors, which are None
     return_lse: bool
     features: frozenset[str]
     differentiable: bool  # goes through the autograd.Function: gradients or a transform are on
@@ -334,14 +278,8 @@ class Problem:
     copied: dict[str, int]  # inputs whose last stride is not 1, and their bytes
 
     @property
-    def numbers(self) -> tuple[float, int, int, int, int]:
-        """What every operator takes after query, key and value."""
-        return (self.scale, self.causal, *self.window_size, self.precision)
-
-    @property
-    def limits(self) -> tuple[float, float, int | None, int | None]:
-        """See `Plan`."""
-        return (self.softcap, self.dropout_p, self.max_seqlen_q, self.max_seqlen_k)
+    def head_dims(self) -> dict[str, int]:
+        return {"query": self.head_dim, "value": self.head_dim_v}
 
     @property
     def is_plain(self) -> bool:
@@ -354,38 +292,14 @@ class Problem:
 
     @staticmethod
     @looks_at_sizes
-    def from_call(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        mask: Tensor | None = None,
-        bias: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        causal: bool | str = False,
-        window_size: tuple[int, int] = (-1, -1),
-        scale: float | None = None,
-        softcap: float = 0.0,
-        alibi_slopes: Tensor | None = None,
-        sinks: Tensor | None = None,
-        dropout_p: float = 0.0,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        max_seqlen_q: int | None = None,
-        max_seqlen_k: int | None = None,
-        seqused_k: Tensor | None = None,
-        block_table: Tensor | None = None,
-        return_lse: bool = False,
-        philox_seed: int | Tensor | None = None,
-        precision: str | None = None,
-    ) -> Problem:
+    def from_call(query: Tensor, key: Tensor, value: Tensor, o: Options) -> Problem:
         """Checks the arguments of `attention()`, which says what they mean.
 
         Raises ArgumentTypeError for an argument of the wrong kind and ArgumentValueError for a
         shape, dtype, device or value; the message names the argument.
         """
         check_query_key_value(query, key, value)
-        packed, paged = cu_seqlens_q is not None, block_table is not None
+        packed, paged = o.cu_seqlens_q is not None, o.block_table is not None
         heads_dim = 2 if paged else 1
 
         # Sizes
@@ -395,124 +309,129 @@ class Problem:
                 if x.dim() != rank:
                     got = f"{x.dim()}: {shape_of(x)}"
                     wrong_value(name, f"{rank} dimensions where cu_seqlens_q is given", got)
-            check_lengths("cu_seqlens_q", cu_seqlens_q, query, 1)
-            batch = cu_seqlens_q.shape[0] - 1  # type: ignore[union-attr]
+            check_lengths("cu_seqlens_q", o.cu_seqlens_q, query, 1)
+            batch = o.cu_seqlens_q.shape[0] - 1  # type: ignore[union-attr]
             if batch < 0:
                 wrong_value("cu_seqlens_q", "[B + 1] offsets, the first is 0", "an empty tensor")
         else:
             check_dense_shapes(query, key, value, paged)
             batch = query.shape[0]
         check_key_value_shapes(query, key, value, heads_dim)
-        if cu_seqlens_k is not None:
-            check_lengths("cu_seqlens_k", cu_seqlens_k, query, 1)
+        if o.cu_seqlens_k is not None:
+            check_lengths("cu_seqlens_k", o.cu_seqlens_k, query, 1)
             if not packed:
                 wrong_value("cu_seqlens_k", "None without cu_seqlens_q", "a tensor")
-            check_shape("cu_seqlens_k", cu_seqlens_k, "[B + 1], as cu_seqlens_q", (batch + 1,))
+            check_shape("cu_seqlens_k", o.cu_seqlens_k, "[B + 1], as cu_seqlens_q", (batch + 1,))
         elif packed and not paged:
             wrong_value("cu_seqlens_k", "a tensor, since cu_seqlens_q is one", None)
-        for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        for name, length in (("max_seqlen_q", o.max_seqlen_q), ("max_seqlen_k", o.max_seqlen_k)):
             if length is not None and not (isinstance(length, (int, torch.SymInt)) and length >= 0):
                 wrong_value(name, "None or an int >= 0", repr(length))
-        if seqused_k is not None:
-            check_lengths("seqused_k", seqused_k, query, 1)
-            check_shape("seqused_k", seqused_k, "[B]", (batch,))
-        if block_table is not None:
-            check_lengths("block_table", block_table, query, 2)
-            check_shape("block_table", block_table, "[B, max_pages]", (batch, block_table.shape[1]))
+        if o.seqused_k is not None:
+            check_lengths("seqused_k", o.seqused_k, query, 1)
+            check_shape("seqused_k", o.seqused_k, "[B]", (batch,))
+        if o.block_table is not None:
+            check_lengths("block_table", o.block_table, query, 2)
+            check_shape(
+                "block_table", o.block_table, "[B, max_pages]", (batch, o.block_table.shape[1])
+            )
         heads_q, head_dim = query.shape[1], query.shape[-1]
         heads_kv, head_dim_v = key.shape[heads_dim], value.shape[-1]
-        seqlen_q = query.shape[2] if not packed else max_seqlen_q or query.shape[0]
-        if block_table is not None:
-            seqlen_k = block_table.shape[1] * key.shape[1]
+        seqlen_q = query.shape[2] if not packed else o.max_seqlen_q or query.shape[0]
+        if o.block_table is not None:
+            seqlen_k = o.block_table.shape[1] * key.shape[1]
         else:
-            seqlen_k = key.shape[2] if not packed else max_seqlen_k or key.shape[0]
+            seqlen_k = key.shape[2] if not packed else o.max_seqlen_k or key.shape[0]
 
         # Options that are tensors
         scores = (batch, heads_q, seqlen_q, seqlen_k)
         for name, option in (
-            ("mask", mask),
-            ("bias", bias),
-            ("key_padding_mask", key_padding_mask),
-            ("alibi_slopes", alibi_slopes),
-            ("sinks", sinks),
+            ("mask", o.mask),
+            ("bias", o.bias),
+            ("key_padding_mask", o.key_padding_mask),
+            ("alibi_slopes", o.alibi_slopes),
+            ("sinks", o.sinks),
         ):
             if option is not None:
                 check_tensor(name, option)
                 check_same_device(name, option, query)
                 if packed and name in ("mask", "bias", "key_padding_mask"):
                     wrong_value(name, "None for packed sequences (cu_seqlens_q)", "a tensor")
-        if mask is not None:
-            hint = "pass additive masks as bias" if mask.is_floating_point() else "use mask.bool()"
-            check_dtype("mask", mask, torch.bool, f"True = may attend; {hint}")
-            check_broadcastable("mask", mask, scores)
-        if bias is not None:
-            if bias.dtype not in DTYPES:
-                hint = "pass boolean masks as mask" if bias.dtype == torch.bool else "cast it"
-                wrong_value("bias", "a floating dtype", bias.dtype, hint)
-            check_broadcastable("bias", bias, scores)
-        if key_padding_mask is not None:
-            check_dtype("key_padding_mask", key_padding_mask, torch.bool, "True = padding")
-            check_shape("key_padding_mask", key_padding_mask, "[B, Sk]", (batch, seqlen_k))
-        if alibi_slopes is not None:
-            if alibi_slopes.dtype not in DTYPES:
-                wrong_value("alibi_slopes", "a floating dtype", alibi_slopes.dtype)
-            check_shape(
-                "alibi_slopes", alibi_slopes, "[Hq] or [B, Hq]", (heads_q,), (batch, heads_q)
+        if o.mask is not None:
+            hint = (
+                "pass additive masks as bias" if o.mask.is_floating_point() else "use mask.bool()"
             )
-            if torch.is_grad_enabled() and alibi_slopes.requires_grad:
+            check_dtype("mask", o.mask, torch.bool, f"True = may attend; {hint}")
+            check_broadcastable("mask", o.mask, scores)
+        if o.bias is not None:
+            if o.bias.dtype not in DTYPES:
+                hint = "pass boolean masks as mask" if o.bias.dtype == torch.bool else "cast it"
+                wrong_value("bias", "a floating dtype", o.bias.dtype, hint)
+            check_broadcastable("bias", o.bias, scores)
+        if o.key_padding_mask is not None:
+            check_dtype("key_padding_mask", o.key_padding_mask, torch.bool, "True = padding")
+            check_shape("key_padding_mask", o.key_padding_mask, "[B, Sk]", (batch, seqlen_k))
+        if o.alibi_slopes is not None:
+            if o.alibi_slopes.dtype not in DTYPES:
+                wrong_value("alibi_slopes", "a floating dtype", o.alibi_slopes.dtype)
+            check_shape(
+                "alibi_slopes", o.alibi_slopes, "[Hq] or [B, Hq]", (heads_q,), (batch, heads_q)
+            )
+            if torch.is_grad_enabled() and o.alibi_slopes.requires_grad:
                 hint = "detach() it, or pass the biases of learned slopes as bias"
                 wrong_value("alibi_slopes", "no requires_grad", "a tensor that requires it", hint)
-        if sinks is not None:
-            if sinks.dtype not in DTYPES:
-                wrong_value("sinks", "a floating dtype", sinks.dtype)
-            check_shape("sinks", sinks, "[Hq]", (heads_q,))
+        if o.sinks is not None:
+            if o.sinks.dtype not in DTYPES:
+                wrong_value("sinks", "a floating dtype", o.sinks.dtype)
+            check_shape("sinks", o.sinks, "[Hq]", (heads_q,))
 
         # Options that are numbers
         same_lengths = (
             not paged
-            and seqused_k is None
-            and (cu_seqlens_q is cu_seqlens_k if packed else seqlen_q == seqlen_k)
+            and o.seqused_k is None
+            and (o.cu_seqlens_q is o.cu_seqlens_k if packed else seqlen_q == seqlen_k)
         )
-        causal_value = causal_number(causal, same_lengths)
-        window = window_numbers(window_size)
+        causal = causal_number(o.causal, same_lengths)
+        window_left, window_right = window_numbers(o.window_size)
+        scale = o.scale
         if scale is None:
             scale = head_dim**-0.5 if head_dim else 1.0
         check_number("scale", scale, "a learned scale can be multiplied into query")
         if not float("-inf") < scale < float("inf"):
             wrong_value("scale", "a finite number", scale)
-        check_number("softcap", softcap)
-        if not 0.0 <= softcap < float("inf"):
-            wrong_value("softcap", "a number of logits >= 0, 0 for none", softcap)
-        check_number("dropout_p", dropout_p)
-        if not 0.0 <= dropout_p <= 1.0:
-            wrong_value("dropout_p", "a probability in [0, 1]", dropout_p)
-        check_philox_seed(philox_seed, query.device)
+        check_number("softcap", o.softcap)
+        if not 0.0 <= o.softcap < float("inf"):
+            wrong_value("softcap", "a number of logits >= 0, 0 for none", o.softcap)
+        check_number("dropout_p", o.dropout_p)
+        if not 0.0 <= o.dropout_p <= 1.0:
+            wrong_value("dropout_p", "a probability in [0, 1]", o.dropout_p)
+        check_philox_seed(o.philox_seed, query.device)
 
         # What is in use
         grad = torch.is_grad_enabled()
-        bias_gradient = grad and bias is not None and bias.requires_grad
-        sinks_gradient = grad and sinks is not None and sinks.requires_grad
+        bias_gradient = grad and o.bias is not None and o.bias.requires_grad
+        sinks_gradient = grad and o.sinks is not None and o.sinks.requires_grad
         qkv_gradient = grad and (query.requires_grad or key.requires_grad or value.requires_grad)
         gradients = qkv_gradient or bias_gradient or sinks_gradient
         used = {
             "gradients": gradients,
-            "mask": mask is not None,
-            "bias": bias is not None,
+            "mask": o.mask is not None,
+            "bias": o.bias is not None,
             "bias_gradient": bias_gradient,
-            "key_padding_mask": key_padding_mask is not None,
-            "causal": causal_value != CAUSAL[False],
-            "window_size": window != (-1, -1),
-            "softcap": softcap != 0.0,
-            "alibi_slopes": alibi_slopes is not None,
-            "sinks": sinks is not None,
+            "key_padding_mask": o.key_padding_mask is not None,
+            "causal": causal != CAUSAL[False],
+            "window_size": (window_left, window_right) != NO_WINDOW,
+            "softcap": o.softcap != 0.0,
+            "alibi_slopes": o.alibi_slopes is not None,
+            "sinks": o.sinks is not None,
             "sinks_gradient": sinks_gradient,
-            "dropout": dropout_p != 0.0,
+            "dropout": o.dropout_p != 0.0,
             "gqa": heads_q != heads_kv,
             "value_head_dim": head_dim_v != head_dim,
-            "return_lse": bool(return_lse),
-            "lse_gradient": gradients and bool(return_lse),
+            "return_lse": bool(o.return_lse),
+            "lse_gradient": gradients and bool(o.return_lse),
             "varlen": packed,
-            "seqused_k": seqused_k is not None,
+            "seqused_k": o.seqused_k is not None,
             "block_table": paged,
         }
         return Problem(
@@ -525,19 +444,22 @@ class Problem:
             head_dim_v=head_dim_v,
             dtype=query.dtype,
             device=query.device,
-            scale=as_float(scale),
-            causal=causal_value,
-            window_size=window,
-            softcap=as_float(softcap),
-            dropout_p=as_float(dropout_p),
-            max_seqlen_q=as_int64(max_seqlen_q),
-            max_seqlen_k=as_int64(max_seqlen_k),
-            precision=precision_number(precision, query.dtype),
-            return_lse=bool(return_lse),
+            numbers=Arguments(
+                scale=as_float(scale),
+                causal=causal,
+                window_left=window_left,
+                window_right=window_right,
+                precision=precision_number(o.precision, query.dtype),
+                softcap=as_float(o.softcap),
+                dropout_p=as_float(o.dropout_p),
+                max_seqlen_q=as_int64(o.max_seqlen_q),
+                max_seqlen_k=as_int64(o.max_seqlen_k),
+            ),
+            return_lse=bool(o.return_lse),
             features=frozenset(name for name in FEATURES if used[name]),
             differentiable=gradients or transform_is_active(),
             is_direct=is_direct(
-                query, key, value, mask, bias, key_padding_mask, alibi_slopes, sinks
+                query, key, value, o.mask, o.bias, o.key_padding_mask, o.alibi_slopes, o.sinks
             ),
             copied={
                 name: x.numel() * x.element_size()
@@ -547,52 +469,28 @@ class Problem:
         )
 
 
-class Plan(NamedTuple):
-    """What serves calls of one kind: `operator(query, key, value, *numbers)`, which gives out or
-    (out, lse). Unless `is_plain`, the other arguments of the operator attention_forward follow, of
-    which `limits` are softcap, dropout_p, max_seqlen_q and max_seqlen_k."""
-
-    operator: Callable[..., Any]
-    numbers: tuple[Any, ...]
-    is_plain: bool = False
-    limits: tuple[float, float, int | None, int | None] = (0.0, 0.0, None, None)
-    is_left: bool = False  # to what a patch has replaced
-    may_be_kept: bool = True  # because the operator itself refuses what does not fit together
-
-
-def transform_is_active() -> bool:
-    """torch.func or a forward-mode level, in which a bare operator would have no derivative."""
-    if torch.compiler.is_compiling():  # maybe of this function alone, in a frame of its own
-        return _loses_gradients(torch.is_grad_enabled())
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def check_transforms(name: str) -> None:
-    """Raises while compiling under a transform or a forward-mode level, where gradients and
-    tangents would be lost without a word."""
-    if torch.compiler.is_compiling() and _loses_gradients(torch.is_grad_enabled()):
-        raise NotImplementedError(
-            f"{name}: gradients of or inside torch.func transforms, and forward mode, inside "
-            "torch.compile are not built yet; call the transform outside torch.compile, or "
-            "torch.vmap under torch.no_grad(), or use backend='reference' of attention"
-        )
-
-
-@torch.compiler.assume_constant_result
-def _loses_gradients(grad_enabled: bool) -> bool:
-    # Under a transform Dynamo takes no Function, and an operator alone has zeros for its gradients.
-    # Whether what vmap maps requires any, it does not see.
-    vmap = torch._C._functorch.TransformType.Vmap
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    in_forward_mode = forward_ad._current_level >= 0
-    return in_forward_mode or any(grad_enabled or level.key() != vmap for level in levels)
-
-
-def is_direct(*tensors: Tensor | None) -> bool:
-    """Eager, and nothing but the dispatcher wants to see what happens to these tensors."""
-    return (
-        not torch.compiler.is_compiling()
-        and not transform_is_active()
-        and torch._C._len_torch_function_stack() == 0
-        and all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+def arguments_of(
+    query: Tensor, key: Tensor, numbers: Arguments, options: Options
+) -> tuple[Any, ...]:
+    """A valid call as the operators take it, behind query, key and value; without what is at its
+    default at the end. numbers: of its `Problem`. Draws the random state of dropout."""
+    o = options
+    sequences = (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k, o.block_table)
+    packed = any(x is not None for x in sequences)
+    philox = None
+    if numbers.dropout_p:
+        if packed and not is_compiling():  # a call that is refused draws nothing
+            limits = (numbers.max_seqlen_q, numbers.max_seqlen_k)
+            ops.check_sequences(query, key, *sequences[:2], *limits, *sequences[2:])
+        philox = ops.philox_state(query, o.philox_seed)
+    tensors = (
+        as_4d(o.mask),
+        as_4d(o.bias),
+        o.key_padding_mask,
+        as_vector(o.alibi_slopes, torch.float32),
+        as_vector(o.sinks, torch.promote_types(query.dtype, torch.float32)),
+        philox,
+        *sequences,
     )
+    arguments = joined(tensors, split(numbers)[1])
+    return arguments if packed else arguments.dense()

@@ -17,22 +17,25 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import operators as ops
-from ..call.problem import Plan, Problem, check_transforms, is_tracing
 from ..operators import cuda
+from ..operators._torch import is_compiling
+from ..operators.arguments import DIFFERENTIABLE, NAMES, Arguments, joined, split
+from ..operators.handles import names_of
+from ..operators.traced import signature_of
 from .tangents import attention_gradients, attention_tangents
 
-_NOT_PACKED = (None,) * 6  # cu_seqlens_q, ... block_table
+Gradients = tuple[Tensor | None, ...]
 
 
-def _to_save(inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Any, list[Any]]:
-    """The tensors of a call of `Attention`, and max_seqlen_q and max_seqlen_k."""
-    cu_seqlens_q, cu_seqlens_k, *max_seqlens, seqused_k, block_table = inputs[16:] or _NOT_PACKED
-    sequences = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
-    return (*inputs[:3], *output, *inputs[8:14], *sequences), max_seqlens
+def _split_inputs(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The tensors of a call of `Attention`, and its numbers."""
+    query, key, value, *arguments = inputs
+    tensors, numbers = split(Arguments(*arguments))
+    return (query, key, value, *tensors), numbers
 
 
 class Attention(Function):
-    """(out, lse). Inputs: those of attention_forward; the last six only where one is in use."""
+    """(out, lse). Inputs: those of attention_forward; those of packed sequences only if in use."""
 
     generate_vmap_rule = True
 
@@ -42,41 +45,41 @@ class Attention(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        saved, ctx.max_seqlens = _to_save(inputs, output)
-        ctx.save_for_backward(*saved)
-        ctx.numbers, ctx.softcap_and_dropout = inputs[3:8], inputs[14:16]
+        tensors, ctx.numbers = _split_inputs(inputs)
+        ctx.save_for_backward(*output, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(attention_gradients, ctx, *grads)
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        return _gradients(attention_gradients, ctx, ctx.needs_input_grad, grads)
 
 
 def _gradients(
-    backward: Callable[..., Any], ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse, *options = ctx.saved_tensors
-    *options, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table = options
-    needed = ctx.needs_input_grad
-    if grad_out is None and grad_lse is None:  # as in a double backward, see `tangents`
-        return (None,) * len(needed)
-    bias_grad, sinks_grad = needed[9], needed[12]
-    dq, dk, dv, dbias, dsinks = backward(
+    backward: Callable[..., Any],
+    ctx: Any,
+    needs: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+    average: bool = False,
+) -> Gradients:
+    """Of the inputs of `Attention`, which left `ctx`; grads: of out, lse and, if given, weights."""
+    grad_out, grad_lse, grad_weights = (*grads, None)[:3]
+    if grad_out is None and grad_lse is None and grad_weights is None:  # as in a double backward
+        return (None,) * len(needs)
+    out, lse, query, key, value, *tensors = ctx.saved_tensors
+    needed = dict(zip(NAMES, needs, strict=False))
+    of_weights = () if grad_weights is None else (grad_weights, average)
+    gradients = backward(
         *(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse),
         *(query, key, value, out, lse),
-        *ctx.numbers,
-        *options,
-        *ctx.softcap_and_dropout,
-        *(cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens, seqused_k, block_table),
-        *(bias_grad, sinks_grad),
+        *joined(tensors, ctx.numbers),
+        *(needed["bias"], needed["sinks"]),
+        *of_weights,
     )
-    gradients = {0: dq, 1: dk, 2: dv, 9: dbias, 12: dsinks}
-    return tuple(gradients.get(i) if need else None for i, need in enumerate(needed))
+    named = dict(zip(DIFFERENTIABLE, gradients, strict=True))
+    return tuple(named.get(name) if need else None for name, need in needed.items())
 
 
-traced_attention = ops.define_traced(
-    "attention", ops.schema_of(ops.forward), ops.forward, Attention
-)
+traced_attention = ops.define_traced("attention", signature_of(ops.forward), ops.forward, Attention)
 
 
 class AttentionForwardMode(Attention):
@@ -85,19 +88,18 @@ class AttentionForwardMode(Attention):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         Attention.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*_to_save(inputs, output)[0])
+        ctx.save_for_forward(*output, *_split_inputs(inputs)[0])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
-        query, key, value, out, lse, *options = ctx.saved_tensors
-        *options, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table = options
-        if tangents[11] is not None:
+        out, lse, *inputs = ctx.saved_tensors
+        query, key, value, *tensors = inputs
+        direction = dict(zip(NAMES, tangents, strict=False))
+        if direction["alibi_slopes"] is not None:
             raise NotImplementedError("alibi_slopes: not differentiable, in forward mode either")
-        return attention_tangents(
-            *(query, key, value, out, lse, *tangents[:3], tangents[9], tangents[12]),
-            *(*ctx.numbers, *options, *ctx.softcap_and_dropout),
-            *(cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens, seqused_k, block_table),
-        )
+        call = {"query": query, "key": key, "value": value, "out": out, "lse": lse}
+        call |= {f"tangent_{name}": direction[name] for name in DIFFERENTIABLE}
+        return attention_tangents(call | joined(tensors, ctx.numbers)._asdict())
 
 
 class AttentionWithWeights(Function):
@@ -111,29 +113,17 @@ class AttentionWithWeights(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.average, *inputs = inputs  # type: ignore[assignment]
-        ctx.save_for_backward(*inputs[:3], *output[:2], *inputs[8:14])
-        ctx.numbers, ctx.softcap_and_dropout = inputs[3:8], inputs[14:16]
-        ctx.set_materialize_grads(False)
+        ctx.average, *of_attention = inputs
+        out, lse, _ = output
+        Attention.setup_context(ctx, tuple(of_attention), (out, lse))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, *options = ctx.saved_tensors
-        grad_out, grad_lse, grad_weights = grads
-        if all(x is None for x in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        needed = ctx.needs_input_grad[1:]
-        dq, dk, dv, dbias, dsinks = attention_gradients(
-            *(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse),
-            *(query, key, value, out, lse),
-            *ctx.numbers,
-            *options,
-            *ctx.softcap_and_dropout,
-            *_NOT_PACKED,
-            *(needed[9], needed[12], grad_weights, ctx.average),
-        )
-        gradients = {0: dq, 1: dk, 2: dv, 9: dbias, 12: dsinks}
-        return None, *(gradients.get(i) if need else None for i, need in enumerate(needed))
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        needs = ctx.needs_input_grad[1:]  # without `average`
+        return None, *_gradients(attention_gradients, ctx, needs, grads, ctx.average)
+
+
+_OF_WEIGHTS = names_of(ops.weights)
 
 
 class AttentionWithWeightsForwardMode(AttentionWithWeights):
@@ -147,17 +137,16 @@ class AttentionWithWeightsForwardMode(AttentionWithWeights):
 def forward_with_weights(average: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, weights), without gradients."""
     out, lse = ops.forward(*inputs)
-    query, key, _, *numbers, _ = inputs[:8]
-    mask, bias, key_padding_mask, alibi_slopes, _, philox, *softcap_and_dropout = inputs[8:16]
-    masks = (mask, bias, key_padding_mask, alibi_slopes)
-    weights = ops.weights(query, key, lse, *numbers, average, *masks, philox, *softcap_and_dropout)
-    return out, lse, weights
+    query, key, _, *arguments = inputs
+    call = {"query": query, "key": key, "lse": lse, "average": average}
+    call |= Arguments(*arguments)._asdict()
+    return out, lse, ops.weights(*[call[name] for name in _OF_WEIGHTS])
 
 
-_schema = ops.schema_of(ops.forward).replace("(", "(bool average, ", 1)
+_signature = signature_of(ops.forward).replace("(", "(bool average, ", 1)
 traced_attention_with_weights = ops.define_traced(
     "attention_with_weights",
-    _schema.replace("-> (Tensor, Tensor)", "-> (Tensor, Tensor, Tensor)"),
+    _signature.replace("-> (Tensor, Tensor)", "-> (Tensor, Tensor, Tensor)"),
     forward_with_weights,
     AttentionWithWeights,
 )
@@ -206,7 +195,7 @@ class CudaAttention(Attention):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(_cuda_gradients, ctx, *grads)
+        return _gradients(_cuda_gradients, ctx, ctx.needs_input_grad, grads)
 
 
 class CudaAttentionForwardMode(CudaAttention):
@@ -250,12 +239,12 @@ _ON_CUDA = " on the cuda backend; backend='reference' has them"
 
 def _cuda_gradients(*inputs: Any) -> Any:
     # With create_graph=True, and always under torch.func, somebody may differentiate again.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_compiling():
         return CudaAttentionGradients.apply(*inputs)
     return torch.ops.fused_attention_cuda.attention_backward.default(*inputs)
 
 
-# -- Which way a call goes ---------------------------------------------------------------
+# -- The ways that a call may go -----------------------------------------------------------
 
 
 class Functions(NamedTuple):
@@ -269,11 +258,11 @@ class Functions(NamedTuple):
 
 
 def _apply_compiling(*inputs: Any) -> Any:
-    return Attention.apply(*_distinct(inputs))
+    return Attention.apply(*distinct(inputs))
 
 
 def _apply_cuda_compiling(*inputs: Any) -> Any:
-    return CudaAttention.apply(*_distinct(inputs))
+    return CudaAttention.apply(*distinct(inputs))
 
 
 FUNCTIONS = Functions(
@@ -290,59 +279,7 @@ CUDA_FUNCTIONS = Functions(
 )
 
 
-def plan(problem: Problem) -> Plan:
-    """What serves `problem` on a backend whose operators are those of `ops`."""
-    return _plan(problem, ops.OPERATORS, FUNCTIONS)
-
-
-def plan_cuda(problem: Problem) -> Plan:
-    """What serves `problem` through the CUDA library."""
-    return _plan(problem, cuda.operators(), CUDA_FUNCTIONS)
-
-
-def _plan(problem: Problem, operators: ops.Operators, functions: Functions) -> Plan:
-    check_transforms("attention")
-    function: Callable[..., Any]
-    if is_tracing():
-        function = traced_attention
-    elif not problem.differentiable:
-        if problem.is_plain:
-            direct = operators.direct_forward_plain
-            function = direct if problem.is_direct else operators.forward_plain
-            return Plan(function, problem.numbers, is_plain=True)
-        function = operators.direct_forward if problem.is_direct else operators.forward
-    elif torch.compiler.is_compiling():
-        function = functions.compiling
-    elif not problem.is_direct:
-        function = functions.forward_mode
-    elif problem.is_plain:
-        return Plan(functions.plain, (problem.numbers,), is_plain=True)
-    else:
-        function = functions.direct
-    function = function if problem.return_lse else _first(function)
-    return Plan(function, problem.numbers, limits=problem.limits)
-
-
-def plan_with_weights(problem: Problem) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """What gives (out, lse, weights), from the inputs of `AttentionWithWeights`."""
-    check_transforms("attention")
-    if is_tracing():
-        return traced_attention_with_weights
-    if not problem.differentiable:
-        return forward_with_weights
-    if torch.compiler.is_compiling():
-        return lambda *inputs: AttentionWithWeights.apply(*_distinct(inputs))
-    return AttentionWithWeightsForwardMode.apply
-
-
-def _first(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    def out(*inputs: Any) -> Tensor:
-        return function(*inputs)[0]
-
-    return out
-
-
-def _distinct(inputs: tuple[Any, ...]) -> list[Any]:
+def distinct(inputs: tuple[Any, ...]) -> list[Any]:
     """Dynamo refuses the same tensor twice."""
     distinct: list[Any] = []
     for x in inputs:

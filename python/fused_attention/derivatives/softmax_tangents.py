@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from .. import operators as ops
-from ..call.problem import check_transforms
+from ..operators import handles, vmap
+from ..operators._torch import check_transforms, forward_mode_is_on, is_compiling
 
 _BLOCK = 1 << 17  # elements: a few of them fit a second-level cache
 Index = tuple[slice, ...]
@@ -269,8 +270,8 @@ _OF_ROWS = ("sink_weight", "grad_sink_weight", "tangent_sink_weight", "tangent_g
 def _define(name: str, arguments: str, results: int, kernel: Any) -> tuple[Any, Any]:
     """The operator and its rule of vmap."""
     returns = ", ".join(["Tensor"] * results)
-    ops._library.define(f"{name}({arguments}) -> ({returns})")
-    ops._library.impl(name, kernel, "CompositeExplicitAutograd")
+    handles.library.define(f"{name}({arguments}) -> ({returns})")
+    handles.library.impl(name, kernel, "CompositeExplicitAutograd")
     op = getattr(torch.ops.fused_attention, name).default
     torch.library.register_fake(f"fused_attention::{name}")(kernel)
 
@@ -509,14 +510,18 @@ def _gradients(*inputs: Any) -> Three:
     )
 
 
-def gradients_of_samples(info: Any, call: dict[str, Any], dims: dict[str, int | None]) -> Three:
+def _gradients_of_samples(
+    info: Any, call: dict[str, Any], dims: dict[str, int | None]
+) -> tuple[Three, tuple[int | None, ...]]:
     """The rule of vmap of masked_softmax_backward with sinks_grad, whose sums are a sample's."""
     weights, dropout_p, dim = call["weights"], call["dropout_p"], dims["weights"]
     shape = tuple(weights.shape if dim is None else weights.movedim(dim, 0).shape[1:])
     keep = None
     if dropout_p:
         sizes = _sizes(shape)
-        keep, _ = ops.dropout_keep_masks(info, (dims["philox"],), call["philox"], dropout_p, *sizes)
+        keep, _ = vmap.dropout_keep_masks(
+            info, (dims["philox"],), call["philox"], dropout_p, *sizes
+        )
         keep = keep.view(info.batch_size, *shape)
     kept_scale = _kept_scale(dropout_p)
     bias, bias_dim = (call["bias"], dims["bias"]) if call["bias_grad"] else (None, None)
@@ -527,15 +532,29 @@ def gradients_of_samples(info: Any, call: dict[str, Any], dims: dict[str, int | 
         *(call["grad_out"], None, None, bias, True),
     )
     dinput, dbias, dsink = results
-    return dinput, dbias, dsink.sum([d for d in range(1, dsink.dim()) if d != dsink.dim() - 2])
+    dsinks = dsink.sum([d for d in range(1, dsink.dim()) if d != dsink.dim() - 2])
+    return (dinput, dbias, dsinks), (0, 0 if call["bias_grad"] else None, 0)
+
+
+_rule_without_sinks = vmap.softmax_vmap_rule(
+    ops.softmax_backward, "weights", lambda call: (True, bool(call["bias_grad"]), False)
+)
+
+
+@torch.library.register_vmap("fused_attention::masked_softmax_backward")
+def _backward_rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+    call = ops.arguments(ops.softmax_backward, args, kwargs)
+    if call["sinks_grad"]:
+        return _gradients_of_samples(info, call, dict(zip(call, in_dims, strict=False)))
+    return _rule_without_sinks(info, in_dims, *args, **kwargs)
 
 
 def softmax_gradients(*inputs: Any) -> Three:
     """The gradients of input, bias and sinks, part of a graph where somebody may differentiate
     again: with create_graph=True, always under torch.func, and where forward mode is on."""
     check_transforms("masked_softmax")
-    differentiable = torch.is_grad_enabled() or forward_ad._current_level >= 0
-    if differentiable and not torch.compiler.is_compiling():
+    differentiable = torch.is_grad_enabled() or forward_mode_is_on()
+    if differentiable and not is_compiling():
         return SoftmaxGradients.apply(*inputs)
     return _gradients(*inputs)
 

@@ -26,14 +26,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from .. import operators as ops
-from ..call.problem import check_transforms
+from ..operators._torch import check_transforms, forward_mode_is_on, is_compiling, schema_of
+from ..operators.arguments import DIFFERENTIABLE, SEQUENCES
+from ..operators.handles import names_of
 
-_BACKWARD_DEFAULTS = [argument.default_value for argument in ops.backward._schema.arguments]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of DIFFERENTIABLE
+Call = dict[str, Any]  # the arguments of an operator by name, and others
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of query, key, value, bias, sinks
+_DIRECTION = tuple(f"tangent_{name}" for name in DIFFERENTIABLE)
 
 
 class AttentionGradients(Function):
@@ -47,42 +50,31 @@ class AttentionGradients(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
-        _save(ctx, inputs[:7], inputs[7:26])
-        *ctx.wanted, grad_weights, _ = inputs[26:]
-        ctx.of_weights = grad_weights is not None
+        _save(ctx, ops.backward, inputs)
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        (grad_out, grad_lse, *primals), rest = _check_and_restore(ctx)
-        direction = _wanted(ctx, directions)
-        results: list[Tensor | None] = [None] * len(needed)
-        if all(x is None for x in direction):
-            return tuple(results)
-        changes = attention_tangents(*primals, *direction, *rest)
-        results[:2] = changes
-        if any(needed[i] for i in (2, 3, 4, 13, 16)):
-            gradients = _gradient_tangents(
-                *(grad_out, grad_lse, *primals, None, None),
-                *(*direction[:3], *changes, *direction[3:], *rest),
-                *(needed[13], needed[16]),
-            )
-            for i, gradient in zip((2, 3, 4, 13, 16), gradients, strict=True):
-                results[i] = gradient
-        return tuple(x if need else None for x, need in zip(results, needed, strict=True))
+        call, needed = _saved(ctx, ops.backward), _needed(ctx, ops.backward)
+        # The gradients of bias and sinks that were not asked for are empty.
+        wanted = {"bias": call["bias_grad"], "sinks": call["sinks_grad"]}
+        for name, tangent in zip(DIFFERENTIABLE, directions, strict=True):
+            call[f"tangent_{name}"] = tangent if wanted.get(name, True) else None
+        results: Call = {}
+        if any(call[name] is not None for name in _DIRECTION):
+            call["tangent_out"], call["tangent_lse"] = attention_tangents(call)
+            results |= {"grad_out": call["tangent_out"], "grad_lse": call["tangent_lse"]}
+            call |= {"tangent_grad_out": None, "tangent_grad_lse": None}
+            results |= _gradient_tangents(call, needed)
+        return _in_order(results, needed)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Gradients:
-        (grad_out, grad_lse, *primals), rest = _check_and_restore(ctx)
-        direction = (*tangents[2:5], tangents[13], tangents[16])
-        changes = tangents[5:7]
-        if any(x is None for x in changes):
-            changes = attention_tangents(*primals, *direction, *rest)
-        return _gradient_tangents(
-            *(grad_out, grad_lse, *primals, *tangents[:2]),
-            *(*direction[:3], *changes, *direction[3:], *rest),
-            *ctx.wanted,
-        )
+        call = _saved(ctx, ops.backward)
+        changes = dict(zip(names_of(ops.backward), tangents, strict=True))
+        call |= {f"tangent_{name}": tangent for name, tangent in changes.items()}
+        if call["tangent_out"] is None or call["tangent_lse"] is None:
+            call["tangent_out"], call["tangent_lse"] = attention_tangents(call)
+        return _apply(AttentionGradientTangents, ops.backward_jvp, call)
 
 
 class AttentionTangents(Function):
@@ -96,30 +88,22 @@ class AttentionTangents(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _save(ctx, (*inputs[:10], *output), inputs[10:29])
+        _save(ctx, ops.jvp, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        tensors, rest = _restore(ctx)
-        primals, direction, changes = tensors[:5], tensors[5:10], tensors[10:]
-        grad_out, grad_lse = grads
-        if grad_out is None:
-            grad_out = torch.zeros_like(primals[3])
-        results: list[Tensor | None] = [None] * len(needed)
-        if any(needed[5:10]):
-            results[5:10] = attention_gradients(
-                *(grad_out, grad_lse, *primals, *rest, needed[8], needed[9])
-            )
-        if any(needed[i] for i in (0, 1, 2, 16, 19)):
-            gradients = _gradient_tangents(
-                *(grad_out, grad_lse, *primals, None, None),
-                *(*direction[:3], *changes, *direction[3:], *rest),
-                *(needed[16], needed[19]),
-            )
-            for i, gradient in zip((0, 1, 2, 16, 19), gradients, strict=True):
-                results[i] = gradient
-        return tuple(x if need else None for x, need in zip(results, needed, strict=True))
+        call, needed = _saved(ctx, ops.jvp), _needed(ctx, ops.jvp)
+        call["tangent_out"], call["tangent_lse"] = call.pop("results")
+        call["grad_out"], call["grad_lse"] = grads
+        if call["grad_out"] is None:
+            call["grad_out"] = torch.zeros_like(call["out"])
+        results: Call = {}
+        if any(needed[name] for name in _DIRECTION):
+            wanted = {f"{name}_grad": needed[f"tangent_{name}"] for name in ("bias", "sinks")}
+            gradients = attention_gradients(*_ordered(ops.backward, _defaults() | call | wanted))
+            results |= zip(_DIRECTION, gradients, strict=True)
+        call |= {"tangent_grad_out": None, "tangent_grad_lse": None}
+        return _in_order(results | _gradient_tangents(call, needed), needed)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -156,58 +140,76 @@ def attention_gradients(*inputs: Any) -> Gradients:
     """attention_backward, part of a graph where somebody may differentiate again: with
     create_graph=True, always under torch.func, and where forward mode is on."""
     check_transforms("attention")
-    differentiable = torch.is_grad_enabled() or forward_ad._current_level >= 0
-    if differentiable and not torch.compiler.is_compiling():
-        return AttentionGradients.apply(*inputs, *_BACKWARD_DEFAULTS[len(inputs) :])
+    if (torch.is_grad_enabled() or forward_mode_is_on()) and not is_compiling():
+        return _apply(AttentionGradients, ops.backward, ops.arguments(ops.backward, inputs, {}))
     return ops.backward(*inputs)
 
 
-def attention_tangents(*inputs: Any) -> tuple[Tensor, Tensor]:
+def attention_tangents(call: Call) -> tuple[Tensor, Tensor]:
     """attention_jvp, likewise. Everything in this module comes here first."""
-    if any(x is not None for x in inputs[-6:]):
+    if any(call[name] is not None for name in SEQUENCES):
         raise NotImplementedError(
             "attention: second derivatives and forward mode of packed sequences (cu_seqlens, "
             "seqused_k, block_table) are not built; backend='reference' has them"
         )
-    return AttentionTangents.apply(*inputs)
+    return _apply(AttentionTangents, ops.jvp, call)
 
 
-def _gradient_tangents(*inputs: Any) -> Gradients:
-    return AttentionGradientTangents.apply(*inputs)
+def _gradient_tangents(call: Call, needed: dict[str, bool]) -> Call:
+    """∂L/∂x of the inputs that need it."""
+    if not any(needed[name] for name in DIFFERENTIABLE):
+        return {}
+    wanted = {f"{name}_grad": needed[name] for name in ("bias", "sinks")}
+    gradients = _apply(AttentionGradientTangents, ops.backward_jvp, call | wanted)
+    return dict(zip(DIFFERENTIABLE, gradients, strict=True))
 
 
-# -- Contexts ----------------------------------------------------------------------------
-
-# All operators share 19 inputs: scale, causal, window_left, window_right, precision, six tensors
-# (mask, bias, key_padding_mask, alibi_slopes, sinks, philox), softcap, dropout_p, and six of packed
-# sequences.
+# -- By name -----------------------------------------------------------------------------
 
 
-def _save(ctx: Any, tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
-    saved = (*tensors, *rest[5:11])
+def _ordered(op: Any, call: Call) -> list[Any]:
+    return [call[name] for name in names_of(op)]
+
+
+def _apply(function: Any, op: Any, call: Call) -> Any:
+    """The Function around `op`, of all its arguments."""
+    return function.apply(*_ordered(op, call))
+
+
+def _defaults() -> Call:
+    return ops.arguments(ops.backward, (), {})
+
+
+def _tensors_of(op: Any) -> tuple[str, ...]:
+    """The arguments that are tensors: what they are saved as is the same for every call."""
+    return tuple(x.name for x in schema_of(op).arguments if "Tensor" in str(x.type))
+
+
+def _save(ctx: Any, op: Any, inputs: tuple[Any, ...], results: tuple[Tensor, ...] = ()) -> None:
+    call = dict(zip(names_of(op), inputs, strict=True))
+    saved = (*(call.pop(name) for name in _tensors_of(op)), *results)
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
-    ctx.count, ctx.numbers, ctx.others = len(tensors), rest[:5], rest[11:]
+    ctx.numbers = call
     ctx.set_materialize_grads(False)
 
 
-def _restore(ctx: Any) -> tuple[list[Any], tuple[Any, ...]]:
-    """The tensors that were saved, and the inputs that all operators share."""
-    saved = ctx.saved_tensors
-    return list(saved[: ctx.count]), (*ctx.numbers, *saved[ctx.count :], *ctx.others)
-
-
-def _check_and_restore(ctx: Any) -> tuple[list[Any], tuple[Any, ...]]:
-    if ctx.of_weights:
+def _saved(ctx: Any, op: Any) -> Call:
+    """The arguments that `op` had, and `results`."""
+    names = _tensors_of(op)
+    tensors = ctx.saved_tensors
+    call = dict(zip(names, tensors, strict=False)) | ctx.numbers
+    if call.get("grad_weights") is not None:
         raise NotImplementedError(
             "attention: second derivatives of the attention weights are not built; "
             "backend='reference' has those of the output"
         )
-    return _restore(ctx)
+    return call | {"results": tensors[len(names) :]}
 
 
-def _wanted(ctx: Any, directions: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Without those of gradients of bias and sinks that were not asked for, which are empty."""
-    bias_grad, sinks_grad = ctx.wanted
-    *three, bias, sinks = directions
-    return (*three, bias if bias_grad else None, sinks if sinks_grad else None)
+def _needed(ctx: Any, op: Any) -> dict[str, bool]:
+    return dict(zip(names_of(op), ctx.needs_input_grad, strict=True))
+
+
+def _in_order(results: Call, needed: dict[str, bool]) -> tuple[Tensor | None, ...]:
+    return tuple(results.get(name) if need else None for name, need in needed.items())

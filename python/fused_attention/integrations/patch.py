@@ -23,9 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import operators as ops
-from ..attention import sdpa
-from ..call.backends import BACKENDS, CPU, REFERENCE
-from ..call.problem import CAUSAL, as_4d, precision_number, wrong_type, wrong_value
+from ..call.backends import BACKENDS, CPU, REFERENCE, Request
+from ..call.problem import as_4d, precision_number
+from ..errors import wrong_type, wrong_value
+from ..operators._torch import cpu_keys, native_sdpa
+from ..operators.arguments import CAUSAL, Arguments
+from ..sdpa import sdpa
 
 NAME = "fused_attention"  # in PyTorch's registry of flash attention implementations
 
@@ -63,15 +66,15 @@ class _FlashHandle:
         backward = forward + "_backward"
         native = torch.library.get_kernel(forward, "CPU")
         native_backward = torch.library.get_kernel(backward, "CPU")
-        cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+        cpu = cpu_keys()
 
         def flash(query: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if query.shape[-1] not in CPU.head_dims:
+            if not _is_served(query):
                 return native.call_boxed(cpu, query, *args, **kwargs)
             return _flash(query, *args, **kwargs)
 
         def flash_backward(grad_out: Tensor, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if query.shape[-1] not in CPU.head_dims:
+            if not _is_served(query):
                 return native_backward.call_boxed(cpu, grad_out, query, *args, **kwargs)
             return _flash_backward(grad_out, query, *args, **kwargs)
 
@@ -85,10 +88,20 @@ class _FlashHandle:
         self._library._destroy()
 
 
-def _numbers(query: Tensor, is_causal: bool, scale: float | None) -> tuple[Any, ...]:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    causal = CAUSAL["top_left" if is_causal else False]
-    return scale, causal, -1, -1, precision_number(None, query.dtype)
+def _is_served(query: Tensor) -> bool:
+    """Of the values, PyTorch's operator knows that they are as wide as the keys."""
+    return not CPU.refuses(Request(query.device, query.dtype, {"query": query.shape[-1]}))
+
+
+def _arguments(query: Tensor, is_causal: bool, scale: float | None, mask: Any) -> Any:
+    return Arguments(
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        causal=CAUSAL["top_left" if is_causal else False],
+        window_left=-1,
+        window_right=-1,
+        precision=precision_number(None, query.dtype),
+        bias=as_4d(mask),
+    ).dense()
 
 
 def _sequence_first(x: Tensor) -> Tensor:
@@ -107,8 +120,8 @@ def _flash(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     # PyTorch only comes here without dropout
-    numbers = _numbers(query, is_causal, scale)
-    out, lse = ops.forward(query, key, value, *numbers, None, as_4d(attn_mask))
+    arguments = _arguments(query, is_causal, scale, attn_mask)
+    out, lse = ops.forward(query, key, value, *arguments)
     # PyTorch's lse of a row without a visible key; its backward may follow, after an undo
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     return out, _sequence_first(lse)
@@ -127,9 +140,9 @@ def _flash_backward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    numbers = _numbers(query, is_causal, scale)
+    arguments = _arguments(query, is_causal, scale, attn_mask)
     tensors = (grad_out, None, query, key, value, out, lse.contiguous())
-    dq, dk, dv, _, _ = ops.backward(*tensors, *numbers, None, as_4d(attn_mask))
+    dq, dk, dv, _, _ = ops.backward(*tensors, *arguments)
     return _sequence_first(dq), _sequence_first(dk), _sequence_first(dv)
 
 
@@ -156,8 +169,8 @@ class _State:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        fast = [row for row in BACKENDS if row.plan and not row.missing() and row is not REFERENCE]
-        self.devices = {device for row in fast for device in row.devices or ()}
+        fast = [row for row in BACKENDS if not row.missing() and row is not REFERENCE]
+        self.devices = {device for row in fast for device in row.devices}
         self.on = False  # not read off `patches`: compiled code guards on it
         self.patches = 0
         self.original: Any = F.scaled_dot_product_attention
@@ -291,7 +304,7 @@ def patch_sdpa(modules: Iterable[ModuleType] = ()) -> SdpaPatch:
     Raises ArgumentValueError for a module without the function, ArgumentTypeError for no module.
     """
     places: list[tuple[ModuleType, str]] = [(F, "scaled_dot_product_attention")]
-    targets = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention, _sdpa)
+    targets = (F.scaled_dot_product_attention, native_sdpa(), _sdpa)
     if not isinstance(modules, Iterable):
         wrong_type("modules", "an iterable of modules", type(modules).__name__)
     for module in modules:

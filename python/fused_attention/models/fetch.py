@@ -23,7 +23,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ..call.problem import wrong_value
+from ..errors import wrong_value
 from . import files
 
 DONE = "fetched"  # a file in a directory that is complete

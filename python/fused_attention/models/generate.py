@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..call.problem import wrong_value
+from ..errors import wrong_value
 from .attend import pad
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ..call.problem import wrong_value
+from ..errors import wrong_value
 from .attend import Attend, Layout, Padded
 from .transformer import Memory
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import attention
-from ..call.problem import wrong_value
+from ..errors import wrong_value
 from ..reference import diagonal_offset, scores, visible
 from .attend import Attend, Cached, Layout, Packed, Padded
 

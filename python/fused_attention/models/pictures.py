@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call.problem import check_shape, wrong_value
+from ..call.problem import check_shape
+from ..errors import wrong_value
 from .maps import AttentionMap, align
 
 MAX_CELLS = 1 << 22  # of a page, a byte each

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..call.problem import wrong_value
+from ..errors import wrong_value
 from .transformer import Config, Transformer
 
 State = dict[str, Tensor]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call.problem import wrong_value
+from ..errors import wrong_value
 from .generate import generate
 from .maps import attention_maps
 from .pictures import View, alignment_plot

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..call.problem import wrong_value
+from ..errors import wrong_value
 from . import captions, files, texts
 from .attend import pack, pad
 from .fetch import directory

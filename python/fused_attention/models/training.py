@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..call.problem import wrong_value
+from ..errors import wrong_value
 from . import files
 from .attend import Layout, Packed, Padded, pack, pad
 

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache import kv_cache_append_
-from ..call.problem import shape_of, wrong_value
+from ..call.problem import shape_of
+from ..errors import wrong_value
 from .attend import IMPLEMENTATIONS, Attend, Cached, Layout, Packed, Padded
 
 

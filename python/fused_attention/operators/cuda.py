@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from .. import operators as ops
+from . import handles, vmap, writes
+from ._torch import assume_constant_result
 
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 NAMESPACE = "fused_attention_cuda"
-OPERATORS: ops.Operators | None = None  # once they are loaded
+OPERATORS: handles.Operators | None = None  # once they are loaded
 
 
 @functools.cache
@@ -27,13 +28,14 @@ def load() -> str:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"CUDA kernels not loaded by PyTorch {torch.__version__}: {error}"
-    ops.register_tracing(NAMESPACE)
+    vmap.register_tracing(NAMESPACE)
+    writes.count_versions(NAMESPACE, "masked_softmax_")
     global OPERATORS
-    OPERATORS = ops.Operators.of(NAMESPACE)
+    OPERATORS = handles.Operators.of(NAMESPACE)
     return ""
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def missing() -> str:
     """What keeps the kernels from running here, or ""."""
     if not LIBRARY.exists():
@@ -46,7 +48,7 @@ def missing() -> str:
     return load()
 
 
-def operators() -> ops.Operators:
+def operators() -> handles.Operators:
     """Raises RuntimeError where they cannot be loaded."""
     if OPERATORS is None and (reason := load()):
         raise RuntimeError(reason)

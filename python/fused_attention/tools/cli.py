@@ -24,9 +24,11 @@ import torch
 
 from .. import __version__, _native
 from ..call import backends
-from ..call.backends import BACKENDS, REFERENCE, explain, feature_table
+from ..call.backends import BACKENDS, REFERENCE, feature_table
+from ..call.explain import explain
 from ..call.problem import DTYPES
 from ..errors import ArgumentTypeError, ArgumentValueError
+from ..operators._torch import fake_tensors
 from .console import write_json
 from .model_commands import CommandError, add_commands
 
@@ -59,20 +61,12 @@ def diagnose() -> dict[str, Any]:
         },
         "build": _native.build_info(),
         "backends": {
-            row.name: {"usable": not why_unusable(row), "reason": why_unusable(row)}
-            for row in BACKENDS
+            row.name: {"usable": not row.missing(), "reason": row.missing()} for row in BACKENDS
         },
         "environment": {
             name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ
         },
     }
-
-
-def why_unusable(row: backends.Backend) -> str:
-    """Empty if the backend serves calls on this machine."""
-    if row.plan is None:
-        return "not built yet"
-    return row.missing()
 
 
 def print_diagnosis(report: dict[str, Any]) -> None:
@@ -156,14 +150,12 @@ def device(text: str) -> torch.device:
 
 
 def explain_shape(arguments: argparse.Namespace) -> int:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     batch, heads_q, seqlen_q, head_dim = arguments.shape
     heads_kv = heads_q if arguments.kv_heads is None else arguments.kv_heads
     seqlen_k = seqlen_q if arguments.sk is None else arguments.sk
     head_dim_v = head_dim if arguments.dv is None else arguments.dv
     dtype = DTYPE_NAMES[arguments.dtype]
-    with FakeTensorMode():  # shapes without memory
+    with fake_tensors():  # shapes without memory
 
         def tensor(*shape: int, dtype: torch.dtype = dtype, grad: bool = False) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=arguments.device, requires_grad=grad)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentValueError
+from ..operators.arguments import Arguments
 
 if TYPE_CHECKING:
     from ..kernels.tiles import Arch, Tiles
@@ -126,8 +127,8 @@ def problem(
     shape = (TOKENS // SEQLEN, heads, SEQLEN, head_dim)
     query, key, value, grad_out = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
     scale, arch = 1.0 / math.sqrt(head_dim), arch_of(device)
-    call = launch.describe(query, key, scale, int(causal), -1, -1)
-    numbers = (scale, int(causal), -1, -1, 0)
+    numbers = Arguments(scale, int(causal), -1, -1, 0)
+    call = launch.describe(query, key, numbers)
     out, lse = operators.attention_forward(query, key, value, *numbers)
     assert lse is not None
     delta = (out.float() * grad_out.float()).sum(-1)

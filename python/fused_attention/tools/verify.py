@@ -75,7 +75,7 @@ def own_targets(backend: str | None = None, isa: str | None = None) -> list[Targ
 
     targets = []
     for row in BACKENDS:
-        missing = row.missing() if row.plan else "not built yet"
+        missing = row.missing()
         if missing:
             if row.name == backend:
                 raise ArgumentValueError(f"--backend: {backend!r} cannot run here: {missing}")

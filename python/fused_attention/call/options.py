@@ -1,0 +1,64 @@
+"""What a caller of `attention` says: one record, built once a call.
+
+`attention()` has these names as keywords, in this order, and says what they mean; `Problem` checks
+them, and `Problem.arguments` brings them into the form of the operators (`operators.arguments`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalVariant
+
+NO_WINDOW = (-1, -1)
+
+
+class Options(NamedTuple):
+    """Whatever came, not checked."""
+
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    key_padding_mask: Tensor | None = None
+    causal: Any = False
+    window_size: Any = NO_WINDOW
+    scale: Any = None
+    softcap: Any = 0.0
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout_p: Any = 0.0
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: Any = None
+    max_seqlen_k: Any = None
+    seqused_k: Tensor | None = None
+    block_table: Tensor | None = None
+    return_lse: Any = False
+    philox_seed: int | Tensor | None = None
+    precision: Any = None
+
+
+class Keywords(TypedDict, total=False):
+    """Their types, and that of `backend`; for type checkers. `return_lse` decides about results."""
+
+    mask: Tensor | None
+    bias: Tensor | None
+    key_padding_mask: Tensor | None
+    causal: bool | str | CausalVariant
+    window_size: tuple[int, int]
+    scale: float | None
+    softcap: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    dropout_p: float
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    seqused_k: Tensor | None
+    block_table: Tensor | None
+    philox_seed: int | Tensor | None
+    precision: str | None
+    backend: str

@@ -1,0 +1,237 @@
+"""PyTorch's private names: all that this package uses, each with what stands in where it is gone.
+
+What stands in is right and may be slow: where a question cannot be asked, the answer is the one
+that leads to the careful way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_C = torch._C
+
+
+def _private(name: str, instead: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch._C.<name>`, bound once: looking it up costs as much as calling it."""
+    found: Callable[..., Any] = getattr(_C, name, instead)
+    return found
+
+
+are_transforms_active = _private("_are_functorch_transforms_active", lambda: True)
+len_torch_function_stack = _private("_len_torch_function_stack", lambda: 1)
+is_any_autocast_enabled = _private("_is_any_autocast_enabled", lambda: True)
+is_jit_tracing = _private("_is_tracing", torch.jit.is_tracing)
+get_float32_matmul_precision = _private(
+    "_get_float32_matmul_precision", torch.get_float32_matmul_precision
+)
+is_compiling = torch.compiler.is_compiling
+
+
+def forward_mode_is_on() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def assume_constant_result(function: _F) -> _F:
+    """torch.compiler.assume_constant_result, without the second that it takes to import Dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# -- What is going on --------------------------------------------------------------------
+
+
+def transform_is_active() -> bool:
+    """torch.func or a forward-mode level, in which a bare operator would have no derivative."""
+    if is_compiling():  # maybe of this function alone, in a frame of its own
+        return _loses_gradients(torch.is_grad_enabled())
+    return are_transforms_active() or forward_mode_is_on()
+
+
+def check_transforms(name: str) -> None:
+    """Raises while compiling under a transform or a forward-mode level, where gradients and
+    tangents would be lost without a word."""
+    if is_compiling() and _loses_gradients(torch.is_grad_enabled()):
+        raise NotImplementedError(
+            f"{name}: gradients of or inside torch.func transforms, and forward mode, inside "
+            "torch.compile are not built yet; call the transform outside torch.compile, or "
+            "torch.vmap under torch.no_grad(), or use backend='reference' of attention"
+        )
+
+
+@assume_constant_result
+def _loses_gradients(grad_enabled: bool) -> bool:
+    # Under a transform Dynamo takes no Function, and an operator alone has zeros for its gradients.
+    # Whether what vmap maps requires any, it does not see.
+    if forward_mode_is_on():
+        return True
+    try:
+        vmap = _C._functorch.TransformType.Vmap
+        levels = _C._functorch.get_interpreter_stack() or ()
+    except AttributeError:
+        return are_transforms_active()
+    return any(grad_enabled or level.key() != vmap for level in levels)
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Eager, and nothing but the dispatcher wants to see what happens to these tensors."""
+    return (
+        not is_compiling()
+        and not transform_is_active()
+        and len_torch_function_stack() == 0
+        and all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
+@assume_constant_result
+def float32_matmul_precision() -> str:
+    """The process-wide setting; "highest" once PyTorch refuses to tell it as one word.
+
+    It refuses after `torch.backends.*.fp32_precision` was set. While compiling it is a constant.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "highest"
+
+
+# -- torch.jit.trace ---------------------------------------------------------------------
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace is at work, or the ONNX exporter that is built on it."""
+    return not is_compiling() and is_jit_tracing()
+
+
+def exports_onnx() -> bool:
+    """Whether the exporter built on torch.jit.trace is at work: it knows PyTorch's operators only,
+    which the reference is made of."""
+    return not is_compiling() and torch.onnx.is_in_onnx_export()
+
+
+def looks_at_sizes(function: _F) -> _F:
+    """For functions that decide by sizes and run no operator.
+
+    While torch.jit.trace runs, sizes are tensors; inside such a function they are numbers, and what
+    it decides holds for the sizes that were traced.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not is_tracing():
+            return function(*args, **kwargs)
+        with _tracer_paused():
+            return function(*args, **kwargs)
+
+    return cast(_F, call)
+
+
+@contextlib.contextmanager
+def _tracer_paused() -> Iterator[None]:
+    if not hasattr(_C, "_set_tracing_state"):
+        yield
+        return
+    state = _C._get_tracing_state()
+    _C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        _C._set_tracing_state(state)
+
+
+@looks_at_sizes
+def plain_sizes(x: Tensor) -> tuple[int, ...]:
+    """x.shape as numbers, also while torch.jit.trace runs."""
+    return x.shape
+
+
+# -- Operators ---------------------------------------------------------------------------
+
+
+def schema_of(op: Any) -> Any:
+    """The schema of an operator: `arguments` (with `name` and `default_value`) and `returns`."""
+    return op._schema
+
+
+def direct(op: Any) -> Callable[..., Any]:
+    """`op` straight into the dispatcher: saves 1 us, and __torch_function__ does not see it."""
+    try:
+        schema = schema_of(op)
+        handle = _C._dispatch_find_schema_or_throw(schema.name, schema.overload_name)
+        return functools.partial(_C._dispatch_call_boxed, handle)
+    except AttributeError:
+        return cast(Callable[..., Any], op)
+
+
+def after_writing(op: Any, then: Callable[..., None]) -> Callable[..., None] | None:
+    """A kernel for the dispatch key ADInplaceOrView: `op` below that key, then `then(*args)`.
+
+    None where PyTorch does not let Python go below the key.
+    """
+    if not hasattr(_C, "_AutoDispatchBelowADInplaceOrView"):
+        return None
+
+    def write(keys: Any, *args: Any, **kwargs: Any) -> None:
+        with _C._AutoDispatchBelowADInplaceOrView():
+            op.redispatch(keys & _C._after_ADInplaceOrView_keyset, *args, **kwargs)
+        then(*args, **kwargs)
+
+    return write
+
+
+def cpu_keys() -> Any:
+    """The dispatch keys with which a kernel of PyTorch's for the CPU is called."""
+    return _C.DispatchKeySet(_C.DispatchKey.CPU)
+
+
+def native_sdpa() -> Any:
+    """What torch.nn.functional.scaled_dot_product_attention is before anybody replaces it."""
+    return getattr(_C._nn, "scaled_dot_product_attention", None)
+
+
+# -- vmap and fake tensors ---------------------------------------------------------------
+
+
+def mapped_by_every_vmap(device: torch.device) -> Tensor | None:
+    """A tensor that every vmap in force maps, since a rule of vmap is only asked about an argument
+    that is mapped. None where this cannot be made."""
+    try:
+        from torch._functorch.pyfunctorch import (
+            VmapInterpreter,
+            retrieve_all_functorch_interpreters,
+            temporarily_clear_interpreter_stack,
+        )
+    except ImportError:
+        return None
+    levels = [x for x in retrieve_all_functorch_interpreters() if isinstance(x, VmapInterpreter)]
+    with temporarily_clear_interpreter_stack():
+        like = torch.empty([x.batch_size() for x in levels], device=device)
+        for x in levels:
+            like = _C._functorch._add_batch_dim(like, 0, x.level())
+    return like
+
+
+def guard_or_false(condition: Any) -> bool:
+    """`condition` on sizes; False if it depends on what only a run can tell."""
+    try:
+        from torch.fx.experimental.symbolic_shapes import guard_or_false as guard
+    except ImportError:
+        return bool(condition)
+    return guard(condition)
+
+
+def fake_tensors() -> Any:
+    """A mode in which tensors have shapes and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()

@@ -1,0 +1,42 @@
+"""torch.jit.trace: operators with gradients, which a trace can keep."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ._torch import schema_of
+from .handles import library, names_of
+
+
+def signature_of(op: Any) -> str:
+    """Returns the arguments and results of an operator, without its name."""
+    return "(" + str(schema_of(op)).split("(", 1)[1]
+
+
+def define_traced(
+    name: str, schema: str, forward: Callable[..., Any], function: Any
+) -> Callable[..., Any]:
+    """The operator `traced_<name>`: `forward` with the gradients of a Function.
+
+    What torch.jit.trace records must be an operator, for a Function cannot be saved; and the same
+    one with and without gradients, for it traces twice and compares. PyTorch's registration of
+    gradients costs 34 us a call, so only traces use it. It leaves out arguments that have their
+    defaults, so there are no defaults here: the last ones that are not given are None.
+    """
+    schema = re.sub(r"=[^,)]*", "", schema)
+    library.define(f"traced_{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+    library.impl(f"traced_{name}", forward, "CompositeExplicitAutograd")
+    torch.library.register_autograd(
+        f"fused_attention::traced_{name}", function.backward, setup_context=function.setup_context
+    )
+    op = getattr(torch.ops.fused_attention, f"traced_{name}").default
+    count = len(names_of(op))
+
+    def call(*inputs: Any) -> Any:
+        return op(*inputs, *(None,) * (count - len(inputs)))
+
+    return call
