@@ -61,11 +61,12 @@ struct AttentionParams {
   int64_t threads = 1;  // that will run them: may decide how tasks are cut, not what they compute
 
   double scale = 1.0;
-  double softcap = 0.0;       // 0 = none
-  int64_t precision = 0;      // of float32: 0 "highest", 1 "high", 2 "medium"
-  bool bottom_right = false;  // where the diagonal is, see Causal
-  int64_t window_left = -1;   // tokens; -1 = unlimited
-  int64_t window_right = -1;  // causal is window_right = 0
+  double softcap = 0.0;        // 0 = none
+  int64_t precision = 0;       // of float32: 0 "highest", 1 "high", 2 "medium"
+  bool bottom_right = false;   // where the diagonal is, see Causal
+  int64_t diagonal_start = 0;  // the position of the first query less that of the first key
+  int64_t window_left = -1;    // tokens; -1 = unlimited
+  int64_t window_right = -1;   // causal is window_right = 0
 
   ScoreView mask;  // bool, nonzero = may attend
   // What the mask does block by block, see masking.inl; null where it is looked at tile by tile.
@@ -82,6 +83,8 @@ struct AttentionParams {
   double dropout_scale = 1.0;      // 65536 / (65536 - threshold), 0 when everything is dropped
   uint64_t philox_seed = 0;
   uint32_t philox_offset = 0;
+  // Where the first query, the first eight keys and the first head are numbered from.
+  uint32_t dropout_row = 0, dropout_group = 0, dropout_head = 0;
   // Several samples in one call: states (seed, offset) of Philox [n, 2] and sinks [n, Hq], a row
   // for every so many heads of the batch, which are numbered anew for each. 0: one sample.
   const int64_t* philox_states = nullptr;

@@ -10,10 +10,20 @@
 //                                                      of dropout: see count_samples
 #pragma once
 
+#include <string.h>
+
 namespace fused_attention {
 namespace {
 
 // -- tensors --------------------------------------------------------------------------------------
+
+// The address of the first element. In a dry run there is no memory, but addresses still tell what
+// a call has, and how it is aligned.
+void* address_of(const Tensor& tensor) {
+  constexpr uintptr_t kNowhere = 1 << 12;
+  void* address = tensor.data_ptr();
+  return is_dry() ? (void*)((uintptr_t)address % kNowhere + kNowhere) : address;
+}
 
 // The shape and strides of a tensor as [B, H, S, D], read once: every accessor is a call into
 // libtorch.
@@ -97,17 +107,28 @@ int64_t count_elements(Sizes sizes) {
   throw std::runtime_error(text);
 }
 
-// A new tensor, which `what` and `hint` describe where there is no memory for it.
+// A new tensor, which `what` and `hint` describe where there is no memory for it. Results are the
+// caller's; what is kept is the caller's or autograd's; the rest is gone when the call ends.
+enum class Owner { kResult, kKept, kCall };
 struct Buffer {
   const char *what, *hint = "";
+  Owner owner = Owner::kCall;
 };
 Tensor new_tensor(Buffer buffer, Sizes sizes, const int64_t* strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  const int64_t count = count_elements(sizes);
+  const int64_t count = count_elements(sizes), width = element_bytes(dtype);
   const bool countable = count < std::numeric_limits<int64_t>::max() / 16;
-  if (!countable || empty_strided(sizes, strides, dtype, &handle) != AOTI_TORCH_SUCCESS) {
-    refuse_for_memory(buffer.what, (double)count * (double)element_bytes(dtype), buffer.hint);
+  const auto make = [&] {
+    if (!is_dry()) return empty_strided(sizes, strides, dtype, &handle);
+    return aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides, (int32_t)dtype,
+                                    aoti_torch_device_type_meta(), 0, &handle);
+  };
+  if (!countable || make() != AOTI_TORCH_SUCCESS) {
+    refuse_for_memory(buffer.what, (double)count * (double)width, buffer.hint);
   }
+  constexpr const char* kOwners[] = {"result", "kept", "call"};
+  note("{\"buffer\": \"%s\", \"bytes\": %lld, \"owner\": \"%s\"}", buffer.what,
+       (long long)(count * width), kOwners[(int)buffer.owner]);
   return Tensor(handle);
 }
 
@@ -122,7 +143,7 @@ Tensor empty(Buffer buffer, Sizes sizes, ScalarType dtype) {
   return new_tensor(buffer, sizes, strides, dtype);
 }
 // Returns an empty tensor, which stands for a result that is not asked for.
-Tensor no_result(ScalarType dtype) { return empty({"a result"}, {0}, dtype); }
+Tensor no_result(ScalarType dtype) { return empty({"a result", "", Owner::kResult}, {0}, dtype); }
 
 // Dense [B, H, S, D] memory, or [B, S, H, D] where that is how the model tensor lies.
 Tensor empty_like_layout(Buffer buffer, const Shape& model, int64_t S, int64_t D,
@@ -143,10 +164,12 @@ struct Input {
     if (given.stride[3] != 1 && given.size[3] > 1) {
       dense = torch::stable::contiguous(tensor);
       shape = shape_of(dense, name, layout);
+      note("{\"buffer\": \"a copy of %s\", \"bytes\": %lld, \"owner\": \"call\"}", name,
+           (long long)(count_elements(dense.sizes()) * element_bytes(dense.scalar_type())));
     }
   }
   TensorView view() const {
-    return {dense.data_ptr(), shape.stride[0], shape.stride[1], shape.stride[2]};
+    return {address_of(dense), shape.stride[0], shape.stride[1], shape.stride[2]};
   }
   Shape given;
   Tensor dense;
@@ -173,7 +196,7 @@ ScoreView score_view(const Tensor& tensor, const char* name, const AttentionPara
                     " of dimension ", i, " does not broadcast to ", full[i]);
     stride[i] = shape.size[i] == 1 ? 0 : shape.stride[i];
   }
-  return {tensor.data_ptr(), DType::kFloat32, stride[0], stride[1], stride[2], stride[3]};
+  return {address_of(tensor), DType::kFloat32, stride[0], stride[1], stride[2], stride[3]};
 }
 
 // -- describing a call ----------------------------------------------------------------------------
@@ -182,15 +205,6 @@ ScoreView score_view(const Tensor& tensor, const char* name, const AttentionPara
 struct Held {
   std::optional<Integers<int32_t>> cu_seqlens_q, cu_seqlens_k, seqused_k, block_table;
   std::optional<Integers<int64_t>> philox;
-};
-
-// The arguments that attention_forward and attention_backward share, as in their schemas.
-struct Options {
-  double scale;
-  int64_t causal, window_left, window_right, precision;
-  const OptionalTensor &mask, &bias, &key_padding_mask, &alibi_slopes, &sinks, &philox;
-  double softcap, dropout_p;
-  const OptionalTensor &cu_seqlens_q, &cu_seqlens_k, &seqused_k, &block_table;
 };
 
 Layout layout_of_queries(const Options& o) {
@@ -279,8 +293,19 @@ void describe_options(Params& p, const Options& o, Held& held) {
   STD_TORCH_CHECK(o.causal >= 0 && o.causal <= 2, "causal: expected 0, 1 or 2, got ", o.causal);
   STD_TORCH_CHECK(o.window_left >= -1 && o.window_right >= -1,
                   "window: expected tokens, or -1 for no limit");
+  // Positions fit 31 bits with lengths added; the random numbers of dropout come by eight columns.
+  for (const int64_t start : {o.q_start, o.k_start, o.head_start}) {
+    STD_TORCH_CHECK(start >= 0 && start < (int64_t)1 << 30,
+                    "q_start, k_start, head_start: expected 0 to 2^30, got ", start);
+  }
+  STD_TORCH_CHECK(o.dropout_p == 0 || o.k_start % 8 == 0,
+                  "k_start: expected a multiple of 8 with dropout, got ", o.k_start);
+  p.diagonal_start = o.q_start - o.k_start;
+  p.dropout_row = (uint32_t)o.q_start;
+  p.dropout_group = (uint32_t)(o.k_start / 8);
+  p.dropout_head = (uint32_t)o.head_start;
   // Beyond the sequence a window hides nothing; capped, index arithmetic cannot overflow.
-  const int64_t longest = p.Sq + p.Sk;
+  const int64_t longest = p.Sq + p.Sk + std::abs(p.diagonal_start);
   const auto window = [&](int64_t tokens) { return tokens > longest ? -1 : tokens; };
   p.window_left = window(o.window_left);
   p.window_right = o.causal != 0 ? 0 : window(o.window_right);
@@ -307,7 +332,7 @@ void describe_options(Params& p, const Options& o, Held& held) {
                         padding.dim() == 2 && padding.size(0) == p.B && padding.size(1) == p.Sk,
                     "key_padding_mask: expected a bool ", kDevice, " tensor [", p.B, ", ", p.Sk,
                     "]");
-    p.key_padding_mask = (const uint8_t*)padding.data_ptr();
+    p.key_padding_mask = (const uint8_t*)address_of(padding);
     p.key_padding_stride_b = padding.stride(0);
     p.key_padding_stride_k = padding.stride(1);
   }
@@ -319,7 +344,7 @@ void describe_options(Params& p, const Options& o, Held& held) {
                         slopes.size(dim - 1) == p.Hq && slopes.is_contiguous(),
                     "alibi_slopes: expected a contiguous float32 ", kDevice, " tensor [", p.Hq,
                     "] or [", p.B, ", ", p.Hq, "]");
-    p.alibi_slopes = (const float*)slopes.data_ptr();
+    p.alibi_slopes = (const float*)address_of(slopes);
     p.alibi_stride_b = dim == 2 ? p.Hq : 0;
   }
   if (o.sinks) {
@@ -330,7 +355,7 @@ void describe_options(Params& p, const Options& o, Held& held) {
                         sinks.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
                     "sinks: expected a contiguous ", wide ? "float64 " : "float32 ", kDevice,
                     " tensor [", p.Hq, "], or [samples, ", p.Hq, "]");
-    p.sinks = sinks.data_ptr();
+    p.sinks = address_of(sinks);
   }
 }
 
@@ -398,7 +423,7 @@ void check_lse(const AttentionParams& p, const Tensor& tensor, const char* name)
 Tensor dense_lse(AttentionParams& p, const Tensor& lse) {
   check_lse(p, lse, "lse");
   Tensor dense = lse.is_contiguous() ? lse : torch::stable::contiguous(lse);
-  p.lse = dense.data_ptr();
+  p.lse = address_of(dense);
   return dense;
 }
 
@@ -417,62 +442,108 @@ void describe_gradients(AttentionParams& p, const Input& query, const Input& out
   if (!grad_lse) return;
   check_lse(p, *grad_lse, "grad_lse");
   const bool packed = p.cu_seqlens_q != nullptr;
-  p.grad_lse = grad_lse->data_ptr();
+  p.grad_lse = address_of(*grad_lse);
   p.grad_lse_stride_b = packed ? 0 : grad_lse->stride(0);
   p.grad_lse_stride_h = grad_lse->stride(packed ? 0 : 1);
   p.grad_lse_stride_s = grad_lse->stride(packed ? 1 : 2);
 }
 
-// -- forward --------------------------------------------------------------------------------------
+// -- the operators that both libraries have -------------------------------------------------------
 
 // What the library does: out and, unless null, *lse.
-// longest_q, longest_k: how many queries and keys a sequence has at most, as far as is known.
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
-               Tensor* lse, std::optional<int64_t> longest_q = {},
-               std::optional<int64_t> longest_k = {});
+               Tensor* lse);
 
-// Twenty-two arguments cost 2 us in the dispatcher alone: the plain calls have operators of their
-// own.
-Options plain_options(double scale, int64_t causal, int64_t window_left, int64_t window_right,
-                      int64_t precision) {
-  const OptionalTensor& none = no_tensor();
-  return {scale, causal, window_left, window_right, precision, none, none, none, none,
-          none,  none,   0.0,         0.0,          none,      none, none, none};
+// Arguments cost 0.1 us each in the dispatcher alone: the plain calls have operators of their own.
+void attention_forward_plain(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensor query = stack.tensor(), key = stack.tensor(), value = stack.tensor();
+  stack.give(forward(query, key, value, stack.numbers(), nullptr));
 }
 
-Tensor attention_forward_plain(const Tensor& query, const Tensor& key, const Tensor& value,
-                               double scale, int64_t causal, int64_t window_left,
-                               int64_t window_right, int64_t precision) {
-  return forward(query, key, value,
-                 plain_options(scale, causal, window_left, window_right, precision), nullptr);
-}
-
-std::tuple<Tensor, Tensor> attention_forward_plain_lse(const Tensor& query, const Tensor& key,
-                                                       const Tensor& value, double scale,
-                                                       int64_t causal, int64_t window_left,
-                                                       int64_t window_right, int64_t precision) {
+void attention_forward_plain_lse(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensor query = stack.tensor(), key = stack.tensor(), value = stack.tensor();
   Tensor lse;
-  Tensor out = forward(query, key, value,
-                       plain_options(scale, causal, window_left, window_right, precision), &lse);
-  return {out, lse};
+  const Tensor out = forward(query, key, value, stack.numbers(), &lse);
+  stack.give(out, lse);
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, double scale, int64_t causal,
-    int64_t window_left, int64_t window_right, int64_t precision, const OptionalTensor& mask,
-    const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
-    double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> max_seqlen_q,
-    std::optional<int64_t> max_seqlen_k, const OptionalTensor& seqused_k,
-    const OptionalTensor& block_table) {
+void attention_forward(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensor query = stack.tensor(), key = stack.tensor(), value = stack.tensor();
   Tensor lse;
-  Tensor out = forward(query, key, value,
-                       {scale, causal, window_left, window_right, precision, mask, bias,
-                        key_padding_mask, alibi_slopes, sinks, philox, softcap, dropout_p,
-                        cu_seqlens_q, cu_seqlens_k, seqused_k, block_table},
-                       &lse, max_seqlen_q, max_seqlen_k);
-  return {out, lse};
+  const Tensor out = forward(query, key, value, stack.options(), &lse);
+  stack.give(out, lse);
+}
+
+struct Gradients {
+  Tensor query, key, value, bias, sinks;
+};
+
+// The arguments of attention_backward, in order.
+struct BackwardCall {
+  explicit BackwardCall(Stack& stack)
+      : grad_out(stack.tensor()),
+        grad_lse(stack.optional_tensor()),
+        query(stack.tensor()),
+        key(stack.tensor()),
+        value(stack.tensor()),
+        out(stack.tensor()),
+        lse(stack.tensor()),
+        options(stack.options()),
+        bias_grad(stack.flag()),
+        sinks_grad(stack.flag()),
+        grad_weights(stack.optional_tensor()),
+        average_weights(stack.flag()) {
+    STD_TORCH_CHECK(!bias_grad || options.bias, "bias_grad: expected a bias");
+    STD_TORCH_CHECK(!sinks_grad || options.sinks, "sinks_grad: expected sinks");
+  }
+  Tensor grad_out;
+  OptionalTensor grad_lse;
+  Tensor query, key, value, out, lse;
+  Options options;
+  bool bias_grad, sinks_grad;
+  OptionalTensor grad_weights;
+  bool average_weights;
+};
+Gradients backward(const BackwardCall& call);
+
+void attention_backward(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const BackwardCall call(stack);
+  const Gradients d = backward(call);
+  stack.give(d.query, d.key, d.value, d.bias, d.sinks);
+}
+
+// -- dry runs -------------------------------------------------------------------------------------
+
+// What was noted last by this thread, as text in a tensor of bytes on the CPU; and, from now on,
+// whether calls that run are noted as well.
+constexpr const char* kNotes = "notes(bool listen=False) -> Tensor";
+thread_local Notes listened, told;
+
+void take_notes(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const bool listen = stack.flag();
+  const std::string text = notes == &listened ? listened.text : told.text;
+  listened.text.clear(), told.text.clear();
+  notes = listen ? &listened : nullptr;
+  const int64_t size = (int64_t)text.size(), stride = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, (int32_t)ScalarType::Byte,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  const Tensor bytes(handle);
+  memcpy(bytes.data_ptr(), text.data(), text.size());
+  stack.give(bytes);
+}
+
+// The operator, dry: any device, no memory, nothing is computed.
+template <BoxedKernel kKernel>
+void planned(StableIValue* values, uint64_t inputs, uint64_t outputs) {
+  const DryRun run;
+  kKernel(values, inputs, outputs);
+  told.text = run.text();
 }
 
 }  // namespace

@@ -61,48 +61,6 @@ Footprint footprint_of(const Place& place) {
   return Footprint((const void*)address, width, sizes.data(), strides.data(), sizes.size());
 }
 
-// sizes = B, Hq, Hkv, Sq, Sk, D, Dv
-py::dict attention_kernel(const std::string& dtype, const std::array<int64_t, 7>& sizes, bool bias,
-                          bool softcap) {
-  char present = 0;
-  AttentionParams p;
-  p.dtype = dtype_named(dtype);
-  p.B = sizes[0], p.Hq = sizes[1], p.Hkv = sizes[2], p.Sq = sizes[3], p.Sk = sizes[4];
-  p.D = sizes[5], p.Dv = sizes[6];
-  p.softcap = softcap ? 1 : 0;
-  if (bias) p.bias.data = &present;
-  const KernelTable& kernels = kernel_table();
-  const ForwardKernel& forward = choose_forward(kernels, p);
-  const TileConfig tiles = forward.tiles(p);
-  size_t workspace = 0;
-  for (const Phase& phase : forward.phases) {
-    if (phase.run != nullptr) workspace = std::max(workspace, phase.workspace_bytes(p));
-  }
-  py::dict out;
-  out["isa"] = kernels.isa;
-  out["kernel"] = forward.name;
-  out["reason"] = forward.reason;
-  out["block_m"] = tiles.block_m;
-  out["block_n"] = tiles.block_n;
-  out["shared_bytes"] = forward.shared_bytes ? forward.shared_bytes(p) : 0;
-  out["forward_workspace_bytes"] = workspace;
-  const Phase& backward = kernels.attention_backward_heads.num_tasks(p) > 0
-                              ? kernels.attention_backward_heads
-                              : kernels.attention_backward_queries;
-  out["backward_workspace_bytes"] = backward.workspace_bytes(p);
-  out["backward_shared_bytes"] = kernels.attention_backward_shared_bytes(p);
-  return out;
-}
-
-size_t weights_workspace_bytes(const std::string& dtype, int64_t head_dim, bool bias) {
-  char present = 0;
-  AttentionParams p;
-  p.dtype = dtype_named(dtype);
-  p.D = head_dim;
-  if (bias) p.bias.data = &present;
-  return kernel_table().attention_weights.workspace_bytes(p);
-}
-
 // buffers of float or double, as array.array, numpy or memoryview give them
 void apply_math(const std::string& function, const py::buffer& in, const py::buffer& out) {
   const py::buffer_info source = in.request(), target = out.request(/*writable=*/true);
@@ -143,12 +101,6 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "overlaps_itself", [](const Place& a) { return footprint_of(a).overlaps_itself(); },
       "Whether two elements of a tensor lie in one place.");
-  m.def("attention_kernel", &attention_kernel, py::arg("dtype"), py::arg("sizes"),
-        py::arg("bias") = false, py::arg("softcap") = false,
-        "The forward kernel that serves a call on the ISA in force, why, its tile sizes, and the "
-        "scratch bytes a thread and a call need. sizes = B, Hq, Hkv, Sq, Sk, D, Dv.");
-  m.def("weights_workspace_bytes", &weights_workspace_bytes, py::arg("dtype"), py::arg("head_dim"),
-        py::arg("bias"), "Scratch bytes a thread needs in attention_weights.");
   m.def("apply_math", &apply_math, py::arg("function"), py::arg("input"), py::arg("out"),
         "out[i] = exp2 or tanh of input[i] as the kernels of the ISA in force compute it.");
   m.def(

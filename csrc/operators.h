@@ -17,63 +17,53 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "arguments.h"
 #include "attention_params.h"
 #include "footprint.h"
+#include "notes.h"
 
 namespace fused_attention {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-#define FA_FORWARD_OPTIONS                                                                  \
-  "Tensor? mask=None, Tensor? bias=None, Tensor? key_padding_mask=None, "                   \
-  "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? philox=None, float softcap=0.0, " \
-  "float dropout_p=0.0, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "             \
-  "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, Tensor? seqused_k=None, "          \
-  "Tensor? block_table=None"
 #define FA_SOFTMAX_OPTIONS                                                          \
   "Tensor? mask=None, Tensor? bias=None, Tensor? sinks=None, Tensor? philox=None, " \
   "float dropout_p=0.0"
-#define FA_SCALARS "float scale, int causal, SymInt window_left, SymInt window_right, int precision"
 
 constexpr const char* kAttentionForwardPlain =
-    "attention_forward_plain(Tensor query, Tensor key, Tensor value, " FA_SCALARS ") -> Tensor";
+    "attention_forward_plain(Tensor query, Tensor key, Tensor value" FA_NUMBERS_SCHEMA
+    ") -> Tensor";
 constexpr const char* kAttentionForwardPlainLse =
-    "attention_forward_plain_lse(Tensor query, Tensor key, Tensor value, " FA_SCALARS
+    "attention_forward_plain_lse(Tensor query, Tensor key, Tensor value" FA_NUMBERS_SCHEMA
     ") -> (Tensor, Tensor)";
 constexpr const char* kAttentionForward =
-    "attention_forward(Tensor query, Tensor key, Tensor value, " FA_SCALARS ", " FA_FORWARD_OPTIONS
+    "attention_forward(Tensor query, Tensor key, Tensor value" FA_OPTIONS_SCHEMA
     ") -> (Tensor, Tensor)";
 constexpr const char* kAttentionBackward =
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
-    "Tensor value, Tensor out, Tensor lse, " FA_SCALARS ", " FA_FORWARD_OPTIONS
+    "Tensor value, Tensor out, Tensor lse" FA_OPTIONS_SCHEMA
     ", bool bias_grad=False, bool sinks_grad=False, Tensor? grad_weights=None, "
     "bool average_weights=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 constexpr const char* kAttentionJvp =
     "attention_jvp(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_bias, "
-    "Tensor? tangent_sinks, " FA_SCALARS ", " FA_FORWARD_OPTIONS ") -> (Tensor, Tensor)";
+    "Tensor? tangent_sinks" FA_OPTIONS_SCHEMA ") -> (Tensor, Tensor)";
 constexpr const char* kAttentionBackwardJvp =
     "attention_backward_jvp(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
     "Tensor value, Tensor out, Tensor lse, Tensor? tangent_grad_out, Tensor? tangent_grad_lse, "
     "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor tangent_out, "
-    "Tensor tangent_lse, Tensor? tangent_bias, Tensor? tangent_sinks, " FA_SCALARS
-    ", " FA_FORWARD_OPTIONS
+    "Tensor tangent_lse, Tensor? tangent_bias, Tensor? tangent_sinks" FA_OPTIONS_SCHEMA
     ", bool bias_grad=False, bool sinks_grad=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 constexpr const char* kAttentionWeights =
-    "attention_weights(Tensor query, Tensor key, Tensor lse, float scale, int causal, "
-    "SymInt window_left, SymInt window_right, bool average, Tensor? mask=None, "
-    "Tensor? bias=None, Tensor? key_padding_mask=None, Tensor? alibi_slopes=None, "
-    "Tensor? philox=None, float softcap=0.0, float dropout_p=0.0) -> Tensor";
+    "attention_weights(Tensor query, Tensor key, Tensor lse, bool average" FA_OPTIONS_SCHEMA
+    ") -> Tensor";
 constexpr const char* kDropoutKeepMask =
     "dropout_keep_mask(Tensor philox, float dropout_p, SymInt batch, SymInt heads, "
     "SymInt seqlen_q, SymInt seqlen_k) -> Tensor";
 constexpr const char* kCheckSequences =
-    "check_sequences(Tensor query, Tensor key, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? seqused_k, Tensor? block_table) -> ()";
+    "check_sequences(Tensor query, Tensor key" FA_OPTIONS_SCHEMA ") -> ()";
 constexpr const char* kKvCacheAppend =
     "kv_cache_append_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, "
     "Tensor cache_seqlens, Tensor? block_table=None) -> ()";
@@ -86,5 +76,21 @@ constexpr const char* kMaskedSoftmaxBackward =
     "masked_softmax_backward(Tensor grad_out, Tensor weights, float scale, int causal, "
     "Tensor? bias=None, Tensor? sink_weight=None, Tensor? philox=None, float dropout_p=0.0, "
     "bool bias_grad=False, bool sinks_grad=False) -> (Tensor, Tensor, Tensor)";
+
+// An operator: its name, its schema, and its kernel, which takes the arguments off a stack and puts
+// the results there.
+using BoxedKernel = void (*)(StableIValue*, uint64_t, uint64_t);
+struct Operator {
+  const char *name, *schema;
+  BoxedKernel kernel;
+};
+template <size_t kCount>
+void define(torch::stable::detail::StableLibrary& library, const Operator (&operators)[kCount]) {
+  for (const Operator& op : operators) library.def(op.schema);
+}
+template <size_t kCount>
+void implement(torch::stable::detail::StableLibrary& library, const Operator (&operators)[kCount]) {
+  for (const Operator& op : operators) library.impl(op.name, op.kernel);
+}
 
 }  // namespace fused_attention

@@ -24,7 +24,7 @@ namespace {
 
 constexpr const char* kDevice = "CPU";
 
-bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
+bool is_here(const Tensor& tensor) { return tensor.is_cpu() || is_dry(); }
 
 AOTITorchError empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype,
                              AtenTensorHandle* handle) {
@@ -161,19 +161,22 @@ const int fork_handler =
 template <typename Params>
 void run(const PhaseOf<Params>& phase, const Params& params, bool own_shares = false) {
   const int64_t tasks = phase.num_tasks(params);
+  if (tasks == 0) return;
+  const int64_t most = forked_from_threads ? 1 : (int64_t)torch::stable::get_num_threads();
+  const int64_t threads = most < tasks ? most : tasks;
+  note("{\"tasks\": %lld, \"workspace\": %lld, \"threads\": %lld}", (long long)tasks,
+       (long long)phase.workspace_bytes(params), (long long)threads);
+  if (is_dry()) return;
   Share shares[kMaxShares];
   shares[0].end = tasks;
-  if (tasks == 0) return;
   const auto refuse = [&] {
     refuse_for_memory("the workspace of a thread", (double)phase.workspace_bytes(params),
                       "fewer keys, or a bias whose gradient is not asked for, need less");
   };
-  if (tasks == 1 || forked_from_threads) {
+  if (tasks == 1 || most == 1) {
     if (!run_tasks(phase, params, shares, 1, 0)) refuse();
     return;
   }
-  int64_t threads = torch::stable::get_num_threads();
-  threads = threads < tasks ? threads : tasks;
   const int64_t count = !own_shares ? 1 : threads < kMaxShares ? threads : kMaxShares;
   for (int64_t i = 0; i < count; ++i) {
     shares[i].next = tasks * i / count;
@@ -268,13 +271,13 @@ void shorten_to_longest(AttentionParams& p) {
 void describe_weights(AttentionParams& p, const Tensor& tensor, const char* name, bool average) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const size_t rows = average ? 1 : 2;  // the dimension of the queries
-  STD_TORCH_CHECK(tensor.is_cpu() && sizes.size() == rows + 2 && sizes[0] == p.B &&
+  STD_TORCH_CHECK(is_here(tensor) && sizes.size() == rows + 2 && sizes[0] == p.B &&
                       (average || sizes[1] == p.Hq) && sizes[rows] == p.Sq &&
                       sizes[rows + 1] == p.Sk && dtype_of(tensor, name) == p.dtype,
                   name,
                   ": expected [B, Sq, Sk] if averaged, else [B, Hq, Sq, Sk], in query's dtype");
   p.average_weights = average;
-  p.weights = {tensor.data_ptr(),        p.dtype,       strides[0],
+  p.weights = {address_of(tensor),       p.dtype,       strides[0],
                average ? 0 : strides[1], strides[rows], strides[rows + 1]};
 }
 
@@ -283,7 +286,7 @@ struct Shared {
   explicit Shared(size_t bytes)
       : tensor(empty({"the workspace that the phases of a kernel share", "split the batch"},
                      {(int64_t)bytes + 63}, ScalarType::Byte)) {}
-  void* data() const { return (void*)(((uintptr_t)tensor.data_ptr() + 63) / 64 * 64); }
+  void* data() const { return (void*)(((uintptr_t)address_of(tensor) + 63) / 64 * 64); }
   Tensor tensor;
 };
 
@@ -298,9 +301,17 @@ std::optional<Shared> note_mask_blocks(AttentionParams& p) {
   return blocks;
 }
 
+void note_kernel(const char* kernel, const char* reason, TileConfig tiles) {
+  note(
+      "{\"isa\": \"%s\", \"kernel\": \"%s\", \"reason\": \"%s\", \"block_m\": %lld, \"block_n\": "
+      "%lld}",
+      kernel_table().isa, kernel, reason, (long long)tiles.block_m, (long long)tiles.block_n);
+}
+
 void run_forward(AttentionParams& p) {
   const std::optional<Shared> mask_blocks = note_mask_blocks(p);
   const ForwardKernel& kernel = choose_forward(kernel_table(), p);
+  note_kernel(kernel.name, kernel.reason, kernel.tiles(p));
   p.threads = torch::stable::get_num_threads();
   const size_t shared_bytes = kernel.shared_bytes != nullptr ? kernel.shared_bytes(p) : 0;
   std::optional<Shared> shared;
@@ -314,26 +325,28 @@ void run_forward(AttentionParams& p) {
 // In the memory order of the input, dense.
 Tensor empty_gradient(const char* what, const Tensor& tensor, const Input& input, Layout layout) {
   const Shape& shape = input.given;
-  const Buffer buffer = {what, "split the batch; an expanded input has a gradient of full size"};
+  const Buffer buffer = {what, "split the batch; an expanded input has a gradient of full size",
+                         Owner::kResult};
   if (layout != Layout::kDense) return empty(buffer, tensor.sizes(), tensor.scalar_type());
   return empty_like_layout(buffer, shape, shape.size[2], shape.size[3], tensor.scalar_type());
 }
 bool is_empty(const Tensor& tensor) { return count_elements(tensor.sizes()) == 0; }
 
-constexpr Buffer kOut = {"the output [B, Hq, Sq, Dv]", "split the batch"};
+constexpr Buffer kOut = {"the output [B, Hq, Sq, Dv]", "split the batch", Owner::kResult};
 constexpr Buffer kLse = {"the log-sum-exp [B, Hq, Sq]",
-                         "a call without gradients and without return_lse keeps none"};
+                         "a call without gradients and without return_lse keeps none",
+                         Owner::kKept};
 constexpr Buffer kDelta = {"delta [B, Hq, Sq] of the backward", "split the batch"};
 constexpr Buffer kDbias = {"the gradient of the bias",
                            "a bias of size 1 where it is broadcast has a smaller one than an "
-                           "expanded bias; a mask has none"};
-constexpr Buffer kDsinks = {"the gradient of the sinks [Hq]"};
+                           "expanded bias; a mask has none",
+                           Owner::kResult};
+constexpr Buffer kDsinks = {"the gradient of the sinks [Hq]", "", Owner::kResult};
 
 // `dtype` is that of a result which is not asked for.
 Tensor gradient_if(bool wanted, Buffer buffer, const OptionalTensor& tensor, ScalarType dtype) {
   return wanted ? empty(buffer, tensor->sizes(), tensor->scalar_type()) : no_result(dtype);
 }
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Gradients zeros(Tensor& dq, Tensor& dk, Tensor& dv, Tensor& dbias, Tensor& dsinks) {
   for (Tensor* gradient : {&dq, &dk, &dv, &dbias, &dsinks}) torch::stable::zero_(*gradient);
   return {dq, dk, dv, dbias, dsinks};
@@ -342,6 +355,7 @@ Gradients zeros(Tensor& dq, Tensor& dk, Tensor& dv, Tensor& dbias, Tensor& dsink
 // Tokens behind the last packed sequence: out 0, lse -inf.
 template <typename T>
 void clear_rest(const AttentionParams& p, int64_t Tq, T* lse) {
+  if (is_dry()) return;
   const int64_t first = p.cu_seqlens_q[p.B], row_bytes = p.out.stride_s * element_bytes(p.dtype);
   memset((char*)p.out.data + first * row_bytes, 0, (size_t)((Tq - first) * row_bytes));
   for (int64_t h = 0; lse != nullptr && h < p.Hq; ++h) {
@@ -350,8 +364,8 @@ void clear_rest(const AttentionParams& p, int64_t Tq, T* lse) {
 }
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
-               Tensor* lse, std::optional<int64_t> /*longest_q*/,
-               std::optional<int64_t> /*longest_k*/) {
+               Tensor* lse) {
+  note_operator("attention_forward");
   const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   AttentionParams p;
@@ -367,7 +381,7 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   if (lse != nullptr) {
     *lse =
         packed ? empty(kLse, {p.Hq, Tq}, lse_dtype(p)) : empty(kLse, {p.B, p.Hq, Tq}, lse_dtype(p));
-    p.lse = lse->data_ptr();
+    p.lse = address_of(*lse);
   }
   if (is_empty(out) && (lse == nullptr || is_empty(*lse))) return out;
   shorten_to_longest(p);
@@ -377,75 +391,69 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   return out;
 }
 
-Gradients attention_backward(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensor& out, const Tensor& lse, double scale, int64_t causal,
-    int64_t window_left, int64_t window_right, int64_t precision, const OptionalTensor& mask,
-    const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
-    double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
-    std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
-    const OptionalTensor& block_table, bool bias_grad, bool sinks_grad,
-    const OptionalTensor& grad_weights, bool average) {
-  const Options options = {scale,     causal,     window_left,      window_right, precision,
-                           mask,      bias,       key_padding_mask, alibi_slopes, sinks,
-                           philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
-                           seqused_k, block_table};
+Gradients backward(const BackwardCall& call) {
+  note_operator("attention_backward");
+  const Options& options = call.options;
   const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
-  const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
-  const Input o(out, "out", layout), grad_o(grad_out, "grad_out", layout);
-  STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
-  STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
-  STD_TORCH_CHECK(!grad_weights || !(cu_seqlens_q || seqused_k || block_table),
-                  "grad_weights: expected none beside cu_seqlens_q, seqused_k and block_table");
+  const Input q(call.query, "query", layout), k(call.key, "key", kv_layout);
+  const Input v(call.value, "value", kv_layout);
+  const Input o(call.out, "out", layout), grad_o(call.grad_out, "grad_out", layout);
+  STD_TORCH_CHECK(
+      !call.grad_weights || !(options.cu_seqlens_q || options.seqused_k || options.block_table),
+      "grad_weights: expected none beside cu_seqlens_q, seqused_k and block_table");
   AttentionParams p;
   Held held;
   describe_inputs(p, q, k, v);
   describe_sequences(p, options, k.shape, held);
   describe_options(p, options, held);
-  describe_gradients(p, q, o, grad_o, grad_lse);
-  check_lse(p, lse, "lse");
-  if (grad_weights) describe_weights(p, *grad_weights, "grad_weights", average);
-  const ScalarType dtype = query.scalar_type();
-  Tensor dq = empty_gradient("the gradient of query", query, q, layout);
-  Tensor dk = empty_gradient("the gradient of key", key, k, kv_layout);
-  Tensor dv = empty_gradient("the gradient of value", value, v, kv_layout);
-  Tensor dbias = gradient_if(bias_grad, kDbias, bias, dtype);
-  Tensor dsinks = gradient_if(sinks_grad, kDsinks, sinks, lse_dtype(p));
-  if (is_empty(lse)) return zeros(dq, dk, dv, dbias, dsinks);  // there is no query
-  const Tensor kept_lse = dense_lse(p, lse);
+  describe_gradients(p, q, o, grad_o, call.grad_lse);
+  check_lse(p, call.lse, "lse");
+  if (call.grad_weights) {
+    describe_weights(p, *call.grad_weights, "grad_weights", call.average_weights);
+  }
+  const ScalarType dtype = call.query.scalar_type();
+  Tensor dq = empty_gradient("the gradient of query", call.query, q, layout);
+  Tensor dk = empty_gradient("the gradient of key", call.key, k, kv_layout);
+  Tensor dv = empty_gradient("the gradient of value", call.value, v, kv_layout);
+  Tensor dbias = gradient_if(call.bias_grad, kDbias, options.bias, dtype);
+  Tensor dsinks = gradient_if(call.sinks_grad, kDsinks, options.sinks, lse_dtype(p));
+  if (is_empty(call.lse)) return zeros(dq, dk, dv, dbias, dsinks);  // there is no query
+  const Tensor kept_lse = dense_lse(p, call.lse);
   Tensor delta = empty(kDelta, kept_lse.sizes(), lse_dtype(p));
-  p.delta = delta.data_ptr();
+  p.delta = address_of(delta);
   p.dq = view_of(dq, layout);
-  if (cu_seqlens_q) torch::stable::zero_(dq);  // tokens behind the last sequence
-  if (cu_seqlens_k || seqused_k || block_table) {
+  if (options.cu_seqlens_q) torch::stable::zero_(dq);  // tokens behind the last sequence
+  if (options.cu_seqlens_k || options.seqused_k || options.block_table) {
     torch::stable::zero_(dk);
     torch::stable::zero_(dv);
   }
   Tensor whole_dk = dk, whole_dv = dv;  // of each sequence
-  if (block_table) {
+  if (options.block_table) {
     const Buffer buffer = {"the gradients of the sequences' keys and values [B, Hkv, Sk, D]",
                            "a block_table of fewer pages, or packed keys, need less"};
     whole_dk = empty(buffer, {p.B, p.Hkv, p.Sk, p.D}, dtype);
     whole_dv = empty(buffer, {p.B, p.Hkv, p.Sk, p.Dv}, dtype);
     p.page_dk = view_of(dk, kv_layout), p.page_dv = view_of(dv, kv_layout);
   }
-  const Layout whole = block_table ? Layout::kDense : kv_layout;
+  const Layout whole = options.block_table ? Layout::kDense : kv_layout;
   p.dk = view_of(whole_dk, whole), p.dv = view_of(whole_dv, whole);
-  if (bias_grad) {
+  if (call.bias_grad) {
     if (p.Sk == 0) torch::stable::zero_(dbias);
     p.dbias = score_view(dbias, "dbias", p);
     p.dbias.dtype = p.bias.dtype;
   }
-  if (sinks_grad) p.dsinks = dsinks.data_ptr();
-  if (!bias_grad) shorten_to_longest(p);
+  if (call.sinks_grad) p.dsinks = address_of(dsinks);
+  if (!call.bias_grad) shorten_to_longest(p);
   const std::optional<Shared> mask_blocks = note_mask_blocks(p);
   const KernelTable& kernels = kernel_table();
   std::optional<Shared> shared;
   if (const size_t bytes = kernels.attention_backward_shared_bytes(p)) {
     p.shared = shared.emplace(bytes).data();
   }
+  const bool one_pass = kernels.attention_backward_heads.num_tasks(p) > 0;
+  note_kernel(
+      "attention_backward",
+      one_pass ? "one pass over queries and keys" : "a pass over keys, then one over queries", {});
   run(kernels.attention_backward_delta, p);
   run(kernels.attention_weights_delta, p);
   run(kernels.attention_backward_sinks, p);
@@ -460,42 +468,48 @@ Gradients attention_backward(
 // -- attention weights ----------------------------------------------------------------------------
 
 // [B, Sq, Sk], averaged over the heads, or [B, Hq, Sq, Sk].
-Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& lse, double scale,
-                         int64_t causal, int64_t window_left, int64_t window_right, bool average,
-                         const OptionalTensor& mask, const OptionalTensor& bias,
-                         const OptionalTensor& key_padding_mask, const OptionalTensor& alibi_slopes,
-                         const OptionalTensor& philox, double softcap, double dropout_p) {
+Tensor weights(const Tensor& query, const Tensor& key, const Tensor& lse, bool average,
+               const Options& options) {
+  note_operator("attention_weights");
+  STD_TORCH_CHECK(
+      !options.cu_seqlens_q && !options.cu_seqlens_k && !options.seqused_k && !options.block_table,
+      "cu_seqlens, seqused_k and block_table: expected none");
   const Input q(query, "query"), k(key, "key");
   AttentionParams p;
   describe_query_and_key(p, q, k);
-  const OptionalTensor& none = no_tensor();
-  const Options options = {scale,  causal,  window_left,      window_right, 0,
-                           mask,   bias,    key_padding_mask, alibi_slopes, none,
-                           philox, softcap, dropout_p,        none,         none,
-                           none,   none};
   Held held;
   describe_sequences(p, options, k.shape, held);
   describe_options(p, options, held);
   check_lse(p, lse, "lse");
   const ScalarType dtype = query.scalar_type();
-  Tensor weights =
-      average
-          ? empty({"the averaged attention weights [B, Sq, Sk]", "need_weights=False returns none"},
-                  {p.B, p.Sq, p.Sk}, dtype)
-          : empty({"the attention weights [B, Hq, Sq, Sk]",
-                   "average_attn_weights=True returns a matrix for all heads, "
-                   "need_weights=False none"},
-                  {p.B, p.Hq, p.Sq, p.Sk}, dtype);
-  if (is_empty(weights)) return weights;
+  Tensor result = average ? empty({"the averaged attention weights [B, Sq, Sk]",
+                                   "need_weights=False returns none", Owner::kResult},
+                                  {p.B, p.Sq, p.Sk}, dtype)
+                          : empty({"the attention weights [B, Hq, Sq, Sk]",
+                                   "average_attn_weights=True returns a matrix for all heads, "
+                                   "need_weights=False none",
+                                   Owner::kResult},
+                                  {p.B, p.Hq, p.Sq, p.Sk}, dtype);
+  if (is_empty(result)) return result;
   const Tensor kept_lse = dense_lse(p, lse);
-  describe_weights(p, weights, "weights", average);
+  describe_weights(p, result, "weights", average);
   if (p.Hq == 0) {
-    torch::stable::zero_(weights);
+    torch::stable::zero_(result);
   } else {
     const std::optional<Shared> mask_blocks = note_mask_blocks(p);
+    note_kernel("attention_weights", "tile by tile, from the log-sum-exp", {});
     run(kernel_table().attention_weights, p);
   }
-  return weights;
+  return result;
+}
+
+void attention_weights(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensor query = stack.tensor(), key = stack.tensor(), lse = stack.tensor();
+  const bool average = stack.flag();
+  Options options = stack.options();
+  options.sinks.reset();  // lse has them
+  stack.give(weights(query, key, lse, average, options));
 }
 
 // -- tangents -------------------------------------------------------------------------------------
@@ -520,14 +534,14 @@ struct TangentInputs {
   const void* like_sinks(const AttentionParams& p, const OptionalTensor& tensor,
                          const OptionalTensor& sinks) {
     if (!tensor) return nullptr;
-    STD_TORCH_CHECK(sinks && tensor->is_cpu() && tensor->scalar_type() == lse_dtype(p) &&
+    STD_TORCH_CHECK(sinks && is_here(*tensor) && tensor->scalar_type() == lse_dtype(p) &&
                         std::ranges::equal(tensor->sizes(), sinks->sizes()),
                     "tangent_sinks: expected the shape and dtype of sinks, beside them");
     return hold(*tensor);
   }
   void* hold(const Tensor& tensor) {
     held[kept] = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-    return held[kept++]->data_ptr();
+    return address_of(*held[kept++]);
   }
   ScalarType dtype;
   std::optional<Input> inputs[8];
@@ -535,19 +549,21 @@ struct TangentInputs {
   int count = 0, kept = 0;
 };
 
+// The arguments that attention_jvp and attention_backward_jvp share.
+struct Direction {
+  OptionalTensor query, key, value, bias, sinks;
+};
+
 void describe_tangents(AttentionParams& p, TangentInputs& tangents, const Input& q, const Input& k,
-                       const Input& v, const OptionalTensor& tangent_query,
-                       const OptionalTensor& tangent_key, const OptionalTensor& tangent_value,
-                       const OptionalTensor& tangent_bias, const OptionalTensor& tangent_sinks,
-                       const OptionalTensor& sinks) {
-  p.tangent.query = tangents.view(tangent_query, q.shape, "tangent_query");
-  p.tangent.key = tangents.view(tangent_key, k.shape, "tangent_key");
-  p.tangent.value = tangents.view(tangent_value, v.shape, "tangent_value");
-  if (tangent_bias) {
-    p.tangent.bias = score_view(*tangent_bias, "tangent_bias", p);
-    p.tangent.bias.dtype = dtype_of(*tangent_bias, "tangent_bias");
+                       const Input& v, const Direction& direction, const OptionalTensor& sinks) {
+  p.tangent.query = tangents.view(direction.query, q.shape, "tangent_query");
+  p.tangent.key = tangents.view(direction.key, k.shape, "tangent_key");
+  p.tangent.value = tangents.view(direction.value, v.shape, "tangent_value");
+  if (direction.bias) {
+    p.tangent.bias = score_view(*direction.bias, "tangent_bias", p);
+    p.tangent.bias.dtype = dtype_of(*direction.bias, "tangent_bias");
   }
-  p.tangent.sinks = tangents.like_sinks(p, tangent_sinks, sinks);
+  p.tangent.sinks = tangents.like_sinks(p, direction.sinks, sinks);
 }
 
 void refuse_sequences(const Options& o) {
@@ -558,21 +574,15 @@ void refuse_sequences(const Options& o) {
 }
 
 // (tangent_out, tangent_lse)
-std::tuple<Tensor, Tensor> attention_jvp(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
-    const Tensor& lse, const OptionalTensor& tangent_query, const OptionalTensor& tangent_key,
-    const OptionalTensor& tangent_value, const OptionalTensor& tangent_bias,
-    const OptionalTensor& tangent_sinks, double scale, int64_t causal, int64_t window_left,
-    int64_t window_right, int64_t precision, const OptionalTensor& mask, const OptionalTensor& bias,
-    const OptionalTensor& key_padding_mask, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& philox, double softcap, double dropout_p,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    std::optional<int64_t> /*max_seqlen_q*/, std::optional<int64_t> /*max_seqlen_k*/,
-    const OptionalTensor& seqused_k, const OptionalTensor& block_table) {
-  const Options options = {scale,     causal,     window_left,      window_right, precision,
-                           mask,      bias,       key_padding_mask, alibi_slopes, sinks,
-                           philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
-                           seqused_k, block_table};
+void attention_jvp(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensor query = stack.tensor(), key = stack.tensor(), value = stack.tensor();
+  const Tensor out = stack.tensor(), lse = stack.tensor();
+  Direction direction;
+  direction.query = stack.optional_tensor(), direction.key = stack.optional_tensor();
+  direction.value = stack.optional_tensor(), direction.bias = stack.optional_tensor();
+  direction.sinks = stack.optional_tensor();
+  const Options options = stack.options();
   refuse_sequences(options);
   const Input q(query, "query"), k(key, "key"), v(value, "value");
   AttentionParams p;
@@ -582,44 +592,39 @@ std::tuple<Tensor, Tensor> attention_jvp(
   describe_options(p, options, held);
   const ScalarType dtype = query.scalar_type();
   TangentInputs tangents(dtype);
-  describe_tangents(p, tangents, q, k, v, tangent_query, tangent_key, tangent_value, tangent_bias,
-                    tangent_sinks, sinks);
+  describe_tangents(p, tangents, q, k, v, direction, options.sinks);
   p.out = tangents.view(out, {{p.B, p.Hq, p.Sq, p.Dv}, {}}, "out");
   check_lse(p, lse, "lse");
   Tensor tangent_out =
       empty_like_layout({"the tangent of the output [B, Hq, Sq, Dv]"}, q.given, p.Sq, p.Dv, dtype);
   Tensor tangent_lse =
       empty({"the tangent of the log-sum-exp [B, Hq, Sq]"}, {p.B, p.Hq, p.Sq}, lse_dtype(p));
-  if (is_empty(tangent_lse)) return {tangent_out, tangent_lse};  // there is no query
-  const Tensor kept_lse = dense_lse(p, lse);
-  p.tangent.out = view_of(tangent_out);
-  p.tangent.lse = tangent_lse.data_ptr();
-  run(kernel_table().attention_jvp, p);
-  return {tangent_out, tangent_lse};
+  if (!is_empty(tangent_lse)) {  // there are queries
+    const Tensor kept_lse = dense_lse(p, lse);
+    p.tangent.out = view_of(tangent_out);
+    p.tangent.lse = address_of(tangent_lse);
+    run(kernel_table().attention_jvp, p);
+  }
+  stack.give(tangent_out, tangent_lse);
 }
 
-// The tangents of what attention_backward returns.
-Gradients attention_backward_jvp(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensor& out, const Tensor& lse,
-    const OptionalTensor& tangent_grad_out, const OptionalTensor& tangent_grad_lse,
-    const OptionalTensor& tangent_query, const OptionalTensor& tangent_key,
-    const OptionalTensor& tangent_value, const Tensor& tangent_out, const Tensor& tangent_lse,
-    const OptionalTensor& tangent_bias, const OptionalTensor& tangent_sinks, double scale,
-    int64_t causal, int64_t window_left, int64_t window_right, int64_t precision,
-    const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
-    double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
-    std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
-    const OptionalTensor& block_table, bool bias_grad, bool sinks_grad) {
-  const Options options = {scale,     causal,     window_left,      window_right, precision,
-                           mask,      bias,       key_padding_mask, alibi_slopes, sinks,
-                           philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
-                           seqused_k, block_table};
+// The tangents of what attention_backward returns. `rest`: what follows the arguments of a
+// backward up to lse.
+Gradients backward_jvp(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
+                       const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
+                       Stack& rest) {
+  const OptionalTensor tangent_grad_out = rest.optional_tensor();
+  const OptionalTensor tangent_grad_lse = rest.optional_tensor();
+  Direction direction;
+  direction.query = rest.optional_tensor(), direction.key = rest.optional_tensor();
+  direction.value = rest.optional_tensor();
+  const Tensor tangent_out = rest.tensor(), tangent_lse = rest.tensor();
+  direction.bias = rest.optional_tensor(), direction.sinks = rest.optional_tensor();
+  const Options options = rest.options();
+  const bool bias_grad = rest.flag(), sinks_grad = rest.flag();
   refuse_sequences(options);
-  STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
-  STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
+  STD_TORCH_CHECK(!bias_grad || options.bias, "bias_grad: expected a bias");
+  STD_TORCH_CHECK(!sinks_grad || options.sinks, "sinks_grad: expected sinks");
   const Input q(query, "query"), k(key, "key"), v(value, "value");
   AttentionParams p;
   Held held;
@@ -628,8 +633,7 @@ Gradients attention_backward_jvp(
   describe_options(p, options, held);
   const ScalarType dtype = query.scalar_type();
   TangentInputs tangents(dtype);
-  describe_tangents(p, tangents, q, k, v, tangent_query, tangent_key, tangent_value, tangent_bias,
-                    tangent_sinks, sinks);
+  describe_tangents(p, tangents, q, k, v, direction, options.sinks);
   const Shape like_out = {{p.B, p.Hq, p.Sq, p.Dv}, {}};
   p.out = tangents.view(out, like_out, "out");
   p.grad_out = tangents.view(grad_out, like_out, "grad_out");
@@ -639,8 +643,8 @@ Gradients attention_backward_jvp(
   Tensor dq = empty_gradient("the tangent of query's gradient", query, q, Layout::kDense);
   Tensor dk = empty_gradient("the tangent of key's gradient", key, k, Layout::kDense);
   Tensor dv = empty_gradient("the tangent of value's gradient", value, v, Layout::kDense);
-  Tensor dbias = gradient_if(bias_grad, kDbias, bias, dtype);
-  Tensor dsinks = gradient_if(sinks_grad, kDsinks, sinks, lse_dtype(p));
+  Tensor dbias = gradient_if(bias_grad, kDbias, options.bias, dtype);
+  Tensor dsinks = gradient_if(sinks_grad, kDsinks, options.sinks, lse_dtype(p));
   if (is_empty(lse)) return zeros(dq, dk, dv, dbias, dsinks);  // there is no query
   p.lse = tangents.rows(p, lse, "lse");
   p.grad_lse = tangents.rows(p, grad_lse, "grad_lse");
@@ -649,17 +653,27 @@ Gradients attention_backward_jvp(
 
   Tensor delta = empty(kDelta, {p.B, p.Hq, p.Sq}, lse_dtype(p)),
          tangent_delta = empty(kDelta, {p.B, p.Hq, p.Sq}, lse_dtype(p));
-  p.delta = delta.data_ptr();
-  p.tangent.delta = tangent_delta.data_ptr();
+  p.delta = address_of(delta);
+  p.tangent.delta = address_of(tangent_delta);
   p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
   if (bias_grad) {
     if (p.Sk == 0) torch::stable::zero_(dbias);
     p.dbias = score_view(dbias, "dbias", p);
     p.dbias.dtype = p.bias.dtype;
   }
-  if (sinks_grad) p.dsinks = dsinks.data_ptr();
+  if (sinks_grad) p.dsinks = address_of(dsinks);
   for (const Phase& phase : kernel_table().attention_backward_jvp) run(phase, p);
   return {dq, dk, dv, dbias, dsinks};
+}
+
+void attention_backward_jvp(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensor grad_out = stack.tensor();
+  const OptionalTensor grad_lse = stack.optional_tensor();
+  const Tensor query = stack.tensor(), key = stack.tensor(), value = stack.tensor();
+  const Tensor out = stack.tensor(), lse = stack.tensor();
+  const Gradients d = backward_jvp(grad_out, grad_lse, query, key, value, out, lse, stack);
+  stack.give(d.query, d.key, d.value, d.bias, d.sinks);
 }
 
 // -- dropout --------------------------------------------------------------------------------------
@@ -678,21 +692,17 @@ Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, 
       {"a dropout mask [batch, heads, seqlen_q, seqlen_k]", "attention(dropout_p=) needs none"},
       {batch, heads, seqlen_q, seqlen_k}, ScalarType::Bool);
   if (is_empty(keep)) return keep;
-  p.dropout_keep = (uint8_t*)keep.data_ptr();
+  p.dropout_keep = (uint8_t*)address_of(keep);
   run(kernel_table().dropout_keep_mask, p);
   return keep;
 }
 
 // Refuses the lengths and pages that attention_forward would refuse. A call with dropout asks
 // first, because a refused call must not draw random numbers.
-void check_sequences(const Tensor& query, const Tensor& key, const OptionalTensor& cu_seqlens_q,
-                     const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
-                     std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
-                     const OptionalTensor& block_table) {
-  const OptionalTensor& none = no_tensor();
-  const Options options = {1,          0,    -1,   -1,  0,   none,         none,         none,
-                           none,       none, none, 0.0, 0.0, cu_seqlens_q, cu_seqlens_k, seqused_k,
-                           block_table};
+void check_sequences(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensor query = stack.tensor(), key = stack.tensor();
+  const Options options = stack.options();
   const Shape q = shape_of(query, "query", layout_of_queries(options));
   const Shape k = shape_of(key, "key", layout_of_keys(options));
   AttentionParams p;
@@ -871,35 +881,46 @@ void run_softmax_backward(const SoftmaxParams& p) {
 
 #include "softmax_operators.h"
 
-STABLE_TORCH_LIBRARY(fused_attention, m) {
-  using namespace fused_attention;
-  m.def(kAttentionForwardPlain);
-  m.def(kAttentionForwardPlainLse);
-  m.def(kAttentionForward);
-  m.def(kAttentionBackward);
-  m.def(kAttentionJvp);
-  m.def(kAttentionBackwardJvp);
-  m.def(kAttentionWeights);
-  m.def(kDropoutKeepMask);
-  m.def(kCheckSequences);
-  m.def(kKvCacheAppend);
-  m.def(kMaskedSoftmaxForward);
-  m.def(kMaskedSoftmax);
-  m.def(kMaskedSoftmaxBackward);
-}
+namespace fused_attention {
+namespace {
 
+constexpr Operator kOperators[] = {
+    {"attention_forward_plain", kAttentionForwardPlain, attention_forward_plain},
+    {"attention_forward_plain_lse", kAttentionForwardPlainLse, attention_forward_plain_lse},
+    {"attention_forward", kAttentionForward, attention_forward},
+    {"attention_backward", kAttentionBackward, attention_backward},
+    {"attention_jvp", kAttentionJvp, attention_jvp},
+    {"attention_backward_jvp", kAttentionBackwardJvp, attention_backward_jvp},
+    {"attention_weights", kAttentionWeights, attention_weights},
+    {"dropout_keep_mask", kDropoutKeepMask, TORCH_BOX(&dropout_keep_mask)},
+    {"check_sequences", kCheckSequences, check_sequences},
+    {"kv_cache_append_", kKvCacheAppend, TORCH_BOX(&kv_cache_append_)},
+    {"masked_softmax_forward", kMaskedSoftmaxForward, TORCH_BOX(&masked_softmax_forward)},
+    {"masked_softmax_", kMaskedSoftmax, TORCH_BOX(&masked_softmax_)},
+    {"masked_softmax_backward", kMaskedSoftmaxBackward, TORCH_BOX(&masked_softmax_backward)},
+};
+
+constexpr Operator kPlanned[] = {
+    {"attention_forward_plain", kAttentionForwardPlain, planned<attention_forward_plain>},
+    {"attention_forward", kAttentionForward, planned<attention_forward>},
+    {"attention_backward", kAttentionBackward, planned<attention_backward>},
+    {"attention_weights", kAttentionWeights, planned<attention_weights>},
+};
+
+}  // namespace
+}  // namespace fused_attention
+
+STABLE_TORCH_LIBRARY(fused_attention, m) {
+  fused_attention::define(m, fused_attention::kOperators);
+}
 STABLE_TORCH_LIBRARY_IMPL(fused_attention, CPU, m) {
-  m.impl("attention_forward_plain", TORCH_BOX(&fused_attention::attention_forward_plain));
-  m.impl("attention_forward_plain_lse", TORCH_BOX(&fused_attention::attention_forward_plain_lse));
-  m.impl("attention_forward", TORCH_BOX(&fused_attention::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&fused_attention::attention_backward));
-  m.impl("attention_jvp", TORCH_BOX(&fused_attention::attention_jvp));
-  m.impl("attention_backward_jvp", TORCH_BOX(&fused_attention::attention_backward_jvp));
-  m.impl("attention_weights", TORCH_BOX(&fused_attention::attention_weights));
-  m.impl("dropout_keep_mask", TORCH_BOX(&fused_attention::dropout_keep_mask));
-  m.impl("check_sequences", TORCH_BOX(&fused_attention::check_sequences));
-  m.impl("kv_cache_append_", TORCH_BOX(&fused_attention::kv_cache_append_));
-  m.impl("masked_softmax_forward", TORCH_BOX(&fused_attention::masked_softmax_forward));
-  m.impl("masked_softmax_", TORCH_BOX(&fused_attention::masked_softmax_));
-  m.impl("masked_softmax_backward", TORCH_BOX(&fused_attention::masked_softmax_backward));
+  fused_attention::implement(m, fused_attention::kOperators);
+}
+STABLE_TORCH_LIBRARY(fused_attention_plan, m) {
+  fused_attention::define(m, fused_attention::kPlanned);
+  m.def(fused_attention::kNotes);
+}
+STABLE_TORCH_LIBRARY_IMPL(fused_attention_plan, CompositeExplicitAutograd, m) {
+  fused_attention::implement(m, fused_attention::kPlanned);
+  m.impl("notes", fused_attention::take_notes);
 }

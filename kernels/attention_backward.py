@@ -25,8 +25,8 @@ from .primitives import (
     batch_of,
     clear_blind_queries,
     clear_unseen_keys,
-    dropout_keep,
-    dropout_keep_at,
+    kept_weights,
+    kept_weights_at,
     key_block,
     load_lse,
     load_tile,
@@ -130,10 +130,10 @@ def keys_meet_queries(
         if call.dropout is not None:
             if call.pages is None:
                 row = m_start + tl.arange(0, BLOCK_M)[:, None]
-                kept = dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
+                kept = kept_weights(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
                 keep = tl.trans(kept)
             else:  # a page may begin anywhere in a group of 8 columns
-                keep = dropout_keep_at(call.dropout, matrix, m_start + i, n_start + j)
+                keep = kept_weights_at(call, matrix, m_start + i, n_start + j)
 
         # -- s^T <- k q^T, dp^T <- v do^T, ds <- p * (dp - delta) --
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
@@ -274,7 +274,7 @@ def queries_meet_keys(
         keep = None
         if call.dropout is not None:
             row = m_start + tl.arange(0, BLOCK_M)[:, None]
-            keep = dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
+            keep = kept_weights(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
 
         # -- s <- q k^T, dp <- do v^T, ds <- p * (dp - delta) --
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -392,7 +392,7 @@ def attention_dbias_kernel(
             keep = None
             if call.dropout is not None:
                 row = m_start + tl.arange(0, BLOCK_M)[:, None]
-                keep = dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
+                keep = kept_weights(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
             dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
             _, _, dlogit = score_gradients(

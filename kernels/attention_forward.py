@@ -12,8 +12,8 @@ from .primitives import (
     LOWEST,
     Rows,
     batch_of,
-    dropout_keep,
     finish_softmax,
+    kept_weights,
     load_tile,
     logits,
     online_softmax_update,
@@ -70,7 +70,7 @@ def attend(
         )
         if call.dropout is not None:  # after the sum: the denominator is that of all weights
             matrix = seq.b * call.Hq + h
-            keep = dropout_keep(call.dropout, matrix, m_start + i, n_start, BLOCK_M, BLOCK_N)
+            keep = kept_weights(call, matrix, m_start + i, n_start, BLOCK_M, BLOCK_N)
             p = tl.where(keep, p, 0.0)
 
         # -- acc <- acc + p v --

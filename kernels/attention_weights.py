@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .primitives import (
     LOG2E,
-    dropout_keep,
+    kept_weights,
     load_lse,
     load_tile,
     query_block,
@@ -45,7 +45,7 @@ def weights_tile(
     p, _ = weights_of(s, lse_i, seen, call, seq, h, m_start, n_start, i, j, PLAIN)
     if call.dropout is not None:
         matrix, row = seq.b * call.Hq + h, m_start + tl.arange(0, BLOCK_M)[:, None]
-        seen = seen & dropout_keep(call.dropout, matrix, row, n_start, BLOCK_M, BLOCK_N)
+        seen = seen & kept_weights(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
     return p, seen
 
 

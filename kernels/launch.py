@@ -34,6 +34,7 @@ from .primitives import (
     Rows,
     Scores,
     Slopes,
+    Starts,
     WeightsGradient,
     dropout_keep_mask_kernel,
 )
@@ -200,8 +201,11 @@ def describe(query: Tensor, key: Tensor, arguments: Arguments) -> Call:
         pages = Pages(block_table, block_table.stride(0), size, count)
         Sk = block_table.shape[1] * size if count else 0
 
+    starts = Starts(a.q_start, a.k_start, a.head_start) if any(a.starts()) else None
+    longest = Sq + Sk + abs(a.q_start - a.k_start)
+
     def window(tokens: int) -> int | None:  # beyond the sequence it hides nothing
-        return None if tokens < 0 or tokens > Sq + Sk else tokens
+        return None if tokens < 0 or tokens > longest else tokens
 
     padding = slopes = None
     if a.key_padding_mask is not None:
@@ -232,6 +236,7 @@ def describe(query: Tensor, key: Tensor, arguments: Arguments) -> Call:
         sinks=a.sinks,
         dropout=dropout_of(a.dropout_p, a.philox),
         weights=None,
+        starts=starts,
         whole_pages=None,
     )
 

@@ -17,7 +17,7 @@ from ..errors import ArgumentValueError, describe_error
 from ..operators.arguments import DIFFERENTIABLE, Arguments
 from ..operators.memory import has_shared_elements, share_memory
 from . import launch
-from .tiles import MAX_SOFTMAX_BLOCK, Tiles, arch_of, attention_tiles, softmax_tiles
+from .tiles import MAX_SOFTMAX_BLOCK, Arch, Tiles, arch_of, attention_tiles, softmax_tiles
 
 # Tests set these: with small tiles, small problems have several blocks in each direction.
 OVERRIDE: Tiles | None = None
@@ -34,9 +34,18 @@ def empty_like_layout(like: Tensor, last: int) -> Tensor:
     return like.new_empty((batch, heads, seqlen, last))
 
 
+def is_dense(x: Tensor) -> bool:
+    return x.stride(-1) == 1 or x.shape[-1] <= 1
+
+
 def dense(x: Tensor) -> Tensor:
     """In place if its last stride is 1, else copied."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if is_dense(x) else x.contiguous()
+
+
+def copies(**tensors: Tensor) -> dict[str, Tensor]:
+    """What `dense` copies, as buffers."""
+    return {f"a copy of {name}": x for name, x in tensors.items() if not is_dense(x)}
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
@@ -81,6 +90,7 @@ class Plan(NamedTuple):
     launches: list[launch.Launch]
     results: tuple[Tensor, ...]
     buffers: dict[str, Tensor]
+    reason: str = ""  # why these kernels
 
     def run(self) -> None:
         for each in self.launches:
@@ -88,18 +98,24 @@ class Plan(NamedTuple):
 
 
 def plan_forward(
-    query: Tensor, key: Tensor, value: Tensor, arguments: Arguments, with_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    arguments: Arguments,
+    with_lse: bool,
+    arch: Arch | None = None,
 ) -> Plan:
-    """Results: out and, if asked for, lse."""
+    """Results: out and, if asked for, lse. arch: if it is not that of query's device."""
     layout = Layout.of(arguments)
+    buffers = copies(query=query, key=key, value=value)
     result = layout.new(query, value.shape[-1])
     query, out = layout.queries(dense(query)), layout.queries(result)
     key, value = layout.keys(dense(key)), layout.keys(dense(value))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32) if with_lse else None
     call = launch.describe(query, key, arguments)
-    arch = arch_of(query.device)
+    arch = arch or arch_of(query.device)
     splits = launch.splits_of(call, key.shape[1], arguments)
-    operands, buffers = (query, key, value, out, lse), {}
+    operands = (query, key, value, out, lse)
     if splits == 0:
         launches = [launch.forward_launch(*operands, call, arguments.precision, arch, OVERRIDE)]
     else:
@@ -108,15 +124,16 @@ def plan_forward(
             sizes = (splits, out.shape[:-1].numel())
             acc = out.new_empty((*sizes, out.shape[-1]), dtype=torch.float32)
             limits = out.new_empty((2, *sizes), dtype=torch.float32)
-            buffers = {"partial sums of the splits": acc, "maxima and sums of the splits": limits}
+            buffers |= {"partial sums of the splits": acc, "maxima and sums of the splits": limits}
             parts = (acc, *limits)
         longest_q, _ = launch.longest_sequences(call, arguments)
         launches = launch.decode_launches(
             *operands, splits, parts, longest_q, call, arguments.precision, arch, OVERRIDE
         )
+    reason = f"few queries a key head; its keys in {splits} splits" if splits else ""
     if lse is None:
-        return Plan(launches, (result,), buffers)
-    return Plan(launches, (result, lse.squeeze(0) if layout.packed else lse), buffers)
+        return Plan(launches, (result,), buffers, reason)
+    return Plan(launches, (result, lse.squeeze(0) if layout.packed else lse), buffers, reason)
 
 
 def attention_forward_plain(query: Tensor, key: Tensor, value: Tensor, *numbers: Any) -> Tensor:
@@ -134,7 +151,7 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any
 attention_forward_plain_lse = attention_forward
 
 
-def plan_backward(call: dict[str, Any]) -> Plan:
+def plan_backward(call: dict[str, Any], arch: Arch | None = None) -> Plan:
     """call: the arguments of attention_backward by name. Results: its results, in order."""
     arguments = Arguments(**{name: call[name] for name in Arguments._fields})
     query, key, value = call["query"], call["key"], call["value"]
@@ -155,12 +172,13 @@ def plan_backward(call: dict[str, Any]) -> Plan:
     described = described._replace(weights=weights)
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    buffers = {"delta": delta}
+    buffers = copies(query=call["query"], key=call["key"], value=call["value"])
+    buffers["delta"] = delta
     dsinks, dbias = lse.new_empty(0), query.new_empty(0)
     if call["sinks_grad"]:
         assert arguments.sinks is not None
         dsinks = lse.new_zeros(arguments.sinks.shape)
-    arch = arch_of(query.device)
+    arch = arch or arch_of(query.device)
     users = page_users(described)
     if users[0] is not None:
         buffers |= {"users of the pages": users[0], "first users of the pages": users[1]}
@@ -174,7 +192,7 @@ def plan_backward(call: dict[str, Any]) -> Plan:
         assert bias is not None
         dbias = bias.new_empty(bias.shape)
         operands = (query, key, value, grad_out, lse, delta)
-        of_bias = _plan_bias_gradient(dbias, *operands, described, arguments.precision)
+        of_bias = _plan_bias_gradient(dbias, *operands, described, arguments.precision, arch)
         launches, buffers = launches + of_bias.launches, buffers | of_bias.buffers
     return Plan(launches, (grad_query, grad_key, grad_value, dbias, dsinks), buffers)
 
@@ -210,14 +228,13 @@ def page_users(call: launch.Call) -> tuple[Tensor, Tensor] | tuple[None, None]:
 
 def _plan_bias_gradient(
     dbias: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, lse: Tensor,
-    delta: Tensor, call: launch.Call, precision: int,
+    delta: Tensor, call: launch.Call, precision: int, arch: Arch,
 ) -> Plan:  # fmt: skip
     B, Hq, Sq, D = query.shape
     Sk = call.Sk
     if B * Hq * Sq * Sk == 0:
         dbias.zero_()
         return Plan([], (dbias,), {})
-    arch = arch_of(query.device)
     head_dim = max(D, value.shape[-1])
     tiles = OVERRIDE or attention_tiles("dq", arch, query.dtype, head_dim, per_score=True)
     blocks = (launch.ceil_div(Sq, tiles.block_m), launch.ceil_div(Sk, tiles.block_n))
@@ -230,7 +247,7 @@ def _plan_bias_gradient(
     return Plan([launch.dbias_launch(*operands, tiles)], (dbias,), buffers)
 
 
-def plan_weights(call: dict[str, Any]) -> Plan:
+def plan_weights(call: dict[str, Any], arch: Arch | None = None) -> Plan:
     """call: the arguments of attention_weights by name."""
     given = {name: call[name] for name in Arguments._fields if name in call}
     arguments = Arguments(**given, precision=HIGHEST)
@@ -243,7 +260,8 @@ def plan_weights(call: dict[str, Any]) -> Plan:
         weights.zero_()
         return Plan([], (result,), {})
     operands = (query, key, call["lse"].contiguous(), weights, described)
-    each = launch.weights_launch(*operands, HIGHEST, arch_of(query.device), OVERRIDE)
+    arch = arch or arch_of(query.device)
+    each = launch.weights_launch(*operands, HIGHEST, arch, OVERRIDE)
     return Plan([each], (result,), {})
 
 

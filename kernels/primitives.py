@@ -68,6 +68,14 @@ class Dropout(NamedTuple):
     scale: Any
 
 
+class Starts(NamedTuple):
+    """Where a part of a larger call begins: its first query, key and head."""
+
+    query: Any
+    key: Any  # with dropout a multiple of 8
+    head: Any
+
+
 class WeightsGradient(NamedTuple):
     """Of the returned weights: Scores, of which each head takes `share`."""
 
@@ -112,6 +120,7 @@ class Call(NamedTuple):
     sinks: Any  # float32 [Hq]
     dropout: Any
     weights: Any  # WeightsGradient, in a backward
+    starts: Any  # Starts, or None for the whole
     # 1 if no tile of keys crosses from one page to the next, else None. Both are compiled in, and
     # that must be so of the last field: Triton 3.6 forgets constants inside of what no constant
     # follows.
@@ -163,6 +172,8 @@ def sequence_of(call, b):
     offset = call.offset
     if offset is None:
         offset = Sk - Sq
+    if call.starts is not None:
+        offset += call.starts.query - call.starts.key
     return Sequence(b=b, Sq=Sq, Sk=Sk, room=room, q_start=q_start, k_start=k_start, offset=offset)
 
 
@@ -680,6 +691,26 @@ def dropout_keep(dropout, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.
     odd = tl.join(halves_kept(c1, dropout.threshold), halves_kept(c3, dropout.threshold))
     words = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2))
     return tl.reshape(words, (ROWS, COLUMNS)) != 0
+
+
+@triton.jit
+def kept_weights(call, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`dropout_keep` of a call, whose heads, rows and columns are numbered from where it starts."""
+    if call.starts is not None:
+        matrix = matrix + call.starts.head
+        row = row + call.starts.query
+        n_start = n_start + call.starts.key
+    return dropout_keep(call.dropout, matrix, row, n_start, ROWS, COLUMNS)
+
+
+@triton.jit
+def kept_weights_at(call, matrix, row, column):
+    """`dropout_keep_at` of a call."""
+    if call.starts is not None:
+        matrix = matrix + call.starts.head
+        row = row + call.starts.query
+        column = column + call.starts.key
+    return dropout_keep_at(call.dropout, matrix, row, column)
 
 
 @triton.jit

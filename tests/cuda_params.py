@@ -7,34 +7,140 @@ elements that the call may touch, so that everything else is out of bounds.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-I64, F64, U32, U64, PTR = (
-    ctypes.c_int64, ctypes.c_double, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p,
-)  # fmt: skip
+PTR = ctypes.c_void_p
 # DType: float32, bfloat16, float16, float64
 ITEM_BYTES = (4, 2, 2, 8)
+ROOT = Path(__file__).resolve().parent.parent
 
 
-class TensorView(ctypes.Structure):
-    _fields_ = [("data", PTR), ("stride_b", I64), ("stride_h", I64), ("stride_s", I64)]
+# The layouts come from the headers: a program that includes them prints where each field lies, what
+# type it has and how big it is. The fields are named here, because C++ cannot list them; together
+# with what alignment leaves free they must fill the struct.
+STRUCTS = {
+    "TensorView": "data stride_b stride_h stride_s",
+    "ScoreView": "data dtype stride_b stride_h stride_q stride_k",
+    "Tangents": "query key value grad_out bias sinks grad_lse out lse delta",
+    "Call": """dtype B Hq Hkv Sq Sk D Dv query key value out lse lse_stride_b lse_stride_h
+        cu_seqlens_q cu_seqlens_k seqused_k block_table block_table_stride_b page_size shared
+        threads scale softcap precision bottom_right diagonal_start window_left window_right mask
+        mask_blocks bias key_padding_mask key_padding_stride_b key_padding_stride_k alibi_slopes
+        alibi_stride_b
+        sinks dropout_threshold dropout_scale philox_seed philox_offset dropout_row dropout_group
+        dropout_head philox_states sample_heads dropout_keep grad_out dq dk dv page_dk page_dv
+        grad_lse grad_lse_stride_b grad_lse_stride_h grad_lse_stride_s delta dbias dsinks weights
+        average_weights tangent philox row_lse lse_in_log2 aligned page_count splits part_out
+        part_max part_sum""",
+    "SoftmaxCall": """dtype columns queries heads dims size stride input output mask bias map_pages
+        mask_stride_k bias_stride_k bias_dtype sinks scale causal diagonal_offset dropout_threshold
+        dropout_scale philox_seed philox_offset philox_states sample_heads weights sink_weight
+        grad_out dsinks sink_terms dbias partial bias_width groups group_rows groups_per_task chunks
+        philox delta""",
+}
+PROGRAM = """#include "cuda/launch.h"
+#include <stddef.h>
+#include <string>
+#include <type_traits>
+using namespace fused_attention;
+using namespace fused_attention::cuda;
+template <typename T> std::string type() {
+  if constexpr (std::is_array_v<T>) {
+    return type<std::remove_extent_t<T>>() + "*" + std::to_string(std::extent_v<T>);
+  } else if constexpr (std::is_same_v<T, TensorView>) { return "TensorView";
+  } else if constexpr (std::is_same_v<T, ScoreView>) { return "ScoreView";
+  } else if constexpr (std::is_same_v<T, Tangents>) { return "Tangents";
+  } else if constexpr (std::is_pointer_v<T>) { return "pointer";
+  } else if constexpr (std::is_same_v<T, bool>) { return "bool";
+  } else if constexpr (std::is_same_v<T, double>) { return "float64";
+  } else if constexpr (std::is_same_v<T, float>) { return "float32";
+  } else if constexpr (std::is_enum_v<T>) { return type<std::underlying_type_t<T>>();
+  } else { return (std::is_signed_v<T> ? "int" : "uint") + std::to_string(8 * sizeof(T)); }
+}
+#define FIELD(s, f) printf("%s %s %zu %s\\n", #s, #f, offsetof(s, f), \\
+                           type<decltype(s::f)>().c_str());
+int main() {
+@FIELDS@
+  return 0;
+}
+"""
 
 
-class ScoreView(ctypes.Structure):
-    _fields_ = [
-        ("data", PTR), ("dtype", ctypes.c_int32),
-        ("stride_b", I64), ("stride_h", I64), ("stride_q", I64), ("stride_k", I64),
-    ]  # fmt: skip
+def program() -> str:
+    lines = []
+    for struct, fields in STRUCTS.items():
+        lines += [f"  FIELD({struct}, {name})" for name in fields.split()]
+        lines.append(f'  printf("{struct} sizeof %zu bytes\\n", sizeof({struct}));')
+    return PROGRAM.replace("@FIELDS@", "\n".join(lines))
 
 
-class Tangents(ctypes.Structure):
-    _fields_ = [
-        *((name, TensorView) for name in ("query", "key", "value", "grad_out")),
-        ("bias", ScoreView), ("sinks", PTR), ("grad_lse", PTR),
-        ("out", TensorView), ("lse", PTR), ("delta", PTR),
-    ]  # fmt: skip
+def printed() -> list[list[str]]:
+    """What the program prints, line by line; kept by the hash of all it is made from."""
+    text = program()
+    headers = b"".join((ROOT / "csrc" / name).read_bytes() for name in HEADERS)
+    digest = hashlib.sha256(text.encode() + headers).hexdigest()[:16]
+    path = ROOT / ".cache" / "cuda" / f"layout-{digest}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            source, built = Path(folder) / "layout.cpp", Path(folder) / "layout"
+            source.write_text(text)
+            flags = ["-std=c++20", "-Wno-invalid-offsetof", f"-I{ROOT / 'csrc'}"]
+            subprocess.run([*COMPILER, *flags, source, "-o", built], check=True)
+            output = subprocess.run([built], capture_output=True, check=True).stdout
+            (Path(folder) / "printed").write_bytes(output)
+            (Path(folder) / "printed").rename(path)
+    return [line.split() for line in path.read_text().splitlines()]
+
+
+HEADERS = ("attention_params.h", "cuda/launch.h")
+COMPILER = os.environ.get("CXX", "g++").split()
+_SCALARS = {
+    "pointer": PTR,
+    "bool": ctypes.c_bool,
+    **{f"int{n}": getattr(ctypes, f"c_int{n}") for n in (8, 16, 32, 64)},
+    **{f"uint{n}": getattr(ctypes, f"c_uint{n}") for n in (8, 16, 32, 64)},
+    "float32": ctypes.c_float,
+    "float64": ctypes.c_double,
+}
+TYPES: dict[str, Any] = dict(_SCALARS)
+
+
+def _type(name: str) -> Any:
+    element, *extents = name.split("*")
+    found = TYPES[element]
+    for extent in extents:  # the last one first, as C++ nests them
+        found = found * int(extent)
+    return found
+
+
+def _layouts() -> dict[str, list[tuple[str, Any]]]:
+    layouts: dict[str, list[tuple[str, Any]]] = {}
+    ends: dict[str, int] = {}
+    for struct, name, number, kind in printed():
+        fields, at = layouts.setdefault(struct, []), int(number)
+        gap = at - ends.setdefault(struct, 0)
+        assert 0 <= gap < 8, f"{struct}: {gap} bytes before {name} are not mirrored"
+        if gap:
+            fields.append((f"gap_{at}", ctypes.c_uint8 * gap))
+        if name == "sizeof":
+            TYPES[struct] = type(struct, (ctypes.Structure,), {"_pack_": 1, "_fields_": fields})
+            assert ctypes.sizeof(TYPES[struct]) == at, struct
+        else:
+            fields.append((name, _type(kind)))
+            ends[struct] = at + ctypes.sizeof(_type(kind))
+    return layouts
+
+
+LAYOUTS = _layouts()
+TensorView, ScoreView = TYPES["TensorView"], TYPES["ScoreView"]
 
 
 def view(address: int, shape: list[int], strides: list[int], item: int) -> np.ndarray:
@@ -61,31 +167,8 @@ def encode(params: Any, memory: Any) -> bytes:
 
 
 class Call(ctypes.Structure):
-    _fields_ = [
-        ("dtype", ctypes.c_int32),
-        *((name, I64) for name in ("B", "Hq", "Hkv", "Sq", "Sk", "D", "Dv")),
-        *((name, TensorView) for name in ("query", "key", "value", "out")),
-        ("lse", PTR), ("lse_stride_b", I64), ("lse_stride_h", I64),
-        ("cu_seqlens_q", PTR), ("cu_seqlens_k", PTR), ("seqused_k", PTR),
-        ("block_table", PTR), ("block_table_stride_b", I64), ("page_size", I64),
-        ("shared", PTR), ("threads", I64),
-        ("scale", F64), ("softcap", F64), ("precision", I64), ("bottom_right", ctypes.c_bool),
-        ("window_left", I64), ("window_right", I64),
-        ("mask", ScoreView), ("mask_blocks", PTR), ("bias", ScoreView),
-        ("key_padding_mask", PTR), ("key_padding_stride_b", I64), ("key_padding_stride_k", I64),
-        ("alibi_slopes", PTR), ("alibi_stride_b", I64), ("sinks", PTR),
-        ("dropout_threshold", U32), ("dropout_scale", F64), ("philox_seed", U64),
-        ("philox_offset", U32), ("philox_states", PTR), ("sample_heads", I64),
-        ("dropout_keep", PTR),
-        *((name, TensorView) for name in ("grad_out", "dq", "dk", "dv", "page_dk", "page_dv")),
-        ("grad_lse", PTR), ("grad_lse_stride_b", I64), ("grad_lse_stride_h", I64),
-        ("grad_lse_stride_s", I64), ("delta", PTR), ("dbias", ScoreView), ("dsinks", PTR),
-        ("weights", ScoreView), ("average_weights", ctypes.c_bool), ("tangent", Tangents),
-        # Of cuda::Call
-        ("philox", PTR), ("row_lse", PTR),
-        ("lse_in_log2", ctypes.c_bool), ("aligned", ctypes.c_bool), ("page_count", I64),
-        ("splits", I64), ("part_out", PTR), ("part_max", PTR), ("part_sum", PTR),
-    ]  # fmt: skip
+    _pack_ = 1
+    _fields_ = LAYOUTS["Call"]
 
     def operands(self) -> dict[str, np.ndarray]:
         """What each pointer may be used for, by its field's name."""
@@ -146,21 +229,8 @@ KINDS = ("input", "grad_out", "output", "mask", "bias", "number")  # SoftmaxPara
 
 
 class SoftmaxCall(ctypes.Structure):
-    MAX_DIMS = 16
-    _fields_ = [
-        ("dtype", ctypes.c_int32), ("columns", I64), ("queries", I64), ("heads", I64),
-        ("dims", ctypes.c_int), ("size", I64 * MAX_DIMS), ("stride", I64 * MAX_DIMS * len(KINDS)),
-        ("input", PTR), ("output", PTR), ("mask", PTR), ("bias", PTR), ("map_pages", PTR),
-        ("mask_stride_k", I64), ("bias_stride_k", I64), ("bias_dtype", ctypes.c_int32),
-        ("sinks", PTR), ("scale", F64), ("causal", ctypes.c_bool), ("diagonal_offset", I64),
-        ("dropout_threshold", U32), ("dropout_scale", F64), ("philox_seed", U64),
-        ("philox_offset", U32), ("philox_states", PTR), ("sample_heads", I64),
-        ("weights", PTR), ("sink_weight", PTR), ("grad_out", PTR), ("dsinks", PTR),
-        ("sink_terms", PTR), ("dbias", PTR), ("partial", PTR), ("bias_width", I64),
-        ("groups", I64), ("group_rows", I64), ("groups_per_task", I64), ("chunks", I64),
-        # Of cuda::SoftmaxCall
-        ("philox", PTR), ("delta", PTR),
-    ]  # fmt: skip
+    _pack_ = 1
+    _fields_ = LAYOUTS["SoftmaxCall"]
 
     def operands(self) -> dict[str, np.ndarray]:
         """What each pointer may be used for, by its field's name."""

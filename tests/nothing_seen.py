@@ -209,7 +209,9 @@ def check_huge(operators: Any) -> None:
         out, lse = operators.attention_forward(empty(0), key, key, *call)
         assert out.shape == (HUGE, 2, 0, 8)
     inputs = (empty(0), key, key, out, lse)
-    grads = operators.attention_backward(out, None, *inputs, *call, *(None,) * 6, False, True)
+    grads = operators.attention_backward(
+        out, None, *inputs, *call, *(None,) * 6, 0, 0, 0, False, True
+    )
     assert [x.shape[0] for x in grads[:3]] == [HUGE] * 3 and grads[4].shape == (2,)
     rows = torch.empty(HUGE, 0)
     assert operators.masked_softmax_forward(rows, 1.0, 0, True)[0].shape == rows.shape

@@ -19,6 +19,7 @@ from fused_attention import operators as ops
 from fused_attention.call import backends, plan
 from fused_attention.call.backends import BACKENDS, CPU, NAMES, PLANS, REFERENCE, TASKS
 from fused_attention.call.explain import details_of
+from fused_attention.call.options import Options
 from fused_attention.call.problem import DTYPES, FEATURES, Problem
 from fused_attention.operators import cuda
 from fused_attention.reference import attention_reference
@@ -563,15 +564,19 @@ def test_triton_serves_what_is_on_a_gpu(monkeypatch):
     assert TRITON.refuses(on_gpu) == [] and backends.choose(on_gpu) is TRITON
     assert "device cpu: only cuda" in TRITON.refuses(problem)
     monkeypatch.setattr("fused_attention.kernels.tiles.arch_of", lambda device: ARCHS["sm_90"])
-    details = details_of(TRITON, on_gpu)
-    assert details.isa == "sm_90" and details.block_m > 0 and details.block_n > 0
-    assert details.kernel == "attention_decode" and "in 1 splits" in details.reason
-    long = dataclasses.replace(on_gpu, seqlen_q=1, seqlen_k=100_000)
-    parts = details_of(TRITON, long).extra_bytes
-    lse_bytes = 4 * long.batch * long.heads_q
-    assert parts > 2 * lse_bytes * long.head_dim_v and parts % lse_bytes == 0
-    prompt = dataclasses.replace(on_gpu, seqlen_q=1000)
-    assert details_of(TRITON, prompt).kernel == "attention_forward"
+
+    def details(**sizes):
+        inputs = qkv(**sizes)
+        problem = dataclasses.replace(problem_of(**inputs), device=torch.device("cuda"))
+        return details_of(TRITON, problem, *inputs.values(), Options())
+
+    few = details()
+    assert few.isa == "sm_90" and few.block_m > 0 and few.block_n > 0
+    assert few.kernel == "attention_decode" and "in 1 splits" in few.reason
+    long = details(Sq=1, Sk=100_000)
+    assert long.kernel == "attention_decode + attention_combine" and long.extra_bytes > 0
+    assert dict(long.buffers)["maxima and sums of the splits"] % (4 * 2 * 4 * 2) == 0
+    assert details(Sq=1000).kernel == "attention_forward"
     packed = {"query": randn(9, 4, 8), "key": randn(9, 2, 8), "value": randn(9, 2, 8)}
     cu = torch.tensor([0, 4, 9], dtype=torch.int32)
     problem = problem_of(**packed, cu_seqlens_q=cu, cu_seqlens_k=cu, seqused_k=cu[1:])

@@ -1041,10 +1041,10 @@ def test_explain_says_what_serves_the_call():
     without = ours.explain(x, x, x, need_weights=False)
     assert with_weights.backend == without.backend == "cpu"
     assert "attention_weights" in str(with_weights) and "attention_weights" not in str(without)
-    extra = with_weights.details.extra_bytes - without.details.extra_bytes
+    assert with_weights.details.extra_bytes >= without.details.extra_bytes > 0
     longer = sequence(640, dtype=torch.float32)
-    (with_weights, without) = (ours.explain(*(longer,) * 3, need_weights=x) for x in (True, False))
-    assert with_weights.details.extra_bytes - without.details.extra_bytes == extra > 0
+    extra = ours.explain(longer, longer, longer).details.extra_bytes
+    assert extra - with_weights.details.extra_bytes < 576 * 576  # nothing grows with the square
     with pytest.raises(AssertionError, match="query"):
         ours.explain(x[None], x, x)
 

@@ -75,7 +75,19 @@ def run(inputs: testing.Inputs) -> testing.Results:
     grad_lse = inputs.grad_lse.to(lse.dtype).masked_fill(lse.isinf(), 0.0)
     wanted = ("bias" in inputs.tensors, "sinks" in inputs.tensors)
     dq, dk, dv, dbias, dsinks = operators.attention_backward(
-        inputs.grad_out, grad_lse, query, key, value, out, lse, *call, *(None,) * 6, *wanted
+        inputs.grad_out,
+        grad_lse,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        *call,
+        *(None,) * 6,
+        0,
+        0,
+        0,
+        *wanted,
     )
     results = {"out": out, "lse": lse, "dquery": dq, "dkey": dk, "dvalue": dv}
     if wanted[0]:

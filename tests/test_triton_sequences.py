@@ -176,7 +176,7 @@ def check(case: Case, packing: Packing) -> None:
         own[...] = x.grad_lse.to(lse.dtype).masked_fill(packing.of_rows(lse, b).isinf(), 0.0)
     wanted = (False, case.sinks)
     dq, dk, dv, _, dsinks = operators.attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, *call, *places, *wanted
+        grad_out, grad_lse, query, key, value, out, lse, *call, *places, 0, 0, 0, *wanted
     )
     assert dk.shape == key.shape and dv.shape == value.shape and dq.shape == query.shape
     exact_dsinks = 0.0

@@ -24,15 +24,12 @@ def run(inputs, average):
     tensors, call = inputs.tensors, arguments(inputs)
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
     out, lse = operators.attention_forward(query, key, value, *call)
-    mask, bias, padding, slopes, _, *rest = call[5:]
-    weights = operators.attention_weights(
-        query, key, lse, *call[:4], average, mask, bias, padding, slopes, *rest
-    )
+    weights = operators.attention_weights(query, key, lse, average, *call)
     grad = inputs.grad_out
     grad = grad[:, 0] * grad.shape[1] if average else grad.mT.contiguous().mT  # not dense
     wanted = ("bias" in tensors, "sinks" in tensors)
     dq, dk, _, dbias, dsinks = operators.attention_backward(
-        *(torch.zeros_like(out), None, query, key, value, out, lse, *call, *(None,) * 6),
+        *(torch.zeros_like(out), None, query, key, value, out, lse, *call, *(None,) * 6, 0, 0, 0),
         *(*wanted, grad, average),
     )
     results = {"out": weights, "dquery": dq, "dkey": dk, "dbias": dbias, "dsinks": dsinks}
@@ -94,14 +91,14 @@ def test_hidden_keys_and_blind_rows_may_hold_anything(average):
         q = query.clone()
         q[:, :, 7] = filling  # sees nothing
         out, lse = operators.attention_forward(q, k, k, *numbers, 0, *options)
-        weights = operators.attention_weights(
-            q, k, lse, *numbers, average, *masks, philox, 0.0, 0.1
-        )
+        weights = operators.attention_weights(q, k, lse, average, *numbers, 0, *options)
         # What arrives for a weight that is 0 because nobody sees it may be anything, too
         grad = torch.linspace(-1, 1, weights.numel()).view_as(weights)
         grad = grad.masked_fill(weights == 0, filling)
         saved = (torch.zeros_like(out), None, q, k, k, out, lse, *numbers, 0, *options)
-        gradients = operators.attention_backward(*saved, *(None,) * 6, False, False, grad, average)
+        gradients = operators.attention_backward(
+            *saved, *(None,) * 6, 0, 0, 0, False, False, grad, average
+        )
         results.append((weights, *gradients[:2]))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -117,7 +114,7 @@ def test_nothing_to_weigh(sizes, average):
     B, H, Sq, Sk = sizes
     query, key = (torch.randn(B, H, n, 8) for n in (Sq, Sk))
     lse = torch.full((B, H, Sq), -math.inf)
-    weights = operators.attention_weights(query, key, lse, 0.3, 0, -1, -1, average)
+    weights = operators.attention_weights(query, key, lse, average, 0.3, 0, -1, -1, 0)
     assert weights.shape == ((B, Sq, Sk) if average else (B, H, Sq, Sk))
     assert weights.count_nonzero() == 0
 

@@ -197,8 +197,8 @@ def test_nothing_to_weigh(sizes, average):
 
 def test_no_heads():
     q = torch.randn(2, 0, 3, 8)
-    of_heads = ops.weights(q, q, torch.zeros(2, 0, 3), 1.0, 0, -1, -1, False)
-    averaged = ops.weights(q, q, torch.zeros(2, 0, 3), 1.0, 0, -1, -1, True)
+    of_heads = ops.weights(q, q, torch.zeros(2, 0, 3), False, 1.0, 0, -1, -1, 0)
+    averaged = ops.weights(q, q, torch.zeros(2, 0, 3), True, 1.0, 0, -1, -1, 0)
     assert of_heads.shape == (2, 0, 3, 3) and torch.equal(averaged, torch.zeros(2, 3, 3))
 
 
@@ -252,7 +252,7 @@ def test_operator_passes_opcheck():
     lse, bias, philox = torch.randn(2, 4, 9), torch.randn(1, 1, 9, 11), torch.tensor([1, 2])
     padding = torch.rand(2, 11) > 0.5
     for average in (True, False):
-        options = (0.5, 1, -1, -1, average, None, bias, padding, None, philox, 0.0, 0.5)
+        options = (average, 0.5, 1, -1, -1, 0, None, bias, padding, None, None, philox, 0.0, 0.5)
         torch.library.opcheck(ops.weights, (q, k, lse, *options))
         given = (q.clone(), lse, q, k, k, q, lse, 0.5, 1, -1, -1, 0)
         grad = torch.randn(2, 9, 11) if average else torch.randn(2, 4, 9, 11)
@@ -276,7 +276,9 @@ def test_the_operator_checks_what_it_reads(change, message):
     given = {"query": torch.zeros(2, 4, 9, 8), "key": torch.zeros(2, 2, 11, 8)}
     given |= {"lse": torch.zeros(2, 4, 9)} | change
     with pytest.raises(RuntimeError, match=message):
-        ops.weights(**given, scale=1.0, causal=0, window_left=-1, window_right=-1, average=True)
+        ops.weights(
+            **given, average=True, scale=1.0, causal=0, window_left=-1, window_right=-1, precision=0
+        )
 
 
 @pytest.mark.parametrize("average", [True, False])

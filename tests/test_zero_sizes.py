@@ -203,7 +203,7 @@ NOTHING = {
         empty(HUGE, 1, 3, 8), empty(HUGE, 1, 4, 8), empty(HUGE, 1, 4, 0), 1.0, 0, -1, -1, 0
     ),
     "weights of no keys": lambda: ops.weights(
-        empty(HUGE, 1, 0, 8), empty(HUGE, 1, 0, 8), empty(HUGE, 1, 0), 1.0, 0, -1, -1, False
+        empty(HUGE, 1, 0, 8), empty(HUGE, 1, 0, 8), empty(HUGE, 1, 0), False, 1.0, 0, -1, -1, 0
     ),
     "rows without columns": lambda: masked_softmax(empty(HUGE, 0)),
     "rows without columns in place": lambda: masked_softmax_(torch.empty(HUGE, 0)),
@@ -239,7 +239,7 @@ TOO_MUCH = {
     ),
     "a dropout mask": lambda: dropout_mask(HUGE, 1, 1, 1, 0.5, 1),
     "the attention weights": lambda: ops.weights(
-        empty(HUGE, 1, 1, 8), empty(HUGE, 1, 1, 8), empty(HUGE, 1, 1), 1.0, 0, -1, -1, False
+        empty(HUGE, 1, 1, 8), empty(HUGE, 1, 1, 8), empty(HUGE, 1, 1), False, 1.0, 0, -1, -1, 0
     ),
     "the softmax": lambda: masked_softmax(empty(HUGE, 1)),
     "the gradient of key": lambda: ops.backward(

@@ -345,8 +345,9 @@ void decode_word(const AttentionParams& p, const Sequence& seq, int64_t h_kv, in
     const T top = decode_logits(p, seq, h, i, n, columns, t.visible[r], t.bias, s);
     t.alpha[r] = decode_softmax(top, s, result.row_max + r, result.row_sum + r);
     if (p.dropout_threshold > 0) {  // after the sum: the denominator is that of all weights
-      dropout_keep_row(philox_stream(p, seq.b * p.Hq + h), p.dropout_threshold, (uint32_t)i, n,
-                       columns, t.keep);
+      dropout_keep_row(attention_stream(p, seq.b, h), p.dropout_threshold,
+                       (uint32_t)i + p.dropout_row, n + 8 * (int64_t)p.dropout_group, columns,
+                       t.keep);
       const Vec<T> zero = broadcast((T)0);
       each_vector<T>(
           [&](int j, int) { store(s + j, select_bits(*t.keep >> j, load(s + j), zero)); });

@@ -2,8 +2,9 @@
 // pure function of (seed, offset, head, row, column), so any tile is drawn on its own, in any
 // order.
 //
-// counter = (column // 8, row, batch * Hq + head, offset), key = seed. The 128 bits of one call are
-// the 16-bit values of eight neighbouring columns, low bits first.
+// counter = (column // 8, row, batch * Hq + head, offset), key = seed, where columns, rows and
+// heads are numbered from where a call starts. The 128 bits of one call are the 16-bit values of
+// eight neighbouring columns, low bits first.
 
 // x[0..3] <- philox4x32_10(counter = x, key = seed)
 FA_INLINE void philox4x32(VecU32* x, uint64_t seed) {
@@ -33,16 +34,22 @@ FA_INLINE PhiloxStream philox_stream(const Params& p, int64_t head) {
   return {(uint64_t)state[0], (uint32_t)state[1], (uint32_t)(head % p.sample_heads)};
 }
 
+FA_INLINE PhiloxStream attention_stream(const AttentionParams& p, int64_t b, int64_t h) {
+  PhiloxStream stream = philox_stream(p, b * p.Hq + h);
+  stream.head += p.dropout_head;
+  return stream;
+}
+
 // keep[j], bit i: is the weight of query m_start + i and key n_start + j kept? n_start is a
 // multiple of 8; whole groups of 8 columns are written.
 void dropout_keep_bits(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
                        int64_t rows, int64_t n_start, int64_t columns, uint64_t* keep) {
-  const PhiloxStream stream = philox_stream(p, b * p.Hq + h);
+  const PhiloxStream stream = attention_stream(p, b, h);
   for (int64_t group = 0; group < columns; group += 8) {
     fill(keep + group, 8, (uint64_t)0);
     for (int64_t i = 0; i < rows; i += kU32Lanes) {
-      VecU32 x[4] = {broadcast_u32((uint32_t)((n_start + group) / 8)),
-                     add_u32(broadcast_u32((uint32_t)(m_start + i)), iota_u32()),
+      VecU32 x[4] = {broadcast_u32((uint32_t)((n_start + group) / 8) + p.dropout_group),
+                     add_u32(broadcast_u32((uint32_t)(m_start + i) + p.dropout_row), iota_u32()),
                      broadcast_u32(stream.head), broadcast_u32(stream.offset)};
       philox4x32(x, stream.seed);
       for (int word = 0; word < 4; ++word) {

@@ -11,7 +11,7 @@ struct Sequence {
 };
 
 FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
-  Sequence seq = {b, p.Sq, p.Sk, 0, 0, 0, nullptr};
+  Sequence seq = {b, p.Sq, p.Sk, 0, 0, p.diagonal_start, nullptr};
   if (p.cu_seqlens_q != nullptr) {
     seq.q_start = p.cu_seqlens_q[b];
     seq.Sq = p.cu_seqlens_q[b + 1] - seq.q_start;
@@ -25,7 +25,7 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
     seq.pages = p.block_table + b * p.block_table_stride_b;
     seq.k_start = 0;
   }
-  if (p.bottom_right) seq.diagonal_offset = seq.Sk - seq.Sq;
+  if (p.bottom_right) seq.diagonal_offset += seq.Sk - seq.Sq;
   return seq;
 }
 

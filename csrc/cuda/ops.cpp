@@ -27,6 +27,7 @@ thread_local int32_t device_type = 0, device_index = 0;
 constexpr const char* kDevice = "CUDA";
 
 bool is_here(const Tensor& tensor) {
+  if (is_dry()) return true;
   int32_t type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
   return type == device_type && tensor.get_device_index() == device_index;
@@ -71,6 +72,7 @@ using cuda::Launch;
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& tensor) {
+    if (is_dry()) return;
     STD_TORCH_CHECK(tensor.is_cuda() || substitute != nullptr, "query: expected a CUDA tensor");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
     device_index = tensor.get_device_index();
@@ -100,6 +102,9 @@ void start(const Launch& launch, const void* params) {
   if (launch.blocks == 0) return;
   STD_TORCH_CHECK(launch.blocks < (int64_t)1 << 31, launch.kernel, ": expected fewer than 2^31 ",
                   "blocks, got ", launch.blocks, "; split the batch");
+  note("{\"kernel\": \"%s\", \"blocks\": %lld, \"threads\": %d, \"shared_bytes\": %d}",
+       launch.kernel, (long long)launch.blocks, launch.threads, launch.shared_bytes);
+  if (is_dry()) return;
   const char* error;
   if (substitute != nullptr) {
     error = substitute(launch.kernel, launch.blocks, launch.threads, launch.shared_bytes, params);
@@ -113,7 +118,7 @@ void start(const Launch& launch, const void* params) {
 
 // Do all rows of a tensor start at a multiple of 16 bytes?
 bool is_aligned(const Input& x, DType dtype) {
-  bool aligned = (uintptr_t)x.dense.data_ptr() % 16 == 0;
+  bool aligned = (uintptr_t)address_of(x.dense) % 16 == 0;
   for (int i = 0; i < 3; ++i) {
     aligned &= x.shape.size[i] <= 1 || x.shape.stride[i] * element_bytes(dtype) % 16 == 0;
   }
@@ -125,7 +130,8 @@ void check_sizes(const Call& p) {
   STD_TORCH_CHECK(p.D <= cuda::kMaxHeadDim && p.Dv <= cuda::kMaxHeadDim,
                   "query, value: expected a head_dim of at most ", cuda::kMaxHeadDim, ", got ", p.D,
                   " and ", p.Dv);
-  STD_TORCH_CHECK(p.Sq + p.Sk < (int64_t)1 << 30, "query, key: expected fewer than 2^30 tokens");
+  STD_TORCH_CHECK(p.Sq + p.Sk + std::abs(p.diagonal_start) < (int64_t)1 << 30,
+                  "query, key: expected fewer than 2^30 tokens");
 }
 
 // In the memory order of `like`; packed tokens and pages are contiguous.
@@ -153,8 +159,8 @@ void describe(Call& p, const Input& query, const Input& key, const Input& value,
   describe_places(p, options, key.shape.size[0], held);
   p.page_count = key.shape.size[0];
   if (p.page_count == 0 && p.block_table != nullptr) p.Sk = 0;
-  check_sizes(p);
   describe_options(p, options, held);
+  check_sizes(p);
   STD_TORCH_CHECK(p.sample_heads == 0, "philox, sinks: rows for several samples, for CPU tensors");
 }
 
@@ -167,7 +173,7 @@ void start_decode(Call& p) {
   const int64_t rows = cuda::rows_of(p);
   Tensor parts = empty({"the partial results of splits of the keys", "split the batch"},
                        {p.splits * rows * (p.Dv + 2)}, ScalarType::Float);
-  p.part_out = (float*)parts.data_ptr();
+  p.part_out = (float*)address_of(parts);
   p.part_max = p.part_out + p.splits * rows * p.Dv;
   p.part_sum = p.part_max + p.splits * rows;
   const cuda::DecodePlan plan = cuda::plan_decode(p);
@@ -176,22 +182,24 @@ void start_decode(Call& p) {
 }
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
-               Tensor* lse, std::optional<int64_t> longest_q, std::optional<int64_t> longest_k) {
+               Tensor* lse) {
+  note_operator("attention_forward");
   const OnDeviceOf device(query);
   const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   Call p;
   Held held;
   describe(p, q, k, v, options, held);
-  Tensor out =
-      empty_like_input({"the output [B, Hq, Sq, Dv]", "split the batch"}, query, q, layout, p.Dv);
+  Tensor out = empty_like_input({"the output [B, Hq, Sq, Dv]", "split the batch", Owner::kResult},
+                                query, q, layout, p.Dv);
   p.out = view_of(out, layout);
   if (lse != nullptr) {
     *lse = empty_rows(p, p.Sq);
-    p.lse = lse->data_ptr();
+    p.lse = address_of(*lse);
   }
   p.aligned = is_aligned(q, p.dtype) && is_aligned(k, p.dtype) && is_aligned(v, p.dtype);
-  p.splits = cuda::decode_splits(p, longest_q.value_or(p.Sq), longest_k.value_or(p.Sk));
+  p.splits = cuda::decode_splits(p, options.max_seqlen_q.value_or(p.Sq),
+                                 options.max_seqlen_k.value_or(p.Sk));
   if (p.splits > 0) {
     start_decode(p);
   } else if (cuda::serves_hopper(p, device_capability())) {
@@ -202,47 +210,40 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensor& out, const Tensor& lse, double scale, int64_t causal,
-    int64_t window_left, int64_t window_right, int64_t precision, const OptionalTensor& mask,
-    const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& philox,
-    double softcap, double dropout_p, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, std::optional<int64_t> /*max_seqlen_q*/,
-    std::optional<int64_t> /*max_seqlen_k*/, const OptionalTensor& seqused_k,
-    const OptionalTensor& block_table, bool bias_grad, bool sinks_grad,
-    const OptionalTensor& grad_weights, bool /*average_weights*/) {
+Gradients backward(const BackwardCall& call) {
+  note_operator("attention_backward");
+  const Tensor &query = call.query, &key = call.key, &value = call.value;
+  const Options& options = call.options;
   const OnDeviceOf device(query);
-  const Options options = {scale,     causal,     window_left,      window_right, precision,
-                           mask,      bias,       key_padding_mask, alibi_slopes, sinks,
-                           philox,    softcap,    dropout_p,        cu_seqlens_q, cu_seqlens_k,
-                           seqused_k, block_table};
-  STD_TORCH_CHECK(!grad_weights, "grad_weights: only the CPU kernels return attention weights");
+  STD_TORCH_CHECK(!call.grad_weights,
+                  "grad_weights: only the CPU kernels return attention weights");
   const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
-  const Input o(out, "out", layout), grad_o(grad_out, "grad_out", layout);
+  const Input o(call.out, "out", layout), grad_o(call.grad_out, "grad_out", layout);
   Call p;
   Held held;
   describe(p, q, k, v, options, held);
-  describe_gradients(p, q, o, grad_o, grad_lse);
-  const Tensor kept_lse = dense_lse(p, lse);
+  describe_gradients(p, q, o, grad_o, call.grad_lse);
+  const Tensor kept_lse = dense_lse(p, call.lse);
   Tensor delta = empty_rows(p, p.Sq), row_lse = empty_rows(p, p.Sq);
-  p.delta = delta.data_ptr();
-  p.row_lse = (float*)row_lse.data_ptr();
+  p.delta = address_of(delta);
+  p.row_lse = (float*)address_of(row_lse);
 
   const ScalarType dtype = query.scalar_type();
   const char* hint = "split the batch; an expanded input has a gradient of full size";
-  Tensor dq = empty_like_input({"the gradient of query", hint}, query, q, layout, p.D);
-  Tensor dk = empty_like_input({"the gradient of key", hint}, key, k, kv_layout, p.D);
-  Tensor dv = empty_like_input({"the gradient of value", hint}, value, v, kv_layout, p.Dv);
-  if (cu_seqlens_k || seqused_k) {  // keys that are not in use
+  Tensor dq =
+      empty_like_input({"the gradient of query", hint, Owner::kResult}, query, q, layout, p.D);
+  Tensor dk =
+      empty_like_input({"the gradient of key", hint, Owner::kResult}, key, k, kv_layout, p.D);
+  Tensor dv =
+      empty_like_input({"the gradient of value", hint, Owner::kResult}, value, v, kv_layout, p.Dv);
+  if (options.cu_seqlens_k || options.seqused_k) {  // keys that are not in use
     torch::stable::zero_(dk);
     torch::stable::zero_(dv);
   }
   p.dq = view_of(dq, layout), p.dk = view_of(dk, kv_layout), p.dv = view_of(dv, kv_layout);
   Tensor whole_dk, whole_dv;  // of pages: of each sequence
-  if (block_table) {
+  if (options.block_table) {
     p.page_dk = p.dk, p.page_dv = p.dv;
     const Buffer buffer = {"the gradients of the sequences' keys and values [B, Hkv, Sk, D]",
                            "a block_table of fewer pages, or packed keys, need less"};
@@ -251,13 +252,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     p.dk = view_of(whole_dk), p.dv = view_of(whole_dv);
   }
   Tensor dbias = no_result(dtype), dsinks = no_result(ScalarType::Float);
-  STD_TORCH_CHECK(!bias_grad || bias, "bias_grad: expected a bias");
-  STD_TORCH_CHECK(!sinks_grad || sinks, "sinks_grad: expected sinks");
-  if (bias_grad) {
-    dbias =
-        empty({"the gradient of the bias",
-               "a bias of size 1 where it is broadcast has a smaller one than an expanded bias"},
-              bias->sizes(), bias->scalar_type());
+  if (call.bias_grad) {
+    dbias = empty({"the gradient of the bias",
+                   "a bias of size 1 where it is broadcast has a smaller one than an expanded bias",
+                   Owner::kResult},
+                  options.bias->sizes(), options.bias->scalar_type());
     p.dbias = score_view(dbias, "dbias", p);
     p.dbias.dtype = p.bias.dtype;
     if (p.B * p.Hq * p.Sq * p.Sk == 0) {
@@ -265,9 +264,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
       p.dbias.data = nullptr;
     }
   }
-  if (sinks_grad) {
-    dsinks = empty({"the gradient of the sinks [Hq]"}, {p.Hq}, ScalarType::Float);
-    p.dsinks = dsinks.data_ptr();
+  if (call.sinks_grad) {
+    dsinks =
+        empty({"the gradient of the sinks [Hq]", "", Owner::kResult}, {p.Hq}, ScalarType::Float);
+    p.dsinks = address_of(dsinks);
   }
   p.aligned = is_aligned(q, p.dtype) && is_aligned(k, p.dtype) && is_aligned(v, p.dtype) &&
               is_aligned(grad_o, p.dtype);
@@ -297,7 +297,7 @@ void run_softmax_backward(SoftmaxCall& p) {
   if (p.dbias != nullptr) {
     delta = empty({"a number for each row, for the mask's gradient"}, {cuda::softmax_rows(p)},
                   ScalarType::Float);
-    p.delta = (float*)delta->data_ptr();
+    p.delta = (float*)address_of(*delta);
   }
   const cuda::SoftmaxPlan plan = cuda::plan_softmax_backward(p);
   for (int i = 0; i < plan.count; ++i) start(plan.launches[i], &p);
@@ -337,26 +337,43 @@ extern "C" __attribute__((visibility("default"))) void fused_attention_cuda_subs
   fused_attention::substitute_capability = compute_capability;
 }
 
+namespace fused_attention {
+namespace {
+
+constexpr Operator kOperators[] = {
+    {"attention_forward_plain", kAttentionForwardPlain, attention_forward_plain},
+    {"attention_forward_plain_lse", kAttentionForwardPlainLse, attention_forward_plain_lse},
+    {"attention_forward", kAttentionForward, attention_forward},
+    {"attention_backward", kAttentionBackward, attention_backward},
+    {"masked_softmax_forward", kMaskedSoftmaxForward, TORCH_BOX(&masked_softmax_forward)},
+    {"masked_softmax_", kMaskedSoftmax, TORCH_BOX(&masked_softmax_)},
+    {"masked_softmax_backward", kMaskedSoftmaxBackward, TORCH_BOX(&masked_softmax_backward)},
+};
+
+constexpr Operator kPlanned[] = {
+    {"attention_forward_plain", kAttentionForwardPlain, planned<attention_forward_plain>},
+    {"attention_forward", kAttentionForward, planned<attention_forward>},
+    {"attention_backward", kAttentionBackward, planned<attention_backward>},
+};
+
+}  // namespace
+}  // namespace fused_attention
+
 STABLE_TORCH_LIBRARY(fused_attention_cuda, m) {
-  using namespace fused_attention;
-  m.def(kAttentionForwardPlain);
-  m.def(kAttentionForwardPlainLse);
-  m.def(kAttentionForward);
-  m.def(kAttentionBackward);
-  m.def(kMaskedSoftmaxForward);
-  m.def(kMaskedSoftmax);
-  m.def(kMaskedSoftmaxBackward);
+  fused_attention::define(m, fused_attention::kOperators);
 }
-
-#define FA_IMPLEMENT(m)                                                                            \
-  m.impl("attention_forward_plain", TORCH_BOX(&fused_attention::attention_forward_plain));         \
-  m.impl("attention_forward_plain_lse", TORCH_BOX(&fused_attention::attention_forward_plain_lse)); \
-  m.impl("attention_forward", TORCH_BOX(&fused_attention::attention_forward));                     \
-  m.impl("attention_backward", TORCH_BOX(&fused_attention::attention_backward));                   \
-  m.impl("masked_softmax_forward", TORCH_BOX(&fused_attention::masked_softmax_forward));           \
-  m.impl("masked_softmax_", TORCH_BOX(&fused_attention::masked_softmax_));                         \
-  m.impl("masked_softmax_backward", TORCH_BOX(&fused_attention::masked_softmax_backward))
-
-STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda, CUDA, m) { FA_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda, CUDA, m) {
+  fused_attention::implement(m, fused_attention::kOperators);
+}
 // For the substitute.
-STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda, CPU, m) { FA_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda, CPU, m) {
+  fused_attention::implement(m, fused_attention::kOperators);
+}
+STABLE_TORCH_LIBRARY(fused_attention_cuda_plan, m) {
+  fused_attention::define(m, fused_attention::kPlanned);
+  m.def(fused_attention::kNotes);
+}
+STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda_plan, CompositeExplicitAutograd, m) {
+  fused_attention::implement(m, fused_attention::kPlanned);
+  m.impl("notes", fused_attention::take_notes);
+}

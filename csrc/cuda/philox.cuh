@@ -1,8 +1,9 @@
 // Dropout by Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a
 // pure function of (seed, offset, head, row, column).
 //
-// counter = (column // 8, row, batch * Hq + head, offset), key = seed. The 128 bits of one call are
-// the 16-bit values of eight neighbouring columns, low bits first.
+// counter = (column // 8, row, batch * Hq + head, offset), key = seed, where columns, rows and
+// heads are numbered from where a call starts. The 128 bits of one call are the 16-bit values of
+// eight neighbouring columns, low bits first.
 #pragma once
 
 #include "masking.cuh"
@@ -27,17 +28,19 @@ FA_DEVICE void philox4x32(uint32_t (&x)[4], uint64_t seed) {
 // The seed and offset of a call, and where its dropout mask begins.
 struct Dropout {
   uint64_t seed;
-  uint32_t offset, matrix, threshold;
+  uint32_t offset, matrix, threshold, row, group;
 };
 FA_DEVICE Dropout dropout_of(const Call& p, int b, int h) {
   if (p.dropout_threshold == 0) return {};
-  return {(uint64_t)p.philox[0], (uint32_t)p.philox[1], (uint32_t)(b * (int)p.Hq + h),
-          p.dropout_threshold};
+  return {
+      (uint64_t)p.philox[0], (uint32_t)p.philox[1], (uint32_t)(b * (int)p.Hq + h) + p.dropout_head,
+      p.dropout_threshold,   p.dropout_row,         p.dropout_group};
 }
 
 // Bit j: is the weight of column 8 * group + j kept?
 FA_DEVICE uint32_t kept_byte(const Dropout& dropout, int query, int group) {
-  uint32_t x[4] = {(uint32_t)group, (uint32_t)query, dropout.matrix, dropout.offset};
+  uint32_t x[4] = {(uint32_t)group + dropout.group, (uint32_t)query + dropout.row, dropout.matrix,
+                   dropout.offset};
   philox4x32(x, dropout.seed);
   uint32_t kept = 0;
 #pragma unroll

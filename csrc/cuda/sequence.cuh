@@ -21,7 +21,7 @@ FA_DEVICE bool is_rest(const Call& p, int b) { return is_packed(p) && b == (int)
 // Whatever the tensors hold, nothing beyond the memory of a call is touched: lengths are cut.
 FA_DEVICE int between(int x, int low, int high) { return max(low, min(x, high)); }
 FA_DEVICE Sequence sequence_of(const Call& p, int b) {
-  Sequence seq = {b, (int)p.Sq, (int)p.Sk, 0, 0, 0};
+  Sequence seq = {b, (int)p.Sq, (int)p.Sk, 0, 0, (int)p.diagonal_start};
   const bool rest = is_rest(p, b);
   if (is_packed(p)) {
     seq.q_start = between(p.cu_seqlens_q[b], 0, (int)p.Sq);
@@ -38,7 +38,7 @@ FA_DEVICE Sequence sequence_of(const Call& p, int b) {
     seq.Sk = between(p.seqused_k[b], 0, p.block_table != nullptr ? (int)p.Sk : seq.Sk);
   }
   if (rest) seq.Sk = 0;
-  if (p.bottom_right) seq.diagonal_offset = seq.Sk - seq.Sq;
+  if (p.bottom_right) seq.diagonal_offset += seq.Sk - seq.Sq;
   return seq;
 }
 

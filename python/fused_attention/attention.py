@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from . import operators as ops
-from .call.backends import REFERENCE, choose, choose_for
+from .call.backends import REFERENCE, choose_for
 from .call.options import NO_WINDOW, Options
-from .call.plan import find, kind_of_call, kind_of_option, may_be_refusal, remember, run, run_new
-from .call.problem import Problem, cast_for_autocast, check_number, check_philox_seed
-from .errors import argument_error, wrong_type, wrong_value
+from .call.problem import cast_for_autocast, check_number, check_philox_seed
+from .call.serve import serve
+from .errors import wrong_type, wrong_value
 from .operators._torch import is_any_autocast_enabled, is_compiling
 
 if TYPE_CHECKING:
@@ -118,8 +118,7 @@ def attention(
     Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
     RuntimeError) for wrong arguments, NotImplementedError for what the named backend cannot serve.
     """
-    compiling = is_compiling()
-    if compiling or is_any_autocast_enabled():
+    if is_compiling() or is_any_autocast_enabled():
         query, key, value, bias = cast_for_autocast(query, key, value, bias)
     options = Options(
         mask,
@@ -142,45 +141,27 @@ def attention(
         philox_seed,
         precision,
     )
-    kind = plan = refusal = None
-    if not compiling:
-        if (
-            mask is None
-            and bias is None
-            and key_padding_mask is None
-            and alibi_slopes is None
-            and sinks is None
-            and cu_seqlens_q is None
-            and cu_seqlens_k is None
-            and max_seqlen_q is None
-            and max_seqlen_k is None
-            and seqused_k is None
-            and block_table is None
-            and philox_seed is None
-            and not return_lse
-            and softcap == 0.0
-            and dropout_p == 0.0
-            and window_size is NO_WINDOW
-        ):  # most calls, whose kind is told sooner
-            said: tuple[Any, ...] = (causal, type(causal), scale, type(scale), precision, backend)
-        else:
-            said = (*map(kind_of_option, options), cu_seqlens_q is cu_seqlens_k, backend)
-        kind, plan = find(kind_of_call(query, key, value, dropout_p != 0.0, said))
-    if plan is not None:
-        try:
-            return run(plan, query, key, value, options)
-        except RuntimeError as error:
-            if not may_be_refusal(error):
-                raise
-            refusal = error
-    problem = Problem.from_call(query, key, value, options)
-    plan = choose(problem, backend).plan(problem)
-    if refusal is not None:
-        raise argument_error(refusal)
-    remember(kind, plan)
-    if compiling:
-        return run(plan, query, key, value, options)
-    return run_new(plan, query, key, value, options)
+    said: tuple[Any, ...] | None = None
+    if (
+        mask is None
+        and bias is None
+        and key_padding_mask is None
+        and alibi_slopes is None
+        and sinks is None
+        and cu_seqlens_q is None
+        and cu_seqlens_k is None
+        and max_seqlen_q is None
+        and max_seqlen_k is None
+        and seqused_k is None
+        and block_table is None
+        and philox_seed is None
+        and not return_lse
+        and softcap == 0.0
+        and dropout_p == 0.0
+        and window_size is NO_WINDOW
+    ):  # most calls, whose kind is told sooner
+        said = (causal, type(causal), scale, type(scale), precision, backend)
+    return serve(query, key, value, options, backend, said)
 
 
 def dropout_mask(

@@ -16,22 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
 from .call.backends import REFERENCE, choose, reference
 from .call.options import Options
 from .call.problem import Problem, arguments_of, cast_for_autocast
 from .derivatives import autograd
 from .operators._torch import check_transforms, is_compiling, is_tracing
 from .operators.arguments import Arguments
-
-
-def weights_extra_bytes(query: Tensor, bias: Tensor | None) -> int:
-    """Working memory of the weights: for `explain`. On a GPU there is none."""
-    if query.device.type != "cpu":
-        return 0
-    dtype = str(query.dtype).removeprefix("torch.")
-    workspace = _native.weights_workspace_bytes(dtype, query.shape[-1], bias is not None)
-    return torch.get_num_threads() * workspace
 
 
 def attention_with_weights(

@@ -11,7 +11,6 @@ and that a sample without a visible key gives 0 in every mode, never NaN.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NoReturn
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .attention import attention
-from .attention_weights import attention_with_weights, weights_extra_bytes
-from .call.explain import Explanation, explain
+from .attention_weights import attention_with_weights
+from .call.explain import Explanation, explain, explain_with_weights
 from .call.problem import (
     DTYPES,
     check_tensor,
@@ -178,14 +177,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         The projections are computed, the attention is not. Raises as the call does.
         """
         q, k, v, options = self._prepare(query, key, value, key_padding_mask, attn_mask, is_causal)
-        explanation = explain(q, k, v, **options, return_lse=need_weights)
-        if not need_weights:
-            return explanation
-        details = explanation.details._replace(
-            kernel=f"{explanation.details.kernel} + attention_weights",
-            extra_bytes=explanation.details.extra_bytes + weights_extra_bytes(q, options["bias"]),
-        )
-        return dataclasses.replace(explanation, details=details)
+        if need_weights:
+            return explain_with_weights(q, k, v, average=average_attn_weights, **options)
+        return explain(q, k, v, **options)
 
     # -- Parts of a call --------------------------------------------------------------------
 

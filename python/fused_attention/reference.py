@@ -159,14 +159,17 @@ def dropout_keep_mask(
     seqlen_q: int,
     seqlen_k: int,
     *,
-    first_batch: int = 0,
+    q_start: int = 0,
+    k_start: int = 0,
+    head_start: int = 0,
 ) -> Tensor:
     """The elements that dropout keeps: bool [batch, heads, seqlen_q, seqlen_k], on philox's device.
 
     `philox` is int64 [2] = (seed, offset); the mask depends on nothing but the arguments.
-    counter = (column // 8, row, (first_batch + b) · heads + head, offset mod 2³²), key = (low word,
-    high word) of the seed; the 128 bits are eight 16-bit values, low bits first, for columns
-    8 · (column // 8) + 0 ... 7. Keep iff value >= `dropout_threshold(dropout_p)`.
+    counter = (column // 8, row, b · heads + head, offset mod 2³²), key = (low word, high word) of
+    the seed; the 128 bits are eight 16-bit values, low bits first, for columns 8 · (column // 8) +
+    0 ... 7. Keep iff value >= `dropout_threshold(dropout_p)`. Rows, columns and heads are numbered
+    from q_start, k_start and head_start, of which k_start is a multiple of 8.
     """
     threshold = dropout_threshold(dropout_p)
     seed, offset = philox.to(torch.int64).unbind()
@@ -176,9 +179,9 @@ def dropout_keep_mask(
 
     random = philox4x32(
         (
-            count(-(-seqlen_k // 8)),
-            count(seqlen_q).view(seqlen_q, 1),
-            count(batch * heads, first_batch * heads).view(batch, heads, 1, 1),
+            count(-(-seqlen_k // 8), k_start // 8),
+            count(seqlen_q, q_start).view(seqlen_q, 1),
+            count(batch * heads, head_start).view(batch, heads, 1, 1),
             offset & WORD,
         ),
         (seed & WORD, seed >> 32 & WORD),
@@ -199,10 +202,10 @@ def philox_state(philox: Tensor | None, philox_seed: int | None, device: torch.d
     return torch.tensor([seed, 0], dtype=torch.int64, device=device)
 
 
-def dropout(p: Tensor, dropout_p: float, philox: Tensor, first_batch: int = 0) -> Tensor:
+def dropout(p: Tensor, dropout_p: float, philox: Tensor, **starts: int) -> Tensor:
     """Dropped weights are 0, the kept ones are scaled by 65536 / (65536 - threshold)."""
     B, H, Sq, Sk = p.shape
-    keep = dropout_keep_mask(philox, dropout_p, B, H, Sq, Sk, first_batch=first_batch)
+    keep = dropout_keep_mask(philox, dropout_p, B, H, Sq, Sk, **starts)
     kept = 65536 - dropout_threshold(dropout_p)
     return torch.where(keep, p * (65536 / max(kept, 1)), 0.0)  # dropout_p = 1 keeps none
 
@@ -289,6 +292,7 @@ def attention_packed(
     seqused_k: Tensor | None,
     block_table: Tensor | None,
     alibi_slopes: Tensor | None,
+    head_start: int,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(out [Tq, Hq, Dv], lse [Hq, Tq]): one dense call per sequence. Rows of none: 0 and -inf."""
@@ -319,7 +323,7 @@ def attention_packed(
         if block_table is None:
             k, v = (dense(x, starts_k[b], starts_k[b + 1]) for x in (key, value))
         options |= {"seqused_k": of(b, seqused_k), "block_table": of(b, block_table)}
-        options |= {"alibi_slopes": of(b, alibi_slopes), "first_batch": b}
+        options |= {"alibi_slopes": of(b, alibi_slopes), "head_start": head_start + b * Hq}
         results.append(attention_reference(q, k, v, return_lse=True, **options))
     rest = dense(query, starts_q[-1], Tq)
     no_keys = [dense(x.flatten(0, -3), 0, 0) for x in (key, value)]
@@ -353,7 +357,9 @@ def attention_reference(
     philox_seed: int | None = None,
     philox: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-    first_batch: int = 0,
+    q_start: int = 0,
+    k_start: int = 0,
+    head_start: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by its definition: out, or (out, lse) if return_lse. Any device, any strides.
 
@@ -377,7 +383,9 @@ def attention_reference(
     seqused_k: int [B], keys from there on are hidden, and Sk in `off` is this length.
     max_seqlen_q, max_seqlen_k: hints for kernels, without meaning here.
     compute_dtype: None is float32, or float64 for float64 inputs.
-    first_batch: number of the first batch entry for dropout, when this is a part of a larger batch.
+    q_start, k_start: positions of the first query and key, where these are a part of longer
+        sequences: added to i and j in all of the above, and to rows and columns of dropout.
+        head_start: number of the first head in dropout (b · Hq + h of a larger call).
 
     A row that sees no key: out 0, lse -inf (or the sink), gradients 0. A key that no query of its
     (batch, head) sees influences nothing, whatever bits it holds. Deterministic.
@@ -403,6 +411,9 @@ def attention_reference(
             dropout_p=dropout_p,
             philox=philox,
             compute_dtype=compute_dtype,
+            q_start=q_start,
+            k_start=k_start,
+            head_start=head_start,
         )
         return (out, lse) if return_lse else out
     if cu_seqlens_k is not None:
@@ -422,7 +433,7 @@ def attention_reference(
     # A device without autocast, such as meta, has none to disable: naming the CPU does no harm.
     available = torch.amp.is_autocast_available(query.device.type)
     with torch.autocast(query.device.type if available else "cpu", enabled=False):
-        off = diagonal_offset(causal, Sq, used)
+        off = diagonal_offset(causal, Sq, used) + (q_start - k_start)
         seen = visible((B, Hq, Sq, Sk), off, used, causal, window_size, mask, key_padding_mask)
         query_sees = seen.any(dim=-1).unsqueeze(-1)  # [B, Hq, Sq, 1]
         key_is_seen = seen.any(dim=-2).unsqueeze(-1)  # [B, Hq, Sk, 1]
@@ -436,7 +447,8 @@ def attention_reference(
         s = scores(q, k, scale, off, softcap, bias, alibi_slopes)
         p, lse = softmax(torch.where(seen, s, -INF), sinks)
         if philox is not None:
-            p = dropout(p, dropout_p, philox, first_batch)
+            starts = {"q_start": q_start, "k_start": k_start, "head_start": head_start}
+            p = dropout(p, dropout_p, philox, **starts)
         out = torch.where(query_sees, p @ v, 0.0)
 
     out = out.to(query.dtype).contiguous()

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import attention
 from .call.backends import choose, plan_of_kernel
 from .call.options import Options
 from .call.plan import LEFT, find, kind_of_call, kind_of_option, may_be_refusal, remember, run
 from .call.problem import Problem, cast_for_autocast, check_tensor, shape_of
+from .call.serve import serve
 from .errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -275,7 +275,7 @@ def _with_leading(
     Where attn_mask is broadcast along some of them only, one call per element of the outermost.
     """
     if attn_mask is None or query.shape[0] == 0:
-        return attention(query, key, value, **options._asdict())
+        return serve(query, key, value, options)
     attn_mask = attn_mask.view((1,) * (len(leading) + 3 - attn_mask.dim()) + attn_mask.shape)
     own = tuple(attn_mask.shape[:-3])
     if any(size not in (1, full) for size, full in zip(own, leading, strict=True)):
@@ -289,6 +289,6 @@ def _with_leading(
         masks = attn_mask.unbind() * (n if own[0] == 1 else 1)
         parts = zip(query.chunk(n), key.chunk(n), value.chunk(n), masks, strict=True)
         return torch.cat([_with_leading(q, k, v, leading[1:], m, options) for q, k, v, m in parts])
-    is_mask = attn_mask.dtype == torch.bool
-    options = options._replace(**{"mask" if is_mask else "bias": attn_mask})
-    return attention(query, key, value, **options._asdict())
+    if attn_mask.dtype == torch.bool:
+        return serve(query, key, value, options._replace(mask=attn_mask))
+    return serve(query, key, value, options._replace(bias=attn_mask))

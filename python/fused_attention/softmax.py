@@ -109,6 +109,7 @@ traced_masked_softmax = ops.define_traced(
     signature_of(ops.softmax_forward),
     ops.softmax_forward,
     MaskedSoftmaxFunction,
+    ops.arguments(ops.softmax_forward, (), {}),
 )
 
 

@@ -1,18 +1,27 @@
-"""How a call is served: `explain`."""
+"""How a call is served: `explain`.
+
+What it says comes from where it is decided. A library of operators runs the very operators of the
+call dry (csrc/notes.h): they note which kernel they choose, its tiles, and each buffer. For Triton
+the launches are made and not started.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _native
+from ..operators import cuda
+from ..operators._torch import without_fake_tensors
+from ..operators.arguments import SEQUENCES, Arguments
+from ..operators.handles import names_of
+from ..operators.memory import is_in_memory
 from .backends import (
     BACKENDS,
-    CPU,
     CUDA,
     REFERENCE,
     TRITON,
@@ -22,11 +31,11 @@ from .backends import (
     requested,
 )
 from .options import Options
-from .problem import Problem, cast_for_autocast
+from .problem import Problem, arguments_of, cast_for_autocast
 
 
 class Details(NamedTuple):
-    """What `explain` adds about a backend. Bytes of working memory, beyond inputs and outputs."""
+    """What a backend runs. Bytes of working memory, beyond inputs and results."""
 
     kernel: str
     extra_bytes: int
@@ -34,121 +43,8 @@ class Details(NamedTuple):
     reason: str = ""  # why this kernel among those of the backend
     block_m: int = 0  # queries per tile
     block_n: int = 0  # keys per tile
-
-
-# -- CPU ---------------------------------------------------------------------------------
-
-
-def _cpu_details(problem: Problem) -> Details:
-    kernel = _native.attention_kernel(
-        str(problem.dtype).removeprefix("torch."),
-        (
-            problem.batch,
-            problem.heads_q,
-            problem.heads_kv,
-            problem.seqlen_q,
-            problem.seqlen_k,
-            problem.head_dim,
-            problem.head_dim_v,
-        ),
-        bias="bias" in problem.features,
-        softcap="softcap" in problem.features,
-    )
-    backward = "gradients" in problem.features
-    plain = problem.is_plain and not problem.differentiable
-    rows = problem.batch * problem.heads_q * problem.seqlen_q
-    lse_bytes = rows * (8 if problem.dtype == torch.float64 else 4)
-    workspaces = [kernel["forward_workspace_bytes"], kernel["backward_workspace_bytes"] * backward]
-    shared = [kernel["shared_bytes"], kernel["backward_shared_bytes"] * backward]
-    return Details(
-        kernel=kernel["kernel"] + " + attention_backward" * backward,
-        reason=kernel["reason"],
-        extra_bytes=torch.get_num_threads() * max(workspaces)
-        + max(shared)
-        + lse_bytes * (not plain)
-        + lse_bytes * backward  # delta = rowsum(do * o)
-        + problem.copied_bytes,
-        isa=kernel["isa"],
-        block_m=kernel["block_m"],
-        block_n=kernel["block_n"],
-    )
-
-
-# -- CUDA C++ ------------------------------------------------------------------------------
-
-
-def _cuda_details(problem: Problem) -> Details:
-    backward = "gradients" in problem.features
-    plain = problem.is_plain and not problem.differentiable
-    lse_bytes = 4 * problem.batch * problem.heads_q * problem.seqlen_q
-    return Details(
-        kernel=f"attention_forward{' + attention_backward' * backward}",
-        # lse; backward: delta, and lse as the kernels want it
-        extra_bytes=lse_bytes * (not plain) + 2 * lse_bytes * backward + problem.copied_bytes,
-    )
-
-
-# -- Triton ------------------------------------------------------------------------------
-
-
-def _triton_details(problem: Problem) -> Details:
-    from ..kernels.launch import decode_splits
-    from ..kernels.tiles import arch_of, attention_tiles, decode_tiles
-
-    heads, head_dim = problem.heads_q // max(problem.heads_kv, 1), problem.head_dim
-    head_dim = max(head_dim, problem.head_dim_v)
-    numbers = problem.numbers
-    window = (numbers.window_left, 0 if numbers.causal else numbers.window_right)
-    splits = decode_splits(
-        *(problem.batch, problem.heads_q, problem.heads_kv),
-        *(problem.seqlen_q, problem.seqlen_k, window),
-    )
-    arch = arch_of(problem.device)
-    if splits == 0:
-        kernel, reason = "attention_forward", ""
-        tiles = attention_tiles("forward", arch, problem.dtype, head_dim)
-    else:
-        kernel, rows = "attention_decode", heads * problem.seqlen_q
-        reason = f"{rows} rows of a key head; its keys in {splits} splits"
-        tiles = decode_tiles(arch, problem.dtype, head_dim, rows)
-    backward = "gradients" in problem.features
-    plain = problem.is_plain and not problem.differentiable
-    lse_bytes = 4 * problem.batch * problem.heads_q * problem.seqlen_q
-    parts = splits if splits > 1 else 0
-    return Details(
-        kernel=f"{kernel}{' + attention_backward' * backward}",
-        reason=reason,
-        extra_bytes=lse_bytes * (not plain)
-        + lse_bytes * backward  # delta = rowsum(do * o)
-        + parts * lse_bytes * (2 + problem.head_dim_v)
-        + problem.copied_bytes,
-        isa=arch.name,
-        block_m=tiles.block_m,
-        block_n=tiles.block_n,
-    )
-
-
-def _reference_details(problem: Problem) -> Details:
-    scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
-    element = 8 if problem.dtype == torch.float64 else 4
-    # scores and weights, and where they are visible; backward keeps them and their gradients
-    copies = 6 if "gradients" in problem.features else 3
-    return Details("attention_reference", copies * scores * element)
-
-
-_DETAILS: dict[str, Callable[[Problem], Details]] = {
-    CUDA.name: _cuda_details,
-    TRITON.name: _triton_details,
-    CPU.name: _cpu_details,
-    REFERENCE.name: _reference_details,
-}
-
-
-def details_of(row: Backend, problem: Problem) -> Details:
-    return _DETAILS[row.name](problem)
-
-
-# -- Explanation -------------------------------------------------------------------------
+    launches: tuple[str, ...] = ()  # on a GPU: the kernels that are started, in order
+    buffers: tuple[tuple[str, int], ...] = ()  # what the working memory is, and its bytes
 
 
 @dataclass(frozen=True)
@@ -187,7 +83,8 @@ def explain(
     cannot serve the call. FUSED_ATTENTION_STRICT is not applied.
     """
     query, key, value, options["bias"] = cast_for_autocast(query, key, value, options.get("bias"))
-    problem = Problem.from_call(query, key, value, Options(**options))
+    given = Options(**options)
+    problem = Problem.from_call(query, key, value, given)
     if requested(backend) == "auto":
         row, refused = first_without_reason(problem)
     else:
@@ -196,8 +93,211 @@ def explain(
         refused = {other.name: other.refuses(problem) for other in before}
     return Explanation(
         backend=row.name,
-        details=details_of(row, problem),
+        details=details_of(row, problem, query, key, value, given),
         threads=torch.get_num_threads(),
         copied=tuple(problem.copied),
         refused=refused,
     )
+
+
+def explain_with_weights(
+    query: Tensor, key: Tensor, value: Tensor, *, average: bool = True, **options: Any
+) -> Explanation:
+    """The same of `attention_with_weights`."""
+    query, key, value, options["bias"] = cast_for_autocast(query, key, value, options.get("bias"))
+    given = Options(**options | {"return_lse": True})
+    problem = Problem.from_call(query, key, value, given)
+    row, refused = first_without_reason(problem, "attention_weights")
+    details = details_of(row, problem, query, key, value, given, weights=True, average=average)
+    return Explanation(row.name, details, torch.get_num_threads(), tuple(problem.copied), refused)
+
+
+def details_of(
+    row: Backend,
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: Options,
+    weights: bool = False,
+    average: bool = False,
+) -> Details:
+    """What `row` runs for a valid call; weights: whether they are returned as well."""
+    if row is REFERENCE:
+        return _of_reference(problem)
+    with without_fake_tensors():
+        inputs = tuple(_on_meta(x) for x in (query, key, value))
+        call = _call(problem, inputs, _dry_arguments(problem, options))
+        if weights:
+            shape = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
+            each = call["query"].new_empty((shape[0], *shape[2:]) if average else shape)
+            call |= {"average": average, "average_weights": average, "grad_weights": each}
+        if row is TRITON:
+            return _of_triton(problem, call, weights)
+        if row is CUDA:
+            cuda.operators()  # loads them
+        namespace = cuda.NAMESPACE if row is CUDA else "fused_attention"
+        return _of_library(namespace + "_plan", problem, call, weights)
+
+
+# -- Without memory ----------------------------------------------------------------------
+
+
+def _on_meta(x: Tensor) -> Tensor:
+    """A tensor of the same form without memory, as far from the next 64 bytes as `x` is."""
+    first = x.data_ptr() % 64 // x.element_size() if is_in_memory(x) else 0
+    storage = torch.empty(0, dtype=x.dtype, device="meta")
+    return (
+        storage.as_strided(x.shape, x.stride(), first) if x.numel() else storage.new_empty(x.shape)
+    )
+
+
+def _dry_arguments(problem: Problem, options: Options) -> Arguments:
+    """The arguments of the operators, of tensors without memory. Lengths and pages keep theirs,
+    because they decide; those of fake tensors are what fills the tokens evenly."""
+    tensors: dict[str, Any] = {}
+    for name, x in options._asdict().items():
+        if isinstance(x, Tensor):
+            tensors[name] = _lengths(name, x, problem) if name in SEQUENCES else _on_meta(x)
+    if problem.numbers.dropout_p:
+        tensors["philox_seed"] = torch.zeros(2, dtype=torch.int64)
+    like = torch.empty(0, dtype=problem.dtype, device="meta")
+    dry = options._replace(**tensors)
+    return Arguments(*arguments_of(like, like, problem.numbers, dry, check=False))
+
+
+def _lengths(name: str, x: Tensor, problem: Problem) -> Tensor:
+    if is_in_memory(x):
+        return x.cpu()
+    longest = problem.seqlen_q if name == "cu_seqlens_q" else problem.seqlen_k
+    if name.startswith("cu_seqlens"):
+        return torch.linspace(0, longest, x.shape[0]).to(torch.int32)
+    return torch.full(x.shape, longest if name == "seqused_k" else 0, dtype=torch.int32)
+
+
+def _call(problem: Problem, inputs: tuple[Tensor, ...], arguments: Arguments) -> dict[str, Any]:
+    """The arguments of all operators by name."""
+    query, _, value = inputs
+    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    rows = (query.shape[1], query.shape[0]) if query.dim() == 3 else query.shape[:-1]
+    lse = query.new_empty(rows, dtype=torch.promote_types(query.dtype, torch.float32))
+    return {
+        **dict(zip(("query", "key", "value"), inputs, strict=True)),
+        **arguments._asdict(),
+        "grad_out": out,
+        "grad_lse": lse if "lse_gradient" in problem.features else None,
+        "out": out,
+        "lse": lse,
+        "bias_grad": "bias_gradient" in problem.features,
+        "sinks_grad": "sinks_gradient" in problem.features,
+        "grad_weights": None,
+        "average_weights": False,
+    }
+
+
+# -- Backends ----------------------------------------------------------------------------
+
+
+def notes_of(plan: Any) -> list[dict[str, Any]]:
+    """What the last dry run of this thread noted."""
+    text = bytes(plan.notes().tolist()).decode()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _of_library(namespace: str, problem: Problem, call: dict[str, Any], weights: bool) -> Details:
+    plan = getattr(torch.ops, namespace)
+
+    def run(name: str) -> list[dict[str, Any]]:
+        op = getattr(plan, name).default
+        op(**{argument: call[argument] for argument in names_of(op)})
+        return notes_of(plan)
+
+    plain = problem.is_plain and not problem.differentiable
+    passes = [run("attention_forward_plain" if plain else "attention_forward")]
+    if weights:
+        passes.append(run("attention_weights"))
+    if "gradients" in problem.features:
+        passes.append(run("attention_backward"))
+    return details_of_notes(passes, problem.return_lse and not weights)
+
+
+def details_of_notes(passes: Sequence[list[dict[str, Any]]], returns_lse: bool) -> Details:
+    """What passes over a call noted, together. Of their working memory the largest counts, beside
+    what is kept from one to another."""
+    kernels = [note for notes in passes for note in notes if "kernel" in note]
+    kept = {note["buffer"]: note["bytes"] for note in passes[0] if note.get("owner") == "kept"}
+    if returns_lse:
+        kept = {}
+    first: dict[str, Any] = kernels[0] if kernels else {"kernel": "none, there is nothing to do"}
+    names = [note["kernel"].split("_kernel")[0] for note in kernels]
+    return _details(
+        names or [first["kernel"]],
+        kept,
+        [_working_memory(notes) for notes in passes],
+        isa=first.get("isa", ""),
+        reason=first.get("reason", ""),
+        block_m=first.get("block_m", 0),
+        block_n=first.get("block_n", 0),
+        launches=tuple(note["kernel"] for note in kernels if "blocks" in note),
+    )
+
+
+def _details(
+    names: list[str], kept: dict[str, int], working: list[dict[str, int]], **others: Any
+) -> Details:
+    most: dict[str, int] = max(working, key=lambda buffers: sum(buffers.values()))
+    buffers = kept | most
+    kernel, extra_bytes = " + ".join(dict.fromkeys(names)), sum(buffers.values())
+    return Details(kernel, extra_bytes, buffers=tuple(buffers.items()), **others)
+
+
+def _working_memory(notes: list[dict[str, Any]]) -> dict[str, int]:
+    buffers: dict[str, int] = {}
+    for note in notes:
+        if note.get("owner") == "call":
+            buffers[note["buffer"]] = buffers.get(note["buffer"], 0) + note["bytes"]
+    workspaces = [note["threads"] * note["workspace"] for note in notes if "workspace" in note]
+    if any(workspaces):
+        buffers["the threads' workspaces"] = max(workspaces)
+    return buffers
+
+
+def _of_triton(problem: Problem, call: dict[str, Any], weights: bool) -> Details:
+    from ..kernels import operators
+    from ..kernels.tiles import arch_of
+
+    arguments = Arguments(**{name: call[name] for name in Arguments._fields})
+    inputs = (call["query"], call["key"], call["value"])
+    arch = arch_of(problem.device)
+    plain = problem.is_plain and not problem.differentiable
+    forward = operators.plan_forward(*inputs, arguments, not plain, arch)
+    plans = [forward]
+    if weights:
+        plans.append(operators.plan_weights(call, arch))
+    if "gradients" in problem.features:
+        plans.append(operators.plan_backward(call, arch))
+    is_kept = not plain and (weights or not problem.return_lse)
+    launches = [launch for plan in plans for launch in plan.launches]
+    first = launches[0].constants if launches else {}
+    return _details(
+        [each.kernel.__name__.removesuffix("_kernel") for each in launches],
+        {"the log-sum-exp": _bytes(forward.results[1:])} if is_kept else {},
+        [{name: _bytes([x]) for name, x in plan.buffers.items()} for plan in plans],
+        isa=arch.name,
+        reason=forward.reason,
+        block_m=first.get("BLOCK_M", 0),
+        block_n=first.get("BLOCK_N", 0),
+        launches=tuple(each.kernel.__name__ for each in launches),
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _of_reference(problem: Problem) -> Details:
+    scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
+    element = 8 if problem.dtype == torch.float64 else 4
+    # scores and weights, and where they are visible; backward keeps them and their gradients
+    copies = 6 if "gradients" in problem.features else 3
+    return Details("attention_reference", copies * scores * element)

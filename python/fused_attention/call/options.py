@@ -38,6 +38,10 @@ class Options(NamedTuple):
     return_lse: Any = False
     philox_seed: int | Tensor | None = None
     precision: Any = None
+    # Not of `attention()`: see `operators.arguments`.
+    q_start: int = 0
+    k_start: int = 0
+    head_start: int = 0
 
 
 class Keywords(TypedDict, total=False):

@@ -25,7 +25,15 @@ from ..operators._torch import (
     looks_at_sizes,
     transform_is_active,
 )
-from ..operators.arguments import CAUSAL, PRECISION, Arguments, joined, split
+from ..operators.arguments import (
+    CAUSAL,
+    PRECISION,
+    SEQUENCES,
+    TENSORS,
+    Arguments,
+    joined,
+    split,
+)
 from ..operators.dropout import check_bits
 from .options import NO_WINDOW, Options
 
@@ -283,8 +291,10 @@ class Problem:
 
     @property
     def is_plain(self) -> bool:
-        """No optional tensor, no softcap, no dropout, no lse: served by the small operator."""
-        return self.features <= {"gradients", "causal", "window_size", "gqa", "value_head_dim"}
+        """No optional tensor, no softcap, no dropout, no lse, the whole: served by the small
+        operator."""
+        small = {"gradients", "causal", "window_size", "gqa", "value_head_dim"}
+        return self.features <= small and not any(self.numbers.starts())
 
     @property
     def copied_bytes(self) -> int:
@@ -454,6 +464,9 @@ class Problem:
                 dropout_p=as_float(o.dropout_p),
                 max_seqlen_q=as_int64(o.max_seqlen_q),
                 max_seqlen_k=as_int64(o.max_seqlen_k),
+                q_start=o.q_start,
+                k_start=o.k_start,
+                head_start=o.head_start,
             ),
             return_lse=bool(o.return_lse),
             features=frozenset(name for name in FEATURES if used[name]),
@@ -470,18 +483,19 @@ class Problem:
 
 
 def arguments_of(
-    query: Tensor, key: Tensor, numbers: Arguments, options: Options
+    query: Tensor, key: Tensor, numbers: Arguments, options: Options, check: bool = True
 ) -> tuple[Any, ...]:
     """A valid call as the operators take it, behind query, key and value; without what is at its
-    default at the end. numbers: of its `Problem`. Draws the random state of dropout."""
+    default at the end. numbers: of its `Problem`. Draws the random state of dropout; check: not
+    before lengths and pages are looked at."""
     o = options
     sequences = (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k, o.block_table)
     packed = any(x is not None for x in sequences)
     philox = None
     if numbers.dropout_p:
-        if packed and not is_compiling():  # a call that is refused draws nothing
-            limits = (numbers.max_seqlen_q, numbers.max_seqlen_k)
-            ops.check_sequences(query, key, *sequences[:2], *limits, *sequences[2:])
+        if packed and check and not is_compiling():  # a call that is refused draws nothing
+            nothing = (None,) * (len(TENSORS) - len(SEQUENCES))
+            ops.check_sequences(query, key, *joined((*nothing, *sequences), split(numbers)[1]))
         philox = ops.philox_state(query, o.philox_seed)
     tensors = (
         as_4d(o.mask),
@@ -493,4 +507,4 @@ def arguments_of(
         *sequences,
     )
     arguments = joined(tensors, split(numbers)[1])
-    return arguments if packed else arguments.dense()
+    return arguments if packed or any(numbers.starts()) else arguments.dense()

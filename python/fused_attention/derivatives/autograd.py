@@ -79,7 +79,10 @@ def _gradients(
     return tuple(named.get(name) if need else None for name, need in needed.items())
 
 
-traced_attention = ops.define_traced("attention", signature_of(ops.forward), ops.forward, Attention)
+_DEFAULTS = ops.arguments(ops.forward, (), {})
+traced_attention = ops.define_traced(
+    "attention", signature_of(ops.forward), ops.forward, Attention, _DEFAULTS
+)
 
 
 class AttentionForwardMode(Attention):
@@ -149,6 +152,7 @@ traced_attention_with_weights = ops.define_traced(
     _signature.replace("-> (Tensor, Tensor)", "-> (Tensor, Tensor, Tensor)"),
     forward_with_weights,
     AttentionWithWeights,
+    _DEFAULTS,
 )
 
 

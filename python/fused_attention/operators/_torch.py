@@ -235,3 +235,15 @@ def fake_tensors() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode()
+
+
+@contextlib.contextmanager
+def without_fake_tensors() -> Iterator[None]:
+    """Inside of it tensors are what they are, also where `fake_tensors` is on."""
+    try:
+        from torch.fx.experimental.proxy_tensor import unset_fake_temporarily
+    except ImportError:
+        yield
+        return
+    with unset_fake_temporarily():
+        yield

@@ -37,18 +37,22 @@ class Arguments(NamedTuple):
     max_seqlen_k: int | None = None
     seqused_k: Tensor | None = None  # int32 [B]
     block_table: Tensor | None = None  # int32 [B, pages]
+    # Of a part of a larger call: the positions of the first query and key, for causal, window,
+    # ALiBi and dropout (k_start a multiple of 8 then), and the number of the first head.
+    q_start: int = 0
+    k_start: int = 0
+    head_start: int = 0
 
     def plain(self) -> tuple[Any, ...]:
         """What a call without options passes on, to operators that take no more."""
         return self[:_OPTIONS]
 
+    def starts(self) -> tuple[int, int, int]:
+        return self.q_start, self.k_start, self.head_start
+
     def dense(self) -> tuple[Any, ...]:
         """What a call of dense tensors passes on: the rest has its defaults and costs time."""
         return self[:_PACKED]
-
-    def is_packed(self) -> bool:
-        """Whether sequences are not all alike."""
-        return any(getattr(self, name) is not None for name in SEQUENCES)
 
 
 # The numbers that stand for these.

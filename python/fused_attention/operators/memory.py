@@ -8,7 +8,8 @@ from torch import Tensor
 from .. import _native
 
 
-def _is_in_memory(x: Tensor) -> bool:
+def is_in_memory(x: Tensor) -> bool:
+    """Not fake, and not on "meta"."""
     return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
 
 
@@ -19,11 +20,11 @@ def place(x: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether an element of one shares a byte with one of the other."""
-    if not (_is_in_memory(a) and _is_in_memory(b)) or a.device != b.device:
+    if not (is_in_memory(a) and is_in_memory(b)) or a.device != b.device:
         return False
     return _native.overlap(place(a), place(b))
 
 
 def has_shared_elements(x: Tensor) -> bool:
     """Whether two elements of a tensor lie in one place."""
-    return _is_in_memory(x) and _native.overlaps_itself(place(x))
+    return is_in_memory(x) and _native.overlaps_itself(place(x))

@@ -18,14 +18,14 @@ def signature_of(op: Any) -> str:
 
 
 def define_traced(
-    name: str, schema: str, forward: Callable[..., Any], function: Any
+    name: str, schema: str, forward: Callable[..., Any], function: Any, defaults: dict[str, Any]
 ) -> Callable[..., Any]:
     """The operator `traced_<name>`: `forward` with the gradients of a Function.
 
     What torch.jit.trace records must be an operator, for a Function cannot be saved; and the same
     one with and without gradients, for it traces twice and compares. PyTorch's registration of
     gradients costs 34 us a call, so only traces use it. It leaves out arguments that have their
-    defaults, so there are no defaults here: the last ones that are not given are None.
+    defaults, so the operator has none: `defaults` are filled in here.
     """
     schema = re.sub(r"=[^,)]*", "", schema)
     library.define(f"traced_{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
@@ -34,9 +34,9 @@ def define_traced(
         f"fused_attention::traced_{name}", function.backward, setup_context=function.setup_context
     )
     op = getattr(torch.ops.fused_attention, f"traced_{name}").default
-    count = len(names_of(op))
+    names = names_of(op)
 
     def call(*inputs: Any) -> Any:
-        return op(*inputs, *(None,) * (count - len(inputs)))
+        return op(*inputs, *(defaults[name] for name in names[len(inputs) :]))
 
     return call
