@@ -192,7 +192,7 @@ def attention_dkdv_kernel(
     do_descriptor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key head, for the query heads that share it, in order.
 
@@ -343,8 +343,8 @@ def attention_dq_kernel(
 def attention_dbias_kernel(
     q, k, v, grad_out, lse, delta, dbias, call, B, kept, chunks, chunk_stride,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr,
     SUM_M: tl.constexpr, SUM_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of dbias, and one of the `chunks` parts of the scores it is the sum of.

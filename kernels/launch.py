@@ -39,7 +39,6 @@ from .primitives import (
     dropout_keep_mask_kernel,
 )
 from .tiles import (
-    MAX_SOFTMAX_BLOCK,
     Arch,
     RowTiles,
     Tiles,
@@ -512,7 +511,7 @@ def backward_launches(
                 *(q, k, v, do, lse, delta, *gradients[1:], key_call, Hkv, *users),
                 *(descriptor(x, keys.block_m, key_call, arch) for x in (query, grad_out)),
             ),
-            key_constants,
+            {name: x for name, x in key_constants.items() if name != "EVEN_N"},
             keys.num_warps,
             keys.num_stages,
         ),
@@ -563,11 +562,8 @@ def dbias_launch(
     work = BiasGradient.of(first.shape, B, Hq, m_blocks, n_blocks)
     wide = is_wide(tiles, *operands, target, call.mask, call.bias, call.key_padding)
     constants = _constants(call, tiles, arch, query, DV, precision, wide)
-    constants |= {
-        "EVEN_M": Sq % tiles.block_m == 0,
-        "SUM_M": first.shape[2] == 1,
-        "SUM_N": first.shape[3] == 1,
-    }
+    del constants["EVEN_N"]  # all tiles are masked
+    constants |= {"SUM_M": first.shape[2] == 1, "SUM_N": first.shape[3] == 1}
     programs = work.kept[0] * work.kept[1] * work.kept[2] * work.kept[3]
     empty = B * Hq * Sq * Sk == 0
     return Launch(
@@ -701,10 +697,8 @@ def row_call(
     )
 
 
-def _row_launch(
-    kernel: Any, call: RowCall, args: tuple[Any, ...], max_block: int, fusion: bool = True
-) -> Launch:
-    tiles = softmax_tiles(call.columns, max_block)
+def _row_launch(kernel: Any, call: RowCall, args: tuple[Any, ...], fusion: bool = True) -> Launch:
+    tiles = softmax_tiles(call.columns)
     constants = {
         "ROWS": tiles.rows,
         "BLOCK": tiles.block,
@@ -722,7 +716,6 @@ def softmax_launch(
     bias: Tensor | None,
     sink_weight: Tensor | None,
     call: RowCall,
-    max_block: int = MAX_SOFTMAX_BLOCK,
 ) -> Launch:
     """input and out: [..., columns] of the same shape, at least two dimensions."""
     shape = input.shape
@@ -734,7 +727,7 @@ def softmax_launch(
         None if bias is None else row_operand(bias, shape),
         sink_weight,
     )
-    return _row_launch(masked_softmax.masked_softmax_kernel, call, (*operands, call), max_block)
+    return _row_launch(masked_softmax.masked_softmax_kernel, call, (*operands, call))
 
 
 def softmax_backward_launch(
@@ -745,12 +738,11 @@ def softmax_backward_launch(
     sink_weight: Tensor | None,
     sink_terms: Tensor | None,
     call: RowCall,
-    max_block: int = MAX_SOFTMAX_BLOCK,
 ) -> Launch:
     operands = [row_operand(x, weights.shape) for x in (weights, grad_out, dx)]
     args = (*operands, delta, sink_weight, sink_terms, call)
     kernel = masked_softmax.masked_softmax_backward_kernel
-    return _row_launch(kernel, call, args, max_block, fusion=False)
+    return _row_launch(kernel, call, args, fusion=False)
 
 
 @dataclass(frozen=True)

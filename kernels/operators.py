@@ -17,11 +17,7 @@ from ..errors import ArgumentValueError, describe_error
 from ..operators.arguments import DIFFERENTIABLE, Arguments
 from ..operators.memory import has_shared_elements, share_memory
 from . import launch
-from .tiles import MAX_SOFTMAX_BLOCK, Arch, Tiles, arch_of, attention_tiles, softmax_tiles
-
-# Tests set these: with small tiles, small problems have several blocks in each direction.
-OVERRIDE: Tiles | None = None
-MAX_BLOCK = MAX_SOFTMAX_BLOCK
+from .tiles import Arch, arch_of
 
 HIGHEST = 0  # of the precisions of float32 products
 
@@ -117,7 +113,7 @@ def plan_forward(
     splits = launch.splits_of(call, key.shape[1], arguments)
     operands = (query, key, value, out, lse)
     if splits == 0:
-        launches = [launch.forward_launch(*operands, call, arguments.precision, arch, OVERRIDE)]
+        launches = [launch.forward_launch(*operands, call, arguments.precision, arch)]
     else:
         parts: Any = (None, None, None)
         if splits > 1:
@@ -128,7 +124,7 @@ def plan_forward(
             parts = (acc, *limits)
         longest_q, _ = launch.longest_sequences(call, arguments)
         launches = launch.decode_launches(
-            *operands, splits, parts, longest_q, call, arguments.precision, arch, OVERRIDE
+            *operands, splits, parts, longest_q, call, arguments.precision, arch
         )
     reason = f"few queries a key head; its keys in {splits} splits" if splits else ""
     if lse is None:
@@ -184,8 +180,7 @@ def plan_backward(call: dict[str, Any], arch: Arch | None = None) -> Plan:
         buffers |= {"users of the pages": users[0], "first users of the pages": users[1]}
     launches = launch.backward_launches(
         query, key, value, out, grad_out, grad_lse, lse, delta, dq, dk, dv,
-        dsinks if call["sinks_grad"] else None, described, arguments.precision, arch, OVERRIDE,
-        users,
+        dsinks if call["sinks_grad"] else None, described, arguments.precision, arch, users=users,
     )  # fmt: skip
     if call["bias_grad"]:
         bias = arguments.bias
@@ -236,7 +231,7 @@ def _plan_bias_gradient(
         dbias.zero_()
         return Plan([], (dbias,), {})
     head_dim = max(D, value.shape[-1])
-    tiles = OVERRIDE or attention_tiles("dq", arch, query.dtype, head_dim, per_score=True)
+    tiles = launch.attention_tiles("dq", arch, query.dtype, head_dim, per_score=True)
     blocks = (launch.ceil_div(Sq, tiles.block_m), launch.ceil_div(Sk, tiles.block_n))
     chunks = launch.BiasGradient.of(dbias.shape, B, Hq, *blocks).chunks
     parts, buffers = dbias, {}
@@ -261,7 +256,7 @@ def plan_weights(call: dict[str, Any], arch: Arch | None = None) -> Plan:
         return Plan([], (result,), {})
     operands = (query, key, call["lse"].contiguous(), weights, described)
     arch = arch or arch_of(query.device)
-    each = launch.weights_launch(*operands, HIGHEST, arch, OVERRIDE)
+    each = launch.weights_launch(*operands, HIGHEST, arch)
     return Plan([each], (result,), {})
 
 
@@ -340,7 +335,6 @@ def masked_softmax_forward(
         bias,
         sink_weight if save_sinks else None,
         call,
-        MAX_BLOCK,
     ).run()
     return out, weights, sink_weight
 
@@ -364,7 +358,7 @@ def masked_softmax_(
             raise ArgumentValueError(describe_error(name, expected, "a view of the same"))
     rows = _two_dimensional(input)
     call = launch.row_call(rows.shape, scale, causal, sinks, philox, dropout_p)
-    launch.softmax_launch(rows, rows, None, mask, bias, None, call, MAX_BLOCK).run()
+    launch.softmax_launch(rows, rows, None, mask, bias, None, call).run()
 
 
 def masked_softmax_backward(
@@ -386,7 +380,7 @@ def masked_softmax_backward(
     delta = dx.new_empty(count, dtype=torch.float32) if bias_grad else None
     terms = dx.new_empty(count, dtype=torch.float32) if sinks_grad else None
     launch.softmax_backward_launch(
-        rows, grads, _two_dimensional(dx), delta, sink_weight, terms, call, MAX_BLOCK
+        rows, grads, _two_dimensional(dx), delta, sink_weight, terms, call
     ).run()
     dbias, dsinks = dx.new_empty(0), dx.new_empty(0, dtype=torch.float32)
     if terms is not None:
@@ -397,7 +391,7 @@ def masked_softmax_backward(
         assert bias is not None
         dbias = bias.new_zeros(bias.shape)
         if rows.numel():
-            sizes = softmax_tiles(call.columns, MAX_BLOCK)
+            sizes = launch.softmax_tiles(call.columns)
             work = launch.RowGroups.of(bias, rows.shape, sizes.block)
             several = work.chunks > 1
             parts = dbias

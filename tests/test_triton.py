@@ -26,7 +26,7 @@ from fused_attention.operators.arguments import Arguments
 from fused_attention.tools import testing
 from fused_attention.tools.testing import Case
 from test_features import case_id
-from triton_interpreter import quick_calls, repaired_bfloat16
+from triton_interpreter import quick_calls, repaired_bfloat16, use_tiles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INF, NAN = math.inf, math.nan
@@ -44,7 +44,7 @@ def interpreter():
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """And attention_forward also for few queries; attention_decode: test_triton_sequences.py."""
-    monkeypatch.setattr(operators, "OVERRIDE", SMALL)
+    use_tiles(monkeypatch, SMALL)
     monkeypatch.setattr(launch, "DBIAS_PROGRAMS", 8)
     monkeypatch.setattr(tiles, "MAX_DECODE_ROWS", 0)
 
@@ -187,14 +187,14 @@ TILES = [(16, 32), (32, 16), (64, 64), (128, 32)]
 @pytest.mark.parametrize("block_m, block_n", TILES)
 def test_tiles(monkeypatch, block_m, block_n):
     """Any tile gives the answer, also where one block holds everything."""
-    monkeypatch.setattr(operators, "OVERRIDE", tiles.Tiles(block_m, block_n, 4, 1))
+    use_tiles(monkeypatch, tiles.Tiles(block_m, block_n, 4, 1))
     for causal, window in (("bottom_right", (-1, -1)), (False, (9, 5)), (False, (-1, -1))):
         sizes = {"B": 1, "Hq": 2, "Hkv": 1, "Sq": 64, "Sk": 96}
         check(Case(**sizes, causal=causal, window_size=window, dropout_p=0.2, bias="11QK"))
 
 
 def test_the_tiles_of_the_table(monkeypatch):
-    monkeypatch.setattr(operators, "OVERRIDE", None)
+    use_tiles(monkeypatch, None)
     for dtype in DTYPES:
         check(Case(dtype=dtype, B=1, Hq=2, Hkv=1, Sq=100, Sk=130, D=40, Dv=40, causal="top_left"))
 

@@ -17,6 +17,7 @@ from fused_attention.kernels import launch, operators, tiles
 from fused_attention.tools import testing
 from fused_attention.tools.testing import Case
 from test_triton import DTYPES, SMALL, arguments, interpreter  # noqa: F401
+from triton_interpreter import use_tiles
 
 NAN = math.nan
 int32 = torch.int32
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, abou
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(operators, "OVERRIDE", SMALL)
+    use_tiles(monkeypatch, SMALL)
     monkeypatch.setattr(tiles, "MAX_DECODE_ROWS", 0)
     monkeypatch.setattr(tiles, "MIN_SPLIT_KEYS", 16)
 

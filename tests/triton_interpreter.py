@@ -13,6 +13,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from fused_attention.kernels import launch, tiles
+
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
 
@@ -105,3 +107,11 @@ def quick_calls():
         mock.patch.object(interpreter.GridExecutor, "__call__", launch_afresh),
     ):
         yield
+
+
+def use_tiles(monkeypatch, own):
+    """These for every launch: with small ones, small problems have several blocks in each
+    direction. None: those of the tables."""
+    for name in ("attention_tiles", "decode_tiles"):
+        found = getattr(tiles, name) if own is None else lambda *args, **kwargs: own
+        monkeypatch.setattr(launch, name, found)

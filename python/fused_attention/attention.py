@@ -13,9 +13,10 @@ from torch import Tensor
 
 from . import operators as ops
 from .call.backends import REFERENCE, choose_for
-from .call.options import NO_WINDOW, Options
+from .call.options import NO_WINDOW, NONE, Options
+from .call.plan import find, kind_of_call, kind_of_option, may_be_refusal
 from .call.problem import cast_for_autocast, check_number, check_philox_seed
-from .call.serve import serve
+from .call.serve import refused, serve, serve_new
 from .errors import wrong_type, wrong_value
 from .operators._torch import is_any_autocast_enabled, is_compiling
 
@@ -59,10 +60,10 @@ def attention(
     causal: bool | str | CausalVariant = False,
     window_size: tuple[int, int] = NO_WINDOW,
     scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float = NONE,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = NONE,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -120,6 +121,37 @@ def attention(
     """
     if is_compiling() or is_any_autocast_enabled():
         query, key, value, bias = cast_for_autocast(query, key, value, bias)
+    kind = refusal = None
+    if (
+        mask is None
+        and bias is None
+        and key_padding_mask is None
+        and alibi_slopes is None
+        and sinks is None
+        and cu_seqlens_q is None
+        and cu_seqlens_k is None
+        and max_seqlen_q is None
+        and max_seqlen_k is None
+        and seqused_k is None
+        and block_table is None
+        and philox_seed is None
+        and not return_lse
+        and softcap == 0.0
+        and dropout_p == 0.0
+        and not is_compiling()
+    ):  # most calls: no record of options is needed to find what serves them
+        said: tuple[Any, ...] = (causal, type(causal), scale, type(scale), precision, backend)
+        if window_size is not NO_WINDOW:
+            said += kind_of_option(window_size)
+        kind, plan = find(kind_of_call(query, key, value, False, said))
+        if plan is not None:
+            assert plan.plain is not None
+            try:
+                return plan.operator(query, key, value, *plan.plain)
+            except RuntimeError as error:
+                if not may_be_refusal(error):
+                    raise
+                refusal = error
     options = Options(
         mask,
         bias,
@@ -141,27 +173,11 @@ def attention(
         philox_seed,
         precision,
     )
-    said: tuple[Any, ...] | None = None
-    if (
-        mask is None
-        and bias is None
-        and key_padding_mask is None
-        and alibi_slopes is None
-        and sinks is None
-        and cu_seqlens_q is None
-        and cu_seqlens_k is None
-        and max_seqlen_q is None
-        and max_seqlen_k is None
-        and seqused_k is None
-        and block_table is None
-        and philox_seed is None
-        and not return_lse
-        and softcap == 0.0
-        and dropout_p == 0.0
-        and window_size is NO_WINDOW
-    ):  # most calls, whose kind is told sooner
-        said = (causal, type(causal), scale, type(scale), precision, backend)
-    return serve(query, key, value, options, backend, said)
+    if refusal is not None:
+        raise refused(refusal, query, key, value, options, backend)
+    if kind is not None:
+        return serve_new(kind, query, key, value, options, backend)
+    return serve(query, key, value, options, backend)
 
 
 def dropout_mask(

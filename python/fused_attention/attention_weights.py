@@ -21,7 +21,7 @@ from .call.options import Options
 from .call.problem import Problem, arguments_of, cast_for_autocast
 from .derivatives import autograd
 from .operators._torch import check_transforms, is_compiling, is_tracing
-from .operators.arguments import Arguments
+from .operators.arguments import Arguments, split
 
 
 def attention_with_weights(
@@ -39,7 +39,7 @@ def attention_with_weights(
     given = Options(**options | {"bias": bias, "return_lse": True})
     problem = Problem.from_call(query, key, value, given)
     row = choose(problem, task="attention_weights")
-    arguments = arguments_of(query, key, problem.numbers, given)
+    arguments = arguments_of(query, key, split(problem.numbers)[1], given)
     if row is REFERENCE:
         return _reference(query, key, value, average, Arguments(*arguments))
     out, _, weights = _function(problem)(average, query, key, value, *arguments)

@@ -27,7 +27,7 @@ from ..derivatives import autograd
 from ..errors import wrong_value
 from ..operators import OPERATORS, cuda
 from ..operators._torch import assume_constant_result, exports_onnx, is_compiling
-from ..operators.arguments import CAUSAL, Arguments
+from ..operators.arguments import CAUSAL, Arguments, split
 from .plan import LEFT, PLANS, Plan, plan_of_operators
 from .problem import DTYPES, FEATURES, Problem
 
@@ -137,7 +137,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, lse: b
 
 def _plan_reference(problem: Problem) -> Plan:
     operator = functools.partial(reference, lse=problem.return_lse)
-    return Plan(operator, problem.numbers, may_be_kept=False)
+    return Plan(operator, split(problem.numbers)[1], may_be_kept=False)
 
 
 # -- What is missing, and what is preferred ----------------------------------------------

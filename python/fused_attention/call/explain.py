@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..operators import cuda
 from ..operators._torch import without_fake_tensors
-from ..operators.arguments import SEQUENCES, Arguments
+from ..operators.arguments import SEQUENCES, Arguments, split
 from ..operators.handles import names_of
 from ..operators.memory import is_in_memory
 from .backends import (
@@ -163,7 +163,7 @@ def _dry_arguments(problem: Problem, options: Options) -> Arguments:
         tensors["philox_seed"] = torch.zeros(2, dtype=torch.int64)
     like = torch.empty(0, dtype=problem.dtype, device="meta")
     dry = options._replace(**tensors)
-    return Arguments(*arguments_of(like, like, problem.numbers, dry, check=False))
+    return Arguments(*arguments_of(like, like, split(problem.numbers)[1], dry, check=False))
 
 
 def _lengths(name: str, x: Tensor, problem: Problem) -> Tensor:

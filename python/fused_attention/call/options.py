@@ -13,7 +13,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalVariant
 
+# Defaults that are told by being these very objects.
 NO_WINDOW = (-1, -1)
+NONE = 0.0
 
 
 class Options(NamedTuple):
@@ -25,10 +27,10 @@ class Options(NamedTuple):
     causal: Any = False
     window_size: Any = NO_WINDOW
     scale: Any = None
-    softcap: Any = 0.0
+    softcap: Any = NONE
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
-    dropout_p: Any = 0.0
+    dropout_p: Any = NONE
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: Any = None
@@ -42,6 +44,9 @@ class Options(NamedTuple):
     q_start: int = 0
     k_start: int = 0
     head_start: int = 0
+
+
+DEFAULTS = Options()
 
 
 class Keywords(TypedDict, total=False):

@@ -25,7 +25,7 @@ from ..operators._torch import (
     is_tracing,
     len_torch_function_stack,
 )
-from ..operators.arguments import Arguments
+from ..operators.arguments import split
 from .options import Options
 from .problem import Problem, arguments_of
 
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     """`operator(query, key, value, *arguments)` gives out or (out, lse)."""
 
     operator: Callable[..., Any]
-    numbers: Arguments | None = None  # see `Problem`
+    numbers: tuple[Any, ...] = ()  # of the arguments, as `split` gives them
     # What a call without options passes on: it need not look at them.
     plain: tuple[Any, ...] | None = None
     is_left: bool = False  # to what a patch has replaced
@@ -51,7 +51,7 @@ def plan_of_operators(
 ) -> Plan:
     """The plan on a backend with these operators and the Functions around them."""
     check_transforms("attention")
-    numbers, plain = problem.numbers, problem.numbers.plain()
+    numbers, plain = split(problem.numbers)[1], problem.numbers.plain()
     function: Callable[..., Any]
     if is_tracing():
         function = autograd.traced_attention
@@ -82,9 +82,7 @@ def _first(function: Callable[..., Any]) -> Callable[..., Tensor]:
 def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Any:
     if plan.plain is not None:
         return plan.operator(query, key, value, *plan.plain)
-    assert plan.numbers is not None
-    arguments = arguments_of(query, key, plan.numbers, options)
-    return plan.operator(query, key, value, *arguments)
+    return plan.operator(query, key, value, *arguments_of(query, key, plan.numbers, options))
 
 
 # -- Kinds -------------------------------------------------------------------------------
@@ -134,17 +132,22 @@ def kind_of_call(
     )
 
 
+_NUMBERS = frozenset({int, float, bool, str, type(None)})
+
+
 def kind_of_option(x: Any) -> Any:
     """A tensor's type and form; of anything else also the type: 2 == 2.0 == True, but not all of
     them are valid."""
-    if isinstance(x, Tensor):
-        if x.is_nested:
-            return type(x)
-        requires_grad = _is_grad_enabled() and x.requires_grad
-        return type(x), x.shape, x.dtype, x.device, x.layout, requires_grad
-    if isinstance(x, tuple):
+    own = x.__class__
+    if own in _NUMBERS:  # sooner told than what is a tensor
+        return x, own
+    if own is tuple:
         return x, tuple(map(type, x))
-    return x, type(x)
+    if own in _ORDINARY or isinstance(x, Tensor):
+        if x.is_nested:
+            return own
+        return own, x.shape, x.dtype, x.device, x.layout, _is_grad_enabled() and x.requires_grad
+    return x, own
 
 
 def remember(kind: tuple[Any, ...] | None, plan: Plan) -> None:

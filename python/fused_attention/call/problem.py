@@ -27,12 +27,13 @@ from ..operators._torch import (
 )
 from ..operators.arguments import (
     CAUSAL,
+    NUMBERS,
     PRECISION,
     SEQUENCES,
     TENSORS,
     Arguments,
     joined,
-    split,
+    joined_if_dense,
 )
 from ..operators.dropout import check_bits
 from .options import NO_WINDOW, Options
@@ -482,29 +483,43 @@ class Problem:
         )
 
 
+_DROPOUT = NUMBERS.index("dropout_p")
+_NOTHING = (None,) * (len(TENSORS) - len(SEQUENCES))
+
+
 def arguments_of(
-    query: Tensor, key: Tensor, numbers: Arguments, options: Options, check: bool = True
+    query: Tensor, key: Tensor, numbers: tuple[Any, ...], options: Options, check: bool = True
 ) -> tuple[Any, ...]:
     """A valid call as the operators take it, behind query, key and value; without what is at its
-    default at the end. numbers: of its `Problem`. Draws the random state of dropout; check: not
-    before lengths and pages are looked at."""
+    default at the end. numbers: of its `Problem`, as `split` gives them. Draws the random state of
+    dropout; check: not before lengths and pages are looked at."""
     o = options
     sequences = (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k, o.block_table)
-    packed = any(x is not None for x in sequences)
-    philox = None
-    if numbers.dropout_p:
+    packed = not (
+        o.cu_seqlens_q is None
+        and o.cu_seqlens_k is None
+        and o.seqused_k is None
+        and o.block_table is None
+    )
+    mask, bias, philox = o.mask, o.bias, None
+    if numbers[_DROPOUT]:
         if packed and check and not is_compiling():  # a call that is refused draws nothing
-            nothing = (None,) * (len(TENSORS) - len(SEQUENCES))
-            ops.check_sequences(query, key, *joined((*nothing, *sequences), split(numbers)[1]))
+            ops.check_sequences(query, key, *joined((*_NOTHING, *sequences), numbers))
         philox = ops.philox_state(query, o.philox_seed)
+    slopes, sinks = o.alibi_slopes, o.sinks
+    if sinks is not None:
+        sinks = as_vector(sinks, torch.promote_types(query.dtype, torch.float32))
     tensors = (
-        as_4d(o.mask),
-        as_4d(o.bias),
+        mask if mask is None or mask.dim() == 4 else as_4d(mask),
+        bias if bias is None or bias.dim() == 4 else as_4d(bias),
         o.key_padding_mask,
-        as_vector(o.alibi_slopes, torch.float32),
-        as_vector(o.sinks, torch.promote_types(query.dtype, torch.float32)),
+        None if slopes is None else as_vector(slopes, torch.float32),
+        None
+        if sinks is None
+        else as_vector(sinks, torch.promote_types(query.dtype, torch.float32)),
         philox,
         *sequences,
     )
-    arguments = joined(tensors, split(numbers)[1])
-    return arguments if packed or any(numbers.starts()) else arguments.dense()
+    if packed or o.q_start or o.k_start or o.head_start:
+        return joined(tensors, numbers)
+    return joined_if_dense(tensors, numbers)

@@ -9,7 +9,7 @@ gradients, are those of `tangents`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +27,14 @@ from .tangents import attention_gradients, attention_tangents
 Gradients = tuple[Tensor | None, ...]
 
 
+_DEFAULTS = ops.arguments(ops.forward, (), {})
+_REST = tuple(_DEFAULTS[name] for name in Arguments._fields)
+
+
 def _split_inputs(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The tensors of a call of `Attention`, and its numbers."""
-    query, key, value, *arguments = inputs
-    tensors, numbers = split(Arguments(*arguments))
+    query, key, value, *given = inputs
+    tensors, numbers = split((*given, *_REST[len(given) :]))
     return (query, key, value, *tensors), numbers
 
 
@@ -57,7 +61,7 @@ class Attention(Function):
 def _gradients(
     backward: Callable[..., Any],
     ctx: Any,
-    needs: tuple[bool, ...],
+    needs: Sequence[bool],
     grads: tuple[Tensor | None, ...],
     average: bool = False,
 ) -> Gradients:
@@ -79,7 +83,6 @@ def _gradients(
     return tuple(named.get(name) if need else None for name, need in needed.items())
 
 
-_DEFAULTS = ops.arguments(ops.forward, (), {})
 traced_attention = ops.define_traced(
     "attention", signature_of(ops.forward), ops.forward, Attention, _DEFAULTS
 )
@@ -102,7 +105,8 @@ class AttentionForwardMode(Attention):
             raise NotImplementedError("alibi_slopes: not differentiable, in forward mode either")
         call = {"query": query, "key": key, "value": value, "out": out, "lse": lse}
         call |= {f"tangent_{name}": direction[name] for name in DIFFERENTIABLE}
-        return attention_tangents(call | joined(tensors, ctx.numbers)._asdict())
+        arguments = Arguments(*joined(tensors, ctx.numbers))
+        return attention_tangents(call | arguments._asdict())
 
 
 class AttentionWithWeights(Function):
@@ -122,7 +126,7 @@ class AttentionWithWeights(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-        needs = ctx.needs_input_grad[1:]  # without `average`
+        _, *needs = ctx.needs_input_grad  # without `average`
         return None, *_gradients(attention_gradients, ctx, needs, grads, ctx.average)
 
 

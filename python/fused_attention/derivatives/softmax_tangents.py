@@ -325,22 +325,40 @@ gradients_jvp, _ = _define(
 
 # -- Functions ---------------------------------------------------------------------------
 
-# Inputs begin with: weights, sink_weight, philox, dropout_p, scale. Of out there are the tangents
-# and gradients, of weights (if there is dropout) and sink_weight (if there are sinks).
+# Everything goes by name: a call is a dictionary of these. Of out there are the tangents and
+# gradients, of weights (if there is dropout) and sink_weight (if there are sinks).
+Call = dict[str, Any]
+_FIRST = ("weights", "sink_weight", "philox", "dropout_p", "scale")
+_OF_OUTPUTS = ("out", "weights", "sink_weight")
+_GRADS = tuple(f"grad_{name}" for name in _OF_OUTPUTS)
+_CHANGES = ("tangent_input", "tangent_bias", "tangent_sinks")
+
+_GRADIENTS_INPUTS = (*_FIRST, *_GRADS, "bias", "sinks_grad", "causal")
+_TANGENTS_INPUTS = (*_FIRST, *_CHANGES)
+_WEIGHTS_GRADIENT_INPUTS = (*_FIRST, *_GRADS, *_CHANGES)
+_GRADIENTS_TANGENTS_INPUTS = (
+    *(*_FIRST, *_GRADS, *(f"tangent_{name}" for name in _GRADS)),
+    *("tangent_weights", "tangent_sink_weight", "bias", "sinks_grad"),
+)
+_NUMBERS = ("dropout_p", "scale", "sinks_grad", "causal")
 
 
-def _operands(
-    weights: Tensor,
-    sink_weight: Tensor | None,
-    philox: Tensor | None,
-    dropout_p: float,
-    scale: float,
-) -> tuple[Any, ...]:
+def _named(names: tuple[str, ...], values: Any) -> Call:
+    return dict(zip(names, values, strict=True))
+
+
+def _some(call: Call, names: tuple[str, ...]) -> list[Any]:
+    return [call[name] for name in names]
+
+
+def _operands(call: Call) -> tuple[Any, ...]:
     """The first arguments of the operators."""
+    weights, dropout_p = call["weights"], call["dropout_p"]
     keep = None
     if dropout_p:
-        keep = ops.dropout_keep_mask(philox, dropout_p, *_sizes(weights.shape)).view(weights.shape)
-    return weights, sink_weight, keep, _kept_scale(dropout_p), scale
+        sizes = _sizes(weights.shape)
+        keep = ops.dropout_keep_mask(call["philox"], dropout_p, *sizes).view(weights.shape)
+    return weights, call["sink_weight"], keep, _kept_scale(dropout_p), call["scale"]
 
 
 def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -354,77 +372,73 @@ def _kept_scale(dropout_p: float) -> float:
     return 65536 / kept if kept else 0.0
 
 
-def _arrived(inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """Without those of outputs that are empty."""
-    _, sink_weight, _, dropout_p, _ = inputs
-    out, weights, sink = grads
-    return [out, weights if dropout_p else None, None if sink_weight is None else sink]
-
-
 class SoftmaxGradients(Function):
-    """B(P, G), of input, bias (if given) and sinks. Further inputs: dout, dweights, dsink_weight,
-    bias, sinks_grad, causal."""
+    """B(P, G), of input, bias (if given) and sinks. Inputs: _GRADIENTS_INPUTS."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs: Any) -> Three:
-        return _gradients(*inputs)
+        return _gradients(_named(_GRADIENTS_INPUTS, inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-        _save(ctx, inputs[:5], inputs[5:9])
-        ctx.bias_grad, ctx.sinks_grad = inputs[8] is not None, inputs[9]
+        _save(ctx, _named(_GRADIENTS_INPUTS, inputs))
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
-        first, (*grads, _) = _restore(ctx)
+        call, needed = _restore(ctx), _named(_GRADIENTS_INPUTS, ctx.needs_input_grad)
         input, bias, sinks = directions
-        direction = (input, bias if ctx.bias_grad else None, sinks if ctx.sinks_grad else None)
-        needed = ctx.needs_input_grad
-        results: list[Tensor | None] = [None] * len(needed)
-        if any(x is not None for x in direction):
-            if any(needed[5:8]):
-                results[5:8] = softmax_tangents(*first, *direction)
-            if any(needed[:2]):
-                results[:2] = SoftmaxWeightsGradient.apply(*first, *grads, *direction)
-        return tuple(x if need else None for x, need in zip(results, needed, strict=True))
+        call["tangent_input"] = input
+        call["tangent_bias"] = None if call["bias"] is None else bias
+        call["tangent_sinks"] = sinks if call["sinks_grad"] else None
+        results: Call = {}
+        if any(x is not None for x in _some(call, _CHANGES)):
+            if any(_some(needed, _GRADS)):
+                changes = SoftmaxTangents.apply(*_some(call, _TANGENTS_INPUTS))
+                results |= _named(_GRADS, changes)
+            results |= _weights_gradient(call, needed)
+        return tuple(results.get(name) if need else None for name, need in needed.items())
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Three:
-        first, (*grads, bias) = _restore(ctx)
-        return SoftmaxGradientsTangents.apply(
-            *(*first, *grads, *tangents[5:8], *tangents[:2], bias, ctx.sinks_grad)
-        )
+        call = _restore(ctx)
+        changes = _named(_GRADIENTS_INPUTS, tangents)
+        call |= {f"tangent_{name}": tangent for name, tangent in changes.items()}
+        return SoftmaxGradientsTangents.apply(*_some(call, _GRADIENTS_TANGENTS_INPUTS))
 
 
 class SoftmaxTangents(Function):
-    """B(P, Ṡ), of out, weights and sink_weight. Further inputs: the tangents of input, bias and
-    sinks."""
+    """B(P, Ṡ), of out, weights and sink_weight. Inputs: _TANGENTS_INPUTS."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs: Any) -> Three:
-        *direction, sinks = inputs[5:]
-        return jvp(*_operands(*inputs[:5]), *direction, _column(sinks))
+        call = _named(_TANGENTS_INPUTS, inputs)
+        return jvp(*_operands(call), *_changes(call))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-        _save(ctx, inputs[:5], inputs[5:])
+        _save(ctx, _named(_TANGENTS_INPUTS, inputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        first, direction = _restore(ctx)
-        arrived = _arrived(first, grads)
-        needed = ctx.needs_input_grad
-        results: list[Tensor | None] = [None] * len(needed)
-        if any(needed[5:]):
-            bias = direction[1] if needed[6] else None
-            results[5:] = softmax_gradients(*first, *arrived, bias, needed[7], 0)
-        if any(needed[:2]):
-            results[:2] = SoftmaxWeightsGradient.apply(*first, *arrived, *direction)
-        return tuple(x if need else None for x, need in zip(results, needed, strict=True))
+        call, needed = _restore(ctx), _named(_TANGENTS_INPUTS, ctx.needs_input_grad)
+        # Without those of outputs that are empty.
+        call |= _named(_GRADS, grads)
+        if not call["dropout_p"]:
+            call["grad_weights"] = None
+        if call["sink_weight"] is None:
+            call["grad_sink_weight"] = None
+        results: Call = {}
+        if any(_some(needed, _CHANGES)):
+            bias = call["tangent_bias"] if needed["tangent_bias"] else None
+            call |= {"bias": bias, "sinks_grad": needed["tangent_sinks"], "causal": 0}
+            gradients = softmax_gradients(*_some(call, _GRADIENTS_INPUTS))
+            results |= _named(_CHANGES, gradients)
+        results |= _weights_gradient(call, needed)
+        return tuple(results.get(name) if need else None for name, need in needed.items())
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -454,38 +468,50 @@ class _Last(Function):
 
 
 class SoftmaxWeightsGradient(_Last):
-    """C, of weights and sink_weight. Further inputs: dout, dweights, dsink_weight, and the tangents
-    of input, bias and sinks."""
+    """C, of weights and sink_weight. Inputs: _WEIGHTS_GRADIENT_INPUTS."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        *others, sinks = inputs[5:]
-        return weights_grad(*_operands(*inputs[:5]), *others, _column(sinks))
+        call = _named(_WEIGHTS_GRADIENT_INPUTS, inputs)
+        return weights_grad(*_operands(call), *_some(call, _GRADS), *_changes(call))
 
 
 class SoftmaxGradientsTangents(_Last):
-    """Ḃ, of input, bias and sinks. Further inputs: dout, dweights, dsink_weight, their tangents,
-    those of weights and sink_weight, bias, sinks_grad."""
+    """Ḃ, of input, bias and sinks. Inputs: _GRADIENTS_TANGENTS_INPUTS."""
 
     @staticmethod
     def forward(*inputs: Any) -> Three:
-        return _with_sums(gradients_jvp(*_operands(*inputs[:5]), *inputs[5:]), inputs[-1])
+        call = _named(_GRADIENTS_TANGENTS_INPUTS, inputs)
+        others = _some(call, _GRADIENTS_TANGENTS_INPUTS[len(_FIRST) :])
+        return _with_sums(gradients_jvp(*_operands(call), *others), call["sinks_grad"])
 
 
-def _save(ctx: Any, first: tuple[Any, ...], others: tuple[Tensor | None, ...]) -> None:
-    ctx.save_for_backward(*first[:3], *others)
-    ctx.save_for_forward(*first[:3], *others)
-    ctx.dropout_p, ctx.scale = first[3:]
+def _weights_gradient(call: Call, needed: dict[str, bool]) -> Call:
+    names = ("weights", "sink_weight")
+    if not any(_some(needed, names)):
+        return {}
+    results = SoftmaxWeightsGradient.apply(*_some(call, _WEIGHTS_GRADIENT_INPUTS))
+    return _named(names, results)
+
+
+def _save(ctx: Any, call: Call) -> None:
+    tensors = {name: x for name, x in call.items() if name not in _NUMBERS}
+    ctx.save_for_backward(*tensors.values())
+    ctx.save_for_forward(*tensors.values())
+    ctx.names = tuple(tensors)
+    ctx.numbers = {name: x for name, x in call.items() if name in _NUMBERS}
     ctx.set_materialize_grads(False)
 
 
-def _restore(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
-    saved = ctx.saved_tensors
-    return (*saved[:3], ctx.dropout_p, ctx.scale), saved[3:]
+def _restore(ctx: Any) -> Call:
+    return _named(ctx.names, ctx.saved_tensors) | ctx.numbers
 
 
-def _column(sinks: Tensor | None) -> Tensor | None:
-    return None if sinks is None else sinks.view(-1, 1, 1)
+def _changes(call: Call) -> tuple[Tensor | None, ...]:
+    """The tangents of the inputs; a sink's is one for each row of its head."""
+    sinks = call["tangent_sinks"]
+    column = None if sinks is None else sinks.view(-1, 1, 1)
+    return call["tangent_input"], call["tangent_bias"], column
 
 
 def _with_sums(results: Three, sinks_grad: bool) -> Three:
@@ -496,18 +522,14 @@ def _with_sums(results: Three, sinks_grad: bool) -> Three:
     return dinput, dbias, dsink
 
 
-def _gradients(*inputs: Any) -> Three:
+def _gradients(call: Call) -> Three:
     """By the fused kernel where only dout has arrived, as in every first derivative."""
-    first, (*grads, bias, sinks_grad, causal) = inputs[:5], inputs[5:]
-    grad_out, grad_weights, grad_sink_weight = grads
-    if grad_out is None or grad_weights is not None or grad_sink_weight is not None:
-        results = gradients(*_operands(*first), *grads, bias, sinks_grad)
-        return _with_sums(results, sinks_grad)
-    weights, sink_weight, philox, dropout_p, scale = first
-    return ops.softmax_backward(
-        *(grad_out, weights, scale, causal, bias, sink_weight, philox, dropout_p),
-        *(bias is not None, sinks_grad),
-    )
+    only_out = call["grad_weights"] is None and call["grad_sink_weight"] is None
+    if call["grad_out"] is None or not only_out:
+        others = _some(call, (*_GRADS, "bias", "sinks_grad"))
+        return _with_sums(gradients(*_operands(call), *others), call["sinks_grad"])
+    names = ("grad_out", "weights", "scale", "causal", "bias", "sink_weight", "philox", "dropout_p")
+    return ops.softmax_backward(*_some(call, names), call["bias"] is not None, call["sinks_grad"])
 
 
 def _gradients_of_samples(
@@ -550,15 +572,15 @@ def _backward_rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: An
 
 
 def softmax_gradients(*inputs: Any) -> Three:
-    """The gradients of input, bias and sinks, part of a graph where somebody may differentiate
-    again: with create_graph=True, always under torch.func, and where forward mode is on."""
+    """The gradients of input, bias and sinks, from _GRADIENTS_INPUTS. Part of a graph where somebody
+    may differentiate again: with create_graph=True, always under torch.func, and where forward mode
+    is on."""
     check_transforms("masked_softmax")
-    differentiable = torch.is_grad_enabled() or forward_mode_is_on()
-    if differentiable and not is_compiling():
+    if (torch.is_grad_enabled() or forward_mode_is_on()) and not is_compiling():
         return SoftmaxGradients.apply(*inputs)
-    return _gradients(*inputs)
+    return _gradients(_named(_GRADIENTS_INPUTS, inputs))
 
 
 def softmax_tangents(*inputs: Any) -> Three:
-    """The tangents of out, weights and sink_weight, part of a graph."""
+    """The tangents of out, weights and sink_weight, from _TANGENTS_INPUTS; part of a graph."""
     return SoftmaxTangents.apply(*inputs)

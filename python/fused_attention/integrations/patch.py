@@ -27,7 +27,7 @@ from ..call.backends import BACKENDS, CPU, REFERENCE, Request
 from ..call.problem import as_4d, precision_number
 from ..errors import wrong_type, wrong_value
 from ..operators._torch import cpu_keys, native_sdpa
-from ..operators.arguments import CAUSAL, Arguments
+from ..operators.arguments import CAUSAL, Arguments, joined_if_dense, split
 from ..sdpa import sdpa
 
 NAME = "fused_attention"  # in PyTorch's registry of flash attention implementations
@@ -94,14 +94,15 @@ def _is_served(query: Tensor) -> bool:
 
 
 def _arguments(query: Tensor, is_causal: bool, scale: float | None, mask: Any) -> Any:
-    return Arguments(
+    arguments = Arguments(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         causal=CAUSAL["top_left" if is_causal else False],
         window_left=-1,
         window_right=-1,
         precision=precision_number(None, query.dtype),
         bias=as_4d(mask),
-    ).dense()
+    )
+    return joined_if_dense(*split(arguments))
 
 
 def _sequence_first(x: Tensor) -> Tensor:

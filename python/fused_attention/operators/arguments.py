@@ -50,10 +50,6 @@ class Arguments(NamedTuple):
     def starts(self) -> tuple[int, int, int]:
         return self.q_start, self.k_start, self.head_start
 
-    def dense(self) -> tuple[Any, ...]:
-        """What a call of dense tensors passes on: the rest has its defaults and costs time."""
-        return self[:_PACKED]
-
 
 # The numbers that stand for these.
 CAUSAL: dict[Any, int] = {False: 0, "top_left": 1, "bottom_right": 2}
@@ -66,7 +62,7 @@ TENSORS = ("mask", "bias", "key_padding_mask", "alibi_slopes", "sinks", "philox"
 
 _OPTIONS = Arguments._fields.index("mask")
 _PACKED = Arguments._fields.index("cu_seqlens_q")
-_NUMBERS = tuple(name for name in Arguments._fields if name not in TENSORS)
+NUMBERS = tuple(name for name in Arguments._fields if name not in TENSORS)
 NAMES = (*INPUTS, *Arguments._fields)  # of the inputs of a forward
 
 
@@ -75,25 +71,33 @@ def _places(names: tuple[str, ...], among: tuple[str, ...]) -> tuple[int, ...]:
 
 
 _TENSORS_AT = _places(TENSORS, Arguments._fields)
-_NUMBERS_AT = _places(_NUMBERS, Arguments._fields)
-_FIELDS_AT = _places(Arguments._fields, (*TENSORS, *_NUMBERS))
-_tensors_of, _numbers_of, _in_order = map(
-    lambda places: itemgetter(*places), (_TENSORS_AT, _NUMBERS_AT, _FIELDS_AT)
+_NUMBERS_AT = _places(NUMBERS, Arguments._fields)
+_FIELDS_AT = _places(Arguments._fields, (*TENSORS, *NUMBERS))
+_tensors_of, _numbers_of, _in_order, _dense_in_order = map(
+    lambda places: itemgetter(*places),
+    (_TENSORS_AT, _NUMBERS_AT, _FIELDS_AT, _FIELDS_AT[:_PACKED]),
 )
 
 
-def split(arguments: Arguments) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    """The tensors, which autograd saves, and the numbers."""
+def split(arguments: tuple[Any, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    """The tensors, which autograd saves, and the numbers: what TENSORS and NUMBERS name."""
     if is_compiling():  # Dynamo does not see through an itemgetter
-        fields: Any = arguments
-        numbers = tuple([fields[i] for i in _NUMBERS_AT])
-        return tuple([fields[i] for i in _TENSORS_AT]), numbers
+        numbers = tuple([arguments[i] for i in _NUMBERS_AT])
+        return tuple([arguments[i] for i in _TENSORS_AT]), numbers
     return _tensors_of(arguments), _numbers_of(arguments)
 
 
-def joined(tensors: Any, numbers: Any) -> Arguments:
-    """What `split` took apart."""
+def joined(tensors: Any, numbers: Any) -> tuple[Any, ...]:
+    """What `split` took apart, in the order of the operators."""
     both = (*tensors, *numbers)
     if is_compiling():
-        return Arguments(*[both[i] for i in _FIELDS_AT])
-    return Arguments(*_in_order(both))
+        return tuple([both[i] for i in _FIELDS_AT])
+    return _in_order(both)
+
+
+def joined_if_dense(tensors: Any, numbers: Any) -> tuple[Any, ...]:
+    """`joined` for a whole call of dense tensors: without the rest, which has its defaults, and of
+    which each would cost time."""
+    if is_compiling():
+        return joined(tensors, numbers)[:_PACKED]
+    return _dense_in_order((*tensors, *numbers))

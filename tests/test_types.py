@@ -1,0 +1,36 @@
+"""What a type checker says of calls: results have types, and wrong arguments are found."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mypy")
+HERE = Path(__file__).resolve().parent
+WRONG = {
+    "fa.attention(q, q, q, causl=True)": "Unexpected keyword argument",
+    "fa.attention(q, q, q, causal=1.5)": "No overload variant",
+    "x: torch.Tensor = fa.attention(q, q, q, return_lse=True)": "Incompatible types",
+    "fa.attention(q, q)": "No overload variant",
+}
+
+
+def mypy(path: Path) -> str:
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-color-output"]
+    done = subprocess.run(
+        [*command, "--follow-imports=silent", "--ignore-missing-imports", str(path)],
+        cwd=HERE.parent, env={"MYPYPATH": "python", "PATH": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+@pytest.mark.timeout(600)
+def test_typed_calls(tmp_path):
+    lines = "\n".join(WRONG)
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(f"import torch\nimport fused_attention as fa\nq = torch.zeros(1)\n{lines}\n")
+    assert "Success" in mypy(HERE / "typed_calls.py")
+    found = mypy(wrong).splitlines()
+    for number, message in enumerate(WRONG.values(), 4):
+        assert any(f"wrong.py:{number}: error" in x and message in x for x in found), found
