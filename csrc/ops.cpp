@@ -509,6 +509,7 @@ void attention_weights(StableIValue* values, uint64_t, uint64_t) {
   const bool average = stack.flag();
   Options options = stack.options();
   options.sinks.reset();  // lse has them
+  options.precision = 0;  // "highest"
   stack.give(weights(query, key, lse, average, options));
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import operators
 from ..errors import ArgumentValueError, describe_error
-from ..operators.arguments import DIFFERENTIABLE, Arguments
+from ..operators.arguments import DIFFERENTIABLE, INPUTS, Arguments
 from ..operators.memory import has_shared_elements, share_memory
 from . import launch
 from .tiles import Arch, arch_of
@@ -132,19 +132,24 @@ def plan_forward(
     return Plan(launches, (result, lse.squeeze(0) if layout.packed else lse), buffers, reason)
 
 
-def attention_forward_plain(query: Tensor, key: Tensor, value: Tensor, *numbers: Any) -> Tensor:
-    plan = plan_forward(query, key, value, Arguments(*numbers), with_lse=False)
-    plan.run()
-    return plan.results[0]
-
-
-def attention_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Any:
-    plan = plan_forward(query, key, value, Arguments(*arguments), with_lse=True)
+def _run_forward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], with_lse: bool) -> Any:
+    call = operators.arguments(op, args, kwargs)
+    query, key, value = (call.pop(name) for name in INPUTS)
+    plan = plan_forward(query, key, value, Arguments(**call), with_lse)
     plan.run()
     return plan.results
 
 
-attention_forward_plain_lse = attention_forward
+def attention_forward_plain(*args: Any, **kwargs: Any) -> Tensor:
+    return _run_forward(operators.forward_plain, args, kwargs, with_lse=False)[0]
+
+
+def attention_forward_plain_lse(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return _run_forward(operators.forward_plain_lse, args, kwargs, with_lse=True)
+
+
+def attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return _run_forward(operators.forward, args, kwargs, with_lse=True)
 
 
 def plan_backward(call: dict[str, Any], arch: Arch | None = None) -> Plan:
@@ -245,7 +250,7 @@ def _plan_bias_gradient(
 def plan_weights(call: dict[str, Any], arch: Arch | None = None) -> Plan:
     """call: the arguments of attention_weights by name."""
     given = {name: call[name] for name in Arguments._fields if name in call}
-    arguments = Arguments(**given, precision=HIGHEST)
+    arguments = Arguments(**given)
     query, key, average = dense(call["query"]), dense(call["key"]), call["average"]
     described = launch.describe(query, key, arguments)
     shape = (described.B, 1 if average else described.Hq, described.Sq, described.Sk)

@@ -15,6 +15,7 @@ from fused_attention.tools.testing import Case
 from test_features import case_id
 from test_triton import DTYPES, PAIRS, arguments, interpreter, small_tiles  # noqa: F401
 from test_weights import as_weights, weights_inputs
+from triton_interpreter import use_tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, about log(0) and 1/0
 
@@ -128,7 +129,8 @@ def test_wide_offsets_change_nothing(monkeypatch):
         assert torch.equal(x, narrow[name]), name
 
 
-def test_a_launch_is_a_function_of_shapes_and_strides():
+def test_a_launch_is_a_function_of_shapes_and_strides(monkeypatch):
+    use_tiles(monkeypatch, None)
     query = torch.empty(2, 8, 1000, 64, dtype=torch.float16, device="meta")
     weights = torch.empty(2, 1, 1000, 1000, dtype=torch.float16, device="meta")
     arch = tiles.ARCHS["sm_90"]

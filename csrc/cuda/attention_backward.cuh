@@ -88,7 +88,7 @@ struct BackwardBlock {
 
   FA_DEVICE BackwardBlock(const Call& params, const TokenBlock& block, uint32_t shared)
       : p(params),
-        seq(sequence_of(p, block.b)),
+        seq(sequence_of<kPlain>(p, block.b)),
         head(block.h),
         row_start(block.start),
         row_end(min(row_start + kRows, kKeys ? seq.Sk : seq.Sq)),

@@ -39,7 +39,7 @@ struct HopperBackward {
 
   FA_DEVICE HopperBackward(const Call& params, const TokenBlock& block, uint32_t shared)
       : p(params),
-        seq(sequence_of(p, block.b)),
+        seq(sequence_of<true>(p, block.b)),
         head(block.h),
         group((int)((uint32_t)p.Hq / (uint32_t)p.Hkv)),
         row_start(block.start),

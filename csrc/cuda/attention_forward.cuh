@@ -48,7 +48,7 @@ struct ForwardBlock {
 
   FA_DEVICE ForwardBlock(const Call& params, const TokenBlock& block, uint32_t shared)
       : p(params),
-        seq(sequence_of(p, block.b)),
+        seq(sequence_of<kPlain>(p, block.b)),
         h(block.h),
         m_start(block.start),
         m_warp(m_start + threadIdx.x / 32 * 16 * kRowTiles),

@@ -36,7 +36,7 @@ struct HopperBlock {
 
   FA_DEVICE HopperBlock(const Call& params, const TokenBlock& block, uint32_t shared)
       : p(params),
-        seq(sequence_of(p, block.b)),
+        seq(sequence_of<true>(p, block.b)),
         h(block.h),
         m_start(block.start),
         keys(visible_keys(p, seq, m_start, min(m_start + kBlockM, seq.Sq))),

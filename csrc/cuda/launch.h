@@ -147,7 +147,7 @@ inline bool is_plain(const Call& p) {
   return !is_float(p) && p.aligned && p.D % 8 == 0 && p.Dv % 8 == 0 && p.scale > 0 &&
          p.softcap == 0 && p.mask.data == nullptr && p.bias.data == nullptr &&
          p.key_padding_mask == nullptr && p.alibi_slopes == nullptr && p.dropout_threshold == 0 &&
-         p.block_table == nullptr;
+         p.diagonal_start == 0 && p.block_table == nullptr;
 }
 
 inline const char* type_name(DType dtype) {

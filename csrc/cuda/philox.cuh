@@ -39,8 +39,7 @@ FA_DEVICE Dropout dropout_of(const Call& p, int b, int h) {
 
 // Bit j: is the weight of column 8 * group + j kept?
 FA_DEVICE uint32_t kept_byte(const Dropout& dropout, int query, int group) {
-  uint32_t x[4] = {(uint32_t)group + dropout.group, (uint32_t)query + dropout.row, dropout.matrix,
-                   dropout.offset};
+  uint32_t x[4] = {(uint32_t)group, (uint32_t)query, dropout.matrix, dropout.offset};
   philox4x32(x, dropout.seed);
   uint32_t kept = 0;
 #pragma unroll
@@ -70,7 +69,11 @@ FA_DEVICE void kept_weights(const Dropout& dropout, int row, int column, uint32_
     const int number = mine + kSharing * j, half = number % 2, at = number / 2;
     const int query = kTransposed ? column + at / 2 * 8 + 2 * t + at % 2 : row + 8 * half + g;
     const int group = kTransposed ? row / 8 + half : column / 8 + at;
-    if (number < kBytes) bytes |= kept_byte(dropout, query, group) << (8 * j);
+    if (number < kBytes) {
+      const uint32_t byte =
+          kept_byte(dropout, query + (int)dropout.row, group + (int)dropout.group);
+      bytes |= byte << (8 * j);
+    }
   }
   keep[0] = keep[1] = 0;
 #pragma unroll

@@ -20,8 +20,10 @@ FA_DEVICE bool is_rest(const Call& p, int b) { return is_packed(p) && b == (int)
 
 // Whatever the tensors hold, nothing beyond the memory of a call is touched: lengths are cut.
 FA_DEVICE int between(int x, int low, int high) { return max(low, min(x, high)); }
+// kWhole: the call is known to be no part of a larger one.
+template <bool kWhole = false>
 FA_DEVICE Sequence sequence_of(const Call& p, int b) {
-  Sequence seq = {b, (int)p.Sq, (int)p.Sk, 0, 0, (int)p.diagonal_start};
+  Sequence seq = {b, (int)p.Sq, (int)p.Sk, 0, 0, kWhole ? 0 : (int)p.diagonal_start};
   const bool rest = is_rest(p, b);
   if (is_packed(p)) {
     seq.q_start = between(p.cu_seqlens_q[b], 0, (int)p.Sq);

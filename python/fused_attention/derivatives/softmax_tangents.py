@@ -572,9 +572,10 @@ def _backward_rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: An
 
 
 def softmax_gradients(*inputs: Any) -> Three:
-    """The gradients of input, bias and sinks, from _GRADIENTS_INPUTS. Part of a graph where somebody
-    may differentiate again: with create_graph=True, always under torch.func, and where forward mode
-    is on."""
+    """The gradients of input, bias and sinks, from _GRADIENTS_INPUTS. Part of a graph where
+    somebody may differentiate again: with create_graph=True, always under torch.func, and where
+    forward mode is on.
+    """
     check_transforms("masked_softmax")
     if (torch.is_grad_enabled() or forward_mode_is_on()) and not is_compiling():
         return SoftmaxGradients.apply(*inputs)
