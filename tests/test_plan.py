@@ -25,6 +25,14 @@ MORE = [
 ]
 
 
+def numbers(count):
+    """All in `make test-full`, of the generated ones every third in `make test`."""
+    return [
+        pytest.param(n, marks=() if n % 3 == 0 or n >= len(PAIRS) else pytest.mark.slow)
+        for n in range(count)
+    ]
+
+
 @contextlib.contextmanager
 def listening(plan):
     """The notes of what runs inside."""
@@ -73,7 +81,7 @@ def check_cpu(tensors, options, grads):
 
 
 @pytest.mark.parametrize("isa", _native.isas())
-@pytest.mark.parametrize("number", range(0, len(PAIRS) + len(MORE)))
+@pytest.mark.parametrize("number", numbers(len(PAIRS) + len(MORE)))
 def test_cpu(number, isa):
     case = (PAIRS + MORE)[number]
     inputs = testing.make_inputs(case)
@@ -137,7 +145,7 @@ def meta_details(row, inputs, options):
     return details_of(row, problem, *named.values(), Options(**call))
 
 
-@pytest.mark.parametrize("number", range(0, len(PAIRS), 3))
+@pytest.mark.parametrize("number", numbers(len(PAIRS)))
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_triton(number, monkeypatch):
     pytest.importorskip("triton")
@@ -159,7 +167,7 @@ def test_triton(number, monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("number", range(0, len(PAIRS), 3))
+@pytest.mark.parametrize("number", numbers(len(PAIRS)))
 def test_cuda(number, capability):
     import cuda_interpreter
     import test_cuda

@@ -3,6 +3,7 @@ in its record, in the arguments of the operators, in their schemas, and in C++."
 
 import inspect
 import re
+import runpy
 from pathlib import Path
 from typing import get_type_hints
 
@@ -11,7 +12,7 @@ import torch
 
 import fused_attention as fa
 from fused_attention import reference
-from fused_attention.call import plan
+from fused_attention.call import backends, plan
 from fused_attention.call.options import DEFAULTS, Keywords, Options
 from fused_attention.call.serve import said_by, serve
 from fused_attention.operators import _torch
@@ -169,6 +170,17 @@ def test_every_option_tells_one_kind_of_call_from_another(name):
     except (ValueError, TypeError, NotImplementedError):
         pass  # of packed sequences it takes more than one
     plan.PLANS.clear()
+
+
+def test_the_head_sizes_of_cuda_are_the_same_everywhere():
+    """What is compiled (setup.py), what is launched (launch.h), and what the table says."""
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
+    header = (ROOT / "csrc" / "cuda" / "launch.h").read_text()
+    (listed,) = re.findall(r"kHeadDims\[\] = \{([^}]*)\}", header)
+    sizes = [int(x) for x in listed.split(",")]
+    assert sizes == sorted(setup["CUDA_HEAD_DIMS"])
+    assert f"kMaxHeadDim = {max(sizes)};" in header
+    assert backends.CUDA.head_dims == range(1, max(sizes) + 1)
 
 
 def test_no_argument_is_found_by_its_number():
