@@ -1,4 +1,5 @@
-"""Calls as a typed program makes them. `mypy --strict` passes on this file: test_types.py."""
+"""Calls as a typed program makes them. `make lint` checks them, and
+test_types.py by `mypy --strict`."""
 
 import torch
 from torch import Tensor
