@@ -1,6 +1,7 @@
 """How a call finds its backend: validation, choice, environment, remembered plans, explain."""
 
 import dataclasses
+import importlib
 import itertools
 import logging
 import subprocess
@@ -563,6 +564,7 @@ def test_triton_serves_what_is_on_a_gpu(monkeypatch):
     on_gpu = dataclasses.replace(problem, device=torch.device("cuda"))
     assert TRITON.refuses(on_gpu) == [] and backends.choose(on_gpu) is TRITON
     assert "device cpu: only cuda" in TRITON.refuses(problem)
+    importlib.import_module("fused_attention.kernels.operators")  # takes its own arch_of first
     monkeypatch.setattr("fused_attention.kernels.tiles.arch_of", lambda device: ARCHS["sm_90"])
 
     def details(**sizes):
