@@ -1,8 +1,8 @@
 """torch.ops.fused_attention.* for CUDA and HIP tensors: allocation, then the launches in order.
 
 The same arguments, results and memory layouts as the operators of the CPU (csrc/ops.cpp) and their
-fake kernels (ops.py). With TRITON_INTERPRET=1 these functions also take CPU tensors, which is how
-the tests run them.
+fake kernels (operators/fake.py). With TRITON_INTERPRET=1 these functions also take CPU tensors,
+which is how the tests run them.
 """
 
 from __future__ import annotations

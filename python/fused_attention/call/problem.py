@@ -297,10 +297,6 @@ class Problem:
         small = {"gradients", "causal", "window_size", "gqa", "value_head_dim"}
         return self.features <= small and not any(self.numbers.starts())
 
-    @property
-    def copied_bytes(self) -> int:
-        return sum(self.copied.values())
-
     @staticmethod
     @looks_at_sizes
     def from_call(query: Tensor, key: Tensor, value: Tensor, o: Options) -> Problem:
