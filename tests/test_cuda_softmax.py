@@ -11,7 +11,7 @@ import cuda_interpreter
 import fused_attention as fa
 from cuda_interpreter import interpreted
 from fused_attention import operators as ops
-from fused_attention.operators import cuda
+from fused_attention.operators import cuda, gpu
 from ptx import SCHEDULES, faults
 from test_softmax import PHILOX, check, randn
 from test_triton_softmax import (  # noqa: F401
@@ -82,18 +82,18 @@ def test_what_serves_a_gpu(monkeypatch):
     """The library where it can, else Triton; which has the other operators."""
     from fused_attention.kernels import operators
 
-    ops.gpu_kernel.cache_clear()
+    gpu.gpu_kernel.cache_clear()
     monkeypatch.setattr(cuda, "missing", lambda: "")
-    assert ops.gpu_kernel("masked_softmax_forward") is OPS.masked_softmax_forward
-    assert ops.gpu_kernel("attention_weights") is operators.attention_weights
-    ops.gpu_kernel.cache_clear()
+    assert gpu.gpu_kernel("masked_softmax_forward") is OPS.masked_softmax_forward
+    assert gpu.gpu_kernel("attention_weights") is operators.attention_weights
+    gpu.gpu_kernel.cache_clear()
     monkeypatch.setattr(cuda, "missing", lambda: "not built")
-    assert ops.gpu_kernel("masked_softmax_forward") is operators.masked_softmax_forward
-    ops.gpu_kernel.cache_clear()
+    assert gpu.gpu_kernel("masked_softmax_forward") is operators.masked_softmax_forward
+    gpu.gpu_kernel.cache_clear()
 
 
 def test_the_schemas_are_those_of_the_cpu():
-    for name in ops.IN_CUDA_LIBRARY:
+    for name in gpu.IN_CUDA_LIBRARY:
         ours = getattr(OPS, name).default._schema
         theirs = getattr(torch.ops.fused_attention, name).default._schema
         assert str(ours).split("(", 1)[1] == str(theirs).split("(", 1)[1]

@@ -22,10 +22,10 @@ import test_softmax
 import test_varlen
 import test_weights
 from fused_attention import attention, kv_cache_append_, patch_sdpa
-from fused_attention import operators as ops
 from fused_attention.attention_weights import attention_with_weights
 from fused_attention.call import backends
 from fused_attention.models.attend import pad
+from fused_attention.operators import gpu
 from fused_attention.tools import testing
 from fused_attention.tools.testing import Case
 from test_features import case_id
@@ -291,7 +291,7 @@ def softmax_there(request, monkeypatch):
     if request.param == "triton":
         from fused_attention.kernels import operators
 
-        monkeypatch.setattr(ops, "gpu_kernel", functools.partial(getattr, operators))
+        monkeypatch.setattr(gpu, "gpu_kernel", functools.partial(getattr, operators))
     elif backends.CUDA.missing():
         pytest.skip(backends.CUDA.missing())
     monkeypatch.setattr(test_softmax.fa, "masked_softmax", there(fa.masked_softmax))
