@@ -10,6 +10,7 @@ import torch
 import fused_attention as fa
 from feature_cases import SEQUENCES, problem_of
 from fused_attention import _native
+from fused_attention.call import backends
 from fused_attention.call.backends import CUDA, TRITON
 from fused_attention.call.explain import details_of, details_of_notes, explain
 from fused_attention.call.options import Options
@@ -136,6 +137,17 @@ def test_weights_are_explained_too():
         details = layer.explain(x, x, x).details
     assert details == details_of_notes(passes_of(notes), False)
     assert details.kernel == "attention_forward + attention_weights"
+
+
+def test_weights_are_explained_where_the_environment_sends_them(monkeypatch):
+    layer = fa.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 5, 32)
+    with monkeypatch.context() as patch:
+        patch.setenv("FUSED_ATTENTION_BACKEND", "reference")
+        backends.read_environment()
+        assert layer.explain(x, x, x).backend == "reference"
+    backends.read_environment()
+    assert layer.explain(x, x, x).backend == "cpu"
 
 
 def meta_details(row, inputs, options):

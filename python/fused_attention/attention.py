@@ -122,7 +122,7 @@ def attention(
     if is_compiling() or is_any_autocast_enabled():
         query, key, value, bias = cast_for_autocast(query, key, value, bias)
     kind = refusal = None
-    if (
+    is_plain = (
         mask is None
         and bias is None
         and key_padding_mask is None
@@ -139,10 +139,11 @@ def attention(
         and softcap == 0.0
         and dropout_p == 0.0
         and not is_compiling()
-    ):  # most calls: no record of options is needed to find what serves them
+    )
+    if is_plain:  # most calls: no record of options is needed to find what serves them
         said: tuple[Any, ...] = (causal, type(causal), scale, type(scale), precision, backend)
         if window_size is not NO_WINDOW:
-            said += kind_of_option(window_size)
+            said += (kind_of_option(window_size),)
         kind, plan = find(kind_of_call(query, key, value, False, said))
         if plan is not None:
             assert plan.plain is not None
@@ -175,7 +176,7 @@ def attention(
     )
     if refusal is not None:
         raise refused(refusal, query, key, value, options, backend)
-    if kind is not None:
+    if is_plain:
         return serve_new(kind, query, key, value, options, backend)
     return serve(query, key, value, options, backend)
 

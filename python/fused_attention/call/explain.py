@@ -85,19 +85,20 @@ def explain(
     query, key, value, options["bias"] = cast_for_autocast(query, key, value, options.get("bias"))
     given = Options(**options)
     problem = Problem.from_call(query, key, value, given)
+    row, refused = _row_and_refusals(problem, backend, "attention")
+    details = details_of(row, problem, query, key, value, given)
+    return Explanation(row.name, details, torch.get_num_threads(), tuple(problem.copied), refused)
+
+
+def _row_and_refusals(
+    problem: Problem, backend: str, task: str
+) -> tuple[Backend, dict[str, list[str]]]:
+    """What `choose` answers, and every reason against the rows before; nothing is logged."""
     if requested(backend) == "auto":
-        row, refused = first_without_reason(problem)
-    else:
-        row = choose(problem, backend)
-        before = BACKENDS[: BACKENDS.index(row)]
-        refused = {other.name: other.refuses(problem) for other in before}
-    return Explanation(
-        backend=row.name,
-        details=details_of(row, problem, query, key, value, given),
-        threads=torch.get_num_threads(),
-        copied=tuple(problem.copied),
-        refused=refused,
-    )
+        return first_without_reason(problem, task)
+    row = choose(problem, backend, task)
+    before = BACKENDS[: BACKENDS.index(row)]
+    return row, {other.name: other.refuses(problem, task) for other in before}
 
 
 def explain_with_weights(
@@ -107,7 +108,7 @@ def explain_with_weights(
     query, key, value, options["bias"] = cast_for_autocast(query, key, value, options.get("bias"))
     given = Options(**options | {"return_lse": True})
     problem = Problem.from_call(query, key, value, given)
-    row, refused = first_without_reason(problem, "attention_weights")
+    row, refused = _row_and_refusals(problem, "auto", "attention_weights")
     details = details_of(row, problem, query, key, value, given, weights=True, average=average)
     return Explanation(row.name, details, torch.get_num_threads(), tuple(problem.copied), refused)
 

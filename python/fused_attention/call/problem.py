@@ -413,6 +413,11 @@ class Problem:
         if not 0.0 <= o.dropout_p <= 1.0:
             wrong_value("dropout_p", "a probability in [0, 1]", o.dropout_p)
         check_philox_seed(o.philox_seed, query.device)
+        for name in ("q_start", "k_start", "head_start"):
+            if not 0 <= getattr(o, name) < 2**30:
+                wrong_value(name, "0 to 2^30", getattr(o, name))
+        if o.dropout_p and o.k_start % 8 != 0:  # random bits come by eight keys
+            wrong_value("k_start", "a multiple of 8 with dropout", o.k_start)
 
         # What is in use
         grad = torch.is_grad_enabled()
@@ -510,9 +515,7 @@ def arguments_of(
         bias if bias is None or bias.dim() == 4 else as_4d(bias),
         o.key_padding_mask,
         None if slopes is None else as_vector(slopes, torch.float32),
-        None
-        if sinks is None
-        else as_vector(sinks, torch.promote_types(query.dtype, torch.float32)),
+        sinks,
         philox,
         *sequences,
     )
