@@ -15,7 +15,7 @@ from fused_attention import reference
 from fused_attention.call import backends, plan
 from fused_attention.call.options import DEFAULTS, Keywords, Options
 from fused_attention.call.serve import said_by, serve
-from fused_attention.operators import _torch
+from fused_attention.operators import _torch, writes
 from fused_attention.operators.arguments import (
     DIFFERENTIABLE,
     INPUTS,
@@ -212,3 +212,13 @@ def test_dynamo_is_told_as_pytorch_tells_it():
 
     torch.compiler.assume_constant_result(theirs)
     assert vars(_torch.assume_constant_result(ours)) == vars(theirs)
+
+
+def test_versions_are_counted_where_autograd_s_key_is_out_of_reach(monkeypatch):
+    monkeypatch.setattr(writes, "after_writing", lambda op, then: None)
+    written = []
+    call = writes.noticed(LIBRARY.masked_softmax_.default, "masked_softmax_")
+    monkeypatch.setattr(writes, "increment_version", written.extend)
+    x = torch.randn(2, 3)
+    call(x, 1.0, 0)
+    assert any(y is x for y in written) and x.sum(-1).allclose(torch.ones(2))

@@ -104,7 +104,7 @@ def _row_and_refusals(
 def explain_with_weights(
     query: Tensor, key: Tensor, value: Tensor, *, average: bool = True, **options: Any
 ) -> Explanation:
-    """The same of `attention_with_weights`."""
+    """Returns how `attention_with_weights` serves a call with these arguments."""
     query, key, value, options["bias"] = cast_for_autocast(query, key, value, options.get("bias"))
     given = Options(**options | {"return_lse": True})
     problem = Problem.from_call(query, key, value, given)

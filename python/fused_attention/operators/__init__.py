@@ -15,9 +15,9 @@ from .handles import forward as forward
 from .handles import forward_plain as forward_plain
 from .handles import forward_plain_lse as forward_plain_lse
 from .handles import jvp as jvp
-from .handles import kv_cache_append as kv_cache_append
 from .handles import softmax_backward as softmax_backward
 from .handles import softmax_forward as softmax_forward
-from .handles import softmax_in_place as softmax_in_place
 from .handles import weights as weights
 from .traced import define_traced as define_traced
+from .writes import kv_cache_append as kv_cache_append
+from .writes import softmax_in_place as softmax_in_place
