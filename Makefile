@@ -16,10 +16,13 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 # Test processes share the cores: threads that spin while they wait would make it three times slower.
 QUIET_OPENMP := OMP_WAIT_POLICY=passive
+# Tests of the package, whatever PyTorch, rather than of what the compilers for GPUs make of kernels.
+API_TESTS = $(filter-out $(wildcard $(foreach word,budgets cuda gpu triton,tests/test_*$(word)*.py)),$(wildcard tests/test_*.py))
+COPY := build/matrix/$(TORCH)
 FIND_NATIVE := find csrc tests/native -regex '.*\.\(h\|cpp\|inl\|cuh\|cu\)' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-full sanitize gpu lint format build cuda clean
+.PHONY: help demo bench test test-full test-api test-matrix sanitize gpu lint format build cuda clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +40,15 @@ test: build $(VENV)/test.stamp  ## the tests (a covering selection, under 15 min
 test-full: build $(VENV)/test.stamp  ## every test
 	$(QUIET_OPENMP) $(BIN)/python -m pytest -q --full -n $(JOBS) -m "not serial"
 	$(BIN)/python -m pytest -q --full -m serial
+
+test-api: build $(VENV)/test.stamp
+	$(QUIET_OPENMP) $(BIN)/python -m pytest -q -n $(JOBS) -m "not serial" $(API_TESTS)
+
+test-matrix:  ## what does not depend on a GPU's compiler, with another PyTorch, in a copy (TORCH=torch==2.10.0)
+	mkdir -p $(COPY)
+	git ls-files -z | xargs -0 cp --parents -t $(COPY)
+	sed -i '/^triton/d' $(COPY)/constraints.txt  # a PyTorch for CUDA brings the Triton that it needs
+	$(MAKE) -C $(COPY) test-api
 
 sanitize: $(VENV)/torch.stamp  ## the kernels without torch, under ASan, UBSan and TSan, and on an emulated Arm CPU
 	$(BIN)/python tests/native/sanitize.py

@@ -107,6 +107,9 @@ struct AttentionParams {
 
   // attention_jvp and attention_backward_jvp, whose results are dq, dk, dv, dbias and dsinks.
   Tangents tangent;
+
+  // Whether logits are more than scale q.k and what is added to it: their slope is not 1 then.
+  bool bends_scores() const { return softcap > 0; }
 };
 
 // masked_softmax: rows of `columns` neighbouring elements, at any strides. `size` are the

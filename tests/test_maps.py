@@ -57,6 +57,12 @@ def naive_weights(query, key, options):
     return attention_reference(query, key, identity, **options)
 
 
+@pytest.mark.parametrize("name", maps.NOT_OF_MAPS)
+def test_what_a_map_has_no_meaning_for_is_refused(name):
+    with pytest.raises(TypeError, match=name):
+        AttentionMap(torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4), **{name: 1})
+
+
 @pytest.mark.parametrize("kv_heads", [H, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_every_answer_equals_that_of_the_naive_weights(case, kv_heads, monkeypatch):

@@ -222,3 +222,29 @@ def test_versions_are_counted_where_autograd_s_key_is_out_of_reach(monkeypatch):
     x = torch.randn(2, 3)
     call(x, 1.0, 0)
     assert any(y is x for y in written) and x.sum(-1).allclose(torch.ones(2))
+
+
+def test_a_scalar_option_is_named_in_twelve_files():
+    """The walk of CONTRIBUTING.md: all that knows of softcap, but for the tools that test it."""
+    named = {
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "kernels", "python")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in (".h", ".cuh", ".inl", ".cpp", ".cu", ".py")
+        and "softcap" in path.read_text()
+    }
+    of_tests = {f"python/fused_attention/tools/{name}.py" for name in ("testing", "verify")}
+    assert named - of_tests == {
+        "csrc/arguments.h",
+        "csrc/attention_params.h",
+        "csrc/cpu/scores.inl",
+        "csrc/cuda/scores.cuh",
+        "csrc/describe.h",
+        "kernels/launch.py",
+        "kernels/primitives.py",
+        "python/fused_attention/attention.py",
+        "python/fused_attention/call/options.py",
+        "python/fused_attention/call/problem.py",
+        "python/fused_attention/operators/arguments.py",
+        "python/fused_attention/reference.py",
+    }

@@ -139,8 +139,9 @@ def naive(inputs, directions, grad_direction, backwards):
         *((B, Hq, Sq, Sk), off, used, options["causal"], options["window_size"]),
         *(options.get("mask"), options.get("key_padding_mask")),
     )
-    rest = tensors.get("bias"), options.get("alibi_slopes")
-    s = reference.scores(turned(q, -1), turned(k, -1), scale, off, options["softcap"], *rest)
+    said = {"scale": scale, "softcap": options["softcap"], "bias": tensors.get("bias")}
+    said["alibi_slopes"] = options.get("alibi_slopes")
+    s = reference.scores(turned(q, -1), turned(k, -1), off, **said)
     s = torch.where(seen, s, -math.inf)
     p, lse = reference.softmax(turned(s, -1), tensors.get("sinks"))
     p, lse = turned(p, -1), lse.unsqueeze(-1)

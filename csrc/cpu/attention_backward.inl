@@ -31,7 +31,7 @@ struct BackwardTile {
   T *lse, *delta;            // [kBlockM]
   uint64_t counted;          // a bit for each query, but those that saw nothing
   T *p, *ds;                 // weights and score gradients [kBlockN][kBlockM]
-  T* softcap_slope;          // [kBlockN][kBlockM]
+  T* slope;                  // of the logits, [kBlockN][kBlockM]
   T* unseen;                 // [kBlockN][D or Dv], see add_for_seen_keys
   T *bias, *bias_t;          // then dw [kBlockM][kBlockN] and transposed
   uint64_t *visible, *keep;  // [kBlockN]
@@ -54,7 +54,7 @@ struct BackwardTile {
     dv = arena.take<T>(kBlockN * width_v);
     dq_t = arena.take<T>(M * width);
     dq = arena.take<T>(M * width);
-    softcap_slope = arena.take<T>(p_.softcap > 0 ? kBlockN * M : 0);
+    slope = arena.take<T>(p_.bends_scores() ? kBlockN * M : 0);
     unseen = arena.take<T>(kBlockN * max_of(width, width_v));
     const bool staged = p_.bias.data != nullptr || p_.weights.data != nullptr;
     bias = arena.take<T>(staged ? M * kBlockN : 0);
@@ -96,7 +96,7 @@ void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, i
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   t.products.template scores<kVectors>(p, columns, t.p, t.ds);  // s <- k q^T, dp <- v do^T
   const double factor = finish_scores<T, kVectors>(p, seq, h, m_start, rows, n_start, columns, t.p,
-                                                   t.bias, t.bias_t, t.softcap_slope);
+                                                   t.bias, t.bias_t, t.slope);
   if (p.weights.data != nullptr) {  // dp <- dp + dw
     const Vec<T> share = broadcast(share_of_weights<T>(p));
     load_scores(p.weights, seq.b, h, m_start, rows, n_start, columns, t.bias);
@@ -130,8 +130,8 @@ void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, i
       const Vec<T> ds = mul(weight, sub(dp, delta));
       store(at_ds, select_bits(visible >> (x * W), ds, zero));
       store(at_p, dropped);
-      if (p.softcap > 0) {  // so may the slope be
-        T* slope = t.softcap_slope + j * kRow + x * W;
+      if (p.bends_scores()) {  // so may the slope be
+        T* slope = t.slope + j * kRow + x * W;
         store(slope, select_bits(visible >> (x * W), load(slope), zero));
       }
     }
@@ -140,12 +140,11 @@ void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, i
 
 // ds <- ds * d logit / d (scale q.k), once dbias has taken what it needs.
 template <int kVectors, typename Arithmetic>
-void apply_softcap_slope(const AttentionParams& p, int64_t columns,
-                         const BackwardTile<Arithmetic>& t) {
+void apply_slope(const AttentionParams& p, int64_t columns, const BackwardTile<Arithmetic>& t) {
   using T = typename Arithmetic::T;
-  if (p.softcap <= 0) return;
+  if (!p.bends_scores()) return;
   for (int64_t i = 0; i < columns * kVectors * kLanes<T>; i += kLanes<T>) {
-    store(t.ds + i, mul(load(t.ds + i), load(t.softcap_slope + i)));
+    store(t.ds + i, mul(load(t.ds + i), load(t.slope + i)));
   }
 }
 
@@ -354,7 +353,7 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
         if (p.dbias.data != nullptr && p.dbias.stride_q == 0) {
           add_key_sums<T, kVectors>(rows, columns, t.ds, key_sums);
         }
-        apply_softcap_slope<kVectors>(p, columns, t);
+        apply_slope<kVectors>(p, columns, t);
         // dk <- dk + ds^T q
         add_for_seen_keys(visible, columns, width, t.dk, t.unseen, [&] {
           t.products.template add_to_dk<kVectors>(p, rows, columns, t.ds, t.dk);
@@ -508,7 +507,7 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
         for (int64_t j = 0; j < columns; ++j) row[one_a_row ? 0 : j] += t.bias[i * kBlockN + j];
       }
     }
-    apply_softcap_slope<kVectors>(p, columns, t);
+    apply_slope<kVectors>(p, columns, t);
     if (head.dk != nullptr) {  // dk <- dk + ds^T q
       T* dk = head.dk + n * width;
       add_for_seen_keys(visible, columns, width, dk, t.unseen, [&] {

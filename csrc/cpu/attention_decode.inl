@@ -212,15 +212,8 @@ uint64_t decode_visible(const AttentionParams& p, const Sequence& seq, int64_t h
 template <typename T>
 T decode_logits(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i, int64_t n,
                 int64_t columns, uint64_t visible, T* bias, T* s) {
-  const bool softcap = p.softcap > 0, has_bias = p.bias.data != nullptr;
-  const bool alibi = p.alibi_slopes != nullptr;
-  if (softcap) {  // s <- cap * tanh(s * scale / cap)
-    const Vec<T> inner = broadcast((T)(p.scale / p.softcap)), outer = broadcast((T)p.softcap);
-    each_vector<T>([&](int j, int) { store(s + j, mul(tanh<T>(mul(load(s + j), inner)), outer)); });
-  } else {
-    const Vec<T> scale = broadcast((T)p.scale);
-    each_vector<T>([&](int j, int) { store(s + j, mul(load(s + j), scale)); });
-  }
+  const bool has_bias = p.bias.data != nullptr, alibi = p.alibi_slopes != nullptr;
+  map_scores<T>(p, kWord, s, nullptr, nullptr);
   if (has_bias) {
     const ScoreView& view = p.bias;
     const int64_t offset =

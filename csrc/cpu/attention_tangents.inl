@@ -1,17 +1,18 @@
 // Attention along a direction: t_x is the tangent of x, what x changes by when the inputs change by
 // t_q, t_k, t_v, t_bias and t_sink. By the rules of differentiation, with the names of
-// attention_backward.inl (u = scale q k^T, z the scale of the weights that dropout keeps, else 0):
+// attention_backward.inl (u = scale q k^T, f of map_scores in scores.inl, z the scale of the
+// weights that dropout keeps, else 0):
 //
-//   t_u = scale (t_q k^T + q t_k^T),  t_s = softcap'(u) t_u + t_bias
+//   t_u = scale (t_q k^T + q t_k^T),  t_s = f'(u) t_u + t_bias
 //   t_lse = rowsum(p * t_s) + p_sink t_sink
 //   t_out = (z * p * t_s) v + (z * p) t_v - t_lse * out                       attention_jvp
 //
-// and of the gradients, with ds = p * (z * dp - delta) and e = softcap'(u) * ds:
+// and of the gradients, with ds = p * (z * dp - delta) and e = f'(u) * ds:
 //
 //   t_delta = rowsum(t_do * out + do * t_out) - t_dlse,  t_dp = t_do v^T + do t_v^T
 //   t_p  = p * (t_s - t_lse)
 //   t_ds = t_p * (z * dp - delta) + p * (z * t_dp - t_delta)
-//   t_e  = softcap'(u) * t_ds + softcap''(u) * t_u * ds
+//   t_e  = f'(u) * t_ds + f''(u) * t_u * ds
 //   t_dv = (z * t_p)^T do + (z * p)^T t_do
 //   t_dk = scale (t_e^T q + e^T t_q),  t_dq = scale (t_e k + e t_k)
 //   t_dbias = t_ds, summed where the bias is broadcast
@@ -35,7 +36,7 @@ struct TangentTile {
   T *k, *tk, *v, *tv;
   // Of the scores [kBlockN][kBlockM]: each of the pairs at first (s, t_s) and (dp, t_dp).
   T *p, *tp, *ds, *tds;
-  T *slope, *bend;           // softcap'(u) and softcap''(u) * t_u
+  T *slope, *bend;           // f'(u) and f''(u) * t_u
   T *bias, *bias_t;          // [kBlockM][kBlockN] and transposed
   uint64_t *visible, *keep;  // [kBlockN]
   T *sum_t, *sum, *sum2;     // results: [D or Dv][kBlockM]; [kBlockM or kBlockN][D or Dv]
@@ -57,7 +58,7 @@ struct TangentTile {
     take(kBlockN * params.D, k, tk);
     take(kBlockN * params.Dv, v, tv);
     take(kBlockN * M, p, tp, ds, tds);
-    take(params.softcap > 0 ? kBlockN * M : 0, slope, bend);
+    take(params.bends_scores() ? kBlockN * M : 0, slope, bend);
     take(staged ? kBlockN * M : 0, bias, bias_t);
     take(M * widest, sum_t);
     take(most * widest, sum, sum2);
@@ -155,28 +156,19 @@ double tangent_scores(const AttentionParams& p, const Sequence& seq, int64_t h, 
                       int64_t rows, int64_t n_start, int64_t columns, const TangentKeys<T>& keys,
                       const TangentTile<T>& t) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const bool softcap = p.softcap > 0;
   for (int64_t j = 0; j < columns; ++j) t.visible[j] &= *t.counted;
   // s <- k q^T, t_u <- k t_q^T + t_k q^T
   multiply<kVectors, false>(columns, p.D, keys.k, t.q_t, kRow, t.p, kRow);
   multiply_pair<T, kVectors>(columns, p.D, keys.k, t.tq_t, p.tangent.query.data != nullptr, keys.tk,
                              t.q_t, t.tp);
-  if (softcap) {  // softcap''(u) = -2 / cap * tanh(u / cap) * softcap'(u)
-    const Vec<T> inner = broadcast((T)(p.scale / p.softcap)),
-                 outer = broadcast((T)(-2 / p.softcap));
-    for (int64_t i = 0; i < columns * kRow; i += W) {
-      store(t.bend + i, mul(tanh<T>(mul(load(t.p + i), inner)), outer));
-    }
-  }
   const double factor = finish_scores<T, kVectors>(p, seq, h, m_start, rows, n_start, columns, t.p,
-                                                   t.bias, t.bias_t, softcap ? t.slope : nullptr);
+                                                   t.bias, t.bias_t, t.slope, t.bend);
   const Vec<T> scale = broadcast((T)p.scale);
   for (int64_t i = 0; i < columns * kRow; i += W) {
     Vec<T> ts = mul(load(t.tp + i), scale);
-    if (softcap) {
-      const Vec<T> slope = load(t.slope + i);
-      store(t.bend + i, mul(mul(load(t.bend + i), slope), ts));
-      ts = mul(ts, slope);
+    if (p.bends_scores()) {
+      store(t.bend + i, mul(load(t.bend + i), ts));
+      ts = mul(ts, load(t.slope + i));
     }
     store(t.tp + i, ts);
   }
@@ -421,9 +413,9 @@ void tangent_gradients(const AttentionParams& p, const Sequence& seq, int64_t h,
 
 // t.tds <- t_e, t.ds <- e
 template <typename T, int kVectors>
-void apply_tangent_softcap(const AttentionParams& p, int64_t columns, const TangentTile<T>& t) {
+void apply_tangent_slope(const AttentionParams& p, int64_t columns, const TangentTile<T>& t) {
   constexpr int W = kLanes<T>;
-  if (p.softcap <= 0) return;
+  if (!p.bends_scores()) return;
   const Vec<T> zero = broadcast((T)0);
   for (int64_t j = 0; j < columns; ++j) {
     for (int x = 0; x < kVectors; ++x) {
@@ -484,7 +476,7 @@ void tangent_keys(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_s
           multiply_wide(columns, rows, width_v, Scalars<T>{t.p, kRow, 1}, t.t_grad_out, width_v,
                         tdv, width_v);
         });
-        apply_tangent_softcap<T, kVectors>(p, columns, t);
+        apply_tangent_slope<T, kVectors>(p, columns, t);
         // t_dk <- t_dk + t_e^T q + e^T t_q
         add_for_seen_keys(t.visible, columns, width, tdk, t.unseen, [&] {
           multiply_wide(columns, rows, width, Scalars<T>{t.tds, kRow, 1}, t.q, width, tdk, width);
@@ -536,7 +528,7 @@ void tangent_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
     sighted |= seeing_queries(rows, columns, Visible::kSome, t.visible) & *t.counted;
     const TangentKeys<T> keys = load_tangent_keys(p, seq, h_kv, n, columns, t.visible, t);
     tangent_gradients<T, kVectors>(p, seq, h, m_start, rows, n, columns, keys, t);
-    apply_tangent_softcap<T, kVectors>(p, columns, t);
+    apply_tangent_slope<T, kVectors>(p, columns, t);
     // t_dq^T <- t_dq^T + k^T t_e^T + t_k^T e^T
     multiply<kVectors, true>(p.D, columns, transposed(keys.k), t.tds, kRow, t.sum_t, kRow);
     if (keys.tk.data != nullptr) {

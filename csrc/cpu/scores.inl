@@ -13,30 +13,37 @@ void load_scores(const ScoreView& view, int64_t b, int64_t h, int64_t m_start, i
   }
 }
 
+// s <- f(u), u = scale s, for `count` values of q.k, whole vectors. f(u) = u, or with softcap
+// cap tanh(u / cap). slope and bend, if given, get f'(u) and f''(u) where scores bend.
+template <typename T>
+FA_INLINE void map_scores(const AttentionParams& p, int64_t count, T* s, T* slope, T* bend) {
+  constexpr int W = kLanes<T>;
+  if (!p.bends_scores()) {
+    const Vec<T> scale = broadcast((T)p.scale);
+    for (int64_t i = 0; i < count; i += W) store(s + i, mul(load(s + i), scale));
+    return;
+  }
+  const Vec<T> inner = broadcast((T)(p.scale / p.softcap)), outer = broadcast((T)p.softcap);
+  const Vec<T> one = broadcast((T)1), curvature = broadcast((T)(-2 / p.softcap));
+  for (int64_t i = 0; i < count; i += W) {
+    const Vec<T> t = tanh<T>(mul(load(s + i), inner)), derivative = sub(one, mul(t, t));
+    store(s + i, mul(t, outer));
+    if (slope != nullptr) store(slope + i, derivative);
+    if (bend != nullptr) store(bend + i, mul(mul(t, curvature), derivative));
+  }
+}
+
 // s <- logits where a feature asks for it. Returns the factor that still turns s into logits: scale
 // for plain scores, else 1. It is positive, so that maxima may be taken before it is applied.
-// softcap_slope, if given, gets d logit / d (scale q.k).
+// slope and bend: see map_scores.
 template <typename T, int kVectors>
 double finish_scores(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                      int64_t rows, int64_t n_start, int64_t columns, T* s, T* bias_staged,
-                     T* bias_transposed, T* softcap_slope) {
+                     T* bias_transposed, T* slope, T* bend = nullptr) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const bool softcap = p.softcap > 0, bias = p.bias.data != nullptr;
-  const bool alibi = p.alibi_slopes != nullptr;
-  if (!softcap && !bias && !alibi && p.scale > 0) return p.scale;
-
-  if (softcap) {  // s <- cap * tanh(s * scale / cap)
-    const Vec<T> inner = broadcast((T)(p.scale / p.softcap)), one = broadcast((T)1);
-    const Vec<T> outer = broadcast((T)p.softcap);
-    for (int64_t i = 0; i < columns * kRow; i += W) {
-      const Vec<T> t = tanh<T>(mul(load(s + i), inner));
-      store(s + i, mul(t, outer));
-      if (softcap_slope) store(softcap_slope + i, sub(one, mul(t, t)));
-    }
-  } else {
-    const Vec<T> factor = broadcast((T)p.scale);
-    for (int64_t i = 0; i < columns * kRow; i += W) store(s + i, mul(load(s + i), factor));
-  }
+  const bool bias = p.bias.data != nullptr, alibi = p.alibi_slopes != nullptr;
+  if (!p.bends_scores() && !bias && !alibi && p.scale > 0) return p.scale;
+  map_scores(p, columns * kRow, s, slope, bend);
   if (bias && p.bias.stride_q == 0) {  // one value a key
     load_scores(p.bias, seq.b, h, m_start, 1, n_start, columns, bias_staged);
     for (int64_t j = 0; j < columns; ++j) {
@@ -54,14 +61,14 @@ double finish_scores(const AttentionParams& p, const Sequence& seq, int64_t h, i
     }
   }
   if (alibi) {  // s <- s - slope * |i + off - j|
-    const T slope = (T)p.alibi_slopes[seq.b * p.alibi_stride_b + h];
-    const Vec<T> negative_slope = broadcast(-slope), lane = iota(T());
+    const T steepness = (T)p.alibi_slopes[seq.b * p.alibi_stride_b + h];
+    const Vec<T> negative = broadcast(-steepness), lane = iota(T());
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t distance = m_start + seq.diagonal_offset - (n_start + j);
       for (int x = 0; x < kVectors; ++x) {
         T* at = s + j * kRow + x * W;
         const Vec<T> distances = abs(add(lane, broadcast((T)(distance + x * W))));
-        store(at, fma(distances, negative_slope, load(at)));
+        store(at, fma(distances, negative, load(at)));
       }
     }
   }

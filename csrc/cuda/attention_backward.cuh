@@ -11,8 +11,8 @@
 // Both passes are one kernel: the rows that a block owns, keys or queries, are the rows of the
 // accumulators (s^T = k q^T in the former, s = q k^T in the latter), whose registers are then the
 // left operand of the products that make the gradients. Dropout replaces p by z p in dv and dp by
-// z dp in ds, z the kept weights' scale. dbias = ds (before softcap's slope), summed where the bias
-// is broadcast: a kernel of its own, whose blocks each own a tile of it.
+// z dp in ds, z the kept weights' scale. dbias = ds (before the logits' slope), summed where the
+// bias is broadcast: a kernel of its own, whose blocks each own a tile of it.
 #pragma once
 
 #include "copy.cuh"

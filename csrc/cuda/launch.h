@@ -145,7 +145,7 @@ inline bool is_float(const Call& p) { return p.dtype == DType::kFloat32; }
 // Whether the kernel without options serves the call; then a row is whole 16-byte pieces.
 inline bool is_plain(const Call& p) {
   return !is_float(p) && p.aligned && p.D % 8 == 0 && p.Dv % 8 == 0 && p.scale > 0 &&
-         p.softcap == 0 && p.mask.data == nullptr && p.bias.data == nullptr &&
+         !p.bends_scores() && p.mask.data == nullptr && p.bias.data == nullptr &&
          p.key_padding_mask == nullptr && p.alibi_slopes == nullptr && p.dropout_threshold == 0 &&
          p.diagonal_start == 0 && p.block_table == nullptr;
 }

@@ -82,14 +82,16 @@ def visible(
 def scores(
     q: Tensor,
     k: Tensor,
-    scale: float,
     off: Tensor,
+    *,
+    scale: float | None = None,
     softcap: float = 0.0,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """The logits before masking, [B, Hq, Sq, Sk], from q [B, Hq, Sq, D] and k [B, Hq, Sk, D]."""
-    B, Hq, Sq, _ = q.shape
+    B, Hq, Sq, D = q.shape
+    scale = 1.0 / math.sqrt(max(D, 1)) if scale is None else scale
     s = scale * (q @ k.transpose(-2, -1))
     if 0 < softcap < 2.0 ** (992 if s.dtype == torch.float64 else 96):  # larger ones cap nothing
         softcap = max(softcap, 4 * torch.finfo(s.dtype).tiny)
@@ -443,8 +445,8 @@ def attention_reference(
         k = torch.where(key_is_seen, key.to(dtype).repeat_interleave(group, dim=1), 0.0)
         v = torch.where(key_is_seen, value.to(dtype).repeat_interleave(group, dim=1), 0.0)
 
-        scale = 1.0 / math.sqrt(max(D, 1)) if scale is None else scale
-        s = scores(q, k, scale, off, softcap, bias, alibi_slopes)
+        logits: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        s = scores(q, k, off, **logits, bias=bias, alibi_slopes=alibi_slopes)
         p, lse = softmax(torch.where(seen, s, -INF), sinks)
         if philox is not None:
             starts = {"q_start": q_start, "k_start": k_start, "head_start": head_start}

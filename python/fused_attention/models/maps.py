@@ -13,16 +13,25 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import attention
-from ..errors import wrong_value
+from ..errors import wrong_type, wrong_value
 from ..reference import diagonal_offset, scores, visible
 from .attend import Attend, Cached, Layout, Packed, Padded
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..call.options import Keywords
+
+DROPOUT = ("dropout_p", "philox_seed")
+SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_k")
+NOT_OF_MAPS = (*DROPOUT, *SEQUENCES, "block_table", "return_lse")
+ONLY_OF_LSE = ("sinks", "precision", "backend")
 BLOCK_ELEMENTS = 1 << 20  # of a block of weights, unless one row of each head has more
 
 
@@ -30,47 +39,27 @@ class AttentionMap:
     """The weights of one attention, [B, Hq, Sq, Sk], computed where they are asked for.
 
     query [B, Hq, Sq, D], key [B, Hkv, Sk, D]; the options are those of `attention`, and their
-    meaning too. Nothing is differentiable. A row that sees no key has weights 0; with sinks a row
-    sums to less than 1. Answers are float32 (float64 for float64).
+    meaning too; there are none of dropout, packed sequences and pages. Nothing is differentiable. A
+    row that sees no key has weights 0; with sinks a row sums to less than 1. Answers are float32
+    (float64 for float64).
 
-    Raises as `attention` does.
+    Raises as `attention` does, and ArgumentTypeError for an option that maps do not have.
     """
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        *,
-        mask: Tensor | None = None,
-        bias: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        causal: bool | str = False,
-        window_size: tuple[int, int] = (-1, -1),
-        scale: float | None = None,
-        softcap: float = 0.0,
-        alibi_slopes: Tensor | None = None,
-        sinks: Tensor | None = None,
-    ) -> None:
+    def __init__(self, query: Tensor, key: Tensor, **options: Unpack[Keywords]) -> None:
+        said: dict[str, Any] = dict(options)
+        for name in NOT_OF_MAPS:
+            if name in said:
+                wrong_type(name, "nothing: a map is of a dense call without dropout", said[name])
         self.query, self.key = query.detach(), key.detach()
-        self.mask, self.bias, self.key_padding_mask = mask, bias, key_padding_mask
-        self.causal, self.window_size = causal, window_size
-        self.scale, self.softcap, self.alibi_slopes = scale, softcap, alibi_slopes
+        no_value = self.key[..., :1]
         with torch.no_grad():
-            _, self.lse = attention(
-                self.query,
-                self.key,
-                self.key[..., :1],  # no values are needed
-                mask=mask,
-                bias=bias,
-                key_padding_mask=key_padding_mask,
-                causal=causal,
-                window_size=window_size,
-                scale=scale,
-                softcap=softcap,
-                alibi_slopes=alibi_slopes,
-                sinks=sinks,
-                return_lse=True,
-            )
+            _, self.lse = attention(self.query, self.key, no_value, return_lse=True, **said)
+        for name in ONLY_OF_LSE:
+            said.pop(name, None)
+        self.causal, self.window_size = said.pop("causal", False), said.pop("window_size", (-1, -1))
+        self.mask, self.padding = said.pop("mask", None), said.pop("key_padding_mask", None)
+        self.of_scores = said
         self.dtype = torch.promote_types(query.dtype, torch.float32)
 
     @property
@@ -150,25 +139,13 @@ class AttentionMap:
             return x if x.shape[2] == 1 else x[:, :, rows]
 
         shape = (B, len(heads), len(rows), Sk)
-        seen = visible(
-            shape,
-            off,
-            used,
-            self.causal,
-            self.window_size,
-            part(self.mask),
-            self.key_padding_mask,
-        )
-        slopes = self.alibi_slopes
-        s = scores(
-            self.query[:, heads][:, :, rows].to(self.dtype),
-            self.key[:, heads // group].to(self.dtype),
-            self.query.shape[-1] ** -0.5 if self.scale is None else self.scale,
-            off,
-            self.softcap,
-            part(self.bias),
-            None if slopes is None else slopes[..., heads],
-        )
+        mask = part(self.mask)
+        seen = visible(shape, off, used, self.causal, self.window_size, mask, self.padding)
+        of_scores = {**self.of_scores, "bias": part(self.of_scores.get("bias"))}
+        if (slopes := of_scores.get("alibi_slopes")) is not None:
+            of_scores["alibi_slopes"] = slopes[..., heads]
+        q, k = self.query[:, heads][:, :, rows], self.key[:, heads // group]
+        s = scores(q.to(self.dtype), k.to(self.dtype), off, **of_scores)
         lse = self.lse[:, heads][:, :, rows, None].to(self.dtype)
         return torch.where(seen, torch.exp(s - lse), 0.0)
 

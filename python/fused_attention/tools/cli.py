@@ -26,6 +26,7 @@ from .. import __version__, _native
 from ..call import backends
 from ..call.backends import BACKENDS, REFERENCE, feature_table
 from ..call.explain import explain
+from ..call.options import DEFAULTS as OPTIONS
 from ..call.problem import DTYPES
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..operators._torch import fake_tensors
@@ -39,6 +40,7 @@ ENVIRONMENT_VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "OMP_NUM_THREADS",
 )
+NUMBERS = {name: x for name, x in OPTIONS._asdict().items() if isinstance(x, float)}
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
@@ -163,10 +165,9 @@ def explain_shape(arguments: argparse.Namespace) -> int:
         options: dict[str, Any] = {
             "causal": arguments.causal or False,
             "window_size": tuple(arguments.window),
-            "softcap": arguments.softcap,
-            "dropout_p": arguments.dropout,
             "return_lse": arguments.lse,
             "backend": arguments.backend,
+            **{name: getattr(arguments, name) for name in NUMBERS},
         }
         if arguments.mask:
             options["mask"] = tensor(*arguments.mask, dtype=torch.bool)
@@ -283,8 +284,8 @@ def parser() -> argparse.ArgumentParser:
     add("--device", type=device, default="cpu")
     add("--causal", choices=("top_left", "bottom_right"), nargs="?", const="top_left")
     add("--window", type=int, nargs=2, default=(-1, -1), metavar=("LEFT", "RIGHT"))
-    add("--softcap", type=float, default=0.0)
-    add("--dropout", type=float, default=0.0)
+    for name, default in NUMBERS.items():
+        add("--" + name.replace("_", "-"), type=float, default=default)
     add("--mask", type=shape, metavar="SHAPE", help="bool mask, say 1,1,128,128")
     add("--bias", type=shape, metavar="SHAPE", help="additive bias")
     add("--bias-grad", action="store_true", help="the bias needs a gradient")

@@ -17,17 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call.options import DEFAULTS as OPTIONS
 from ..errors import ArgumentValueError
 
 SIGNATURES = ("attention", "sdpa")
 # What attention() does without the keyword: then it need not be passed.
-DEFAULTS: dict[str, Any] = {
-    "causal": False,
-    "window_size": (-1, -1),
-    "scale": None,
-    "softcap": 0.0,
-    "dropout_p": 0.0,
-}
+DEFAULTS = {name: x for name, x in OPTIONS._asdict().items() if x is not None}
 
 
 class NotOffered(Exception):

@@ -232,8 +232,8 @@ def _naive(inputs: Inputs, backwards: bool) -> Results:
         options.get("key_padding_mask"),
     )
     softcap = options["softcap"]
-    rest = (tensors.get("bias"), options.get("alibi_slopes"))
-    s = reference.scores(turned(q, -1), turned(k, -1), scale, off, softcap, *rest)
+    rest = {"bias": tensors.get("bias"), "alibi_slopes": options.get("alibi_slopes")}
+    s = reference.scores(turned(q, -1), turned(k, -1), off, scale=scale, softcap=softcap, **rest)
     sinks = tensors.get("sinks")
     p, lse = reference.softmax(turned(torch.where(seen, s, -math.inf), -1), sinks)
     p = turned(p, -1)
