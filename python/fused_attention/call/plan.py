@@ -120,7 +120,7 @@ def kind_of_call(
     except RuntimeError:  # see float32_matmul_precision
         precision = "highest"
     if draws:
-        options += tuple((x.dtype, x.device, x.layout) for x in (key, value))
+        options += (key.dtype, key.device, key.layout, value.dtype, value.device, value.layout)
         options += (query.layout,)
     return (
         shapes,

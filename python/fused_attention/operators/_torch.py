@@ -26,6 +26,7 @@ def _private(name: str, instead: Callable[..., Any]) -> Callable[..., Any]:
 
 are_transforms_active = _private("_are_functorch_transforms_active", lambda: True)
 len_torch_function_stack = _private("_len_torch_function_stack", lambda: 1)
+len_torch_dispatch_stack = _private("_len_torch_dispatch_stack", lambda: 1)
 is_any_autocast_enabled = _private("_is_any_autocast_enabled", lambda: True)
 is_jit_tracing = _private("_is_tracing", torch.jit.is_tracing)
 get_float32_matmul_precision = _private(

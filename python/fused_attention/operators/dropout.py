@@ -54,9 +54,13 @@ def philox_state(query: Tensor, philox_seed: int | Tensor | None = None) -> Tens
         signed = philox_seed - 2**64 if wraps else philox_seed
         return torch.tensor([signed, 0], dtype=torch.int64, device=query.device)
     like = query
-    if not _torch.is_compiling() and _torch.are_transforms_active():
-        mapped = _torch.mapped_by_every_vmap(query.device)
-        like = query if mapped is None else mapped
+    if not _torch.is_compiling():
+        watched = _torch.len_torch_dispatch_stack() != 0 or _torch.is_jit_tracing()
+        if not watched and _torch.is_direct(query):
+            return _draw(query, 0)  # what the operator does, without the time to call it
+        if _torch.are_transforms_active():
+            mapped = _torch.mapped_by_every_vmap(query.device)
+            like = query if mapped is None else mapped
     return draw_philox_state(like, _next_call_site())
 
 
