@@ -46,7 +46,7 @@ test-api: build $(VENV)/test.stamp
 
 test-matrix:  ## what does not depend on a GPU's compiler, with another PyTorch, in a copy (TORCH=torch==2.10.0)
 	mkdir -p $(COPY)
-	git ls-files -z | xargs -0 cp --parents -t $(COPY)
+	git ls-files -z | xargs -0 cp -P --parents -t $(COPY)
 	sed -i '/^triton/d' $(COPY)/constraints.txt  # a PyTorch for CUDA brings the Triton that it needs
 	$(MAKE) -C $(COPY) test-api
 

@@ -109,6 +109,14 @@ class AttentionForwardMode(Attention):
         return attention_tangents(call | arguments._asdict())
 
 
+class AttentionDirect(Attention):
+    """`Attention` of direct calls: the operator without the Python around it."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return ops.OPERATORS.direct_forward(*inputs)
+
+
 class AttentionWithWeights(Function):
     """(out, lse, weights). Inputs: whether the weights are averaged, then those of `Attention`."""
 
@@ -212,6 +220,12 @@ class CudaAttentionForwardMode(CudaAttention):
         raise NotImplementedError("attention: forward-mode derivatives are not built" + _ON_CUDA)
 
 
+class CudaAttentionDirect(CudaAttention):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return cuda.operators().direct_forward(*inputs)
+
+
 class CudaAttentionPlain(AttentionPlain):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, numbers: Any) -> Tensor:
@@ -276,13 +290,13 @@ def _apply_cuda_compiling(*inputs: Any) -> Any:
 FUNCTIONS = Functions(
     _apply_compiling,
     AttentionForwardMode.apply,
-    super(Function, Attention).apply,
+    super(Function, AttentionDirect).apply,
     super(Function, AttentionPlain).apply,
 )
 CUDA_FUNCTIONS = Functions(
     _apply_cuda_compiling,
     CudaAttentionForwardMode.apply,
-    super(Function, CudaAttention).apply,
+    super(Function, CudaAttentionDirect).apply,
     super(Function, CudaAttentionPlain).apply,
 )
 
