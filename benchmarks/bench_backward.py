@@ -1,7 +1,7 @@
 """Attention's backward beside PyTorch's, and forward with backward where PyTorch has no fused
-kernel (dropout, a bias with a gradient): results/backward.json.
+kernel (dropout, a bias with a gradient): results/backward.csv.
 
-Both sides are held to one instruction set, the one named by --isa; results of others stay.
+With --isa both sides are held to that instruction set: results/backward_<isa>.csv.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results" / "backward.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 # What holds PyTorch, oneDNN and MKL to an instruction set, beside our own variable
 HELD = {
     "avx2": {
@@ -79,14 +79,9 @@ def main() -> None:
 
     import torch
 
+    import result_tables
     from fused_attention import _native
-    from fused_attention.models.files import update_json
-    from fused_attention.tools.benchmark.harness import (
-        as_json,
-        interleave,
-        machine,
-        real_time_priority,
-    )
+    from fused_attention.tools.benchmark.harness import interleave, machine, real_time_priority
     from fused_attention.tools.testing import num_threads
 
     torch.manual_seed(0)
@@ -97,30 +92,24 @@ def main() -> None:
                 calls = calls_of(shape, extra, with_forward, dtype)
                 timings = interleave(calls, budget=options.budget)
                 ratio = timings["PyTorch SDPA"].median / timings["fused_attention"].median
-                row = {
+                case = {
                     "case": name,
                     "timed": "forward and backward" if with_forward else "backward",
                     "dtype": str(dtype).removeprefix("torch."),
-                    "PyTorch / ours": round(ratio, 2),
-                    "timings_ms": as_json(timings),
                 }
-                rows.append(row)
+                rows += result_tables.beside(case, timings, "fused_attention")
                 disturbed = any(timing.disturbed for timing in timings.values())
                 print(
-                    f"{name:26} {row['dtype']:9} {timings['fused_attention'].median:8.1f} ms"
+                    f"{name:26} {case['dtype']:9} {timings['fused_attention'].median:8.1f} ms"
                     f"  PyTorch / ours {ratio:.2f}",
                     "(disturbed)" if disturbed else "",
                     flush=True,
                 )
-    result = {
-        "real_time": real_time,
-        "threads": options.threads,
-        "isa": _native.active_isa(),
-        "machine": machine(),
-        "cases": rows,
-    }
-    update_json(RESULTS, {options.isa: result})
-    print("saved", RESULTS.name)
+    name = "backward" if options.isa == "auto" else f"backward_{options.isa}"
+    path = RESULTS / f"{name}.csv"
+    about = machine() | {"isa": _native.active_isa(), "threads": options.threads}
+    result_tables.write(path, about | {"real_time": real_time}, rows)
+    print("saved", path.name)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Generation and packed sequences beside PyTorch: results/decode.json.
+"""Generation and packed sequences beside PyTorch: results/decode.csv.
 
 Decoding: one query a head, 32 heads on 8 key heads, D 128, one sequence; dense, and from pages in
 random order. Its ceiling is reading the keys and values once: in each round a sum over as many
@@ -8,20 +8,20 @@ rate of a dense call of 1024 tokens.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import result_tables
 from fused_attention import _native, attention
-from fused_attention.tools.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.tools.benchmark.harness import interleave, machine, real_time_priority
 from fused_attention.tools.benchmark.peers import flex
 from fused_attention.tools.benchmark.shapes import Case, Inputs
 from fused_attention.tools.testing import num_threads
 
-RESULTS = Path(__file__).resolve().parent / "results" / "decode.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "decode.csv"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OURS, PYTORCH, READ = "fused_attention", "PyTorch SDPA", "reading once"
 Calls = dict[str, Callable[[], object]]
@@ -96,7 +96,8 @@ def main() -> None:
     parser.add_argument("--flex", action="store_true", help="also FlexAttention: compiles, slowly")
     options = parser.parse_args()
     torch.manual_seed(0)
-    decode, varlen = [], []
+    rows = []
+    lengths = torch.logspace(4, 11, 32, base=2).round().int().tolist()
     with num_threads(options.threads), real_time_priority() as real_time, torch.no_grad():
         for dtype in DTYPES:
             name = str(dtype).removeprefix("torch.")
@@ -110,40 +111,25 @@ def main() -> None:
                     if peer not in (OURS, READ)
                 }
                 ratios["share of the bandwidth"] = timings[READ].median / ours
-                bandwidth = {
-                    who: size / timings[who].median / 1e6 for who in (OURS, READ)
-                }  # bytes in a millisecond, to GB/s
-                decode.append(
-                    {
-                        "dtype": name, "Sq": Sq, "Sk": Sk, "bytes": size, "GB/s": bandwidth,
-                        "ratios": ratios, "timings_ms": as_json(timings),
-                    }
-                )  # fmt: skip
+                case = {"what": "decode", "dtype": name, "Sq": Sq, "Sk": Sk, "bytes": size}
+                for row in result_tables.beside(case, timings, OURS):
+                    rows.append(row | {"GB/s": size / row["median ms"] / 1e6})
                 report(f"decode {name:8} Sq {Sq} Sk {Sk:5}", timings, ratios)
-            lengths = torch.logspace(4, 11, 32, base=2).round().int().tolist()
             timings = interleave(varlen_calls(lengths, dtype), budget=options.budget)
             work = sum(n * n for n in lengths) / 1024**2
+            rate = "ours / work at the dense rate"
             ratios = {
                 "padded / ours": timings[f"{PYTORCH}, padded"].median / timings[OURS].median,
-                "ours / work at the dense rate": timings[OURS].median
-                / (work * timings["dense"].median),
+                rate: timings[OURS].median / (work * timings["dense"].median),
             }
-            varlen.append(
-                {
-                    "dtype": name, "lengths": lengths, "ratios": ratios,
-                    "timings_ms": as_json(timings),
-                }
-            )  # fmt: skip
+            own, *others = result_tables.beside(
+                {"what": "32 sequences", "dtype": name}, timings, OURS
+            )
+            rows += [own | {rate: ratios[rate]}, *others]
             report(f"32 sequences {name:8}", timings, ratios)
-    result = {
-        "real_time": real_time,
-        "threads": options.threads,
-        "isa": _native.active_isa(),
-        "machine": machine(),
-        "decode": decode,
-        "varlen": varlen,
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    about = machine() | {"isa": _native.active_isa(), "threads": options.threads}
+    about |= {"real_time": real_time, "sequences": " ".join(map(str, lengths))}
+    result_tables.write(RESULTS, about, rows)
     print("saved", RESULTS.name)
 
 

@@ -1,29 +1,27 @@
 """Whole models, the same weights with fused, PyTorch's and naive attention: time and memory.
 
-    python benchmarks/bench_models.py [--quick] [--seconds 20]
+    python benchmarks/bench_models.py [--quick | --plot] [--seconds 20]
 
 Whisper base's encoder (1500 positions), SmolLM2-135M reading 2048 tokens and writing 16 more, and
 training steps of an encoder-decoder at growing lengths. Random weights: they do not change what is
 computed. Interleaved, medians; peak memory beyond what is there before, of one call. Writes
-results/models.json and results/models.png.
+results/models.csv and results/models.png.
 """
 
 import argparse
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+import result_tables
 from fused_attention.models.attend import IMPLEMENTATIONS, Padded
 from fused_attention.models.pretrained import SoundFront
 from fused_attention.models.training import token_loss
 from fused_attention.models.transformer import Config, Transformer
 from fused_attention.tools import console
 from fused_attention.tools.benchmark.harness import (
-    as_json,
     extra_memory,
     interleave,
     machine,
@@ -132,7 +130,8 @@ def cases(quick: bool) -> list[Case]:
     ]
 
 
-def measure(case: Case, seconds: float) -> dict[str, Any]:
+def measure(case: Case, seconds: float) -> list[result_tables.Row]:
+    """A row for each way to compute attention."""
     torch.manual_seed(0)
     model, call = case.make()
 
@@ -146,40 +145,40 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     calls = {name: with_attention(name) for name in IMPLEMENTATIONS}
     with real_time_priority() as real_time:
         timings = interleave(calls, budget=seconds, warmup=1)
-    memory = {name: extra_memory(run) for name, run in calls.items()}
-    per_second = {name: case.tokens / t.median * 1e3 for name, t in timings.items()}
-    return {
-        "name": case.name,
-        "tokens": case.tokens,
-        "real_time_priority": real_time,
-        "milliseconds": as_json(timings),
-        "tokens_per_second": per_second,
-        "peak_extra_bytes": memory,
-    }
+    rows = result_tables.beside({"case": case.name, "tokens": case.tokens}, timings, "fused")
+    for row in rows:
+        row["tokens/s"] = case.tokens / row["median ms"] * 1e3
+        memory = extra_memory(calls[row["peer"]])
+        row["peak extra MiB"] = None if memory is None else memory / 2**20
+        row["real_time"] = real_time
+    return rows
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """The picture of a table that was read."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 1 + 0.9 * len(rows)), layout="constrained")
+    groups = result_tables.by("case", rows)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1 + 0.9 * len(groups)), layout="constrained")
     colours = dict(zip(IMPLEMENTATIONS, ("#2f6fb0", "#e08e45", "#b8bcc4"), strict=True))
     quantities = (
-        ("tokens_per_second", "tokens per second; bars: fused = 1 (longer is faster)", 1.0),
-        ("peak_extra_bytes", "peak memory of a call, MiB (shorter is better)", 2**-20),
+        ("tokens/s", "tokens per second; bars: fused = 1 (longer is faster)"),
+        ("peak extra MiB", "peak memory of a call, MiB (shorter is better)"),
     )
-    for side, (key, label, unit) in zip(axes, quantities, strict=True):
-        for number, row in enumerate(rows):
+    for side, (key, label) in zip(axes, quantities, strict=True):
+        for number, group in enumerate(groups.values()):
+            values = {row["peer"]: float(row[key]) for row in group}
             for place, name in enumerate(IMPLEMENTATIONS):
-                value = row[key][name] * unit
-                length = value / row[key]["fused"] if key == "tokens_per_second" else value
+                value = values[name]
+                length = value / values["fused"] if key == "tokens/s" else value
                 y = number + (place - 1) * 0.27
                 side.barh(y, length, 0.25, color=colours[name], label=None if number else name)
                 text = f" {value:,.0f}" if value >= 100 else f" {value:.3g}"
                 side.text(length, y, text, va="center", fontsize=8)
-        side.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        side.set_yticks(range(len(groups)), list(groups))
         side.invert_yaxis()
         side.set_xlabel(label)
         side.margins(x=0.15)
@@ -193,26 +192,24 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two small cases, nothing written")
+    parser.add_argument("--plot", action="store_true", help="only draw what was measured last")
     parser.add_argument("--seconds", type=float, default=30.0, help="per case")
     options = parser.parse_args()
+    chosen = [] if options.plot else cases(options.quick)
     rows = []
-    chosen = cases(options.quick)
     with console.progress(len(chosen)) as step:
         for case in chosen:
-            rows.append(measure(case, options.seconds))
+            rows += measure(case, options.seconds)
             step(case.name)
-    for row in rows:
-        medians = ", ".join(
-            f"{name} {row['milliseconds'][name]['median']:.0f} ms" for name in IMPLEMENTATIONS
-        )
-        memory = ", ".join(f"{(x or 0) / 2**20:.0f}" for x in row["peak_extra_bytes"].values())
-        print(f"{row['name']}: {medians}; MiB: {memory}")
+    for name, group in result_tables.by("case", rows).items():
+        medians = ", ".join(f"{row['peer']} {row['median ms']:.0f} ms" for row in group)
+        memory = ", ".join(f"{row['peak extra MiB'] or 0:.0f}" for row in group)
+        print(f"{name}: {medians}; MiB: {memory}")
+    path = RESULTS / "models.csv"
+    if rows and not options.quick:
+        result_tables.write(path, machine() | {"threads": torch.get_num_threads()}, rows)
     if not options.quick:
-        configs = {"whisper": asdict(WHISPER), "smollm2": asdict(SMOLLM2)}
-        about = machine() | {"threads": torch.get_num_threads()}
-        document = {"machine": about, "configs": configs, "cases": rows}
-        (RESULTS / "models.json").write_text(json.dumps(document, indent=1) + "\n")
-        plot(rows, RESULTS / "models.png")
+        plot(result_tables.read(path)[1], RESULTS / "models.png")
 
 
 if __name__ == "__main__":

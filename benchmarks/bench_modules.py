@@ -1,4 +1,4 @@
-"""MultiheadAttention against torch.nn's, same arguments on both sides: results/modules.json.
+"""MultiheadAttention against torch.nn's, same arguments on both sides: results/modules.csv.
 
 Time of a call in evaluation, B1 L1024, 8 heads of 64, bfloat16, causal; beside it the time of the
 two linear layers, which both modules spend alike, so that what is left is attention. Time and peak
@@ -7,7 +7,6 @@ process of its own.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import result_tables
 from fused_attention import MultiheadAttention
-from fused_attention.tools.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.tools.benchmark.harness import interleave, machine, real_time_priority
 from fused_attention.tools.testing import num_threads
 
-RESULTS = Path(__file__).resolve().parent / "results" / "modules.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "modules.csv"
 OURS, PYTORCH, LINEAR = "fused_attention", "torch.nn", "linear layers"
 HEADS = 8
 
@@ -91,7 +91,7 @@ def main() -> None:
         with num_threads(options.threads):
             print(peak_extra_mib(name, need_weights == "True"))
         return
-    evaluation, training = [], []
+    rows = []
     with num_threads(options.threads), real_time_priority() as real_time:
         for need_weights in (True, False):
             for mask_dtype in (torch.bool, torch.bfloat16):
@@ -99,48 +99,41 @@ def main() -> None:
                     calls = evaluation_calls(mask_dtype, need_weights)
                     timings = interleave(calls, budget=options.budget)
                 theirs, ours, linear = (timings[name].median for name in (PYTORCH, OURS, LINEAR))
-                evaluation.append(
-                    {
-                        "need_weights": need_weights,
-                        "mask": str(mask_dtype).removeprefix("torch."),
-                        "timings_ms": as_json(timings),
-                        "ratio": theirs / ours,
-                        "ratio_without_linear_layers": (theirs - linear) / (ours - linear),
-                    }
-                )
+                case = {"call": "evaluation", "need_weights": need_weights}
+                case["mask"] = str(mask_dtype).removeprefix("torch.")
+                for row in result_tables.beside(case, timings, OURS):
+                    if row["peer"] == PYTORCH:
+                        row["without linear layers"] = (theirs - linear) / (ours - linear)
+                    rows.append(row)
                 print(
                     f"evaluation, need_weights={need_weights}, {mask_dtype} mask:"
                     f" torch.nn {theirs:.1f} ms, ours {ours:.1f} ms, {theirs / ours:.2f}x;"
                     f" of both {linear:.1f} ms are linear layers, without them"
                     f" {(theirs - linear) / (ours - linear):.1f}x"
                 )
+        training = {}
         for need_weights in (True, False):
             steps = {name: training_step(name, need_weights) for name in (PYTORCH, OURS)}
-            timings = interleave(steps, budget=options.budget)
-            training.append({"need_weights": need_weights, "timings_ms": as_json(timings)})
-    for case in training:
-        case["peak_extra_mib"] = {
-            name: float(
-                subprocess.run(
-                    [sys.executable, __file__, "--threads", str(options.threads)]
-                    + ["--memory-of", name, str(case["need_weights"])],
-                    stdout=subprocess.PIPE,
-                    check=True,
-                ).stdout
-            )
-            for name in (PYTORCH, OURS)
-        }
-        times = {name: timing["median"] for name, timing in case["timings_ms"].items()}
-        memory = case["peak_extra_mib"]
+            training[need_weights] = interleave(steps, budget=options.budget)
+    for need_weights, timings in training.items():
+        memory = {}
+        for row in result_tables.beside(
+            {"call": "training step", "need_weights": need_weights}, timings, OURS
+        ):
+            command = [sys.executable, __file__, "--threads", str(options.threads)]
+            command += ["--memory-of", row["peer"], str(need_weights)]
+            child = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            memory[row["peer"]] = row["peak extra MiB"] = float(child.stdout)
+            rows.append(row)
+        theirs, ours = (timings[name].median for name in (PYTORCH, OURS))
         print(
-            f"training, need_weights={case['need_weights']}, padding and causal:"
-            f" torch.nn {times[PYTORCH]:.0f} ms, ours {times[OURS]:.0f} ms,"
-            f" {times[PYTORCH] / times[OURS]:.2f}x; extra memory {memory[PYTORCH]:.0f} MiB,"
+            f"training, need_weights={need_weights}, padding and causal:"
+            f" torch.nn {theirs:.0f} ms, ours {ours:.0f} ms,"
+            f" {theirs / ours:.2f}x; extra memory {memory[PYTORCH]:.0f} MiB,"
             f" ours {memory[OURS]:.0f} MiB, {memory[PYTORCH] / memory[OURS]:.1f} times less"
         )
-    document = {"real_time": real_time, "threads": options.threads, "machine": machine()}
-    document |= {"evaluation": evaluation, "training": training}
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    about = machine() | {"threads": options.threads, "real_time": real_time}
+    result_tables.write(RESULTS, about, rows)
     print("saved", RESULTS.name)
 
 

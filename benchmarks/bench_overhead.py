@@ -5,7 +5,6 @@ one. All calls are timed in turn, so that a slow moment hits everyone. `--budget
 """
 
 import argparse
-import csv
 import math
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import fused_attention as fa
+import result_tables
 from fused_attention.tools.benchmark.harness import interleave, machine, real_time_priority
 from fused_attention.tools.testing import num_threads
 
@@ -81,15 +81,10 @@ def main() -> None:
             micros = {call: timing.median * 1e3 / REPEATS for call, timing in timings.items()}
             for name in surfaces(grad):
                 ours, theirs = micros[name, "ours"], micros.get((name, "PyTorch"), math.nan)
-                rows.append([name, "yes" if grad else "no", ours, theirs, ours - theirs])
+                row = {"surface": name, "records a gradient": grad, "us": ours}
+                rows.append(row | {"PyTorch us": theirs, "difference us": ours - theirs})
                 print(f"{name:40} {'gradient' if grad else '':9} {ours:6.2f} us {theirs:6.2f} us")
-    with RESULTS.open("w", newline="") as file:
-        about = machine() | {"real_time": real_time}
-        file.write("# " + ", ".join(f"{name}: {value}" for name, value in about.items()) + "\n")
-        writer = csv.writer(file)
-        writer.writerow(["surface", "records a gradient", "us", "PyTorch us", "difference us"])
-        for name, grad, *numbers in rows:
-            writer.writerow([name, grad, *("" if math.isnan(x) else f"{x:.2f}" for x in numbers)])
+    result_tables.write(RESULTS, machine() | {"real_time": real_time}, rows)
 
 
 def repeated(call):

@@ -1,13 +1,12 @@
 """Is time linear in the tiles that somebody sees? S from 128 to 16384, full, causal and windowed.
 
-    python benchmarks/bench_scaling.py [--quick]
+    python benchmarks/bench_scaling.py [--quick | --plot]
 
 Batch 1, 8 heads of 64, ours beside PyTorch's scaled_dot_product_attention (a window: with a mask,
-to S 4096), on one thread and on two. Interleaved medians: results/scaling.json and scaling.png.
+to S 4096), on one thread and on two. Interleaved medians: results/scaling.csv and scaling.png.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import result_tables
 from fused_attention import attention, explain
 from fused_attention.tools import console
-from fused_attention.tools.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.tools.benchmark.harness import interleave, machine, real_time_priority
 from fused_attention.tools.testing import num_threads
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -54,7 +54,7 @@ def calls_of(length: int, options: dict[str, Any], dtype: torch.dtype) -> dict[s
     return calls
 
 
-def measure(quick: bool) -> list[dict[str, Any]]:
+def measure(quick: bool) -> list[result_tables.Row]:
     lengths = [128 << n for n in range(3 if quick else 8)]
     settings = [
         (threads, dtype, kind, length)
@@ -72,25 +72,20 @@ def measure(quick: bool) -> list[dict[str, Any]]:
             details = explain(query, query, query, **options).details
             with num_threads(threads), real_time_priority():
                 timings = interleave(calls, budget=1.5, min_rounds=3, warmup=1)
-            rows.append(
-                {
-                    "threads": threads,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "kind": kind,
-                    "length": length,
-                    "tiles": visible_tiles(length, options, details.block_m, details.block_n),
-                    "milliseconds": as_json(timings),
-                }
-            )
+            case = {
+                "threads": threads,
+                "dtype": str(dtype).removeprefix("torch."),
+                "kind": kind,
+                "length": length,
+                "tiles": visible_tiles(length, options, details.block_m, details.block_n),
+            }
+            rows += result_tables.beside(case, timings, OURS)
             step(f"{kind}, {length}")
     return rows
 
 
-def microseconds_a_tile(row: dict[str, Any]) -> float:
-    return 1e3 * row["milliseconds"][OURS]["median"] / row["tiles"]
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """The picture of a table that was read."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,26 +95,26 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     colours = dict(zip(KINDS, ("#2f6fb0", "#c0504d", "#4f8f4f"), strict=True))
     for side, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
         for kind, colour in colours.items():
-            chosen = [r for r in rows if (r["kind"], r["dtype"], r["threads"]) == (kind, dtype, 2)]
+            chosen = [
+                r for r in rows if (r["kind"], r["dtype"], r["threads"]) == (kind, dtype, "2")
+            ]
+            peers = result_tables.by("peer", chosen)
             for name, style in ((OURS, "o-"), (PYTORCH, "x:")):
-                points = [
-                    (r["length"], r["milliseconds"][name]["median"])
-                    for r in chosen
-                    if name in r["milliseconds"]
-                ]
+                points = [(int(r["length"]), float(r["median ms"])) for r in peers[name]]
                 side.plot(*zip(*points, strict=True), style, color=colour, label=f"{kind}, {name}")
-            rate = chosen[-1]["milliseconds"][OURS]["median"] / chosen[-1]["tiles"]
+            longest = peers[OURS][-1]
+            rate = float(longest["median ms"]) / int(longest["tiles"])
             side.plot(
-                [r["length"] for r in chosen],
-                [rate * r["tiles"] for r in chosen],
+                [int(r["length"]) for r in peers[OURS]],
+                [rate * int(r["tiles"]) for r in peers[OURS]],
                 color=colour,
                 lw=6,
                 alpha=0.2,
                 label=f"{kind}: visible tiles, at the rate of the longest",
             )
         side.set(xscale="log", yscale="log", xlabel="tokens", title=dtype)
-        side.set_xticks(sorted({r["length"] for r in rows}), minor=False)
-        side.set_xticklabels(sorted({r["length"] for r in rows}))
+        lengths = sorted({int(r["length"]) for r in rows})
+        side.set_xticks(lengths, lengths, minor=False)
         side.grid(alpha=0.3)
         side.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("milliseconds, median (8 heads of 64, 2 threads)")
@@ -131,20 +126,21 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="to S 512, nothing written")
+    parser.add_argument("--plot", action="store_true", help="only draw what was measured last")
     options = parser.parse_args()
     torch.manual_seed(0)
-    rows = measure(options.quick)
+    rows = [] if options.plot else measure(options.quick)
     for row in rows:
-        medians = {name: t["median"] for name, t in row["milliseconds"].items()}
-        ratio = f"{medians[PYTORCH] / medians[OURS]:.2f}x" if PYTORCH in medians else "–"
         print(
             f"{row['threads']} thread(s) {row['dtype']:9} {row['kind']:10} {row['length']:6} "
-            f"{medians[OURS]:9.3f} ms, {microseconds_a_tile(row):6.2f} us a tile, PyTorch {ratio}"
+            f"{row['peer']:15} {row['median ms']:9.3f} ms, {row['median / ours']:.2f} times ours, "
+            f"{1e3 * row['median ms'] / row['tiles']:6.2f} us for each of our tiles"
         )
+    path = RESULTS / "scaling.csv"
+    if rows and not options.quick:
+        result_tables.write(path, machine(), rows)
     if not options.quick:
-        document = {"machine": machine(), "rows": rows}
-        (RESULTS / "scaling.json").write_text(json.dumps(document, indent=1) + "\n")
-        plot(rows, RESULTS / "scaling.png")
+        plot(result_tables.read(path)[1], RESULTS / "scaling.png")
 
 
 if __name__ == "__main__":

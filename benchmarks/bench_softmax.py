@@ -1,4 +1,4 @@
-"""masked_softmax against plain PyTorch and against copying the bytes: results/softmax.json.
+"""masked_softmax against plain PyTorch and against copying the bytes: results/softmax.csv.
 
 About 17 million elements in rows of several lengths, a boolean mask [B, 1, M, N] with a fifth
 hidden. Two ceilings in the same run: the same traffic with new memory for the result (clone; for
@@ -7,22 +7,23 @@ for `masked_softmax_`.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import fused_attention as fa
+import result_tables
 from fused_attention import _native
 from fused_attention import operators as ops
-from fused_attention.tools.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.tools.benchmark.harness import interleave, machine, real_time_priority
 from fused_attention.tools.testing import num_threads
 
-RESULTS = Path(__file__).resolve().parent / "results" / "softmax.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "softmax.csv"
 SHAPES = ((32, 32, 128, 128), (2, 8, 1024, 1024), (1, 4, 1024, 4096), (1, 8, 64, 32768))
 DTYPES = (torch.float32, torch.bfloat16)
 SCALE = 0.125
+OURS = "fused_attention"
 
 
 def calls(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=4.0, help="seconds a case")
     options = parser.parse_args()
-    cases = []
+    rows = []
     with num_threads(options.threads), real_time_priority() as real_time, torch.no_grad():
         for shape in SHAPES:
             for dtype in DTYPES:
@@ -73,14 +74,11 @@ def main() -> None:
                     for peer in peers
                 }
                 name = str(dtype).removeprefix("torch.")
-                cases.append(
-                    {
-                        "shape": shape,
-                        "dtype": name,
-                        "timings_ms": as_json(timings),
-                        "ratios": ratios,
-                    }
-                )
+                case = {"shape": "x".join(map(str, shape)), "dtype": name}
+                for ours, peers in RATIOS.items():
+                    own = {OURS: timings[ours]}
+                    own |= {peer: timings[f"{ours}, {peer}"] for peer in peers}
+                    rows += result_tables.beside(case | {"call": ours}, own, OURS)
                 disturbed = any(timing.disturbed for timing in timings.values())
                 print(
                     f"rows of {shape[-1]:5} {name:8} "
@@ -88,14 +86,8 @@ def main() -> None:
                     + ("  (disturbed)" if disturbed else ""),
                     flush=True,
                 )
-    result = {
-        "real_time": real_time,
-        "threads": options.threads,
-        "isa": _native.active_isa(),
-        "machine": machine(),
-        "cases": cases,
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    about = machine() | {"isa": _native.active_isa(), "threads": options.threads}
+    result_tables.write(RESULTS, about | {"real_time": real_time}, rows)
     print("saved", RESULTS.name)
 
 

@@ -1,6 +1,6 @@
-"""Second derivatives and forward mode beside forward + backward: time and memory.
+"""Second derivatives and forward mode beside forward + backward: results/tangents.csv.
 
-    python benchmarks/bench_tangents.py [--rounds 15] [--json FILE]
+    python benchmarks/bench_tangents.py [--rounds 15]
 
 B1 H8 S3072 D64 on 2 threads. Time: medians of rounds in which every row is run once, in turn; run
 with real-time priority (chrt -f 10) on a machine that others use. Memory: the peak above the
@@ -8,7 +8,6 @@ inputs, less what is returned, each row in a process of its own.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -17,8 +16,11 @@ from pathlib import Path
 
 import torch
 
+import result_tables
 from fused_attention import attention
+from fused_attention.tools.benchmark.harness import machine
 
+RESULTS = Path(__file__).resolve().parent / "results" / "tangents.csv"
 B, H, S, D = 1, 8, 3072, 64
 CASES = {
     "float32": {},
@@ -26,7 +28,7 @@ CASES = {
     "float32 dropout 0.1": {"dropout_p": 0.1},
     "bfloat16": {"dtype": torch.bfloat16},
 }
-LIMITS = {"ratio": 4.0, "MiB": 80.0}
+LIMITS = {"ratio at most": 4.0, "MiB at most": 80.0}
 
 
 def rows(case, seqlen=S):
@@ -86,14 +88,13 @@ def peak_mib(case, name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "ROW"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.memory_of:
-        print(json.dumps(peak_mib(*arguments.memory_of)))
+        print(peak_mib(*arguments.memory_of))
         return
-    report = {"limits": LIMITS, "torch": torch.__version__, "cases": {}}
+    table = []
     for case in CASES:
         functions = rows(case)
         times = {name: [] for name in functions}
@@ -105,20 +106,19 @@ def main():
                     times[name].append(time.perf_counter() - start)
         medians = {name: statistics.median(x) for name, x in times.items()}
         base = medians["forward + backward"]
-        report["cases"][case] = table = {}
         print(case)
         for name, median in medians.items():
             command = [sys.executable, __file__, "--memory-of", case, name]
             child = subprocess.run(command, capture_output=True, text=True, check=True)
-            table[name] = {
+            found = {
                 "ms": round(median * 1e3, 1),
                 "min ms": round(min(times[name]) * 1e3, 1),
                 "ratio": round(median / base, 2),
-                "MiB": round(json.loads(child.stdout), 1),
+                "MiB": round(float(child.stdout), 1),
             }
-            print(f"  {name:22}", *(f"{key} {value:<8}" for key, value in table[name].items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+            table.append({"case": case, "call": name, **found})
+            print(f"  {name:22}", *(f"{key} {value:<8}" for key, value in found.items()))
+    result_tables.write(RESULTS, machine() | {"threads": 2} | LIMITS, table)
 
 
 if __name__ == "__main__":

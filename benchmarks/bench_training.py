@@ -1,5 +1,5 @@
 """A training step of an encoder-decoder transformer with PyTorch's attention and with ours:
-results/training_step.json.
+results/training_step.csv.
 
 nn.Transformer with 3 + 3 layers of width 256 (4 heads of 64, feed-forward 1024), about 4096 tokens
 a batch on either side; forward, backward and AdamW. The decoder is causal. "plain": no dropout and
@@ -9,7 +9,6 @@ bfloat16 autocast. Ours is the same model after `replace_multihead_attention`.
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import result_tables
 from fused_attention import _native, replace_multihead_attention
-from fused_attention.tools.benchmark.harness import as_json, interleave, machine, real_time_priority
+from fused_attention.tools.benchmark.harness import interleave, machine, real_time_priority
 from fused_attention.tools.testing import num_threads
 
-RESULTS = Path(__file__).resolve().parent / "results" / "training_step.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "training_step.csv"
 OURS, PYTORCH = "fused_attention", "torch.nn"
 WIDTH, TOKENS = 256, 4096
 LENGTHS = (40, 128, 512, 1024, 2048)
@@ -80,14 +80,7 @@ def main() -> None:
                 calls = steps(length, regular, autocast)
                 timings = interleave(calls, budget=options.budget, warmup=1)
                 ratio = timings[PYTORCH].median / timings[OURS].median
-                rows.append(
-                    {
-                        "setting": setting,
-                        "length": length,
-                        "torch.nn / ours": round(ratio, 3),
-                        "timings_ms": as_json(timings),
-                    }
-                )
+                rows += result_tables.beside({"setting": setting, "length": length}, timings, OURS)
                 disturbed = any(timing.disturbed for timing in timings.values())
                 print(
                     f"{setting:40} S {length:5} {timings[OURS].median:8.1f} ms"
@@ -95,14 +88,8 @@ def main() -> None:
                     "(disturbed)" if disturbed else "",
                     flush=True,
                 )
-    result = {
-        "real_time": real_time,
-        "threads": options.threads,
-        "isa": _native.active_isa(),
-        "machine": machine(),
-        "steps": rows,
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    about = machine() | {"isa": _native.active_isa(), "threads": options.threads}
+    result_tables.write(RESULTS, about | {"real_time": real_time}, rows)
     print("saved", RESULTS.name)
 
 

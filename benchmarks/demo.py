@@ -1,10 +1,9 @@
 """`make demo`: the machine, a real model on real sentences, a short benchmark with table and plot.
 
-Writes benchmark.png and benchmark.json to benchmarks/results/demo. Takes under three minutes.
+Writes benchmark.png and benchmark.csv to benchmarks/results/demo. Takes under three minutes.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -19,13 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import fused_attention
-from fused_attention.tools.benchmark.harness import (
-    Timing,
-    as_json,
-    interleave,
-    machine,
-    real_time_priority,
-)
+import result_tables
+from fused_attention.tools.benchmark.harness import Timing, interleave, machine, real_time_priority
 from fused_attention.tools.benchmark.peers import PEERS, bind
 from fused_attention.tools.benchmark.shapes import DEMO, Case, make_inputs
 from fused_attention.tools.cli import main as command_line
@@ -44,15 +38,15 @@ def show_machine() -> None:
     command_line(["doctor"])
 
 
-def show_model() -> dict[str, object] | None:
-    """Runs the model with PyTorch's attention and with ours; None if there is no model."""
+def show_model() -> dict[str, object]:
+    """Runs the model with PyTorch's attention and with ours; {} if there is no model."""
     console.rule("2. A real model: all-MiniLM-L6-v2 with the drop-in under it")
     try:
         with console.status("fetching the model (83.5 MB, once)"):
             directory = fetch()
     except OSError as error:
         console.print(f"The model can't be had here, so this part is left out: {error}")
-        return None
+        return {}
     with console.status("loading the model"):
         encode = Encoder(directory)
 
@@ -113,8 +107,9 @@ def nearest(embeddings: torch.Tensor) -> torch.Tensor:
     return similarity.fill_diagonal_(-1).argmax(-1)
 
 
-def show_benchmark(budget: float, thread_count: int) -> dict[str, object]:
-    """Measures every case with every peer; prints the table, saves the plot."""
+def show_benchmark(budget: float, thread_count: int, model: dict[str, object]) -> None:
+    """Measures every case with every peer; prints the table, saves it and the plot. `model`, what
+    was found with the model, goes into the saved one's first line."""
     console.rule(f"3. Benchmark: {thread_count} threads, interleaved, medians")
     measured: list[tuple[Case, dict[str, Timing], float | None]] = []
     progress = Progress(
@@ -176,21 +171,17 @@ def show_benchmark(budget: float, thread_count: int) -> dict[str, object]:
     plot = RESULTS / "benchmark.png"
     save_plot([(case, timings) for case, timings, _ in measured], thread_count, plot)
     console.print(f"Plot: {os.path.relpath(plot)}")
-    return {
-        "threads": thread_count,
-        "real_time_priority": real_time,
-        "cases": [
-            {
-                "name": case.name,
-                "shape": {name: getattr(case, name) for name in "B Hq Hkv Sq Sk D Dv".split()},
-                "dtype": str(case.dtype).removeprefix("torch."),
-                "flops": case.flops(),
-                "milliseconds": as_json(timings),
-                "max_abs_difference": difference,
-            }
-            for case, timings, difference in measured
-        ],
-    }
+    rows = []
+    for case, timings, difference in measured:
+        sizes = {name: getattr(case, name) for name in "B Hq Hkv Sq Sk D Dv".split()}
+        columns = {"case": case.name, **sizes, "dtype": str(case.dtype).removeprefix("torch.")}
+        for row in result_tables.beside(columns, timings, OURS):
+            rows.append(row | {"GF/s": case.flops() / row["median ms"] / 1e6})
+            rows[-1]["difference from PyTorch"] = difference if row["peer"] == OURS else None
+    results = RESULTS / "benchmark.csv"
+    about = machine() | {"threads": thread_count, "real_time": real_time} | model
+    result_tables.write(results, about, rows)
+    console.print(f"Table: {os.path.relpath(results)}")
 
 
 def largest_difference(calls: dict, case: Case) -> float | None:
@@ -211,12 +202,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     show_machine()
-    model = show_model()
-    benchmark = show_benchmark(options.seconds, options.threads)
-    results = RESULTS / "benchmark.json"
-    document = {"machine": machine(), "model": model, "benchmark": benchmark}
-    results.write_text(json.dumps(document, indent=2) + "\n")
-    console.print(f"JSON: {os.path.relpath(results)}")
+    show_benchmark(options.seconds, options.threads, show_model())
 
 
 if __name__ == "__main__":

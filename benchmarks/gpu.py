@@ -1,6 +1,6 @@
 """What only a machine with a GPU can run (`make gpu`): tests, memory checks, tiles, benchmarks.
 
-It writes results/gpu/<device>.json, to be committed; the README's table of hardware is printed from
+It writes results/gpu/<device>.csv, to be committed; the README's table of hardware is printed from
 these reports by `python benchmarks/gpu.py --status`, and a test compares the two. Each step is
 recorded also when it fails, and `--only tests benchmarks` leaves the others' results as they are.
 Peers: PyTorch's scaled_dot_product_attention, as it chooses and with FlashAttention-2,
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import json
 import os
 import re
 import shutil
@@ -28,28 +27,31 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import result_tables
 from fused_attention import attention, masked_softmax
 from fused_attention.call import backends
 from fused_attention.errors import ArgumentValueError
-from fused_attention.models.files import update_json
 from fused_attention.tools import tune
 from fused_attention.tools.benchmark.harness import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "benchmarks" / "results" / "gpu"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider"]
-TESTS = "tests/test_gpu.py"
+TESTS = "tests/gpu"
 NEVER = "Neither the Triton nor the CUDA kernels have ever run on hardware."
 # Backends and their names in the reports.
 OURS = {"triton": "fused_attention (Triton)", "cuda": "fused_attention (CUDA)"}
 SDPA = "PyTorch SDPA"
 
 
-# -- Steps ---------------------------------------------------------------------------------
+# -- Steps: each returns rows of the report, whose column `step` main() fills ----------------
+
+Row = result_tables.Row
+Report = tuple[dict[str, str], list[dict[str, str]]]  # the device and machine; the rows
 
 
 def outcome(output: str) -> dict[str, int]:
-    """{"passed": 12, "failed": 1, …} from pytest's last line."""
+    """{"passed": 12, "failed": 1, …} from pytest's last line, or a row's note."""
     last = output.strip().splitlines()[-1] if output.strip() else ""
     return {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
 
@@ -61,35 +63,47 @@ def pytest(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Complete
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def run_tests(jobs: int) -> dict[str, Any]:
+def run_tests(jobs: int) -> list[Row]:
+    """What came of them, then those that failed."""
     done = pytest("-n", str(jobs))
+    counts = ", ".join(f"{n} {word}" for word, n in outcome(done.stdout).items())
     failures = re.findall(r"^FAILED (\S+)", done.stdout, re.M)
-    return {**outcome(done.stdout), "failures": failures, "ok": done.returncode == 0}
+    case = "all passed" if done.returncode == 0 else "not all passed"
+    return [{"case": case, "note": counts}, *({"case": "failed", "note": x} for x in failures)]
 
 
-def run_sanitizer() -> dict[str, Any]:
+def run_sanitizer() -> list[Row]:
     """compute-sanitizer (memcheck, racecheck) over the sizes test."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
-        return {"skipped": "compute-sanitizer is not on PATH"}
-    results = {}
+        return [{"case": "skipped", "note": "compute-sanitizer is not on PATH"}]
+    results = []
     for check in ("memcheck", "racecheck"):
         prefix = (tool, "--tool", check, "--error-exitcode", "9")
         done = pytest("-k", "head_dims", prefix=prefix)
-        results[check] = {"ok": done.returncode == 0, "summary": done.stdout.splitlines()[-3:]}
+        verdict = "ok" if done.returncode == 0 else "failed"
+        note = " | ".join([verdict, *done.stdout.splitlines()[-3:]])
+        results.append({"case": check, "note": note})
     return results
 
 
-def run_tiles() -> list[dict[str, Any]]:
-    return tune.report(tune.tune(torch.bfloat16, tune.HEAD_DIMS))
+def run_tiles() -> list[Row]:
+    """Of the best tiles and of those in the table now."""
+    return [
+        {"case": f"{x.kernel}, head size {x.head_dim}, {problem}", "peer": peer, "us": us[i]}
+        for x in tune.tune(torch.bfloat16, tune.HEAD_DIMS)
+        for i, problem in enumerate(("causal", "full"))
+        for peer, us in ((f"tiles {' '.join(map(str, x.tiles))}", x.microseconds),
+                         ("tiles now", x.before))
+    ]  # fmt: skip
 
 
 # -- Benchmarks ----------------------------------------------------------------------------
 
-Call = Callable[[], Any]
+Timed = Callable[[], Any]
 
 
-def medians(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, Any]]:
+def medians(calls: dict[str, Timed], rounds: int) -> dict[str, dict[str, Any]]:
     """Microseconds a call by events on the device's clock, all in turn; or what it raised."""
     results: dict[str, dict[str, Any]] = {}
     for name, call in calls.items():
@@ -98,7 +112,7 @@ def medians(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, Any]]:
                 call()
             torch.cuda.synchronize()
         except Exception as error:  # a peer that cannot is part of the report
-            results[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            results[name] = {"note": f"{type(error).__name__}: {error}"[:300]}
     names = [name for name in calls if name not in results]
     times: dict[str, list[float]] = {name: [] for name in names}
     for done in range(rounds):
@@ -120,7 +134,7 @@ def present() -> list[str]:
     return [row.name for row in backends.BACKENDS if row.name in OURS and not row.missing()]
 
 
-def ours(call: Callable[[str], Any]) -> dict[str, Call]:
+def ours(call: Callable[[str], Any]) -> dict[str, Timed]:
     return {OURS[name]: lambda name=name: call(name) for name in present()}
 
 
@@ -147,25 +161,35 @@ def randn(*shape: int, grad: bool = False) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
 
 
+def measured(case: Row, results: dict[str, dict[str, Any]]) -> list[Row]:
+    """A row for each peer, which are printed."""
+    rows = [case | {"peer": name} | got for name, got in results.items()]
+    print(*rows, sep="\n", flush=True)
+    return rows
+
+
+def shape_of(*sizes: int) -> str:
+    return "x".join(map(str, sizes))
+
+
 def forward_and_backward(
-    calls: dict[str, Call], leaves: tuple[torch.Tensor, ...], rounds: int
+    calls: dict[str, Timed], leaves: tuple[torch.Tensor, ...], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """By name: forward_us, and both_us with the gradients of all leaves. `calls` give outputs."""
+    """By name: microseconds, and those with the gradients of all leaves. `calls` give outputs."""
     grad = torch.randn_like(next(iter(calls.values()))())
 
-    def forward(call: Call) -> None:
+    def forward(call: Timed) -> None:
         with torch.no_grad():
             call()
 
-    def both(call: Call) -> None:
+    def both(call: Timed) -> None:
         torch.autograd.grad(call(), leaves, grad)
 
     results: dict[str, dict[str, Any]] = {name: {} for name in calls}
-    for run in (forward, both):
+    for run, column in ((forward, "us"), (both, "us with backward")):
         timed = {name: lambda c=call, r=run: r(c) for name, call in calls.items()}
         for name, got in medians(timed, rounds).items():
-            key, value = ("error", got["error"]) if "error" in got else ("us", got["us"])
-            results[name][key if key == "error" else f"{run.__name__}_us"] = value
+            results[name] |= {column: got["us"]} if "us" in got else got
     return results
 
 
@@ -173,15 +197,15 @@ def forward_and_backward(
 FLEX = ((2048, 64, False), (8192, 128, True))
 
 
-def attention_benchmarks(rounds: int) -> list[dict[str, Any]]:
+def attention_benchmarks(rounds: int) -> list[Row]:
     """Forward, and forward with backward: 16384 tokens, 2048 channels, bfloat16. TFLOP/s: of
     4 B H S^2 D FLOP forward, half if causal, 3.5 times as many with the backward."""
-    results = []
+    results: list[Row] = []
     sdpa = F.scaled_dot_product_attention
     for D, S, causal in itertools.product((64, 128), (512, 2048, 8192), (False, True)):
         B, H, side = 16384 // S, 2048 // D, "top_left" if causal else False
         x = tuple(randn(B, H, S, D, grad=True) for _ in range(3))
-        calls: dict[str, Call] = {
+        calls: dict[str, Timed] = {
             SDPA: lambda x=x, c=causal: sdpa(*x, is_causal=c),
             f"{SDPA} (flash)": lambda x=x, c=causal: flash(*x, is_causal=c),
             **ours(lambda name, x=x, c=side: attention(*x, causal=c, backend=name)),
@@ -198,18 +222,18 @@ def attention_benchmarks(rounds: int) -> list[dict[str, Any]]:
         timings = forward_and_backward(calls, x, rounds)
         flop = 4 * B * H * S * S * D * (0.5 if causal else 1.0)
         for got in timings.values():
-            for kind, work in (("forward", flop), ("both", 3.5 * flop)):
-                if f"{kind}_us" in got:
-                    got[f"{kind}_tflops"] = work / got[f"{kind}_us"] * 1e-6
-        results.append({"shape": (B, H, S, D), "causal": causal, **timings})
-        print(results[-1], flush=True)
+            for suffix, work in (("", flop), (" with backward", 3.5 * flop)):
+                if f"us{suffix}" in got:
+                    got[f"TFLOP/s{suffix}"] = work / got[f"us{suffix}"] * 1e-6
+        case = f"{S} tokens, head size {D}, {'causal' if causal else 'full'}"
+        results += measured({"case": case, "shape": shape_of(B, H, S, D)}, timings)
     return results
 
 
-def decode_benchmarks(rounds: int) -> list[dict[str, Any]]:
+def decode_benchmarks(rounds: int) -> list[Row]:
     """One query of 32 heads against a cache of 8 key heads, head size 128, bfloat16. GB/s: of the
     keys and values, read once."""
-    results = []
+    results: list[Row] = []
     for B, Sk in ((1, 8192), (1, 131072), (64, 8192)):
         query, key, value = randn(B, 32, 1, 128), randn(B, 8, Sk, 128), randn(B, 8, Sk, 128)
         calls = {
@@ -220,13 +244,14 @@ def decode_benchmarks(rounds: int) -> list[dict[str, Any]]:
             **ours(lambda name, x=(query, key, value): attention(*x, backend=name)),
         }
         size = (key.numel() + value.numel()) * 2
-        results.append(with_rates({"shape": (B, 32, 8, Sk, 128)}, medians(calls, rounds), size))
+        case = {"case": f"{Sk} keys", "shape": shape_of(B, 32, 8, Sk, 128)}
+        results += measured(case, with_rates(medians(calls, rounds), size))
     return results
 
 
-def softmax_benchmarks(rounds: int) -> list[dict[str, Any]]:
+def softmax_benchmarks(rounds: int) -> list[Row]:
     """Masked softmax of [8192, columns], bfloat16. GB/s: of reading and writing it once."""
-    results = []
+    results: list[Row] = []
     for columns in (1024, 4096, 32768):
         x, hidden = randn(1, 1, 8192, columns), torch.rand(8192, columns, device="cuda") < 0.3
         seen = ~hidden
@@ -237,13 +262,14 @@ def softmax_benchmarks(rounds: int) -> list[dict[str, Any]]:
             "fused_attention": lambda x=x, m=seen: masked_softmax(x, m),
         }
         size = x.numel() * 4 + hidden.numel()
-        results.append(with_rates({"shape": tuple(x.shape)}, medians(calls, rounds), size))
+        case = {"case": f"{columns} columns", "shape": shape_of(*x.shape)}
+        results += measured(case, with_rates(medians(calls, rounds), size))
     return results
 
 
-def feature_benchmarks(rounds: int) -> list[dict[str, Any]]:
+def feature_benchmarks(rounds: int) -> list[Row]:
     """Forward, and forward with backward, bfloat16, with what costs a fast path elsewhere."""
-    results = []
+    results: list[Row] = []
     for B, H, S, D in ((4, 16, 2048, 64), (2, 16, 256, 64)):
         x = tuple(randn(B, H, S, D, grad=True) for _ in range(3))
         bias = randn(1, H, S, S, grad=True)
@@ -263,31 +289,27 @@ def feature_benchmarks(rounds: int) -> list[dict[str, Any]]:
             ),
         }
         for name, (theirs, own) in cases.items():
-            calls: dict[str, Call] = {
+            calls: dict[str, Timed] = {
                 SDPA: lambda x=x, o=theirs: F.scaled_dot_product_attention(*x, **o),
                 **ours(lambda name, x=x, o=own: attention(*x, **o, backend=name)),
             }
             leaves = (*x, bias) if "bias" in own else x
             timings = forward_and_backward(calls, leaves, rounds)
-            results.append({"what": name, "shape": (B, H, S, D), **timings})
-            print(results[-1], flush=True)
+            results += measured({"case": name, "shape": shape_of(B, H, S, D)}, timings)
     return results
 
 
-def with_rates(
-    entry: dict[str, Any], timings: dict[str, dict[str, Any]], size: int
-) -> dict[str, Any]:
+def with_rates(timings: dict[str, dict[str, Any]], size: int) -> dict[str, dict[str, Any]]:
     for got in timings.values():
         if "us" in got:
-            got["gb_s"] = size / got["us"] * 1e-3
-    print(entry | timings, flush=True)
-    return entry | timings
+            got["GB/s"] = size / got["us"] * 1e-3
+    return timings
 
 
 # -- The table in the README ---------------------------------------------------------------
 
 
-def status(reports: list[dict[str, Any]]) -> str:
+def status(reports: list[Report]) -> str:
     """Markdown, from the reports; one sentence without any."""
     if not reports:
         return f"{NEVER}\n"
@@ -295,44 +317,47 @@ def status(reports: list[dict[str, Any]]) -> str:
         "| GPU | tests | TFLOP/s forward, head size 128, 8192 tokens, causal | date |",
         "| --- | --- | --- | --- |",
     ]
-    for report in reports:
-        tests = report.get("tests", {})
+    for about, rows in reports:
+        tests = outcome(next((row["note"] for row in of_step("tests", rows)), ""))
         result = f"{tests.get('passed', 0)} passed, {tests.get('failed', 0)} failed"
-        lines.append(f"| {report['device']} | {result} | {speed(report)} | {report['date'][:10]} |")
-    for report in reports:
-        lines += rates(report)
+        lines.append(f"| {about['device']} | {result} | {speed(rows)} | {about['date'][:10]} |")
+    for about, rows in reports:
+        lines += rates(about["device"], of_step("benchmarks", rows))
     return "\n".join(lines) + "\n"
 
 
-def rates(report: dict[str, Any]) -> list[str]:
+def of_step(step: str, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [row for row in rows if row["step"] == step]
+
+
+def tflops(row: dict[str, str], suffix: str = "") -> str:
+    figure = row.get(f"TFLOP/s{suffix}")
+    return f"{float(figure):.0f}" if figure else "–"
+
+
+def rates(device: str, benchmarks: list[dict[str, str]]) -> list[str]:
     """TFLOP/s of each peer: forward / forward and backward."""
-    benchmarks = report.get("benchmarks", [])
-    peers = list(dict.fromkeys(k for one in benchmarks for k, v in one.items() if type(v) is dict))
-    lines = ["", f"| {report['device']}, TFLOP/s | {' | '.join(peers)} |"]
+    peers = list(result_tables.by("peer", benchmarks))
+    lines = ["", f"| {device}, TFLOP/s | {' | '.join(peers)} |"]
     lines.append("| --- |" + " --- |" * len(peers))
-    for one in benchmarks:
-        what = f"{one['shape'][2]} tokens, head size {one['shape'][3]}, "
-        what += "causal" if one["causal"] else "full"
-        cells = []
-        for name in peers:
-            got = one.get(name, {})
-            figures = [got.get(f"{kind}_tflops") for kind in ("forward", "both")]
-            cells.append(" / ".join(f"{x:.0f}" if x else "–" for x in figures))
-        lines.append(f"| {what} | {' | '.join(cells)} |")
+    for case, group in result_tables.by("case", benchmarks).items():
+        found = {row["peer"]: row for row in group}
+        cells = [found.get(name, {}) for name in peers]
+        figures = [f"{tflops(cell)} / {tflops(cell, ' with backward')}" for cell in cells]
+        lines.append(f"| {case} | {' | '.join(figures)} |")
     return lines if benchmarks else []
 
 
-def speed(report: dict[str, Any]) -> str:
-    for one in report.get("benchmarks", []):
-        if list(one["shape"][2:]) == [8192, 128] and one["causal"]:
-            names = {"Triton": OURS["triton"], "CUDA": OURS["cuda"], "PyTorch": "PyTorch SDPA"}
-            figures = {k: one.get(name, {}).get("forward_tflops") for k, name in names.items()}
-            return ", ".join(f"{k} {x:.0f}" if x else f"{k} –" for k, x in figures.items())
-    return "–"
+def speed(rows: list[dict[str, str]]) -> str:
+    case = "8192 tokens, head size 128, causal"
+    found = {row["peer"]: row for row in of_step("benchmarks", rows) if row["case"] == case}
+    names = {"Triton": OURS["triton"], "CUDA": OURS["cuda"], "PyTorch": SDPA}
+    figures = [f"{k} {tflops(found.get(name, {}))}" for k, name in names.items()]
+    return ", ".join(figures) if found else "–"
 
 
-def committed_reports() -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(REPORTS.glob("*.json"))]
+def committed_reports() -> list[Report]:
+    return [result_tables.read(path) for path in sorted(REPORTS.glob("*.csv"))]
 
 
 STEPS = ("tests", "sanitizer", "tiles", "benchmarks", "decode", "softmax", "features")
@@ -354,10 +379,9 @@ def main() -> int:
         print(str(error).replace("tune:", "make gpu:", 1), file=sys.stderr)
         return 2
     name, about = torch.cuda.get_device_name(device), machine()
-    path = REPORTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-    present = {"device": name, "date": about["date"], "machine": about}
-    report: dict[str, Any] = {}
-    steps: dict[str, Callable[[], Any]] = {
+    path = REPORTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.csv"
+    passed = True
+    steps: dict[str, Callable[[], list[Row]]] = {
         "tests": lambda: run_tests(options.jobs),
         "sanitizer": run_sanitizer,
         "tiles": run_tiles,
@@ -367,12 +391,14 @@ def main() -> int:
         "features": lambda: feature_benchmarks(options.rounds),
     }
     for step in options.only:
-        report = update_json(path, {**present, step: steps[step]()})
+        rows = [{"step": step, **row} for row in steps[step]()]
+        result_tables.update(path, {"device": name, **about}, rows, "step")
         if step == "tests":
-            print("tests:", report["tests"], flush=True)
+            passed = rows[0]["case"] == "all passed"
+            print("tests:", rows[0]["note"], flush=True)
     print(f"{path.relative_to(ROOT)}: commit it, and put this into the README:\n")
     print(status(committed_reports()))
-    return 0 if report.get("tests", {}).get("ok", True) else 1
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ struct AttentionParams {
   int64_t page_size = 0;                  // [all pages, Hkv, page_size, D or Dv]
 
   // What the phases of a kernel hand on to one another, 64-byte aligned.
-  void* shared = nullptr;
+  void* call_workspace = nullptr;
   int64_t threads = 1;  // that will run them: may decide how tasks are cut, not what they compute
 
   double scale = 1.0;

@@ -22,15 +22,17 @@ import triton.language as tl
 from .primitives import (
     LOG2E,
     Rows,
+    any_visible,
     batch_of,
     clear_blind_queries,
     clear_unseen_keys,
-    kept_weights,
-    kept_weights_at,
+    dropout_keep_in_call,
+    dropout_keep_in_call_at,
     key_block,
     load_lse,
     load_tile,
     place_of_keys,
+    probabilities_of,
     query_block,
     row_number,
     score_pointers,
@@ -39,11 +41,9 @@ from .primitives import (
     seen_blocks,
     seen_keys,
     sequence_of,
-    somebody,
     store_tile,
     visible_tile,
     weights_gradient,
-    weights_of,
 )
 
 
@@ -73,13 +73,13 @@ def attention_delta_kernel(
 
 @triton.jit
 def score_gradients(
-    s, dp, lse, delta, seen, keep, call, seq, h, m_start, n_start, i, j, PLAIN: tl.constexpr
+    s, dp, lse, delta, seen, keep, call, seq, h, m_start, n_start, i, j, SCALE_ONLY: tl.constexpr
 ):
     """From s = q·k and dp = do·v: the weights that dv meets, ds, and d logit. seen, keep: or None.
 
     lse and delta are shaped as i is. ds is the gradient of scale * q·k.
     """
-    p, slope = weights_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, PLAIN)
+    p, slope = probabilities_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, SCALE_ONLY)
     dropped, difference = p, dp
     if call.weights is not None:
         difference += weights_gradient(call, seq, h, m_start, n_start, i, j)
@@ -102,7 +102,7 @@ def score_gradients(
 def keys_meet_queries(
     dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h, n_start, m_begin, m_end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, INDEX: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The keys of a tile against the queries [m_begin, m_end) of one head, in transposed tiles."""
@@ -130,10 +130,10 @@ def keys_meet_queries(
         if call.dropout is not None:
             if call.pages is None:
                 row = m_start + tl.arange(0, BLOCK_M)[:, None]
-                kept = kept_weights(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
+                kept = dropout_keep_in_call(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
                 keep = tl.trans(kept)
             else:  # a page may begin anywhere in a group of 8 columns
-                keep = kept_weights_at(call, matrix, m_start + i, n_start + j)
+                keep = dropout_keep_in_call_at(call, matrix, m_start + i, n_start + j)
 
         # -- s^T <- k q^T, dp^T <- v do^T, ds <- p * (dp - delta) --
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
@@ -141,7 +141,7 @@ def keys_meet_queries(
         if MASKED and seen is None:
             seen = visible_tile(call, seq, h, m_start, n_start, i, j)
         p, ds, _ = score_gradients(
-            s, dp, lse_i, delta_i, seen, keep, call, seq, h, m_start, n_start, i, j, PLAIN
+            s, dp, lse_i, delta_i, seen, keep, call, seq, h, m_start, n_start, i, j, SCALE_ONLY
         )
         # -- dv <- dv + p^T do, dk <- dk + ds^T q --
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -153,7 +153,7 @@ def keys_meet_queries(
 def keys_meet_all_queries(
     dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h_kv, n_start,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, EVEN_M: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys of a tile against the queries of a sequence, head by head of the group, in order."""
@@ -162,25 +162,26 @@ def keys_meet_all_queries(
         h = h_kv * call.group + in_group
         if call.mask is not None or call.key_padding is not None:
             dk, dv = keys_meet_queries(
-                dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h, n_start, begin, end,
-                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+                dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h, n_start, begin,
+                end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX, PRECISION, True,
             )  # fmt: skip
         else:
             if call.right is not None:
                 dk, dv = keys_meet_queries(
                     dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h, n_start, begin,
-                    full_begin, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX,
+                    full_begin, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX,
                     PRECISION, True,
                 )  # fmt: skip
             dk, dv = keys_meet_queries(
-                dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h, n_start, full_begin,
-                full_end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION,
+                dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h, n_start,
+                full_begin, full_end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY,
+                INDEX, PRECISION,
                 False,
             )  # fmt: skip
             if not EVEN_M or call.left is not None:
                 dk, dv = keys_meet_queries(
                     dk, dv, k_tile, v_tile, q, grad_out, lse, delta, call, seq, h, n_start,
-                    full_end, end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX,
+                    full_end, end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX,
                     PRECISION, True,
                 )  # fmt: skip
     return clear_unseen_keys(dk, dv, call, seq, h_kv, n_start, BLOCK_M, INDEX)
@@ -191,7 +192,7 @@ def attention_dkdv_kernel(
     q, k, v, grad_out, lse, delta, dk, dv, call, Hkv, users, first_user, q_descriptor,
     do_descriptor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, EVEN_M: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key head, for the query heads that share it, in order.
@@ -214,7 +215,7 @@ def attention_dkdv_kernel(
         v_tile = load_tile(v, b, h_kv, first, offs_n, offs_dv, in_k, DV, BLOCK_DV)
         dk_tile, dv_tile = keys_meet_all_queries(
             dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, call, seq, h_kv, n_start,
-            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EVEN_M, INDEX, PRECISION,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, EVEN_M, INDEX, PRECISION,
         )  # fmt: skip
     else:
         blocks = tl.cdiv(call.pages.size, BLOCK_N)
@@ -235,7 +236,7 @@ def attention_dkdv_kernel(
             own_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
             own_dk, own_dv = keys_meet_all_queries(
                 own_dk, own_dv, k_tile, v_tile, q, do, lse, delta, call, seq, h_kv, n_start,
-                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EVEN_M, INDEX, PRECISION,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, EVEN_M, INDEX, PRECISION,
             )  # fmt: skip
             dk_tile += own_dk
             dv_tile += own_dv
@@ -253,7 +254,7 @@ def attention_dkdv_kernel(
 def queries_meet_keys(
     dq, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, n_begin, n_end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, INDEX: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The queries of a tile against the keys [n_begin, n_end), in blocks."""
@@ -274,7 +275,7 @@ def queries_meet_keys(
         keep = None
         if call.dropout is not None:
             row = m_start + tl.arange(0, BLOCK_M)[:, None]
-            keep = kept_weights(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
+            keep = dropout_keep_in_call(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
 
         # -- s <- q k^T, dp <- do v^T, ds <- p * (dp - delta) --
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -282,7 +283,7 @@ def queries_meet_keys(
         if MASKED and seen is None:
             seen = visible_tile(call, seq, h, m_start, n_start, i, j)
         _, ds, _ = score_gradients(
-            s, dp, lse_i, delta_i, seen, keep, call, seq, h, m_start, n_start, i, j, PLAIN
+            s, dp, lse_i, delta_i, seen, keep, call, seq, h, m_start, n_start, i, j, SCALE_ONLY
         )
         # -- dq <- dq + ds k --
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
@@ -293,7 +294,7 @@ def queries_meet_keys(
 def attention_dq_kernel(
     q, k, v, grad_out, lse, delta, dq, call, k_descriptor, v_descriptor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head."""
@@ -315,22 +316,24 @@ def attention_dq_kernel(
     if call.mask is not None or call.key_padding is not None:
         dq_tile = queries_meet_keys(
             dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, begin, end,
-            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX, PRECISION, True,
         )  # fmt: skip
     else:
         if call.left is not None:
             dq_tile = queries_meet_keys(
-                dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, begin, full_begin,
-                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+                dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, begin,
+                full_begin, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX,
+                PRECISION, True,
             )  # fmt: skip
         dq_tile = queries_meet_keys(
-            dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, full_begin, full_end,
-            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, False,
+            dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, full_begin,
+            full_end, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX, PRECISION,
+            False,
         )  # fmt: skip
         if not EVEN_N or call.right is not None:
             dq_tile = queries_meet_keys(
                 dq_tile, q_tile, do, lse_i, delta_i, k, v, call, seq, h, m_start, full_end, end,
-                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX, PRECISION, True,
             )  # fmt: skip
     dq_tile = clear_blind_queries(dq_tile, lse_i, call, seq, h, m_start, BLOCK_N, INDEX)
     store_tile(dq, b, h, first, offs_m, offs_d, in_q, D, dq_tile * call.scale)
@@ -343,7 +346,7 @@ def attention_dq_kernel(
 def attention_dbias_kernel(
     q, k, v, grad_out, lse, delta, dbias, call, B, kept, chunks, chunk_stride,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
     SUM_M: tl.constexpr, SUM_N: tl.constexpr,
 ):  # fmt: skip
@@ -377,7 +380,7 @@ def attention_dbias_kernel(
         h = h_own + t // sum_n // sum_m % sum_h
         seq = sequence_of(call, b_own + t // sum_n // sum_m // sum_h)
         seen = visible_tile(call, seq, h, m_start, n_start, i, j)
-        rows, columns = somebody(seen, 1), somebody(seen, 0)
+        rows, columns = any_visible(seen, 1), any_visible(seen, 0)
         if tl.max(rows.to(tl.int32), 0) != 0:
             q_tile = load_tile(q, seq.b, h, m_start, offs_m, offs_d, rows, D, BLOCK_D)
             do = load_tile(grad_out, seq.b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV)
@@ -392,11 +395,24 @@ def attention_dbias_kernel(
             keep = None
             if call.dropout is not None:
                 row = m_start + tl.arange(0, BLOCK_M)[:, None]
-                keep = kept_weights(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
+                keep = dropout_keep_in_call(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
             dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
             _, _, dlogit = score_gradients(
-                s, dp, lse_i, delta_i, seen, keep, call, seq, h, m_start, n_start, i, j, PLAIN
+                s,
+                dp,
+                lse_i,
+                delta_i,
+                seen,
+                keep,
+                call,
+                seq,
+                h,
+                m_start,
+                n_start,
+                i,
+                j,
+                SCALE_ONLY,
             )
             acc += dlogit
 

@@ -32,7 +32,7 @@ from .primitives import (
 def attention_decode_kernel(
     q, k, v, out, lse, split_acc, split_max, split_sum, call, Hkv, splits, rows,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, EVEN_N: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one of `splits` parts of the keys of one key head.
@@ -63,15 +63,16 @@ def attention_decode_kernel(
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q_tile, k, v, call, seq, h[:, None], h_kv, 0, seq.Sq, i[:, None],
-            begin, end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True, None,
+            acc, row_max, row_sum, q_tile, k, v, call, seq, h[:, None], h_kv, 0, seq.Sq,
+            i[:, None], begin, end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX,
+            PRECISION, True, None,
         )  # fmt: skip
         row = row_number(call, seq, h) + i
         if split_acc is None:
             sink = None
             if call.sinks is not None:
                 sink = sinks_of(call, h, seq.q_start + i)
-            o, value = finish_softmax(acc, row_max, row_sum, call, sink, PLAIN)
+            o, value = finish_softmax(acc, row_max, row_sum, call, sink, SCALE_ONLY)
             store_tile(out, q_b, h[:, None], seq.q_start, i, offs_dv, in_q, DV, o)
             if lse is not None:
                 tl.store(lse + row, value, mask=in_q)
@@ -86,7 +87,7 @@ def attention_decode_kernel(
 @triton.jit
 def attention_combine_kernel(
     split_acc, split_max, split_sum, out, lse, call, splits, rows,
-    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr,
+    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of out, of [B, Hq, Sq], packed of [Hq, Tq]."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -103,7 +104,7 @@ def attention_combine_kernel(
         at = tl.cast(split, tl.int64) * rows + row
         m = tl.load(split_max + at, mask=inside, other=float("-inf"))
         # alpha <- exp(m_s - m), of what is 0 for a split that saw nothing
-        if PLAIN:
+        if SCALE_ONLY:
             alpha = tl.exp2(m - row_max)
         else:
             alpha = tl.exp2((m - row_max) * LOG2E)
@@ -118,7 +119,7 @@ def attention_combine_kernel(
     sink = None
     if call.sinks is not None:
         sink = sinks_of(call, h, i)
-    o, value = finish_softmax(acc, row_max, row_sum, call, sink, PLAIN)
+    o, value = finish_softmax(acc, row_max, row_sum, call, sink, SCALE_ONLY)
     store_tile(out, b[:, None], h[:, None], 0, i, offs_dv, inside, DV, o)
     if lse is not None:
         tl.store(lse + row, value, mask=inside)

@@ -1,7 +1,7 @@
 """Attention forward: out = softmax(scale q kᵀ + bias, masked) v and its log-sum-exp, never holding
 more than BLOCK_M x BLOCK_N scores (Dao 2023, FlashAttention-2, Algorithm 1).
 
-Time O(Sq Sk (D + Dv)) over the blocks that somebody sees; memory O(Sq) beyond the inputs and out.
+Time O(Sq Sk (D + Dv)) over the blocks that some query sees; memory O(Sq) beyond the inputs and out.
 Blocks that every query of the tile sees whole are computed without any mask.
 """
 
@@ -12,8 +12,8 @@ from .primitives import (
     LOWEST,
     Rows,
     batch_of,
+    dropout_keep_in_call,
     finish_softmax,
-    kept_weights,
     load_tile,
     logits,
     online_softmax_update,
@@ -32,7 +32,7 @@ from .primitives import (
 def attend(
     acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, m_end, i, n_begin, n_end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, INDEX: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
     SPECIALIZE: tl.constexpr = False,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def attend(
         # -- s <- q k^T --
         k_tile = load_tile(k, b, h_kv, first, offs, offs_d, in_k, D, BLOCK_D)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        if not PLAIN:
+        if not SCALE_ONLY:
             s, _ = logits(s, call, seq, h, m_start, n_start, i, j)
         if MASKED:
             if seen is None:
@@ -66,11 +66,11 @@ def attend(
 
         # -- p <- exp(s - m), l <- alpha l + rowsum(p), acc <- alpha acc --
         acc, row_max, row_sum, p = online_softmax_update(
-            acc, row_max, row_sum, s, call.scale, PLAIN
+            acc, row_max, row_sum, s, call.scale, SCALE_ONLY
         )
         if call.dropout is not None:  # after the sum: the denominator is that of all weights
             matrix = seq.b * call.Hq + h
-            keep = kept_weights(call, matrix, m_start + i, n_start, BLOCK_M, BLOCK_N)
+            keep = dropout_keep_in_call(call, matrix, m_start + i, n_start, BLOCK_M, BLOCK_N)
             p = tl.where(keep, p, 0.0)
 
         # -- acc <- acc + p v --
@@ -83,13 +83,13 @@ def attend(
 def attention_forward_kernel(
     q, k, v, out, lse, call, k_descriptor, v_descriptor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EVEN_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, EVEN_N: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. q, k, v, out: Rows; lse: [B, Hq, Sq] or None.
 
-    PLAIN: logits are just scale * q·k, with scale > 0. EVEN_N: BLOCK_N divides the number of keys.
-    INDEX: the type of offsets inside a tile.
+    SCALE_ONLY: logits are just scale * q·k, with scale > 0. EVEN_N: BLOCK_N divides the number of
+    keys. INDEX: the type of offsets inside a tile.
     """
     seq, h, m_start = query_block(call, BLOCK_M)
     h_kv = h // call.group
@@ -115,13 +115,13 @@ def attention_forward_kernel(
         if call.left is not None:
             acc, row_max, row_sum = attend(
                 acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, m_end, i,
-                begin, full_begin, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
-                1,
+                begin, full_begin, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX, PRECISION,
+                True, 1,
             )  # fmt: skip
         acc, row_max, row_sum = attend(
             acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, m_end, i,
-            full_begin, full_end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, False,
-            None, SPECIALIZE,
+            full_begin, full_end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX, PRECISION,
+            False, None, SPECIALIZE,
         )  # fmt: skip
     if (
         not EVEN_N
@@ -131,14 +131,14 @@ def attention_forward_kernel(
     ):
         acc, row_max, row_sum = attend(
             acc, row_max, row_sum, q_tile, k, v, call, seq, h, h_kv, m_start, m_end, i,
-            full_end, end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, INDEX, PRECISION, True,
+            full_end, end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX, PRECISION, True,
             RIM_STAGES,
         )  # fmt: skip
 
     sink = None
     if call.sinks is not None:
         sink = sinks_of(call, h, seq.q_start + m_start + offs_m)
-    o, value = finish_softmax(acc, row_max, row_sum, call, sink, PLAIN)
+    o, value = finish_softmax(acc, row_max, row_sum, call, sink, SCALE_ONLY)
     store_tile(out, b, h, first, offs_m, offs_dv, in_q, DV, o)
     if lse is not None:
         tl.store(lse + row_number(call, seq, h) + m_start + offs_m, value, mask=in_q)

@@ -15,18 +15,18 @@ import triton.language as tl
 
 from .primitives import (
     LOG2E,
-    kept_weights,
+    any_visible,
+    dropout_keep_in_call,
     load_lse,
     load_tile,
+    probabilities_of,
     query_block,
     row_number,
     score_pointers,
     seen_blocks,
     sequence_of,
-    somebody,
     visible_tile,
     weights_gradient,
-    weights_of,
 )
 
 
@@ -34,18 +34,18 @@ from .primitives import (
 def weights_tile(
     q_tile, k, lse_i, call, seq, h, m_start, n_start, offs_m, offs_n,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of one head: the weights before dropout, 0 where hidden, and which of them it keeps."""
     i, j, offs_d = offs_m[:, None], offs_n[None, :], tl.arange(0, BLOCK_D)
     seen = visible_tile(call, seq, h, m_start, n_start, i, j)
-    columns = somebody(seen, 0)
+    columns = any_visible(seen, 0)
     k_tile = load_tile(k, seq.b, h // call.group, n_start, offs_n, offs_d, columns, D, BLOCK_D)
     s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-    p, _ = weights_of(s, lse_i, seen, call, seq, h, m_start, n_start, i, j, PLAIN)
+    p, _ = probabilities_of(s, lse_i, seen, call, seq, h, m_start, n_start, i, j, SCALE_ONLY)
     if call.dropout is not None:
         matrix, row = seq.b * call.Hq + h, m_start + tl.arange(0, BLOCK_M)[:, None]
-        seen = seen & kept_weights(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
+        seen = seen & dropout_keep_in_call(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
     return p, seen
 
 
@@ -53,7 +53,7 @@ def weights_tile(
 def attention_weights_kernel(
     q, k, lse, weights, call, heads,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PLAIN: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE_ONLY: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """weights: Scores, with a head stride of 0 if averaged. heads: 1 if averaged, else Hq."""
     m_blocks, n_blocks = tl.cdiv(call.Sq, BLOCK_M), tl.cdiv(call.Sk, BLOCK_N)
@@ -73,7 +73,7 @@ def attention_weights_kernel(
         lse_i = load_lse(lse + row_number(call, seq, h) + m_start + offs_m, in_q)[:, None]
         p, kept = weights_tile(
             q_tile, k, lse_i, call, seq, h, m_start, n_start, offs_m, offs_n,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, PLAIN, PRECISION,
+            D, BLOCK_M, BLOCK_N, BLOCK_D, SCALE_ONLY, PRECISION,
         )  # fmt: skip
         acc += tl.where(kept, p, 0.0)
     if call.dropout is not None:
@@ -88,7 +88,7 @@ def attention_weights_kernel(
 def attention_weights_delta_kernel(
     q, k, lse, delta, call,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PLAIN: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE_ONLY: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head."""
     seq, h, m_start = query_block(call, BLOCK_M)
@@ -102,7 +102,7 @@ def attention_weights_delta_kernel(
     for n_start in tl.range(begin, end, BLOCK_N):
         p, kept = weights_tile(
             q_tile, k, lse_i[:, None], call, seq, h, m_start, n_start, offs_m, offs_n,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, PLAIN, PRECISION,
+            D, BLOCK_M, BLOCK_N, BLOCK_D, SCALE_ONLY, PRECISION,
         )  # fmt: skip
         # where nothing is kept dw may be anything
         dw = weights_gradient(call, seq, h, m_start, n_start, i, j)

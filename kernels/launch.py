@@ -25,9 +25,9 @@ from . import attention_backward, attention_decode, attention_weights, masked_so
 from . import tiles as tables
 from .attention_forward import attention_forward_kernel
 from .kv_cache import Elements, kv_cache_append_kernel
-from .masked_softmax import RowCall, RowOperand
+from .masked_softmax import RowOperand, SoftmaxParams
 from .primitives import (
-    Call,
+    AttentionParams,
     Dropout,
     Padding,
     Pages,
@@ -120,7 +120,7 @@ def rows(x: Tensor) -> Rows:
     return Rows(x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
 
 
-def descriptor(x: Tensor, block: int, call: Call, arch: Arch) -> TensorDescriptor | None:
+def descriptor(x: Tensor, block: int, call: AttentionParams, arch: Arch) -> TensorDescriptor | None:
     """By which `block` rows of x, [B, H, S, D], are copied at once; they are 0 beyond its sizes.
 
     None where they come by pointers: without TMA; for float32, whose matrix operands pass through
@@ -176,11 +176,11 @@ def dropout_of(dropout_p: float, philox: Tensor | None) -> Dropout | None:
 
 
 def effective_softcap(softcap: float) -> float | None:
-    """None for no cap, which 2^96 and more is; one by which float32 can divide (see describe.h)."""
+    """None for no cap, which 2^96 and more is; one by which float32 can divide (describe.cpp)."""
     return max(float(softcap), 2.0**-124) if 0 < softcap < 2.0**96 else None
 
 
-def describe(query: Tensor, key: Tensor, arguments: Arguments) -> Call:
+def describe(query: Tensor, key: Tensor, arguments: Arguments) -> AttentionParams:
     """The arguments of the operators, as kernels take them.
 
     query [B, Hq, Sq, D], packed [1, Hq, Tq, D]; key alike, or pages [pages, Hkv, page size, D].
@@ -213,7 +213,7 @@ def describe(query: Tensor, key: Tensor, arguments: Arguments) -> Call:
     if a.alibi_slopes is not None:
         heads = a.alibi_slopes.shape[-1] if a.alibi_slopes.dim() == 2 else 0
         slopes = Slopes(a.alibi_slopes, heads)
-    return Call(
+    return AttentionParams(
         B=B,
         Hq=Hq,
         group=Hq // max(Hkv, 1),
@@ -240,21 +240,21 @@ def describe(query: Tensor, key: Tensor, arguments: Arguments) -> Call:
     )
 
 
-def for_tiles(call: Call, tiles: Tiles) -> Call:
+def for_tiles(call: AttentionParams, tiles: Tiles) -> AttentionParams:
     """What a call says about tiles of keys."""
     if call.pages is None:
         return call
     return call._replace(whole_pages=1 if call.pages.size % tiles.block_n == 0 else None)
 
 
-def query_blocks(call: Call, block_m: int) -> int:
+def query_blocks(call: AttentionParams, block_m: int) -> int:
     """Of one head of the whole batch; packed: as `primitives.packed_block` numbers them."""
     if call.cu_seqlens_q is None:
         return call.B * ceil_div(call.Sq, block_m)
     return call.Sq // block_m + call.B + 1
 
 
-def key_blocks(call: Call, block_n: int) -> int:
+def key_blocks(call: AttentionParams, block_n: int) -> int:
     """Of one key head of the whole batch, or of all pages."""
     if call.pages is not None:
         return call.pages.count * ceil_div(call.pages.size, block_n)
@@ -266,13 +266,19 @@ def key_blocks(call: Call, block_n: int) -> int:
 # -- Attention -----------------------------------------------------------------------------
 
 
-def is_per_score(call: Call) -> bool:
+def is_per_score(call: AttentionParams) -> bool:
     """Whether the call has something of its own for each score."""
     return any(x is not None for x in (call.mask, call.bias, call.dropout, call.weights))
 
 
 def _constants(
-    call: Call, tiles: Tiles, arch: Arch, query: Tensor, DV: int, precision: int, wide: bool
+    call: AttentionParams,
+    tiles: Tiles,
+    arch: Arch,
+    query: Tensor,
+    DV: int,
+    precision: int,
+    wide: bool,
 ) -> dict[str, Any]:
     D = query.shape[-1]
     products = INPUT_PRECISION[arch.name.rstrip("0123456789_")]
@@ -284,7 +290,7 @@ def _constants(
         "BLOCK_N": tiles.block_n,
         "BLOCK_D": padded_head_dim(D),
         "BLOCK_DV": padded_head_dim(DV),
-        "PLAIN": plain,
+        "SCALE_ONLY": plain,
         "EVEN_N": call.cu_seqlens_k is None
         and call.seqused_k is None
         and call.Sk % tiles.block_n == 0,
@@ -293,7 +299,9 @@ def _constants(
     }
 
 
-def can_specialize(call: Call, arch: Arch, constants: dict[str, Any], copied: bool) -> bool:
+def can_specialize(
+    call: AttentionParams, arch: Arch, constants: dict[str, Any], copied: bool
+) -> bool:
     """Whether Triton 3.9 takes `warp_specialize` for attention_forward: for sm_100, with key and
     value `copied` by descriptors, if no loop follows that over whole tiles."""
     whole = call.left is None and call.right is None and constants["EVEN_N"]
@@ -306,7 +314,7 @@ def forward_launch(
     value: Tensor,
     out: Tensor,
     lse: Tensor | None,
-    call: Call,
+    call: AttentionParams,
     precision: int,
     arch: Arch,
     tiles: Tiles | None = None,
@@ -347,7 +355,7 @@ def decode_splits(
     return max(1, min(wanted, seqlen_k // tables.MIN_SPLIT_KEYS))
 
 
-def splits_of(call: Call, heads_kv: int, arguments: Arguments) -> int:
+def splits_of(call: AttentionParams, heads_kv: int, arguments: Arguments) -> int:
     """`decode_splits` of a call."""
     if call.group * call.Sq >= LIMIT:  # the hint may be wrong, and 32 bits count the rows
         return 0
@@ -356,7 +364,7 @@ def splits_of(call: Call, heads_kv: int, arguments: Arguments) -> int:
     return decode_splits(call.B, call.Hq, heads_kv, *lengths, (left, right))
 
 
-def longest_sequences(call: Call, arguments: Arguments) -> tuple[int, int]:
+def longest_sequences(call: AttentionParams, arguments: Arguments) -> tuple[int, int]:
     """Queries and keys of the longest sequence, as far as is known."""
 
     def longest(hint: int | None, tokens: int) -> int:
@@ -377,7 +385,7 @@ def decode_launches(
     splits: int,
     parts: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
     longest: int,
-    call: Call,
+    call: AttentionParams,
     precision: int,
     arch: Arch,
     tiles: Tiles | None = None,
@@ -405,7 +413,7 @@ def decode_launches(
         )
     ]
     if splits > 1:
-        combine = {name: constants[name] for name in ("DV", "BLOCK_M", "BLOCK_DV", "PLAIN")}
+        combine = {name: constants[name] for name in ("DV", "BLOCK_M", "BLOCK_DV", "SCALE_ONLY")}
         launches.append(
             Launch(
                 attention_decode.attention_combine_kernel,
@@ -453,7 +461,7 @@ def backward_launches(
     dk: Tensor,
     dv: Tensor,
     dsinks: Tensor | None,
-    call: Call,
+    call: AttentionParams,
     precision: int,
     arch: Arch,
     tiles: Tiles | None = None,
@@ -545,7 +553,7 @@ def dbias_launch(
     delta: Tensor,
     dbias: Tensor,
     chunks: int,
-    call: Call,
+    call: AttentionParams,
     precision: int,
     arch: Arch,
     tiles: Tiles | None = None,
@@ -579,7 +587,7 @@ def dbias_launch(
     )
 
 
-WEIGHTS_CONSTANTS = ("D", "BLOCK_M", "BLOCK_N", "BLOCK_D", "PLAIN", "INDEX", "PRECISION")
+WEIGHTS_CONSTANTS = ("D", "BLOCK_M", "BLOCK_N", "BLOCK_D", "SCALE_ONLY", "INDEX", "PRECISION")
 
 
 def weights_gradient(grad_weights: Tensor | None, average: bool, Hq: int) -> WeightsGradient | None:
@@ -595,7 +603,7 @@ def weights_launch(
     key: Tensor,
     lse: Tensor,
     weights: Tensor,
-    call: Call,
+    call: AttentionParams,
     precision: int,
     arch: Arch,
     tiles: Tiles | None = None,
@@ -674,17 +682,17 @@ def row_operand(x: Tensor, shape: Sequence[int]) -> RowOperand:
     return RowOperand(x, tuple(strides[:-1]), strides[-1])
 
 
-def row_call(
+def softmax_params(
     shape: Sequence[int],
     scale: float,
     causal: int,
     sinks: Tensor | None = None,
     philox: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> RowCall:
+) -> SoftmaxParams:
     """shape: of the rows and columns, at least two dimensions."""
     columns, queries = shape[-1], shape[-2]
-    return RowCall(
+    return SoftmaxParams(
         sizes=tuple(shape[:-1]),
         rows=math.prod(shape[:-1]),
         columns=columns,
@@ -697,7 +705,9 @@ def row_call(
     )
 
 
-def _row_launch(kernel: Any, call: RowCall, args: tuple[Any, ...], fusion: bool = True) -> Launch:
+def _row_launch(
+    kernel: Any, call: SoftmaxParams, args: tuple[Any, ...], fusion: bool = True
+) -> Launch:
     tiles = softmax_tiles(call.columns)
     constants = {
         "ROWS": tiles.rows,
@@ -715,7 +725,7 @@ def softmax_launch(
     mask: Tensor | None,
     bias: Tensor | None,
     sink_weight: Tensor | None,
-    call: RowCall,
+    call: SoftmaxParams,
 ) -> Launch:
     """input and out: [..., columns] of the same shape, at least two dimensions."""
     shape = input.shape
@@ -737,7 +747,7 @@ def softmax_backward_launch(
     delta: Tensor | None,
     sink_weight: Tensor | None,
     sink_terms: Tensor | None,
-    call: RowCall,
+    call: SoftmaxParams,
 ) -> Launch:
     operands = [row_operand(x, weights.shape) for x in (weights, grad_out, dx)]
     args = (*operands, delta, sink_weight, sink_terms, call)
@@ -774,7 +784,7 @@ def softmax_dbias_launch(
     delta: Tensor,
     dbias: Tensor,
     work: RowGroups,
-    call: RowCall,
+    call: SoftmaxParams,
     tiles: RowTiles,
 ) -> Launch:
     """dbias: [groups, width], or [chunks, groups, width] in float32, to be summed."""
@@ -802,6 +812,6 @@ def softmax_dbias_launch(
     )
 
 
-def softmax_dsinks_launch(sink_terms: Tensor, dsinks: Tensor, call: RowCall) -> Launch:
+def softmax_dsinks_launch(sink_terms: Tensor, dsinks: Tensor, call: SoftmaxParams) -> Launch:
     kernel = masked_softmax.masked_softmax_dsinks_kernel
     return Launch(kernel, (call.heads,), (sink_terms, dsinks, call), {"BLOCK": 1024}, 4, 1)

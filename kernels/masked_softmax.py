@@ -23,7 +23,7 @@ class RowOperand(NamedTuple):
     stride_k: Any
 
 
-class RowCall(NamedTuple):
+class SoftmaxParams(NamedTuple):
     """Everything about a call beyond the tensors that have rows."""
 
     sizes: Any  # of the rows' dimensions, the last one fastest

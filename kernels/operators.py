@@ -1,6 +1,6 @@
 """torch.ops.fused_attention.* for CUDA and HIP tensors: allocation, then the launches in order.
 
-The same arguments, results and memory layouts as the operators of the CPU (csrc/ops.cpp) and their
+The same arguments, results and memory layouts as the operators of the CPU (operators.h) and their
 fake kernels (operators/fake.py). With TRITON_INTERPRET=1 these functions also take CPU tensors,
 which is how the tests run them.
 """
@@ -22,7 +22,7 @@ from .tiles import Arch, arch_of
 HIGHEST = 0  # of the precisions of float32 products
 
 
-def empty_like_layout(like: Tensor, last: int) -> Tensor:
+def empty_like_format(like: Tensor, last: int) -> Tensor:
     """[B, H, S, last]: dense BSHD memory if that is how `like` lies, else BHSD."""
     batch, heads, seqlen, _ = like.shape
     if like.stride(1) < like.stride(2):
@@ -73,13 +73,13 @@ class Layout(NamedTuple):
         """As the tensor `like`, but for its last size."""
         if self.packed:
             return like.new_empty((*like.shape[:-1], last))
-        return empty_like_layout(like, last)
+        return empty_like_format(like, last)
 
     def new_keys(self, like: Tensor) -> Tensor:
         return like.new_empty(like.shape) if self.paged else self.new(like, like.shape[-1])
 
 
-class Plan(NamedTuple):
+class Schedule(NamedTuple):
     """What a call runs, in order, on memory that it has: the launches, the results, and the working
     memory, each buffer with its name."""
 
@@ -93,14 +93,14 @@ class Plan(NamedTuple):
             each.run()
 
 
-def plan_forward(
+def schedule_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     arguments: Arguments,
     with_lse: bool,
     arch: Arch | None = None,
-) -> Plan:
+) -> Schedule:
     """Results: out and, if asked for, lse. arch: if it is not that of query's device."""
     layout = Layout.of(arguments)
     buffers = copies(query=query, key=key, value=value)
@@ -128,14 +128,14 @@ def plan_forward(
         )
     reason = f"few queries a key head; its keys in {splits} splits" if splits else ""
     if lse is None:
-        return Plan(launches, (result,), buffers, reason)
-    return Plan(launches, (result, lse.squeeze(0) if layout.packed else lse), buffers, reason)
+        return Schedule(launches, (result,), buffers, reason)
+    return Schedule(launches, (result, lse.squeeze(0) if layout.packed else lse), buffers, reason)
 
 
 def _run_forward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], with_lse: bool) -> Any:
     call = operators.arguments(op, args, kwargs)
     query, key, value = (call.pop(name) for name in INPUTS)
-    plan = plan_forward(query, key, value, Arguments(**call), with_lse)
+    plan = schedule_forward(query, key, value, Arguments(**call), with_lse)
     plan.run()
     return plan.results
 
@@ -152,7 +152,7 @@ def attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return _run_forward(operators.forward, args, kwargs, with_lse=True)
 
 
-def plan_backward(call: dict[str, Any], arch: Arch | None = None) -> Plan:
+def schedule_backward(call: dict[str, Any], arch: Arch | None = None) -> Schedule:
     """call: the arguments of attention_backward by name. Results: its results, in order."""
     arguments = Arguments(**{name: call[name] for name in Arguments._fields})
     query, key, value = call["query"], call["key"], call["value"]
@@ -192,13 +192,13 @@ def plan_backward(call: dict[str, Any], arch: Arch | None = None) -> Plan:
         assert bias is not None
         dbias = bias.new_empty(bias.shape)
         operands = (query, key, value, grad_out, lse, delta)
-        of_bias = _plan_bias_gradient(dbias, *operands, described, arguments.precision, arch)
+        of_bias = _schedule_bias_gradient(dbias, *operands, described, arguments.precision, arch)
         launches, buffers = launches + of_bias.launches, buffers | of_bias.buffers
-    return Plan(launches, (grad_query, grad_key, grad_value, dbias, dsinks), buffers)
+    return Schedule(launches, (grad_query, grad_key, grad_value, dbias, dsinks), buffers)
 
 
 def attention_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    plan = plan_backward(operators.arguments(operators.backward, args, kwargs))
+    plan = schedule_backward(operators.arguments(operators.backward, args, kwargs))
     plan.run()
     parts = plan.buffers.get("parts of the bias' gradient")
     if parts is not None:
@@ -207,7 +207,7 @@ def attention_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     return plan.results
 
 
-def page_users(call: launch.Call) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def page_users(call: launch.AttentionParams) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Which entries b * (pages of a sequence) + n of the table are in use, sorted by page, and
     where those of each page begin: int64 [entries], [pages + 1]."""
     if call.pages is None:
@@ -226,15 +226,15 @@ def page_users(call: launch.Call) -> tuple[Tensor, Tensor] | tuple[None, None]:
     return users, torch.searchsorted(pages, every)
 
 
-def _plan_bias_gradient(
+def _schedule_bias_gradient(
     dbias: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, lse: Tensor,
-    delta: Tensor, call: launch.Call, precision: int, arch: Arch,
-) -> Plan:  # fmt: skip
+    delta: Tensor, call: launch.AttentionParams, precision: int, arch: Arch,
+) -> Schedule:  # fmt: skip
     B, Hq, Sq, D = query.shape
     Sk = call.Sk
     if B * Hq * Sq * Sk == 0:
         dbias.zero_()
-        return Plan([], (dbias,), {})
+        return Schedule([], (dbias,), {})
     head_dim = max(D, value.shape[-1])
     tiles = launch.attention_tiles("dq", arch, query.dtype, head_dim, per_score=True)
     blocks = (launch.ceil_div(Sq, tiles.block_m), launch.ceil_div(Sk, tiles.block_n))
@@ -244,10 +244,10 @@ def _plan_bias_gradient(
         parts = dbias.new_empty((chunks, *dbias.shape), dtype=torch.float32)
         buffers = {"parts of the bias' gradient": parts}
     operands = (query, key, value, grad_out, lse, delta, parts, chunks, call, precision, arch)
-    return Plan([launch.dbias_launch(*operands, tiles)], (dbias,), buffers)
+    return Schedule([launch.dbias_launch(*operands, tiles)], (dbias,), buffers)
 
 
-def plan_weights(call: dict[str, Any], arch: Arch | None = None) -> Plan:
+def schedule_weights(call: dict[str, Any], arch: Arch | None = None) -> Schedule:
     """call: the arguments of attention_weights by name."""
     given = {name: call[name] for name in Arguments._fields if name in call}
     arguments = Arguments(**given)
@@ -258,15 +258,15 @@ def plan_weights(call: dict[str, Any], arch: Arch | None = None) -> Plan:
     result = weights.squeeze(1) if average else weights
     if described.Hq == 0:
         weights.zero_()
-        return Plan([], (result,), {})
+        return Schedule([], (result,), {})
     operands = (query, key, call["lse"].contiguous(), weights, described)
     arch = arch or arch_of(query.device)
     each = launch.weights_launch(*operands, HIGHEST, arch)
-    return Plan([each], (result,), {})
+    return Schedule([each], (result,), {})
 
 
 def attention_weights(*args: Any, **kwargs: Any) -> Tensor:
-    plan = plan_weights(operators.arguments(operators.weights, args, kwargs))
+    plan = schedule_weights(operators.arguments(operators.weights, args, kwargs))
     plan.run()
     return plan.results[0]
 
@@ -331,7 +331,7 @@ def masked_softmax_forward(
     weights = torch.empty_like(out) if save_weights else out.new_empty(0)
     sink_weight = out.new_empty(out.shape[:-1] if save_sinks else 0, dtype=torch.float32)
     rows = _two_dimensional(input)
-    call = launch.row_call(rows.shape, scale, causal, sinks, philox, dropout_p)
+    call = launch.softmax_params(rows.shape, scale, causal, sinks, philox, dropout_p)
     launch.softmax_launch(
         rows,
         _two_dimensional(out),
@@ -362,7 +362,7 @@ def masked_softmax_(
             expected = "memory apart from input's, which is overwritten"
             raise ArgumentValueError(describe_error(name, expected, "a view of the same"))
     rows = _two_dimensional(input)
-    call = launch.row_call(rows.shape, scale, causal, sinks, philox, dropout_p)
+    call = launch.softmax_params(rows.shape, scale, causal, sinks, philox, dropout_p)
     launch.softmax_launch(rows, rows, None, mask, bias, None, call).run()
 
 
@@ -380,7 +380,7 @@ def masked_softmax_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(weights, memory_format=torch.contiguous_format)
     rows, grads = _two_dimensional(weights), _two_dimensional(grad_out)
-    call = launch.row_call(rows.shape, scale, causal, None, philox, dropout_p)
+    call = launch.softmax_params(rows.shape, scale, causal, None, philox, dropout_p)
     count = call.rows if rows.numel() else 0
     delta = dx.new_empty(count, dtype=torch.float32) if bias_grad else None
     terms = dx.new_empty(count, dtype=torch.float32) if sinks_grad else None

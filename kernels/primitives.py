@@ -96,7 +96,7 @@ class Pages(NamedTuple):
     count: Any  # of the pages that there are
 
 
-class Call(NamedTuple):
+class AttentionParams(NamedTuple):
     """Everything about a call beyond query, key and value."""
 
     B: Any  # sequences
@@ -323,7 +323,7 @@ def visible_block_range(start, end, offset, left, right, length, BLOCK: tl.const
 
     Query i sees key j iff i + offset - left <= j <= i + offset + right. Every query sees all of the
     keys [full_begin, full_end), which are whole blocks; in [begin, full_begin) and [full_end, stop)
-    somebody may see some. Exchanged, left for right and with -offset: the queries that see keys.
+    some query may see some. Exchanged, left for right and with -offset: the queries that see keys.
     """
     begin, full_begin = 0, 0
     stop, full_end = length, length
@@ -386,7 +386,7 @@ def visible_tile(call, seq, h, m_start, n_start, i, j):
 
 
 @triton.jit
-def somebody(seen, axis: tl.constexpr):
+def any_visible(seen, axis: tl.constexpr):
     """Along `axis`, is there anyone who sees? Tiles of others are read as 0: 0 * NaN is NaN."""
     return tl.max(seen.to(tl.int32), axis) != 0
 
@@ -400,7 +400,7 @@ def seen_keys(call, seq, seen, m_start, m_end, n_start, offs_n):
     first key to the last one's last.
     """
     if seen is not None:
-        keys = somebody(seen, 0)
+        keys = any_visible(seen, 0)
     else:
         key = n_start + offs_n
         keys = key < seq.Sk
@@ -415,7 +415,7 @@ def seen_keys(call, seq, seen, m_start, m_end, n_start, offs_n):
 def seeing_queries(call, seq, seen, m_start, n_start, offs_m, BLOCK_N: tl.constexpr):
     """Which queries see some key of a tile, [BLOCK_M]. seen: [BLOCK_N, BLOCK_M], or None."""
     if seen is not None:
-        queries = somebody(seen, 0)
+        queries = any_visible(seen, 0)
     else:
         query, last_key = m_start + offs_m, tl.minimum(n_start + BLOCK_N, seq.Sk) - 1
         queries = query < seq.Sq
@@ -548,14 +548,14 @@ def load_lse(pointer, rows):
 
 
 @triton.jit
-def weights_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, PLAIN: tl.constexpr):
+def probabilities_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, SCALE_ONLY: tl.constexpr):
     """From s = q·k the weights before dropout, and d logit / d (scale q·k).
 
     lse: as load_lse gives it, in the shape of i. seen: None where all is visible.
     """
     slope = 1.0
     # p <- exp(s - lse)
-    if PLAIN:
+    if SCALE_ONLY:
         exponent = s * (call.scale * LOG2E) - lse * LOG2E
     else:
         s, slope = logits(s, call, seq, h, m_start, n_start, i, j)
@@ -580,16 +580,16 @@ def weights_gradient(call, seq, h, m_start, n_start, i, j):
 
 
 @triton.jit
-def online_softmax_update(acc, row_max, row_sum, s, scale, PLAIN: tl.constexpr):
+def online_softmax_update(acc, row_max, row_sum, s, scale, SCALE_ONLY: tl.constexpr):
     """One block of scores into the running softmax (Milakov & Gimelshein 2018, Algorithm 3), whose
     row_max starts at LOWEST. Hidden scores are -inf.
 
-    PLAIN: logits are scale * s, and row_max is in powers of two, so that a weight costs one
+    SCALE_ONLY: logits are scale * s, and row_max is in powers of two, so that a weight costs one
     fused multiply-add. Else s are logits, whose difference is taken before it is multiplied by
     log2 e: a logit of -FLT_MAX, which hides keys in many models, would overflow.
     Returns acc * alpha, row_max, row_sum, p.
     """
-    if PLAIN:
+    if SCALE_ONLY:
         # m <- max(m, rowmax(s))
         new_max = tl.maximum(row_max, tl.max(s, 1) * (scale * LOG2E))
         # p <- exp(s - m), alpha <- exp(m_old - m)
@@ -614,12 +614,12 @@ def sinks_of(call, h, token):
 
 
 @triton.jit
-def finish_softmax(acc, row_max, row_sum, call, sink, PLAIN: tl.constexpr):
+def finish_softmax(acc, row_max, row_sum, call, sink, SCALE_ONLY: tl.constexpr):
     """Of rows that have met all their keys: out and lse. sink: of the rows, or None."""
-    blind = row_sum == 0.0  # and so is acc, unless it met a NaN that others see
-    if PLAIN:
+    fully_masked = row_sum == 0.0  # and so is acc, unless it met a NaN that others see
+    if SCALE_ONLY:
         row_max = row_max * LN2
-    row_max = tl.where(blind, float("-inf"), row_max)
+    row_max = tl.where(fully_masked, float("-inf"), row_max)
     factor = 1.0
     if sink is not None:
         # One more logit, without a value: it only joins the denominator.
@@ -631,8 +631,8 @@ def finish_softmax(acc, row_max, row_sum, call, sink, PLAIN: tl.constexpr):
     if call.dropout is not None:
         factor = factor * call.dropout.scale
     # out <- acc / l, lse <- m + log(l)
-    factor = tl.where(blind, 0.0, factor / row_sum)
-    out = tl.where(blind[:, None], 0.0, acc * factor[:, None])
+    factor = tl.where(fully_masked, 0.0, factor / row_sum)
+    out = tl.where(fully_masked[:, None], 0.0, acc * factor[:, None])
     return out, tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log(row_sum))
 
 
@@ -694,7 +694,7 @@ def dropout_keep(dropout, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.
 
 
 @triton.jit
-def kept_weights(call, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def dropout_keep_in_call(call, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """`dropout_keep` of a call, whose heads, rows and columns are numbered from where it starts."""
     if call.starts is not None:
         matrix = matrix + call.starts.head
@@ -704,7 +704,7 @@ def kept_weights(call, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 @triton.jit
-def kept_weights_at(call, matrix, row, column):
+def dropout_keep_in_call_at(call, matrix, row, column):
     """`dropout_keep_at` of a call."""
     if call.starts is not None:
         matrix = matrix + call.starts.head

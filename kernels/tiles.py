@@ -1,7 +1,7 @@
 """Tile sizes and launch options, and nothing else: by kernel, architecture, dtype and head size.
 
 The table follows from what compiles without spills and fits the shared memory of a block
-(tests/test_triton_compile.py checks both), and for Hopper from an H200 (`tune`).
+(tests/triton/test_triton_compile.py checks both), and for Hopper from an H200 (`tune`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Options and parameters that every test file shares."""
 
+import collections
 import os
+import sys
 
 # Before anything imports Triton, which decides then whether its own functions are interpreted. On a
-# GPU they are not: TRITON_INTERPRET=0 pytest tests/test_gpu.py, as `make gpu` does.
+# GPU they are not: TRITON_INTERPRET=0 pytest tests/gpu, as `make gpu` does.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
@@ -12,6 +14,13 @@ from hypothesis import HealthCheck, settings
 
 from fused_attention import _native
 from fused_attention.tools import testing
+from paths import HELPERS
+from selection import covering
+
+# Assertions in the helpers show their values, as those in test modules do.
+pytest.register_assert_rewrite(
+    *(path.stem for path in HELPERS.glob("*.py") if path.stem not in sys.modules)
+)
 
 # How many examples a property is tried with: the same ones in every quick run, others in every full
 # one. None fails because of time.
@@ -28,12 +37,24 @@ def pytest_configure(config):
     settings.load_profile("full" if config.getoption("--full") else "quick")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m and -k select
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--full"):
-        skip = pytest.mark.skip(reason="slow: runs with --full (make test-full)")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
+    if config.getoption("--full"):
+        return
+    functions = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("covering") and "slow" not in item.keywords:
+            functions[item.path, item.originalname].append(item)
+    for combinations in functions.values():
+        strength = combinations[0].get_closest_marker("covering").args
+        rows = [item.callspec.params for item in combinations]
+        needed = covering(rows, *strength)
+        for number in set(range(len(combinations))) - set(needed):
+            combinations[number].add_marker(pytest.mark.slow)
+    skip = pytest.mark.skip(reason="slow: runs with --full (make test-full)")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

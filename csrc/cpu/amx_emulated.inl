@@ -1,5 +1,13 @@
 // The tile vocabulary in plain C++: what proves the AMX kernels on machines without AMX. Only as
 // fast as that needs.
+#pragma once
+
+#include "simd_avx512.inl"
+
+#define FUSED_ATTENTION_AMX_PRODUCTS 1
+
+namespace fused_attention {
+namespace {
 
 struct EmulatedTile {
   uint32_t rows[16][16];
@@ -55,3 +63,6 @@ FA_INLINE void tile_dot() {
     }
   }
 }
+
+}  // namespace
+}  // namespace fused_attention

@@ -22,12 +22,26 @@
 //
 // Where the weights w = z * p were returned too, their gradient dw adds to do v^T, and
 // rowsum(w * dw) to delta (attention_weights.inl).
+#pragma once
 
-template <typename Arithmetic>
+#include "attention_weights.inl"
+#include "masking.inl"
+#include "online_softmax.inl"
+#include "philox.inl"
+#include "scores.inl"
+#include "vector_products.inl"
+#ifdef FUSED_ATTENTION_AMX_PRODUCTS
+#include "amx_products.inl"
+#endif
+
+namespace fused_attention {
+namespace {
+
+template <typename Products>
 struct BackwardTile {
-  using T = typename Arithmetic::T;
-  static constexpr int kBlockM = Arithmetic::kQueryVectors * kLanes<T>;
-  Arithmetic products;       // with q and do of the queries, k and v of the keys
+  using T = typename Products::T;
+  static constexpr int kBlockM = Products::kQueryVectors * kLanes<T>;
+  Products products;         // with q and do of the queries, k and v of the keys
   T *lse, *delta;            // [kBlockM]
   uint64_t counted;          // a bit for each query, but those that saw nothing
   T *p, *ds;                 // weights and score gradients [kBlockN][kBlockM]
@@ -71,10 +85,10 @@ struct BackwardTile {
 
 // A block of queries with lse and delta. Queries past the end and queries that saw nothing, no key
 // or logits of -inf only, count as zero, whatever they held.
-template <int kVectors, typename Arithmetic>
+template <int kVectors, typename Products>
 void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
-                  int64_t rows, BackwardTile<Arithmetic>& t) {
-  using T = typename Arithmetic::T;
+                  int64_t rows, BackwardTile<Products>& t) {
+  using T = typename Products::T;
   const int64_t first = row_number(p, seq, h, m_start);
   t.counted = 0;
   for (int64_t i = 0; i < kVectors * kLanes<T>; ++i) {
@@ -88,17 +102,17 @@ void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int6
 }
 
 // t.p <- the weights as dv meets them, t.ds <- the gradient of the logits, both [key][query].
-template <int kVectors, typename Arithmetic>
+template <int kVectors, typename Products>
 void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                      int64_t rows, int64_t n_start, int64_t columns, Visible seen,
-                     BackwardTile<Arithmetic>& t) {
-  using T = typename Arithmetic::T;
+                     BackwardTile<Products>& t) {
+  using T = typename Products::T;
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   t.products.template scores<kVectors>(p, columns, t.p, t.ds);  // s <- k q^T, dp <- v do^T
   const double factor = finish_scores<T, kVectors>(p, seq, h, m_start, rows, n_start, columns, t.p,
                                                    t.bias, t.bias_t, t.slope);
   if (p.weights.data != nullptr) {  // dp <- dp + dw
-    const Vec<T> share = broadcast(share_of_weights<T>(p));
+    const Vec<T> share = broadcast(head_share<T>(p));
     load_scores(p.weights, seq.b, h, m_start, rows, n_start, columns, t.bias);
     transpose_tile(rows, columns, t.bias, kBlockN, t.bias_t, kRow);
     for (int64_t i = 0; i < columns * kRow; i += W) {
@@ -139,9 +153,9 @@ void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, i
 }
 
 // ds <- ds * d logit / d (scale q.k), once dbias has taken what it needs.
-template <int kVectors, typename Arithmetic>
-void apply_slope(const AttentionParams& p, int64_t columns, const BackwardTile<Arithmetic>& t) {
-  using T = typename Arithmetic::T;
+template <int kVectors, typename Products>
+void apply_slope(const AttentionParams& p, int64_t columns, const BackwardTile<Products>& t) {
+  using T = typename Products::T;
   if (!p.bends_scores()) return;
   for (int64_t i = 0; i < columns * kVectors * kLanes<T>; i += kLanes<T>) {
     store(t.ds + i, mul(load(t.ds + i), load(t.slope + i)));
@@ -319,10 +333,10 @@ void store_key_gradients(const AttentionParams& p, const Sequence& seq, int64_t 
   }
 }
 
-template <typename Arithmetic>
+template <typename Products>
 void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
-                             BackwardTile<Arithmetic>& t) {
-  using T = typename Arithmetic::T;
+                             BackwardTile<Products>& t) {
+  using T = typename Products::T;
   const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
   const int64_t group = p.Hq / p.Hkv;
   const Sequence seq = sequence_of(p, b);
@@ -332,7 +346,7 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
   fill(t.dk, columns * width, (T)0);
   fill(t.dv, columns * width_v, (T)0);
 
-  constexpr int kBlockM = BackwardTile<Arithmetic>::kBlockM;
+  constexpr int kBlockM = BackwardTile<Products>::kBlockM;
   const Range queries = visible_queries(p, seq, n_start, n_start + columns);
   for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
     T* key_sums = t.dbias + (p.dbias.stride_h == 0 ? 0 : h % group) * kBlockN;
@@ -340,7 +354,7 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
       const int64_t rows = min_of(kBlockM, queries.end - m);
       const Visible seen = tile_visibility(p, seq, h, m, rows, n_start, columns, t.visible);
       if (seen == Visible::kNone) continue;
-      with_vectors<T, Arithmetic::kQueryVectors>(rows, [&](auto vectors) {
+      with_vectors<T, Products::kQueryVectors>(rows, [&](auto vectors) {
         constexpr int kVectors = vectors.value;
         load_queries<kVectors>(p, seq, h, m, rows, t);
         score_gradients<kVectors>(p, seq, h, m, rows, n_start, columns, seen, t);
@@ -364,9 +378,9 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
   store_key_gradients(p, seq, h_kv, n_start, columns, t.dk, t.dv);
 }
 
-template <typename Arithmetic>
+template <typename Products>
 struct AttentionBackwardKeys {
-  using T = typename Arithmetic::T;
+  using T = typename Products::T;
   // How far the work splits: all of it, or less where tasks would share a part of dbias.
   struct Split {
     bool by_batch, by_head, by_block;
@@ -384,11 +398,11 @@ struct AttentionBackwardKeys {
            (s.by_block ? ceil_div(p.Sk, kBlockN) : 1);
   }
   static size_t workspace_bytes(const AttentionParams& p) {
-    BackwardTile<Arithmetic> tile;
+    BackwardTile<Products> tile;
     return tile.place(p, nullptr);
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
-    BackwardTile<Arithmetic> tile;
+    BackwardTile<Products> tile;
     tile.place(p, workspace);
     const Split s = split(p);
     const int64_t blocks = s.by_block ? ceil_div(p.Sk, kBlockN) : 1;
@@ -465,11 +479,11 @@ struct HeadGradients {
   T* key_sums = nullptr;           // dbias that is broadcast over the queries, [Sk]
 };
 
-template <int kVectors, typename Arithmetic>
+template <int kVectors, typename Products>
 void attention_backward_queries(const AttentionParams& p, const Sequence& seq, int64_t h,
-                                int64_t m_start, int64_t rows, BackwardTile<Arithmetic>& t,
-                                const HeadGradients<typename Arithmetic::T>& head) {
-  using T = typename Arithmetic::T;
+                                int64_t m_start, int64_t rows, BackwardTile<Products>& t,
+                                const HeadGradients<typename Products::T>& head) {
+  using T = typename Products::T;
   constexpr int kRow = kVectors * kLanes<T>;
   const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
   const int64_t h_kv = h / (p.Hq / p.Hkv);
@@ -530,14 +544,14 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
 bool has_dbias_of_queries(const AttentionParams& p) {
   return p.dbias.data != nullptr && p.dbias.stride_q != 0;
 }
-template <typename Arithmetic>
-void run_query_block(const AttentionParams& p, const Block& block, BackwardTile<Arithmetic>& tile,
-                     const HeadGradients<typename Arithmetic::T>& head) {
-  using T = typename Arithmetic::T;
+template <typename Products>
+void run_query_block(const AttentionParams& p, const Block& block, BackwardTile<Products>& tile,
+                     const HeadGradients<typename Products::T>& head) {
+  using T = typename Products::T;
   const Sequence seq = sequence_of(p, block.b);
-  const int64_t rows = min_of(BackwardTile<Arithmetic>::kBlockM, seq.Sq - block.start);
+  const int64_t rows = min_of(BackwardTile<Products>::kBlockM, seq.Sq - block.start);
   if (rows <= 0) return;
-  with_vectors<T, Arithmetic::kQueryVectors>(rows, [&](auto vectors) {
+  with_vectors<T, Products::kQueryVectors>(rows, [&](auto vectors) {
     attention_backward_queries<vectors.value>(p, seq, block.h, block.start, rows, tile, head);
   });
 }
@@ -561,10 +575,10 @@ struct QueryBias {
   }
 };
 
-template <typename Arithmetic>
+template <typename Products>
 struct AttentionBackwardQueries {
-  using T = typename Arithmetic::T;
-  static constexpr int64_t kBlockM = BackwardTile<Arithmetic>::kBlockM;
+  using T = typename Products::T;
+  static constexpr int64_t kBlockM = BackwardTile<Products>::kBlockM;
   static int64_t batches(const AttentionParams& p) { return p.dbias.stride_b == 0 ? 1 : p.B; }
   static int64_t heads(const AttentionParams& p) { return p.dbias.stride_h == 0 ? 1 : p.Hq; }
   static int64_t num_tasks(const AttentionParams& p) {
@@ -573,11 +587,11 @@ struct AttentionBackwardQueries {
     return batches(p) * heads(p) * ceil_div(p.Sq, kBlockM);
   }
   static size_t workspace_bytes(const AttentionParams& p) {
-    BackwardTile<Arithmetic> tile;
+    BackwardTile<Products> tile;
     return tile.place(p, nullptr);
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
-    BackwardTile<Arithmetic> tile;
+    BackwardTile<Products> tile;
     tile.place(p, workspace);
     const int64_t blocks = ceil_div(p.Sq, kBlockM);
     for (int64_t task = begin; task < end; ++task) {
@@ -601,17 +615,17 @@ struct AttentionBackwardQueries {
 
 // -- one pass: dq, dk, dv. Task: a key head, see HeadTasks ---------------------------------------
 
-template <typename Arithmetic>
+template <typename Products>
 struct AttentionBackwardHeads {
-  using T = typename Arithmetic::T;
-  static constexpr int64_t kBlockM = BackwardTile<Arithmetic>::kBlockM;
+  using T = typename Products::T;
+  static constexpr int64_t kBlockM = BackwardTile<Products>::kBlockM;
   static int64_t num_tasks(const AttentionParams& p) {
     return in_one_pass<T>(p) ? HeadTasks(p).count() : 0;
   }
   // Tiles, and behind them dk and dv of the task's heads, unless they are a part of many in
-  // p.shared, and, for each dbias of its own, key sums.
+  // p.call_workspace, and, for each dbias of its own, key sums.
   struct Memory {
-    BackwardTile<Arithmetic> tile;
+    BackwardTile<Products> tile;
     T *dk, *dv, *key_sums;
     size_t place(const AttentionParams& p, void* workspace) {
       const HeadTasks tasks(p);
@@ -638,7 +652,7 @@ struct AttentionBackwardHeads {
       const int64_t owner = task / tasks.parts, part = task % tasks.parts;
       const int64_t b = owner / tasks.heads, h = owner % tasks.heads;
       if (tasks.parts > 1) {
-        memory.dk = (T*)p.shared + task * head_gradients_size<T>(p);
+        memory.dk = (T*)p.call_workspace + task * head_gradients_size<T>(p);
         memory.dv = memory.dk + round_up(p.Sk, kBlockN) * round_up(p.D, kLanes<T>);
       }
       run_heads(p, tasks.batches == 1 ? Range{0, p.B} : Range{b, b + 1},
@@ -647,7 +661,7 @@ struct AttentionBackwardHeads {
   }
   static void run_heads(const AttentionParams& p, Range bs, Range hs, int64_t part, int64_t parts,
                         Memory& memory) {
-    BackwardTile<Arithmetic>& tile = memory.tile;
+    BackwardTile<Products>& tile = memory.tile;
     const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
     const int64_t keys = round_up(p.Sk, kBlockN), group = p.Hq / p.Hkv;
     const int64_t heads = hs.end - hs.begin, all_keys = (bs.end - bs.begin) * heads * keys;
@@ -697,14 +711,14 @@ struct AttentionBackwardHeads {
 
 // dk, dv <- their parts, in order. Task: kBlockN keys of one key head.
 template <typename T>
-struct AttentionBackwardParts {
-  static size_t shared_bytes(const AttentionParams& p) {
+struct AttentionBackwardCombine {
+  static size_t call_workspace_bytes(const AttentionParams& p) {
     const HeadTasks tasks(p);
     const bool has_parts = tasks.parts > 1 && in_one_pass<T>(p);
     return has_parts ? (size_t)(tasks.count() * head_gradients_size<T>(p)) * sizeof(T) : 0;
   }
   static int64_t num_tasks(const AttentionParams& p) {
-    return shared_bytes(p) > 0 ? p.B * p.Hkv * ceil_div(p.Sk, kBlockN) : 0;
+    return call_workspace_bytes(p) > 0 ? p.B * p.Hkv * ceil_div(p.Sk, kBlockN) : 0;
   }
   static size_t workspace_bytes(const AttentionParams&) { return 0; }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void*) {
@@ -716,7 +730,7 @@ struct AttentionBackwardParts {
       const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
       if (columns <= 0) continue;
       const int64_t size = head_gradients_size<T>(p);
-      T* first = (T*)p.shared + owner * parts * size;
+      T* first = (T*)p.call_workspace + owner * parts * size;
       T *dk = first + n_start * width, *dv = first + blocks * kBlockN * width + n_start * width_v;
       for (int64_t part = 1; part < parts; ++part) {
         add_to(dk, dk + part * size, columns * width);
@@ -735,44 +749,46 @@ struct AttentionBackwardParts {
 // -- which arithmetic ----------------------------------------------------------------------------
 
 template <typename Arithmetic_>
-struct ArithmeticIs {
-  using Arithmetic = Arithmetic_;
+struct ProductsAre {
+  using Products = Arithmetic_;
 };
 
 template <template <typename> class Kernel>
-struct ByArithmetic {
+struct WithProducts {
   template <typename F>
   static auto with(const AttentionParams& p, F f) {
-    if (p.dtype == DType::kFloat64) return f(ArithmeticIs<DirectBackward<double>>());
-#ifdef FUSED_ATTENTION_TILES
-    if (p.dtype == DType::kBFloat16) return f(ArithmeticIs<TilesBackward<1, 1>>());
-    if (p.dtype == DType::kFloat16) return f(ArithmeticIs<TilesBackward<2, 3>>());
+    if (p.dtype == DType::kFloat64) return f(ProductsAre<VectorProductsBackward<double>>());
+#ifdef FUSED_ATTENTION_AMX_PRODUCTS
+    if (p.dtype == DType::kBFloat16) return f(ProductsAre<AmxProductsBackward<1, 1>>());
+    if (p.dtype == DType::kFloat16) return f(ProductsAre<AmxProductsBackward<2, 3>>());
     // Enough queries to make up for splitting the keys. Exact floats are as fast on vectors: six
     // products of planes for each of theirs, and the splitting.
     if (p.Sq >= 64 && p.Sk >= 64) {
-      if (p.precision == 2) return f(ArithmeticIs<TilesBackward<1, 0>>());
-      if (p.precision == 1) return f(ArithmeticIs<TilesBackward<2, 0>>());
+      if (p.precision == 2) return f(ProductsAre<AmxProductsBackward<1, 0>>());
+      if (p.precision == 1) return f(ProductsAre<AmxProductsBackward<2, 0>>());
     }
 #endif
-#ifdef FUSED_ATTENTION_PAIRS
-    if (p.dtype == DType::kBFloat16) return f(ArithmeticIs<PairsBackward>());
+#ifdef FUSED_ATTENTION_PAIR_PRODUCTS
+    if (p.dtype == DType::kBFloat16) return f(ProductsAre<PairProductsBackward>());
 #endif
-    return f(ArithmeticIs<DirectBackward<float>>());
+    return f(ProductsAre<VectorProductsBackward<float>>());
   }
   static int64_t num_tasks(const AttentionParams& p) {
-    return with(p,
-                [&](auto is) { return Kernel<typename decltype(is)::Arithmetic>::num_tasks(p); });
+    return with(p, [&](auto is) { return Kernel<typename decltype(is)::Products>::num_tasks(p); });
   }
   static size_t workspace_bytes(const AttentionParams& p) {
     return with(
-        p, [&](auto is) { return Kernel<typename decltype(is)::Arithmetic>::workspace_bytes(p); });
+        p, [&](auto is) { return Kernel<typename decltype(is)::Products>::workspace_bytes(p); });
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
     with(p, [&](auto is) {
-      using Arithmetic = typename decltype(is)::Arithmetic;
-      Arithmetic::begin();
-      Kernel<Arithmetic>::run(p, begin, end, workspace);
-      Arithmetic::end();
+      using Products = typename decltype(is)::Products;
+      Products::begin();
+      Kernel<Products>::run(p, begin, end, workspace);
+      Products::end();
     });
   }
 };
+
+}  // namespace
+}  // namespace fused_attention

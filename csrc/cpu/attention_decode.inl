@@ -6,6 +6,16 @@
 // Task of the first phase: one split of the keys of one key head; of the second: one key head. Row
 // r = g * Sq + i is query i of the group's head g. Keys are taken a word (64) at a time. The vector
 // lanes run over head_dim in both products, and over keys in between.
+#pragma once
+
+#include "masking.inl"
+#include "online_softmax.inl"
+#include "philox.inl"
+#include "scores.inl"
+#include "words.inl"
+
+namespace fused_attention {
+namespace {
 
 // Most rows of a task: two vectors. The ordinary kernel, whose lanes run over the queries of one
 // head, is as fast from about there on where heads share nothing.
@@ -372,7 +382,7 @@ void decode_finish(const AttentionParams& p, const Sequence& seq, int64_t h, int
   if (p.lse != nullptr) {
     *lse_of<T>(p, seq, h, i) = log_sum_exp(row_max, row_sum, sink);
   }
-  T weight = row_weight(row_max, row_sum, sink);
+  T weight = row_normalizer(row_max, row_sum, sink);
   if (p.dropout_threshold > 0) weight *= (T)p.dropout_scale;
   // A row that saw nothing is zero even beside a visible NaN, which 0 * NaN would not be.
   if (saw_nothing(row_sum)) fill(acc, p.Dv, (T)0);
@@ -401,8 +411,9 @@ struct DecodeSplit {
     const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
     const int64_t number = (seq.b * p.Hkv + h_kv) * splits + split;
     DecodeResult<T> result;
-    result.place(
-        p, splits == 1 ? t.result : (char*)p.shared + number * (int64_t)decode_result_bytes<T>(p));
+    result.place(p, splits == 1
+                        ? t.result
+                        : (char*)p.call_workspace + number * (int64_t)decode_result_bytes<T>(p));
     fill(result.row_max, rows, -kInf<T>);
     fill(result.row_sum, rows, (T)0);
     fill(result.acc, rows * width_v, (T)0);
@@ -449,7 +460,7 @@ struct DecodeCombine {
     const int64_t bytes = (int64_t)decode_result_bytes<T>(p);
     const auto result = [&](int64_t split) {
       DecodeResult<T> of_split;
-      of_split.place(p, (char*)p.shared + (task * splits + split) * bytes);
+      of_split.place(p, (char*)p.call_workspace + (task * splits + split) * bytes);
       return of_split;
     };
     T row_max = -kInf<T>;
@@ -479,7 +490,7 @@ struct DecodeCombine {
 bool decode_serves(const AttentionParams& p) {
   if (p.Hkv == 0 || p.Sq == 0) return false;
   int64_t most = kMaxDecodeRows;
-#if defined(FUSED_ATTENTION_PAIRS) || defined(FUSED_ATTENTION_TILES)
+#if defined(FUSED_ATTENTION_PAIR_PRODUCTS) || defined(FUSED_ATTENTION_AMX_PRODUCTS)
   // The ordinary kernel multiplies bfloat16 at more than the rate of floats, which this one does
   // not.
   if (p.dtype == DType::kBFloat16 && p.Hq == p.Hkv) most = p.Sk <= 64 ? 12 : 28;
@@ -487,9 +498,12 @@ bool decode_serves(const AttentionParams& p) {
   return decode_rows(p) <= most;
 }
 TileConfig decode_tiles(const AttentionParams& p) { return {decode_rows(p), kWord}; }
-size_t decode_shared_bytes(const AttentionParams& p) {
+size_t decode_call_workspace_bytes(const AttentionParams& p) {
   const int64_t splits = decode_splits(p);
   const size_t bytes =
       p.dtype == DType::kFloat64 ? decode_result_bytes<double>(p) : decode_result_bytes<float>(p);
   return splits > 1 ? (size_t)(p.B * p.Hkv * splits) * bytes : 0;
 }
+
+}  // namespace
+}  // namespace fused_attention

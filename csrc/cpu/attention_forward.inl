@@ -3,12 +3,25 @@
 // Time O(Sq Sk D) over the tiles that somebody sees; memory O(tile) a thread.
 //
 // Task: one block of kBlockM queries of one head, against its keys kBlockN at a time.
+#pragma once
 
-template <typename Arithmetic>
+#include "masking.inl"
+#include "online_softmax.inl"
+#include "philox.inl"
+#include "scores.inl"
+#include "vector_products.inl"
+#ifdef FUSED_ATTENTION_AMX_PRODUCTS
+#include "amx_products.inl"
+#endif
+
+namespace fused_attention {
+namespace {
+
+template <typename Products>
 struct ForwardTile {
-  using T = typename Arithmetic::T;
-  static constexpr int kBlockM = Arithmetic::kQueryVectors * kLanes<T>;
-  Arithmetic products;       // with the queries, keys and values as it wants them
+  using T = typename Products::T;
+  static constexpr int kBlockM = Products::kQueryVectors * kLanes<T>;
+  Products products;         // with the queries, keys and values as it wants them
   T* acc_t;                  // unnormalised output, transposed [Dv][kBlockM]
   T* out;                    // its transpose [kBlockM][Dv]
   T* s;                      // scores, then weights [kBlockN][kBlockM]
@@ -38,7 +51,7 @@ struct ForwardTile {
 
 // x[r] <- x[r] * alpha for `count` rows of queries.
 template <typename T, int kVectors>
-void shrink(int64_t count, const T* alpha, T* values) {
+void rescale(int64_t count, const T* alpha, T* values) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   for (int64_t r = 0; r < count; ++r) {
     for (int x = 0; x < kVectors; ++x) {
@@ -48,10 +61,10 @@ void shrink(int64_t count, const T* alpha, T* values) {
   }
 }
 
-template <int kVectors, typename Arithmetic>
+template <int kVectors, typename Products>
 void attention_forward_block(const AttentionParams& p, const Sequence& seq, int64_t h,
-                             int64_t m_start, int64_t rows, ForwardTile<Arithmetic>& t) {
-  using T = typename Arithmetic::T;
+                             int64_t m_start, int64_t rows, ForwardTile<Products>& t) {
+  using T = typename Products::T;
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const int64_t width_v = round_up(p.Dv, W);
   const int64_t h_kv = h / (p.Hq / p.Hkv);
@@ -60,7 +73,7 @@ void attention_forward_block(const AttentionParams& p, const Sequence& seq, int6
   fill(t.acc_t, width_v * kRow, (T)0);
   start(t.rows, kRow);
   // Weights that are rounded may well be as large as 2^8.
-  const T slack = Arithmetic::kRounds ? (T)(8 / kLog2e<T>) : (T)0;
+  const T rescale_threshold = Products::kRounds ? (T)(8 / kLog2e<T>) : (T)0;
 
   const Range keys = visible_keys(p, seq, m_start, m_start + rows);
   for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
@@ -75,17 +88,17 @@ void attention_forward_block(const AttentionParams& p, const Sequence& seq, int6
     if (seen == Visible::kSome) hide<T, kVectors>(t.visible, columns, t.s);
 
     // m <- max(m, rowmax(s)), l <- alpha l, o <- alpha o
-    if (raise_max<T, kVectors>(columns, factor, slack, t.s, t.rows)) {
+    if (raise_max<T, kVectors>(columns, factor, rescale_threshold, t.s, t.rows)) {
       t.products.template flush<kVectors>(p, t.acc_t);
-      shrink<T, kVectors>(1, t.rows.alpha, t.rows.rounded_sum);
-      shrink<T, kVectors>(p.Dv, t.rows.alpha, t.acc_t);
+      rescale<T, kVectors>(1, t.rows.alpha, t.rows.rounded_sum);
+      rescale<T, kVectors>(p.Dv, t.rows.alpha, t.acc_t);
     }
     const bool dropout = p.dropout_threshold > 0;
     if (dropout) dropout_keep_bits(p, seq.b, h, m_start, rows, n, columns, t.keep);
     // p <- exp(s - m), l <- l + rowsum(p), o^T <- o^T + v^T p^T
     t.products.accumulate(p, seq, h_kv, n, columns, seen == Visible::kSome ? t.visible : nullptr,
-                          dropout ? t.keep : nullptr, Weights<T, kVectors>(factor, t.rows), t.s,
-                          t.rows, t.acc_t);
+                          dropout ? t.keep : nullptr, Probabilities<T, kVectors>(factor, t.rows),
+                          t.s, t.rows, t.acc_t);
   }
 
   t.products.template flush<kVectors>(p, t.acc_t);
@@ -97,8 +110,8 @@ void attention_forward_block(const AttentionParams& p, const Sequence& seq, int6
       *lse_of<T>(p, seq, h, m_start + i) = log_sum_exp(max, sum, sink);
     }
     // o is divided by the sum of what it is made of; rounding loses a NaN.
-    const bool rounded = Arithmetic::kRounds && sum == sum;
-    T weight = row_weight(max, rounded ? t.rows.rounded_sum[i] : sum, sink);
+    const bool rounded = Products::kRounds && sum == sum;
+    T weight = row_normalizer(max, rounded ? t.rows.rounded_sum[i] : sum, sink);
     if (p.dropout_threshold > 0) weight *= (T)p.dropout_scale;
     // A row that saw nothing is zero even beside a visible NaN, which 0 * NaN would not be.
     if (saw_nothing(sum)) fill(t.out + i * width_v, p.Dv, (T)0);
@@ -108,59 +121,59 @@ void attention_forward_block(const AttentionParams& p, const Sequence& seq, int6
 }
 
 // The block that starts at query m_start, if there is one.
-template <typename Arithmetic>
+template <typename Products>
 FA_INLINE void attention_forward_rows(const AttentionParams& p, const Sequence& seq, int64_t h,
-                                      int64_t m_start, ForwardTile<Arithmetic>& tile) {
-  const int64_t rows = min_of(ForwardTile<Arithmetic>::kBlockM, seq.Sq - m_start);
+                                      int64_t m_start, ForwardTile<Products>& tile) {
+  const int64_t rows = min_of(ForwardTile<Products>::kBlockM, seq.Sq - m_start);
   if (rows <= 0) return;
-  with_vectors<typename Arithmetic::T, Arithmetic::kQueryVectors>(rows, [&](auto vectors) {
+  with_vectors<typename Products::T, Products::kQueryVectors>(rows, [&](auto vectors) {
     attention_forward_block<vectors.value>(p, seq, h, m_start, rows, tile);
   });
 }
 
-template <typename Arithmetic>
+template <typename Products>
 void attention_forward_tasks(const AttentionParams& p, int64_t begin, int64_t end, void* memory) {
-  ForwardTile<Arithmetic> tile;
+  ForwardTile<Products> tile;
   tile.place(p, memory);
-  constexpr int64_t kBlockM = ForwardTile<Arithmetic>::kBlockM;
+  constexpr int64_t kBlockM = ForwardTile<Products>::kBlockM;
   for (int64_t task = begin; task < end; ++task) {
     const Block block = query_block(p, task, kBlockM);
     attention_forward_rows(p, sequence_of(p, block.b), block.h, block.start, tile);
   }
 }
 
-template <typename Arithmetic>
+template <typename Products>
 struct AttentionForward {
-  using T = typename Arithmetic::T;
-  static constexpr int64_t kBlockM = ForwardTile<Arithmetic>::kBlockM;
+  using T = typename Products::T;
+  static constexpr int64_t kBlockM = ForwardTile<Products>::kBlockM;
   static int64_t num_tasks(const AttentionParams& p) { return count_query_blocks(p, kBlockM); }
   static TileConfig tiles(const AttentionParams&) { return {kBlockM, kBlockN}; }
   static size_t workspace_bytes(const AttentionParams& p) {
-    ForwardTile<Arithmetic> tile;
+    ForwardTile<Products> tile;
     return tile.place(p, nullptr);
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
-    Arithmetic::begin();
-    attention_forward_tasks<Arithmetic>(p, begin, end, workspace);
-    Arithmetic::end();
+    Products::begin();
+    attention_forward_tasks<Products>(p, begin, end, workspace);
+    Products::end();
   }
 };
 
 template <typename T>
-using DirectForward = AttentionForward<Direct<T>>;
+using VectorForward = AttentionForward<VectorProducts<T>>;
 
 // With many heads a task is all queries of one key head, whose keys and values the arithmetic loads
 // once, into its own memory.
-template <typename Arithmetic>
-struct ForwardByHeads : AttentionForward<Arithmetic> {
-  using ByBlocks = AttentionForward<Arithmetic>;
+template <typename Products>
+struct ForwardByHeads : AttentionForward<Products> {
+  using ByBlocks = AttentionForward<Products>;
   static int64_t num_tasks(const AttentionParams& p) {
-    return Arithmetic::by_heads(p) ? p.B * p.Hkv : ByBlocks::num_tasks(p);
+    return Products::by_heads(p) ? p.B * p.Hkv : ByBlocks::num_tasks(p);
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
-    if (!Arithmetic::by_heads(p)) return ByBlocks::run(p, begin, end, workspace);
-    Arithmetic::begin();
-    ForwardTile<Arithmetic> tile;
+    if (!Products::by_heads(p)) return ByBlocks::run(p, begin, end, workspace);
+    Products::begin();
+    ForwardTile<Products> tile;
     tile.place(p, workspace);
     const int64_t group = p.Hq / p.Hkv;
     for (int64_t task = begin; task < end; ++task) {
@@ -173,22 +186,22 @@ struct ForwardByHeads : AttentionForward<Arithmetic> {
         }
       }
     }
-    Arithmetic::end();
+    Products::end();
   }
 };
 
-#ifdef FUSED_ATTENTION_TILES
+#ifdef FUSED_ATTENTION_AMX_PRODUCTS
 // The phase before, unless that goes by heads. Task: kBlockN keys of one key head.
 template <int kPlanes>
-struct SplitKeysAndValues {
-  using Split = SplitBlock<kPlanes>;
+struct DecomposeKeysAndValues {
+  using Split = DecomposedBlock<kPlanes>;
   static int64_t num_tasks(const AttentionParams& p) {
-    return Tiles<kPlanes>::by_heads(p) ? 0 : count_key_blocks(p, kBlockN);
+    return AmxProducts<kPlanes>::by_heads(p) ? 0 : count_key_blocks(p, kBlockN);
   }
   static size_t workspace_bytes(const AttentionParams& p) {
     return (size_t)(2 * Split::tile_size(p)) * sizeof(float);
   }
-  static size_t shared_bytes(const AttentionParams& p) {
+  static size_t call_workspace_bytes(const AttentionParams& p) {
     return (size_t)(num_tasks(p) * Split::bytes(p));
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
@@ -198,8 +211,11 @@ struct SplitKeysAndValues {
       const Sequence seq = sequence_of(p, block.b);
       if (block.start >= seq.Sk) continue;
       const int64_t number = key_block_number(p, block.b, block.h, block.start, kBlockN);
-      Split(p, (char*)p.shared, number).fill(p, seq, block.h, block.start, tile, tile_t);
+      Split(p, (char*)p.call_workspace, number).fill(p, seq, block.h, block.start, tile, tile_t);
     }
   }
 };
 #endif
+
+}  // namespace
+}  // namespace fused_attention

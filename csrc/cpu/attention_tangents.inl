@@ -24,6 +24,12 @@
 // owner: no float that two threads add to. A tangent that is null is zero, and so are its products.
 // Products per tile: 5 of attention_jvp; of attention_backward_jvp, without t_do, 8 for a block of
 // keys and 7 for a block of queries; beside 2 of the forward and 7 of the backward.
+#pragma once
+
+#include "attention_backward.inl"
+
+namespace fused_attention {
+namespace {
 
 template <typename T>
 struct TangentTile {
@@ -637,3 +643,6 @@ struct AttentionTangentBias : TangentPhase<T> {
     }
   }
 };
+
+}  // namespace
+}  // namespace fused_attention

@@ -8,6 +8,15 @@
 // attention_backward, to which belongs the second phase here: delta <- delta + rowsum(w * dw).
 // That sum is divided by the row's actual total, which the rounding of lse moves away from 1 (as
 // the forward divides by row_sum): ds then sums to 0 over a row as exactly as without w.
+#pragma once
+
+#include "masking.inl"
+#include "online_softmax.inl"
+#include "philox.inl"
+#include "scores.inl"
+
+namespace fused_attention {
+namespace {
 
 constexpr int64_t kWeightTiles = 8;  // of one task: so often the queries of a head are used
 
@@ -48,7 +57,7 @@ struct WeightsTile {
 
 // What the weights of one head count for in those returned.
 template <typename T>
-T share_of_weights(const AttentionParams& p) {
+T head_share(const AttentionParams& p) {
   return p.average_weights ? (T)(1.0 / (double)p.Hq) : (T)1;
 }
 
@@ -127,7 +136,7 @@ void attention_weights_block(const AttentionParams& p, int64_t b, int64_t h_begi
     }
   }
   const ScoreView& out = p.weights;
-  const T factor = share_of_weights<T>(p) * (T)p.dropout_scale;
+  const T factor = head_share<T>(p) * (T)p.dropout_scale;
   for (int64_t n = n_begin; n < n_end; n += kBlockN) {
     const int64_t columns = min_of(kBlockN, n_end - n);
     transpose_tile(columns, kRow, t.sum + (n - n_begin) * kRow, kRow, t.rows, kBlockN);
@@ -193,7 +202,7 @@ void attention_weights_delta(const AttentionParams& p, int64_t b, int64_t h, int
     transpose_tile(rows, columns, t.rows, kBlockN, t.rows_t, kRow);
     for_each_weight<T, kVectors>(p, b, h, m_start, rows, n, columns, t, add_up);
   }
-  const T factor = share_of_weights<T>(p) * (T)p.dropout_scale;
+  const T factor = head_share<T>(p) * (T)p.dropout_scale;
   T* delta = (T*)p.delta + (b * p.Hq + h) * p.Sq + m_start;
   for (int64_t i = 0; i < rows; ++i) {
     T total = t.total[i];
@@ -227,3 +236,6 @@ struct AttentionWeightsDelta {
     }
   }
 };
+
+}  // namespace
+}  // namespace fused_attention

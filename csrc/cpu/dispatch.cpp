@@ -2,7 +2,8 @@
 
 #include <stdlib.h>
 #include <string.h>
-#ifdef FUSED_ATTENTION_ISA_AMX
+#ifdef __x86_64__
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -11,19 +12,8 @@
 
 namespace fused_attention {
 
-extern const KernelTable kBaselineKernels;
-#ifdef FUSED_ATTENTION_ISA_AVX2
-extern const KernelTable kAvx2Kernels;
-#endif
-#ifdef FUSED_ATTENTION_ISA_AVX512
-extern const KernelTable kAvx512Kernels;
-#endif
-#ifdef FUSED_ATTENTION_ISA_AMX
+extern const KernelTable kBaselineKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
 extern const KernelTable kAmxKernels, kAmxEmulatedKernels;
-#endif
-#ifdef FUSED_ATTENTION_ISA_AVX512_BF16
-extern const KernelTable kAvx512Bf16Kernels;
-#endif
 
 namespace {
 
@@ -37,47 +27,62 @@ struct Isa {
 bool always() { return true; }
 
 #ifdef __x86_64__
-[[maybe_unused]] bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+// What the processor has, and the operating system saves the registers of (XCR0). By cpuid, because
+// compilers differ in the names that their builtins know.
+struct Processor {
+  Processor() {
+    uint32_t a, b, c, d;
+    __cpuid(0, a, b, c, d);
+    is_amd = b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !has(c, 27)) return;  // OSXSAVE
+    uint32_t enabled, high;
+    __asm__("xgetbv" : "=a"(enabled), "=d"(high) : "c"(0));
+    const bool fma = has(c, 12), f16c = has(c, 29);
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    const bool ymm = (enabled & 0x6) == 0x6, zmm = (enabled & 0xe6) == 0xe6;
+    const bool tiles = (enabled & 0x60000) == 0x60000;
+    avx2 = ymm && has(b, 5) && fma && f16c;
+    avx512 = avx2 && zmm && has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31);  // F DQ BW VL
+    amx = avx512 && tiles && has(d, 22) && has(d, 24);                             // BF16 TILE
+    const bool more = a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d);
+    avx512_bf16 = avx512 && more && has(a, 5);
+  }
+  static bool has(uint32_t bits, int bit) { return bits >> bit & 1; }
+  bool is_amd = false, avx2 = false, avx512 = false, avx512_bf16 = false, amx = false;
+};
+[[maybe_unused]] const Processor& processor() {
+  static const Processor found;
+  return found;
 }
 
-// The processor has tiles, and the kernel lets this process use them: it asks once, before the
-// first tile instruction of any thread, or that is SIGILL.
+// The kernel lets this process use tiles: it asks once, before the first tile instruction of any
+// thread, or that is SIGILL.
 [[maybe_unused]] bool has_amx() {
-  if (!has_avx512() || !__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16")) {
-    return false;
-  }
+  if (!processor().amx) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
   static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return allowed;
 }
 #endif
 
-// Best first. __builtin_cpu_supports also asks the operating system (XCR0) for the registers.
+// Best first.
 const Isa kIsas[] = {
 #ifdef FUSED_ATTENTION_ISA_AMX
     {&kAmxKernels, has_amx, always},
 #endif
 #ifdef FUSED_ATTENTION_ISA_AVX512_BF16
     // Products of pairs run at twice the float rate on AMD's processors, at half of it on Intel's.
-    {&kAvx512Bf16Kernels, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
-     [] { return __builtin_cpu_is("amd") != 0; }},
+    {&kAvx512Bf16Kernels, [] { return processor().avx512_bf16; },
+     [] { return processor().is_amd; }},
 #endif
 #ifdef FUSED_ATTENTION_ISA_AVX512
-    {&kAvx512Kernels, has_avx512, always},
+    {&kAvx512Kernels, [] { return processor().avx512; }, always},
 #endif
 #ifdef FUSED_ATTENTION_ISA_AVX2
-    {&kAvx2Kernels,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
-     },
-     always},
+    {&kAvx2Kernels, [] { return processor().avx2; }, always},
 #endif
-#ifdef FUSED_ATTENTION_ISA_AMX
-    {&kAmxEmulatedKernels, has_avx512, [] { return false; }},  // for tests
+#ifdef FUSED_ATTENTION_ISA_AMX_EMULATED
+    {&kAmxEmulatedKernels, [] { return processor().avx512; }, [] { return false; }},  // for tests
 #endif
     {&kBaselineKernels, always, always},
 };

@@ -15,13 +15,13 @@ struct TileConfig {
 constexpr int kMaxPhases = 3;
 
 // One way to compute attention forward. Its phases run one after the other (unused ones are null)
-// and hand on what they have in p.shared.
+// and hand on what they have in p.call_workspace.
 struct ForwardKernel {
   const char* name;
   const char* reason;  // for its place in the table, as measured
   bool (*serves)(const AttentionParams&);
   TileConfig (*tiles)(const AttentionParams&);
-  size_t (*shared_bytes)(const AttentionParams&);  // null: the phases share nothing
+  size_t (*call_workspace_bytes)(const AttentionParams&);  // null: the phases share nothing
   Phase phases[kMaxPhases];
 };
 constexpr int kMaxForwardKernels = 8;
@@ -34,17 +34,19 @@ enum class MathFunction { kExp2, kTanh };
 // The kernels of one instruction set. One constant table per isa_*.cpp.
 struct KernelTable {
   const char* isa;
-  bool (*works)();                                      // on a machine that claims to have it
-  Phase mask_blocks;                                    // before the others, into p.mask_blocks
-  size_t (*mask_blocks_bytes)(const AttentionParams&);  // 0: leave p.mask_blocks null, and it out
+  bool (*works)();  // on a machine that claims to have it
+  // What a mask hides block by block, into p.mask_blocks; of 0 bytes it is null and the phase
+  // unused.
+  Phase mask_blocks;
+  size_t (*mask_blocks_bytes)(const AttentionParams&);
   ForwardKernel attention_forward[kMaxForwardKernels];  // best first, the last serves every call
   Phase attention_backward_delta;
   Phase attention_backward_sinks;
-  Phase attention_backward_keys;  // these two, or
-  Phase attention_backward_queries;
-  Phase attention_backward_heads;  // these two have tasks,
-  Phase attention_backward_parts;  // with so much in p.shared
-  size_t (*attention_backward_shared_bytes)(const AttentionParams&);
+  // Two passes, over keys and then over queries, or one over heads, whose parts are then added up
+  // and which shares so much memory. Those of the other way have no tasks.
+  Phase attention_backward_keys, attention_backward_queries;
+  Phase attention_backward_heads, attention_backward_combine;
+  size_t (*attention_backward_call_workspace_bytes)(const AttentionParams&);
   Phase attention_backward_pages;
   Phase dropout_keep_mask;
   SoftmaxPhase masked_softmax_forward;

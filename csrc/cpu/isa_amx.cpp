@@ -1,22 +1,12 @@
-// The kernels for AVX-512 F, BW, DQ, VL and AMX (TILE, BF16). Compiled with flags of its
-// own (setup.py), so nothing in here may be shared with other objects: no STL, no torch, everything
-// in an anonymous namespace.
-#include <immintrin.h>
-
-#include "dispatch.h"
+// The kernels for AVX-512 F, BW, DQ, VL and AMX (TILE, BF16). Compiled with flags of its own
+// (setup.py), so nothing in here may be shared with other objects: no STL, no torch, everything in
+// an anonymous namespace.
+#define FUSED_ATTENTION_SIMD "simd_amx.inl"
+#include "kernel_table.inl"
 
 namespace fused_attention {
-namespace {
-constexpr const char* kIsaName = "amx";
-#include "simd_avx512.inl"
-// On top of it:
-#define FUSED_ATTENTION_TILES 1
-#include "amx_tiles.inl"
-// The algorithms, on that vocabulary:
-#include "kernels.inl"
-}  // namespace
 
 extern const KernelTable kAmxKernels;
-const KernelTable kAmxKernels = kKernels;
+constinit const KernelTable kAmxKernels = kernels_of("amx");
 
 }  // namespace fused_attention

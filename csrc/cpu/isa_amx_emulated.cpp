@@ -1,22 +1,12 @@
-// The kernels for AVX-512 F, BW, DQ, VL, with AMX in plain C++. Compiled with flags of its
-// own (setup.py), so nothing in here may be shared with other objects: no STL, no torch, everything
-// in an anonymous namespace.
-#include <immintrin.h>
-
-#include "dispatch.h"
+// The kernels for AVX-512 F, BW, DQ, VL, with AMX in plain C++. Compiled with flags of its own
+// (setup.py), so nothing in here may be shared with other objects: no STL, no torch, everything in
+// an anonymous namespace.
+#define FUSED_ATTENTION_SIMD "amx_emulated.inl"
+#include "kernel_table.inl"
 
 namespace fused_attention {
-namespace {
-constexpr const char* kIsaName = "amx_emulated";
-#include "simd_avx512.inl"
-// On top of it:
-#define FUSED_ATTENTION_TILES 1
-#include "amx_emulated.inl"
-// The algorithms, on that vocabulary:
-#include "kernels.inl"
-}  // namespace
 
 extern const KernelTable kAmxEmulatedKernels;
-const KernelTable kAmxEmulatedKernels = kKernels;
+constinit const KernelTable kAmxEmulatedKernels = kernels_of("amx_emulated");
 
 }  // namespace fused_attention

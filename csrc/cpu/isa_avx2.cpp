@@ -1,18 +1,11 @@
 // The kernels for AVX2, FMA, F16C. Compiled with flags of its own (setup.py), so nothing in here
 // may be shared with other objects: no STL, no torch, everything in an anonymous namespace.
-#include <immintrin.h>
-
-#include "dispatch.h"
+#define FUSED_ATTENTION_SIMD "simd_avx2.inl"
+#include "kernel_table.inl"
 
 namespace fused_attention {
-namespace {
-constexpr const char* kIsaName = "avx2";
-#include "simd_avx2.inl"
-// The algorithms, on that vocabulary:
-#include "kernels.inl"
-}  // namespace
 
 extern const KernelTable kAvx2Kernels;
-const KernelTable kAvx2Kernels = kKernels;
+constinit const KernelTable kAvx2Kernels = kernels_of("avx2");
 
 }  // namespace fused_attention

@@ -1,18 +1,11 @@
 // The kernels for AVX-512 F, BW, DQ, VL. Compiled with flags of its own (setup.py), so nothing in
 // here may be shared with other objects: no STL, no torch, everything in an anonymous namespace.
-#include <immintrin.h>
-
-#include "dispatch.h"
+#define FUSED_ATTENTION_SIMD "simd_avx512.inl"
+#include "kernel_table.inl"
 
 namespace fused_attention {
-namespace {
-constexpr const char* kIsaName = "avx512";
-#include "simd_avx512.inl"
-// The algorithms, on that vocabulary:
-#include "kernels.inl"
-}  // namespace
 
 extern const KernelTable kAvx512Kernels;
-const KernelTable kAvx512Kernels = kKernels;
+constinit const KernelTable kAvx512Kernels = kernels_of("avx512");
 
 }  // namespace fused_attention

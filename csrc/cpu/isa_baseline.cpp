@@ -1,17 +1,11 @@
 // The kernels for any compiler and processor. Compiled with flags of its own (setup.py), so nothing
 // in here may be shared with other objects: no STL, no torch, everything in an anonymous namespace.
-
-#include "dispatch.h"
+#define FUSED_ATTENTION_SIMD "simd_baseline.inl"
+#include "kernel_table.inl"
 
 namespace fused_attention {
-namespace {
-constexpr const char* kIsaName = "baseline";
-#include "simd_baseline.inl"
-// The algorithms, on that vocabulary:
-#include "kernels.inl"
-}  // namespace
 
 extern const KernelTable kBaselineKernels;
-const KernelTable kBaselineKernels = kKernels;
+constinit const KernelTable kBaselineKernels = kernels_of("baseline");
 
 }  // namespace fused_attention

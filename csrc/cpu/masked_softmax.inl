@@ -8,6 +8,13 @@
 //
 // Task: some rows, about as many elements as make it worth while (ops.cpp); for the gradient of a
 // broadcast bias, the rows, or a part of them, that share one row of that gradient.
+#pragma once
+
+#include "philox.inl"
+#include "words.inl"
+
+namespace fused_attention {
+namespace {
 
 // A block of floats fills a third of a first-level cache, a row half of a small second-level one.
 constexpr int64_t kSoftmaxBlock = 4096, kSoftmaxRow = 8 * kSoftmaxBlock;
@@ -543,3 +550,6 @@ struct MaskedSoftmaxBackwardSinks {
     }
   }
 };
+
+}  // namespace
+}  // namespace fused_attention

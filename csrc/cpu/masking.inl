@@ -1,5 +1,11 @@
 // Who sees whom: the tiles that somebody sees, and inside a tile one word per key, bit i set where
 // query m_start + i may attend to it.
+#pragma once
+
+#include "sequence.inl"
+
+namespace fused_attention {
+namespace {
 
 // Half-open range.
 struct Range {
@@ -163,3 +169,6 @@ Visible tile_visibility(const AttentionParams& p, const Sequence& seq, int64_t h
   if (seen_by_any == 0) return Visible::kNone;
   return seen_by_all == everybody ? Visible::kAll : Visible::kSome;
 }
+
+}  // namespace
+}  // namespace fused_attention

@@ -1,4 +1,10 @@
 // Elementary functions on the vector vocabulary.
+#pragma once
+
+#include "simd.inl"
+
+namespace fused_attention {
+namespace {
 
 template <typename T>
 using Vec = typename Simd<T>::Vec;
@@ -63,3 +69,6 @@ FA_INLINE Vec<T> tanh(Vec<T> x) {
   const Vec<T> large = select_lt(x, broadcast((T)0), negative, positive);
   return select_lt(magnitude, broadcast((T)0.625), small, large);
 }
+
+}  // namespace
+}  // namespace fused_attention

@@ -3,6 +3,12 @@
 // across lanes. row_max is m_i in the papers, row_sum l_i. Differences of logits are taken before
 // they are multiplied by log2 e: a logit of -FLT_MAX, which hides keys in many models, would
 // overflow.
+#pragma once
+
+#include "tiles.inl"
+
+namespace fused_attention {
+namespace {
 
 // Hidden scores become -inf.
 template <typename T, int kVectors>
@@ -44,9 +50,10 @@ void start(const RowState<T>& rows, int64_t count) {
 
 // row_max and row_sum with one more tile of scores s * factor; the sum without its weights yet.
 // Returns whether a maximum grew: then what else was accumulated before must be multiplied by
-// alpha. A maximum may lag behind by less than `slack`.
+// alpha. A maximum may lag behind by less than `rescale_threshold`.
 template <typename T, int kVectors>
-bool raise_max(int64_t columns, double factor, T slack, const T* s, const RowState<T>& rows) {
+bool raise_max(int64_t columns, double factor, T rescale_threshold, const T* s,
+               const RowState<T>& rows) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   Vec<T> top[kVectors];
   for (int x = 0; x < kVectors; ++x) top[x] = broadcast(-kInf<T>);
@@ -56,7 +63,7 @@ bool raise_max(int64_t columns, double factor, T slack, const T* s, const RowSta
   bool grew = false;
   for (int x = 0; x < kVectors; ++x) {
     const Vec<T> before = load(rows.max + x * W), scaled = mul(top[x], broadcast((T)factor));
-    const Vec<T> limit = add(before, broadcast(slack));
+    const Vec<T> limit = add(before, broadcast(rescale_threshold));
     grew |= any_gt(scaled, limit);
     // m <- max(m, rowmax(s)); a NaN of the tile is no smaller than the limit, and stays
     const Vec<T> after = select_lt(scaled, limit, before, scaled);
@@ -72,9 +79,9 @@ bool raise_max(int64_t columns, double factor, T slack, const T* s, const RowSta
 // The weights p = exp(s * factor - row_max) of a tile, one vector at a time, added up to row_sum as
 // they come.
 template <typename T, int kVectors>
-class Weights {
+class Probabilities {
  public:
-  Weights(double factor, const RowState<T>& rows) : factor_(broadcast((T)factor)) {
+  Probabilities(double factor, const RowState<T>& rows) : factor_(broadcast((T)factor)) {
     for (int x = 0; x < kVectors; ++x) {
       max_[x] = finite_max<T>(load(rows.max + x * kLanes<T>));
       sum_[x] = load(rows.sum + x * kLanes<T>);
@@ -141,8 +148,11 @@ T log_sum_exp(T row_max, T row_sum, const T* sink) {
 
 // The factor that normalises a finished row: 0 if it saw nothing.
 template <typename T>
-T row_weight(T row_max, T row_sum, const T* sink) {
+T row_normalizer(T row_max, T row_sum, const T* sink) {
   if (saw_nothing(row_sum)) return 0;
   const Denominator all = denominator(row_max, row_sum, sink);
   return (T)((row_max == (T)all.top ? 1 : __builtin_exp((double)row_max - all.top)) / all.sum);
 }
+
+}  // namespace
+}  // namespace fused_attention

@@ -5,6 +5,12 @@
 // counter = (column // 8, row, batch * Hq + head, offset), key = seed, where columns, rows and
 // heads are numbered from where a call starts. The 128 bits of one call are the 16-bit values of
 // eight neighbouring columns, low bits first.
+#pragma once
+
+#include "tiles.inl"
+
+namespace fused_attention {
+namespace {
 
 // x[0..3] <- philox4x32_10(counter = x, key = seed)
 FA_INLINE void philox4x32(VecU32* x, uint64_t seed) {
@@ -123,3 +129,6 @@ struct DropoutKeepMask {
     }
   }
 };
+
+}  // namespace
+}  // namespace fused_attention

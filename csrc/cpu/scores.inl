@@ -1,5 +1,11 @@
 // From q.k to the logits the softmax sees: softcap, bias and ALiBi, for one transposed tile
 // s[key][query] (kVectors vectors of queries a row).
+#pragma once
+
+#include "sequence.inl"
+
+namespace fused_attention {
+namespace {
 
 // Rows [m_start, m_start + rows), keys [n_start, n_start + columns): [rows][kBlockN].
 template <typename T>
@@ -74,3 +80,6 @@ double finish_scores(const AttentionParams& p, const Sequence& seq, int64_t h, i
   }
   return 1;
 }
+
+}  // namespace
+}  // namespace fused_attention

@@ -1,6 +1,12 @@
 // One sequence of a call: how long it is, and where its tokens lie. Everything that may differ
 // between the entries of a batch (packed sequences, used lengths, pages) is decided here, once a
 // task.
+#pragma once
+
+#include "tiles.inl"
+
+namespace fused_attention {
+namespace {
 
 struct Sequence {
   int64_t b;                 // its number, in what has a batch dimension
@@ -156,3 +162,6 @@ void load_key_tile(T* dst, const AttentionParams& p, const TensorView& view, con
     fill(row + valid, width - valid, (T)0);
   }
 }
+
+}  // namespace
+}  // namespace fused_attention

@@ -1,4 +1,12 @@
 // The vector vocabulary on AVX2, FMA and F16C: 8 floats, 4 doubles, 8 uint32 a register.
+#pragma once
+
+#include <immintrin.h>
+
+#include "dispatch.h"
+
+namespace fused_attention {
+namespace {
 
 constexpr int kVectorRegisters = 16;
 constexpr bool kFusedMultiplyAdd = true;  // fma rounds once
@@ -210,3 +218,6 @@ FA_INLINE uint64_t low16_ge(VecU32 a, uint32_t threshold) {
 FA_INLINE uint64_t high16_ge(VecU32 a, uint32_t threshold) {
   return lanes_ge(_mm256_srli_epi32(a, 16), threshold);
 }
+
+}  // namespace
+}  // namespace fused_attention

@@ -1,4 +1,12 @@
 // The vector vocabulary on AVX-512 (F, BW, DQ, VL): 16 floats, 8 doubles, 16 uint32 a register.
+#pragma once
+
+#include <immintrin.h>
+
+#include "dispatch.h"
+
+namespace fused_attention {
+namespace {
 
 constexpr int kVectorRegisters = 32;
 constexpr bool kFusedMultiplyAdd = true;  // fma rounds once
@@ -246,3 +254,6 @@ FA_INLINE void copy_words(const uint16_t* src, int64_t count, int64_t padded, ui
     _mm512_storeu_si512(dst + i, _mm512_maskz_loadu_epi16(valid, src + i));
   }
 }
+
+}  // namespace
+}  // namespace fused_attention

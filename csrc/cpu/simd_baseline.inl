@@ -1,5 +1,11 @@
 // The vector vocabulary in portable C++: 4 floats, 2 doubles, 4 uint32 in plain arrays, which every
 // compiler turns into whatever 128-bit vectors its target has.
+#pragma once
+
+#include "dispatch.h"
+
+namespace fused_attention {
+namespace {
 
 constexpr int kVectorRegisters = 16;
 constexpr bool kFusedMultiplyAdd = false;  // fma rounds once
@@ -253,3 +259,6 @@ FA_INLINE uint64_t high16_ge(VecU32 a, uint32_t threshold) {
   for (int i = 0; i < 4; ++i) bits |= (uint64_t)((a.lane[i] >> 16) >= threshold) << i;
   return bits;
 }
+
+}  // namespace
+}  // namespace fused_attention

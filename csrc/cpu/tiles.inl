@@ -5,6 +5,12 @@
 // The layout that serves every product: the vector lanes run over queries. A tile of scores is held
 // transposed, s[key][query], so that softmax runs down the rows with no horizontal operation, and
 // in each product one operand is read a scalar at a time (broadcast), the other by whole vectors.
+#pragma once
+
+#include "math.inl"
+
+namespace fused_attention {
+namespace {
 
 // Queries a tile: three vectors, which with 8 rows of accumulators fill the register file.
 constexpr int kMaxVectors = 3;
@@ -266,3 +272,6 @@ void load_tile(T* dst, const TensorView& view, DType dtype, int64_t b, int64_t h
     fill(row + valid, width - valid, (T)0);
   }
 }
+
+}  // namespace
+}  // namespace fused_attention

@@ -1,4 +1,10 @@
 // Rows along the vector lanes, one word of 64 columns at a time: its visibility is a 64-bit word.
+#pragma once
+
+#include "masking.inl"
+
+namespace fused_attention {
+namespace {
 
 constexpr int kWord = 64;
 // Accumulators of a reduction: enough to hide the latency of an addition.
@@ -49,3 +55,6 @@ void mask_row_bits(const uint8_t* mask, int64_t step, int64_t columns, uint64_t*
     }
   }
 }
+
+}  // namespace
+}  // namespace fused_attention

@@ -2,8 +2,8 @@
 #include "attention_backward.cuh"
 #include "kernel.cuh"
 
-#define FA_BACKWARD(plain, gradient) \
-  FA_KERNEL(attention_backward_kernel<FA_TYPE, FA_HEAD_DIM, plain, Gradient::gradient>)
+#define FA_BACKWARD(fast_path, gradient) \
+  FA_KERNEL(attention_backward_kernel<FA_TYPE, FA_HEAD_DIM, fast_path, Gradient::gradient>)
 
 namespace fused_attention::cuda {
 

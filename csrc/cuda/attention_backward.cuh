@@ -25,7 +25,7 @@ namespace fused_attention::cuda {
 // delta, and the lse as the other kernels want it. A warp a row.
 template <typename T>
 __global__ void __launch_bounds__(32 * kRowsOfDelta)
-    attention_delta_kernel(const __grid_constant__ Call p) {
+    attention_delta_kernel(const __grid_constant__ KernelParams p) {
   const int64_t row = (int64_t)blockIdx.x * kRowsOfDelta + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= count_rows(p)) return;
@@ -51,9 +51,10 @@ __global__ void __launch_bounds__(32 * kRowsOfDelta)
   p.row_lse[row] = empty ? kInf : p.lse_in_log2 ? lse * kLog2e : lse;
 }
 
-template <typename T, int kHeadDim, bool kPlain, Gradient kGradient>
+template <typename T, int kHeadDim, bool kFastPath, Gradient kGradient>
 struct BackwardBlock {
-  static constexpr BackwardTiles kTiles = backward_tiles(Terms<T>::kCount == 3, kHeadDim, kPlain);
+  static constexpr BackwardTiles kTiles =
+      backward_tiles(Terms<T>::kCount == 3, kHeadDim, kFastPath);
   // Rows are keys.
   static constexpr bool kKeys = kGradient != Gradient::kQuery && kGradient != Gradient::kBias;
   static constexpr bool kFirst = kGradient != Gradient::kValue;  // ds is made, for dk, dq or dbias
@@ -68,7 +69,7 @@ struct BackwardBlock {
   using Accumulators = float[kRowTiles][kHeadDim / 8][4];
   using Scores = float[kRowTiles][kColumns / 8][4];
 
-  const Call& p;
+  const KernelParams& p;
   const Sequence seq;
   const int head;  // of the owned rows
   const int row_start, row_end, row_warp;
@@ -82,13 +83,13 @@ struct BackwardBlock {
   RowSource<T> x_columns, y_columns;
   Dropout dropout;
   float row_lse[kRowTiles][2], row_delta[kRowTiles][2];  // where rows are queries
-  // Bit `half`: this lane's row has met a column that it sees, or that sees it; unless kPlain,
+  // Bit `half`: this lane's row has met a column that it sees, or that sees it; unless kFastPath,
   // where `takes_part` tells.
   uint32_t seen_rows = 0;
 
-  FA_DEVICE BackwardBlock(const Call& params, const TokenBlock& block, uint32_t shared)
+  FA_DEVICE BackwardBlock(const KernelParams& params, const TokenBlock& block, uint32_t shared)
       : p(params),
-        seq(sequence_of<kPlain>(p, block.b)),
+        seq(sequence_of<kFastPath>(p, block.b)),
         head(block.h),
         row_start(block.start),
         row_end(min(row_start + kRows, kKeys ? seq.Sk : seq.Sq)),
@@ -112,8 +113,8 @@ struct BackwardBlock {
     const Range rows = {row_start, row_end};
     const RowSource<T> x = source<kKeys>(kKeys ? p.key : p.query, head, p.D, rows);
     const RowSource<T> y = source<kKeys>(kKeys ? p.value : p.grad_out, head, p.Dv, rows);
-    load_tile<T, kRows, kHeadDim, kThreads, false, kPlain>(x_tile, x, row_start);
-    load_tile<T, kRows, kHeadDim, kThreads, false, kPlain>(y_tile, y, row_start);
+    load_tile<T, kRows, kHeadDim, kThreads, false, kFastPath>(x_tile, x, row_start);
+    load_tile<T, kRows, kHeadDim, kThreads, false, kFastPath>(y_tile, y, row_start);
     copy_commit();
   }
 
@@ -148,7 +149,7 @@ struct BackwardBlock {
     // Where tiles start that need no mask, and whose neighbour, which they load, lies within the
     // columns as a whole.
     Range whole = {0, 0};
-    if (kPlain) whole = seen_by_all<kKeys>(p, seq, row_start, row_end);
+    if (kFastPath) whole = seen_by_all<kKeys>(p, seq, row_start, row_end);
     whole.end -= 2 * kColumns - 1;
     __syncthreads();  // nobody reads the last head's columns any more
     if (columns.begin < columns.end) load_columns<false>(begin, stages);
@@ -157,7 +158,7 @@ struct BackwardBlock {
       for (; c < columns.end && !(c >= whole.begin && c < whole.end); c += kColumns) {
         step<true>(c, stage);
       }
-      if constexpr (kPlain) {
+      if constexpr (kFastPath) {
         for (; c < columns.end && c < whole.end; c += kColumns) step<false>(c, stage);
       }
     }
@@ -182,9 +183,9 @@ struct BackwardBlock {
 
   template <bool kWhole>
   FA_DEVICE void load_columns(int column_start, uint32_t to) const {
-    load_tile<T, kColumns, kHeadDim, kThreads, kWhole, kPlain>(to, x_columns, column_start);
+    load_tile<T, kColumns, kHeadDim, kThreads, kWhole, kFastPath>(to, x_columns, column_start);
     to += ColumnTile::kBytes;
-    load_tile<T, kColumns, kHeadDim, kThreads, kWhole, kPlain>(to, y_columns, column_start);
+    load_tile<T, kColumns, kHeadDim, kThreads, kWhole, kFastPath>(to, y_columns, column_start);
     if constexpr (kKeys) {
       to += ColumnTile::kBytes;
       static_assert(2 * kColumns <= kThreads);
@@ -217,11 +218,11 @@ struct BackwardBlock {
     // dv <- dv + p^T do; dk <- dk + ds^T q or dq <- dq + ds k
     const int products = products_of<T>(p);
     if constexpr (kSecond) {
-      multiply_weights<T, ColumnTile, !kPlain, kRowTiles, kColumns, kHeadDim>(
+      multiply_probabilities<T, ColumnTile, !kFastPath, kRowTiles, kColumns, kHeadDim>(
           products, s, ColumnTile::by_columns(y_now), seen, dy);
     }
     if constexpr (kFirst) {
-      multiply_weights<T, ColumnTile, !kPlain, kRowTiles, kColumns, kHeadDim>(
+      multiply_probabilities<T, ColumnTile, !kFastPath, kRowTiles, kColumns, kHeadDim>(
           products, dp, ColumnTile::by_columns(x_now), seen, dx);
     }
     if (kStages == 1 && next < columns.end) {
@@ -254,8 +255,8 @@ struct BackwardBlock {
   FA_DEVICE uint32_t differentiate(int column_start, uint32_t statistics_at, Scores& s,
                                    Scores& dp) {
     uint32_t seen = ~0u, visible[2] = {~0u, ~0u}, keep[2] = {~0u, ~0u};
-    float slope[kPlain ? 1 : kColumns / 8][4];
-    if constexpr (kPlain) {
+    float slope[kFastPath ? 1 : kColumns / 8][4];
+    if constexpr (kFastPath) {
       if (kMasked) {
         hide_outside_band<kKeys, kRowTiles, kColumns>(p, seq, row_warp, column_start, s);
       }
@@ -270,7 +271,7 @@ struct BackwardBlock {
       seen_rows |= (uint32_t)(visible[0] != 0) | (uint32_t)(visible[1] != 0) << 1;
       seen = any_row(visible[0] | visible[1]);
       if (dropout.threshold > 0) {
-        kept_weights<kColumns, kKeys>(dropout, row_warp, column_start, keep);
+        dropout_keep_bits<kColumns, kKeys>(dropout, row_warp, column_start, keep);
       }
     }
     const float kept = dropout.threshold > 0 ? (float)p.dropout_scale : 1.0f;
@@ -290,7 +291,7 @@ struct BackwardBlock {
           const float delta = kKeys ? column_delta[c % 2] : row_delta[i][c / 2];
           float &w = s[i][n][c], &d = dp[i][n][c];
           // p <- exp(s - lse), ds <- p * (dp - delta); what is hidden has neither, whatever v holds
-          if constexpr (kPlain) {
+          if constexpr (kFastPath) {
             const bool hidden = kMasked && w == -kInf;
             w = exp2_approx(w * scale_log2 - lse);
             if (kFirst) d = hidden ? 0.0f : w * (d - delta);
@@ -334,7 +335,7 @@ struct BackwardBlock {
   FA_DEVICE void store() {
     const float scale = (float)p.scale;
     for (int lanes = 1; lanes < 4; lanes *= 2) {  // four share a row
-      if (!kPlain) seen_rows |= __shfl_xor_sync(~0u, seen_rows, lanes);
+      if (!kFastPath) seen_rows |= __shfl_xor_sync(~0u, seen_rows, lanes);
     }
     if (kFirst) store_rows(kKeys ? p.dk : p.dq, (int)p.D, scale, dx);
     if (kSecond) store_rows(p.dv, (int)p.Dv, 1, dy);
@@ -349,14 +350,14 @@ struct BackwardBlock {
       for (int half = 0; half < 2; ++half) {
         const int row = row_warp + 16 * i + 8 * half + lane_row();
         // What takes no part has no gradient, also where 0 * NaN was added to it.
-        const bool seen = kPlain ? takes_part<kKeys>(p, seq, row) : seen_rows >> half & 1;
+        const bool seen = kFastPath ? takes_part<kKeys>(p, seq, row) : seen_rows >> half & 1;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           const int d = 8 * n + lane_column();
           const float low = seen ? acc[i][n][2 * half] * factor : 0.0f;
           const float high = seen ? acc[i][n][2 * half + 1] * factor : 0.0f;
           T* at = rows + row * to.stride_s + d;
-          if constexpr (kPlain) {
+          if constexpr (kFastPath) {
             if (row < row_end && d < width) *(uint32_t*)at = pack<T>(low, high);
           } else {
             if (row < row_end && d < width) at[0] = from_float<T>(low);
@@ -368,12 +369,12 @@ struct BackwardBlock {
   }
 };
 
-template <typename T, int kHeadDim, bool kPlain, Gradient kGradient>
-__global__ void __launch_bounds__(backward_tiles(Terms<T>::kCount == 3, kHeadDim, kPlain).threads(),
-                                  kHeadDim <= 128 ? 2 : 1)
-    attention_backward_kernel(const __grid_constant__ Call p) {
+template <typename T, int kHeadDim, bool kFastPath, Gradient kGradient>
+__global__ void __launch_bounds__(
+    backward_tiles(Terms<T>::kCount == 3, kHeadDim, kFastPath).threads(), kHeadDim <= 128 ? 2 : 1)
+    attention_backward_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(128) char shared[];
-  using Block = BackwardBlock<T, kHeadDim, kPlain, kGradient>;
+  using Block = BackwardBlock<T, kHeadDim, kFastPath, kGradient>;
   const TokenBlock block = Block::kKeys ? key_block(p, Block::kRows) : query_block(p, Block::kRows);
   Block work(p, block, shared_address(shared));
   if (work.row_start < work.row_end) work.run();
@@ -383,7 +384,7 @@ __global__ void __launch_bounds__(backward_tiles(Terms<T>::kCount == 3, kHeadDim
 // in order: a block a page and head. (Rounded in between only beyond kThreadsOfPages users.)
 template <typename T>
 __global__ void __launch_bounds__(kThreadsOfPages)
-    attention_page_gradients_kernel(const __grid_constant__ Call p) {
+    attention_page_gradients_kernel(const __grid_constant__ KernelParams p) {
   __shared__ int users[kThreadsOfPages];
   __shared__ uint32_t found[kThreadsOfPages / 32];
   const int page = (int)(blockIdx.x / (uint32_t)p.Hkv), h = (int)(blockIdx.x % (uint32_t)p.Hkv);
@@ -432,7 +433,7 @@ FA_DEVICE void store_from_float(void* data, DType dtype, int64_t index, float x)
 
 // The tile that starts at block (b, h, m, n) = at, summed over rows and columns where dbias is.
 template <int kColumns, int kRows>
-FA_DEVICE void store_bias(const Call& p, const int (&at)[4], float (&sum)[kColumns / 8][4],
+FA_DEVICE void store_bias(const KernelParams& p, const int (&at)[4], float (&sum)[kColumns / 8][4],
                           char* shared) {
   const bool one_row = p.dbias.stride_q == 0, one_column = p.dbias.stride_k == 0;
   float* rows = (float*)shared;  // [kRows][kColumns]
@@ -467,7 +468,7 @@ FA_DEVICE void store_bias(const Call& p, const int (&at)[4], float (&sum)[kColum
 // A tile of dbias, summed over what the bias is broadcast along, in order.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(backward_tiles(Terms<T>::kCount == 3, kHeadDim, false).threads())
-    attention_dbias_kernel(const __grid_constant__ Call p) {
+    attention_dbias_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(128) char shared[];
   using Block = BackwardBlock<T, kHeadDim, false, Gradient::kBias>;
   constexpr int kRows = Block::kRows, kColumns = Block::kColumns;
@@ -502,7 +503,7 @@ __global__ void __launch_bounds__(backward_tiles(Terms<T>::kCount == 3, kHeadDim
 // head.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
-    attention_dsinks_kernel(const __grid_constant__ Call p) {
+    attention_dsinks_kernel(const __grid_constant__ KernelParams p) {
   // Tokens of no sequence have no sink, as their lse of -inf tells.
   const int64_t h = blockIdx.x, rows = (is_packed(p) ? 1 : p.B) * p.Sq;
   const float sink = ((const float*)p.sinks)[h];

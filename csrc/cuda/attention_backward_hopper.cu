@@ -8,7 +8,7 @@ namespace {
 template <bool kKeys>
 const char* start_backward(const Launch& launch, const void* params, void* stream) {
   constexpr HopperBackwardTiles kTiles = hopper_backward_tiles(FA_HEAD_DIM);
-  const Call& p = *(const Call*)params;
+  const KernelParams& p = *(const KernelParams*)params;
   const int of_queries = kKeys ? kTiles.columns : kTiles.rows();
   const int of_keys = kKeys ? kTiles.rows() : kTiles.columns;
   const Boxes query = {p.query, false, p.D, of_queries},

@@ -28,7 +28,7 @@ struct HopperBackward {
   using Scores = float[kColumns / 8][4];
   using Accumulators = float[kHeadDim / 8][4];
 
-  const Call& p;
+  const KernelParams& p;
   const Sequence seq;
   const int head, group;  // head: of the rows; group: query heads of a key head
   const int row_start, row_end;
@@ -37,7 +37,7 @@ struct HopperBackward {
   const int heads;         // of columns, that the rows meet
   const uint32_t x_tile, y_tile, stages, barriers;
 
-  FA_DEVICE HopperBackward(const Call& params, const TokenBlock& block, uint32_t shared)
+  FA_DEVICE HopperBackward(const KernelParams& params, const TokenBlock& block, uint32_t shared)
       : p(params),
         seq(sequence_of<true>(p, block.b)),
         head(block.h),
@@ -262,7 +262,7 @@ struct HopperBackward {
 // x, y: key and value, or query and grad_out; x_, y_: the others.
 template <typename T, int kHeadDim, bool kKeys>
 __global__ void __launch_bounds__(hopper_backward_tiles(kHeadDim).threads(), 1)
-    attention_backward_hopper_kernel(const __grid_constant__ Call p,
+    attention_backward_hopper_kernel(const __grid_constant__ KernelParams p,
                                      const __grid_constant__ TensorMap x,
                                      const __grid_constant__ TensorMap y,
                                      const __grid_constant__ TensorMap x_,

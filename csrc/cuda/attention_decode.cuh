@@ -23,7 +23,7 @@ struct DecodeBlock {
   using KeyTile = Tile<kBlockN, kHeadDim, kTerms>;
   static constexpr int kStageBytes = 2 * KeyTile::kBytes;
 
-  const Call& p;
+  const KernelParams& p;
   const Sequence seq;
   const int h_kv, group, split;
   const int warp;
@@ -33,7 +33,7 @@ struct DecodeBlock {
   float acc[1][kHeadDim / 8][4];
   RowState<1> rows;
 
-  FA_DEVICE DecodeBlock(const Call& params, int b, int h_kv_, int split_, char* shared)
+  FA_DEVICE DecodeBlock(const KernelParams& params, int b, int h_kv_, int split_, char* shared)
       : p(params),
         seq(sequence_of(p, b)),
         h_kv(h_kv_),
@@ -124,7 +124,7 @@ struct DecodeBlock {
     }
     seen = any_row(seen);
     online_softmax_update<false, 1, kColumns, kHeadDim>(0, s, rows, acc);
-    multiply_weights<T, KeyTile, true, 1, kColumns, kHeadDim>(
+    multiply_probabilities<T, KeyTile, true, 1, kColumns, kHeadDim>(
         products, s, KeyTile::by_columns(own + KeyTile::kBytes), seen, acc);
   }
 
@@ -162,9 +162,9 @@ struct DecodeBlock {
         sum += theirs[d] * alpha;
       }
       const int64_t number = split * total + row_number(p, seq, head(row)) + query;
-      if (d < (int)p.Dv) p.part_out[number * p.Dv + d] = sum;
-      if (d == kHeadDim) p.part_max[number] = top;
-      if (d == kHeadDim + 1) p.part_sum[number] = sum;
+      if (d < (int)p.Dv) p.partial_out[number * p.Dv + d] = sum;
+      if (d == kHeadDim) p.partial_max[number] = top;
+      if (d == kHeadDim + 1) p.partial_sum[number] = sum;
     }
   }
 };
@@ -172,7 +172,7 @@ struct DecodeBlock {
 // A block: a part of the keys of one key head, for all its queries.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(DecodeBlock<T, kHeadDim>::kThreads)
-    attention_decode_kernel(const __grid_constant__ Call p) {
+    attention_decode_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(128) char shared[];
   const uint32_t splits = (uint32_t)p.splits, Hkv = (uint32_t)p.Hkv;
   const uint32_t split = blockIdx.x % splits, head = blockIdx.x / splits;
@@ -184,18 +184,18 @@ __global__ void __launch_bounds__(DecodeBlock<T, kHeadDim>::kThreads)
 // warp a row.
 template <typename T>
 __global__ void __launch_bounds__(32 * kRowsOfCombine)
-    attention_combine_kernel(const __grid_constant__ Call p) {
+    attention_combine_kernel(const __grid_constant__ KernelParams p) {
   const int64_t total = count_rows(p);
   const int64_t row = (int64_t)blockIdx.x * kRowsOfCombine + threadIdx.x / 32;
   if (row >= total) return;
   const int64_t i = row % p.Sq, b = row / p.Sq / p.Hq, h = row / p.Sq % p.Hq;
   float top = -kInf;
-  for (int64_t s = 0; s < p.splits; ++s) top = fmaxf(top, p.part_max[s * total + row]);
+  for (int64_t s = 0; s < p.splits; ++s) top = fmaxf(top, p.partial_max[s * total + row]);
   const auto alpha = [&](int64_t s) {
-    return top == -kInf ? 1.0f : exp2_approx((p.part_max[s * total + row] - top) * kLog2e);
+    return top == -kInf ? 1.0f : exp2_approx((p.partial_max[s * total + row] - top) * kLog2e);
   };
   float sum = 0;
-  for (int64_t s = 0; s < p.splits; ++s) sum += p.part_sum[s * total + row] * alpha(s);
+  for (int64_t s = 0; s < p.splits; ++s) sum += p.partial_sum[s * total + row] * alpha(s);
   const bool rest = is_packed(p) && i >= between(p.cu_seqlens_q[p.B], 0, (int)p.Sq);
   const float* sink = p.sinks == nullptr || rest ? nullptr : (const float*)p.sinks + h;
   const FinishedRow finished = finish(top, sum, sink);
@@ -203,7 +203,8 @@ __global__ void __launch_bounds__(32 * kRowsOfCombine)
   T* out = head_of<T>(p.out, (int)b, (int)h, (int)i);
   for (int64_t d = threadIdx.x % 32; d < p.Dv; d += 32) {
     float x = 0;
-    for (int64_t s = 0; s < p.splits; ++s) x += p.part_out[(s * total + row) * p.Dv + d] * alpha(s);
+    for (int64_t s = 0; s < p.splits; ++s)
+      x += p.partial_out[(s * total + row) * p.Dv + d] * alpha(s);
     out[d] = from_float<T>(sum == 0 ? 0.0f : x * finished.weight);
   }
 }

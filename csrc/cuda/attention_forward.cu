@@ -2,7 +2,7 @@
 #include "attention_forward.cuh"
 #include "kernel.cuh"
 
-#define FA_FORWARD(plain) FA_KERNEL(attention_forward_kernel<FA_TYPE, FA_HEAD_DIM, plain>)
+#define FA_FORWARD(fast_path) FA_KERNEL(attention_forward_kernel<FA_TYPE, FA_HEAD_DIM, fast_path>)
 
 namespace fused_attention::cuda {
 

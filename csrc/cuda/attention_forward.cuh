@@ -21,9 +21,9 @@
 
 namespace fused_attention::cuda {
 
-template <typename T, int kHeadDim, bool kPlain>
+template <typename T, int kHeadDim, bool kFastPath>
 struct ForwardBlock {
-  static constexpr ForwardTiles kTiles = forward_tiles(Terms<T>::kCount == 3, kHeadDim, kPlain);
+  static constexpr ForwardTiles kTiles = forward_tiles(Terms<T>::kCount == 3, kHeadDim, kFastPath);
   static constexpr int kRowTiles = kTiles.row_tiles, kBlockN = kTiles.block_n;
   static constexpr int kBlockM = kTiles.block_m(), kThreads = kTiles.threads();
   static constexpr int kTerms = Terms<T>::kCount, kSteps = kHeadDim / 16;
@@ -32,7 +32,7 @@ struct ForwardBlock {
   using QueryTile = Tile<kBlockM, kHeadDim, kTerms>;
   using KeyTile = Tile<kBlockN, kHeadDim, kTerms>;
 
-  const Call& p;
+  const KernelParams& p;
   const Sequence seq;
   const int h, m_start;  // m_start: the first query of the block
   const int m_warp;      // the first one of the warp
@@ -46,9 +46,9 @@ struct ForwardBlock {
   float acc[kRowTiles][kHeadDim / 8][4];
   RowState<kRowTiles> rows;
 
-  FA_DEVICE ForwardBlock(const Call& params, const TokenBlock& block, uint32_t shared)
+  FA_DEVICE ForwardBlock(const KernelParams& params, const TokenBlock& block, uint32_t shared)
       : p(params),
-        seq(sequence_of<kPlain>(p, block.b)),
+        seq(sequence_of<kFastPath>(p, block.b)),
         h(block.h),
         m_start(block.start),
         m_warp(m_start + threadIdx.x / 32 * 16 * kRowTiles),
@@ -68,7 +68,7 @@ struct ForwardBlock {
 
   template <bool kWhole>
   FA_DEVICE void load_keys(uint32_t tile, const RowSource<T>& from, int n_start) const {
-    load_tile<T, kBlockN, kHeadDim, kThreads, kWhole, kPlain>(tile, from, n_start);
+    load_tile<T, kBlockN, kHeadDim, kThreads, kWhole, kFastPath>(tile, from, n_start);
     copy_commit();
   }
 
@@ -79,14 +79,14 @@ struct ForwardBlock {
     int n = (keys.end - 1) / kBlockN * kBlockN;
     if (keys.end == 0) n = -kBlockN;  // nobody sees anything
     const RowSource<T> query = query_rows<T>(p, p.query, seq, h, p.D, {0, seq.Sq});
-    load_tile<T, kBlockM, kHeadDim, kThreads, false, kPlain>(q_tile, query, m_start);
+    load_tile<T, kBlockM, kHeadDim, kThreads, false, kFastPath>(q_tile, query, m_start);
     copy_commit();
     if (n >= first) load_keys<false>(k_tile, key, n);
     if (kHoldQuery) hold_query();
     const Range whole = whole_tiles();
     while (n >= first) {
       for (; n >= first && !(n >= whole.begin && n < whole.end); n -= kBlockN) step<true>(n, first);
-      if constexpr (kPlain) {
+      if constexpr (kFastPath) {
         for (; n >= first && n >= whole.begin; n -= kBlockN) step<false>(n, first);
       }
     }
@@ -97,7 +97,7 @@ struct ForwardBlock {
   // Where tiles start that need no mask, and whose neighbour to the left, which they load, lies
   // within the keys as a whole.
   FA_DEVICE Range whole_tiles() const {
-    if (!kPlain) return {0, 0};
+    if (!kFastPath) return {0, 0};
     const Range all = seen_by_all<false>(p, seq, m_start, min(m_start + kBlockM, seq.Sq));
     return {all.begin == 0 ? 0 : all.begin + kBlockN, all.end - kBlockN + 1};
   }
@@ -138,7 +138,7 @@ struct ForwardBlock {
     if (n_start > first) load_keys<!kMasked>(k_tile, key, n_start - kBlockN);
 
     uint32_t seen = ~0u;
-    if constexpr (kPlain) {
+    if constexpr (kFastPath) {
       if (kMasked) hide_outside_band<false, kRowTiles, kBlockN>(p, seq, m_warp, n_start, s);
       online_softmax_update<true, kRowTiles, kBlockN, kHeadDim>(scale_log2, s, rows, acc);
     } else {
@@ -155,14 +155,14 @@ struct ForwardBlock {
       online_softmax_update<false, kRowTiles, kBlockN, kHeadDim>(0, s, rows, acc);
       if (dropout.threshold > 0) drop(n_start, s[0]);
     }
-    multiply_weights<T, KeyTile, !kPlain, kRowTiles, kBlockN, kHeadDim>(products, s, v_read, seen,
-                                                                        acc);
+    multiply_probabilities<T, KeyTile, !kFastPath, kRowTiles, kBlockN, kHeadDim>(products, s,
+                                                                                 v_read, seen, acc);
   }
 
   // p <- p where kept, 0 elsewhere
   FA_DEVICE void drop(int n_start, float (&weights)[kBlockN / 8][4]) const {
     uint32_t keep[2];
-    kept_weights<kBlockN, false>(dropout, m_warp, n_start, keep);
+    dropout_keep_bits<kBlockN, false>(dropout, m_warp, n_start, keep);
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n) {
 #pragma unroll
@@ -183,10 +183,10 @@ struct ForwardBlock {
       for (int half = 0; half < 2; ++half) {
         const int query = m_warp + 16 * i + 8 * half + lane_row();
         const float sum = row_total(rows.sum[i][half]);
-        const float max = kPlain ? rows.max[i][half] * (float)p.scale : rows.max[i][half];
+        const float max = kFastPath ? rows.max[i][half] * (float)p.scale : rows.max[i][half];
         FinishedRow row = finish(max, sum, sink);
         if (lse != nullptr && threadIdx.x % 4 == 0 && query < seq.Sq) lse[query] = row.lse;
-        if (!kPlain && dropout.threshold > 0) row.weight *= (float)p.dropout_scale;
+        if (!kFastPath && dropout.threshold > 0) row.weight *= (float)p.dropout_scale;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
@@ -196,7 +196,7 @@ struct ForwardBlock {
             x = sum == 0 ? 0.0f : x * row.weight;
           }
         }
-        if constexpr (!kPlain) {
+        if constexpr (!kFastPath) {
 #pragma unroll
           for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
@@ -210,7 +210,7 @@ struct ForwardBlock {
         }
       }
     }
-    if constexpr (kPlain) store_pieces(out);
+    if constexpr (kFastPath) store_pieces(out);
   }
 
   // Through the warp's own rows of q in shared memory, to write 16 bytes a lane.
@@ -243,13 +243,13 @@ struct ForwardBlock {
   }
 };
 
-template <typename T, int kHeadDim, bool kPlain>
-__global__ void __launch_bounds__(ForwardBlock<T, kHeadDim, kPlain>::kThreads,
+template <typename T, int kHeadDim, bool kFastPath>
+__global__ void __launch_bounds__(ForwardBlock<T, kHeadDim, kFastPath>::kThreads,
                                   kHeadDim <= 128 ? 2 : 1)
-    attention_forward_kernel(const __grid_constant__ Call p) {
+    attention_forward_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(128) char shared[];
-  const TokenBlock block = query_block(p, ForwardBlock<T, kHeadDim, kPlain>::kBlockM);
-  ForwardBlock<T, kHeadDim, kPlain> work(p, block, shared_address(shared));
+  const TokenBlock block = query_block(p, ForwardBlock<T, kHeadDim, kFastPath>::kBlockM);
+  ForwardBlock<T, kHeadDim, kFastPath> work(p, block, shared_address(shared));
   if (work.m_start < work.seq.Sq) work.run();
 }
 

@@ -7,7 +7,7 @@ namespace {
 
 const char* start_forward(const Launch& launch, const void* params, void* stream) {
   constexpr HopperTiles kTiles = hopper_tiles(FA_HEAD_DIM);
-  const Call& p = *(const Call*)params;
+  const KernelParams& p = *(const KernelParams*)params;
   const Boxes boxes[] = {{p.query, false, p.D, kTiles.block_m()},
                          {p.key, true, p.D, kTiles.block_n},
                          {p.value, true, p.Dv, kTiles.block_n}};

@@ -27,14 +27,14 @@ struct HopperBlock {
   static constexpr int kComputing = 128 * kGroups;  // threads
   using Scores = float[1][kBlockN / 8][4];
 
-  const Call& p;
+  const KernelParams& p;
   const Sequence seq;
   const int h, m_start;
   const Range keys;
   const int first, count;  // tiles of keys: the first one's start, and how many
   const uint32_t q_tile, k_tiles, v_tiles, barriers;
 
-  FA_DEVICE HopperBlock(const Call& params, const TokenBlock& block, uint32_t shared)
+  FA_DEVICE HopperBlock(const KernelParams& params, const TokenBlock& block, uint32_t shared)
       : p(params),
         seq(sequence_of<true>(p, block.b)),
         h(block.h),
@@ -217,7 +217,7 @@ struct HopperBlock {
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(hopper_tiles(kHeadDim).threads(), 1)
-    attention_forward_hopper_kernel(const __grid_constant__ Call p,
+    attention_forward_hopper_kernel(const __grid_constant__ KernelParams p,
                                     const __grid_constant__ TensorMap query,
                                     const __grid_constant__ TensorMap key,
                                     const __grid_constant__ TensorMap value) {

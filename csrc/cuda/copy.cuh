@@ -81,14 +81,14 @@ struct RowSource {
 
 // The queries of a head, and its keys or values.
 template <typename T>
-FA_DEVICE RowSource<T> query_rows(const Call& p, const TensorView& view, const Sequence& seq, int h,
-                                  int64_t width, Range rows) {
+FA_DEVICE RowSource<T> query_rows(const KernelParams& p, const TensorView& view,
+                                  const Sequence& seq, int h, int64_t width, Range rows) {
   const T* data = head_of<const T>(view, seq.b, h, seq.q_start);
   return {data, view.stride_s, rows.begin, rows.end, (int)width, p.aligned, nullptr, 0, 0, 0};
 }
 template <typename T>
-FA_DEVICE RowSource<T> key_rows(const Call& p, const TensorView& view, const Sequence& seq, int h,
-                                int64_t width, Range rows) {
+FA_DEVICE RowSource<T> key_rows(const KernelParams& p, const TensorView& view, const Sequence& seq,
+                                int h, int64_t width, Range rows) {
   const bool paged = p.block_table != nullptr;
   const T* data = head_of<const T>(view, paged ? 0 : seq.b, h, seq.k_start);
   const int32_t* pages = paged ? p.block_table + seq.b * p.block_table_stride_b : nullptr;

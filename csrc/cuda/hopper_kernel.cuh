@@ -44,8 +44,8 @@ struct Boxes {
   int rows;
 };
 template <auto* kKernel, int kMaps>
-const char* start_with_maps(const Launch& launch, const Call& p, const Boxes (&boxes)[kMaps],
-                            void* stream) {
+const char* start_with_maps(const Launch& launch, const KernelParams& p,
+                            const Boxes (&boxes)[kMaps], void* stream) {
   const int64_t B = p.cu_seqlens_q != nullptr ? 1 : p.B;
   TensorMap maps[kMaps];
   void* arguments[kMaps + 1] = {(void*)&p};

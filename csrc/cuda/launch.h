@@ -8,7 +8,7 @@
 namespace fused_attention::cuda {
 
 // What a kernel is told beyond what those of the CPU are. It is a kernel's parameter, by value.
-struct Call : AttentionParams {
+struct KernelParams : AttentionParams {
   const int64_t* philox = nullptr;  // of dropout: seed and offset, in the device's memory
   // Backward: the lse of each row [B, Hq, Sq], contiguous, +inf where it saw nothing;
   // if lse_in_log2, as the kernels without options want it, in units of log 2.
@@ -19,7 +19,7 @@ struct Call : AttentionParams {
   // Of few queries: the parts that the keys are cut into, and what each found, by part and row:
   // float [splits, rows, Dv], [splits, rows] and [splits, rows], rows those of lse.
   int64_t splits = 0;
-  float *part_out = nullptr, *part_max = nullptr, *part_sum = nullptr;
+  float *partial_out = nullptr, *partial_max = nullptr, *partial_sum = nullptr;
 };
 
 // Head sizes that kernels are compiled for; others are padded with zeros in shared memory.
@@ -33,9 +33,9 @@ constexpr int padded_head_dim(int64_t D, int64_t Dv) {
   return 0;
 }
 
-// A kernel's tiles: kBlockM queries (kRowTiles times 16 a warp) and kBlockN keys. kPlain: a 16-bit
-// call without options but causal, window, lse and sinks, on rows of whole 16-byte pieces. terms:
-// 16-bit elements that stand for one (types.cuh).
+// A kernel's tiles: kBlockM queries (kRowTiles times 16 a warp) and kBlockN keys. kFastPath: a
+// 16-bit call without options but causal, window, lse and sinks, on rows of whole 16-byte pieces.
+// terms: 16-bit elements that stand for one (types.cuh).
 struct ForwardTiles {
   int row_tiles, warps, block_n, terms, head_dim;
   constexpr int block_m() const { return 16 * row_tiles * warps; }
@@ -43,8 +43,8 @@ struct ForwardTiles {
   // q, k and v
   constexpr int shared_bytes() const { return (block_m() + 2 * block_n) * head_dim * 2 * terms; }
 };
-constexpr ForwardTiles forward_tiles(bool is_float, int head_dim, bool plain) {
-  if (!is_float) return {plain && head_dim <= 128 ? 2 : 1, 4, 64, 1, head_dim};
+constexpr ForwardTiles forward_tiles(bool is_float, int head_dim, bool fast_path) {
+  if (!is_float) return {fast_path && head_dim <= 128 ? 2 : 1, 4, 64, 1, head_dim};
   return {1, head_dim <= 128 ? 4 : 2, head_dim <= 64 ? 64 : head_dim <= 128 ? 32 : 16, 3, head_dim};
 }
 
@@ -107,12 +107,12 @@ struct BackwardTiles {
     return 2 * (rows() + stages * columns) * head_dim * 2 * terms + stages * columns * 8;
   }
 };
-constexpr BackwardTiles backward_tiles(bool is_float, int head_dim, bool plain) {
+constexpr BackwardTiles backward_tiles(bool is_float, int head_dim, bool fast_path) {
   if (is_float) {
     return {1,       head_dim <= 64 ? 4 : head_dim <= 128 ? 2 : 1, head_dim <= 128 ? 32 : 16, 1, 3,
             head_dim};
   }
-  return {plain && head_dim <= 64 ? 2 : 1, 4, head_dim <= 128 ? 32 : 16, 2, 1, head_dim};
+  return {fast_path && head_dim <= 64 ? 2 : 1, 4, head_dim <= 128 ? 32 : 16, 2, 1, head_dim};
 }
 
 // What a kernel is started with, beside its parameter.
@@ -125,25 +125,25 @@ struct Launch {
 constexpr int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // As sequence.cuh numbers them.
-inline int64_t query_blocks(const Call& p, int64_t size) {
+inline int64_t query_blocks(const KernelParams& p, int64_t size) {
   if (p.cu_seqlens_q != nullptr) return p.Hq * (p.Sq / size + p.B + 1);
   return p.B * p.Hq * blocks_of(p.Sq, size);
 }
-inline int64_t key_blocks(const Call& p, int64_t size) {
+inline int64_t key_blocks(const KernelParams& p, int64_t size) {
   if (p.cu_seqlens_k != nullptr && p.block_table == nullptr) {
     return p.Hkv * (p.Sk / size + p.B + 1);
   }
   return p.B * p.Hkv * blocks_of(p.Sk, size);
 }
 // Of lse and the like: [B, Hq, Sq], packed [Hq, Tq].
-inline int64_t rows_of(const Call& p) {
+inline int64_t rows_of(const KernelParams& p) {
   return (p.cu_seqlens_q != nullptr ? 1 : p.B) * p.Hq * p.Sq;
 }
 
-inline bool is_float(const Call& p) { return p.dtype == DType::kFloat32; }
+inline bool is_float(const KernelParams& p) { return p.dtype == DType::kFloat32; }
 
 // Whether the kernel without options serves the call; then a row is whole 16-byte pieces.
-inline bool is_plain(const Call& p) {
+inline bool takes_fast_path(const KernelParams& p) {
   return !is_float(p) && p.aligned && p.D % 8 == 0 && p.Dv % 8 == 0 && p.scale > 0 &&
          !p.bends_scores() && p.mask.data == nullptr && p.bias.data == nullptr &&
          p.key_padding_mask == nullptr && p.alibi_slopes == nullptr && p.dropout_threshold == 0 &&
@@ -162,7 +162,7 @@ constexpr int64_t kDecodeBlocks = 256, kMinSplitKeys = 256;
 
 // Into how many parts attention_decode_kernel cuts the keys; 0 if attention_forward_kernel serves
 // the call. seqlen_q, seqlen_k: the longest, as far as is known; only speed depends on them.
-inline int64_t decode_splits(const Call& p, int64_t seqlen_q, int64_t seqlen_k) {
+inline int64_t decode_splits(const KernelParams& p, int64_t seqlen_q, int64_t seqlen_k) {
   // A hint that is no length is none. However wrong it is, the rows of a sequence can be counted.
   if (seqlen_q <= 0 || seqlen_q > p.Sq) seqlen_q = p.Sq;
   if (seqlen_k <= 0 || seqlen_k > p.Sk) seqlen_k = p.Sk;
@@ -182,41 +182,41 @@ inline int64_t decode_splits(const Call& p, int64_t seqlen_q, int64_t seqlen_k) 
 constexpr int kRowsOfCombine = 4;  // a block's, one a warp
 
 // The parts, and then what they found, together.
-struct DecodePlan {
-  Launch parts, combine;
+struct DecodeLaunches {
+  Launch splits, combine;
 };
-inline DecodePlan plan_decode(const Call& p) {
+inline DecodeLaunches decode_launches(const KernelParams& p) {
   const int head_dim = padded_head_dim(p.D, p.Dv);
   const DecodeTiles tiles = decode_tiles(is_float(p), head_dim);
-  DecodePlan plan;
-  snprintf(plan.parts.kernel, sizeof plan.parts.kernel, "attention_decode_kernel<%s, %d>",
+  DecodeLaunches launches;
+  snprintf(launches.splits.kernel, sizeof launches.splits.kernel, "attention_decode_kernel<%s, %d>",
            type_name(p.dtype), head_dim);
   const int64_t rest = p.cu_seqlens_q != nullptr ? 1 : 0;  // tokens of no sequence
-  plan.parts.blocks = (p.B + rest) * p.Hkv * p.splits;
-  plan.parts.threads = tiles.threads();
-  plan.parts.shared_bytes = tiles.shared_bytes();
-  snprintf(plan.combine.kernel, sizeof plan.combine.kernel, "attention_combine_kernel<%s>",
+  launches.splits.blocks = (p.B + rest) * p.Hkv * p.splits;
+  launches.splits.threads = tiles.threads();
+  launches.splits.shared_bytes = tiles.shared_bytes();
+  snprintf(launches.combine.kernel, sizeof launches.combine.kernel, "attention_combine_kernel<%s>",
            type_name(p.dtype));
-  plan.combine.blocks = blocks_of(rows_of(p), kRowsOfCombine);
-  plan.combine.threads = 32 * kRowsOfCombine;
-  return plan;
+  launches.combine.blocks = blocks_of(rows_of(p), kRowsOfCombine);
+  launches.combine.threads = 32 * kRowsOfCombine;
+  return launches;
 }
 
 // Whether the kernels of sm_90 serve the call: one without options, of up to 128 columns, on
 // tensors that a copy engine can be told: it takes no size and no stride of 0.
-inline bool serves_hopper(const Call& p, int compute_capability) {
+inline bool serves_hopper(const KernelParams& p, int compute_capability) {
   const auto fits = [&](const TensorView& x, int64_t B, int64_t H, int64_t S) {
     return (B <= 1 || x.stride_b > 0) && (H <= 1 || x.stride_h > 0) && (S <= 1 || x.stride_s > 0);
   };
   const int64_t B = p.cu_seqlens_q != nullptr ? 1 : p.B;
   const bool empty = B == 0 || p.Hq == 0 || p.Sq == 0 || p.Sk == 0 || p.D == 0 || p.Dv == 0;
-  return compute_capability / 10 == 9 && is_plain(p) && !empty && p.D <= 128 && p.Dv <= 128 &&
-         fits(p.query, B, p.Hq, p.Sq) && fits(p.key, B, p.Hkv, p.Sk) &&
+  return compute_capability / 10 == 9 && takes_fast_path(p) && !empty && p.D <= 128 &&
+         p.Dv <= 128 && fits(p.query, B, p.Hq, p.Sq) && fits(p.key, B, p.Hkv, p.Sk) &&
          fits(p.value, B, p.Hkv, p.Sk) &&
          (p.grad_out.data == nullptr || fits(p.grad_out, B, p.Hq, p.Sq));
 }
 constexpr int hopper_head_dim(int64_t D, int64_t Dv) { return D <= 64 && Dv <= 64 ? 64 : 128; }
-inline Launch plan_hopper(const Call& p) {
+inline Launch forward_hopper_launch(const KernelParams& p) {
   const int head_dim = hopper_head_dim(p.D, p.Dv);
   const HopperTiles tiles = hopper_tiles(head_dim);
   Launch launch;
@@ -228,12 +228,12 @@ inline Launch plan_hopper(const Call& p) {
   return launch;
 }
 
-inline Launch plan_forward(const Call& p) {
+inline Launch forward_launch(const KernelParams& p) {
   const int head_dim = padded_head_dim(p.D, p.Dv);
-  const ForwardTiles tiles = forward_tiles(is_float(p), head_dim, is_plain(p));
+  const ForwardTiles tiles = forward_tiles(is_float(p), head_dim, takes_fast_path(p));
   Launch launch;
   snprintf(launch.kernel, sizeof launch.kernel, "attention_forward_kernel<%s, %d, %s>",
-           type_name(p.dtype), head_dim, is_plain(p) ? "true" : "false");
+           type_name(p.dtype), head_dim, takes_fast_path(p) ? "true" : "false");
   launch.blocks = query_blocks(p, tiles.block_m());
   launch.threads = tiles.threads();
   launch.shared_bytes = tiles.shared_bytes();
@@ -241,29 +241,29 @@ inline Launch plan_forward(const Call& p) {
 }
 
 // The kernels of a backward, in order.
-struct BackwardPlan {
+struct BackwardLaunches {
   static constexpr int kMax = 7;
-  Launch launches[kMax];
+  Launch items[kMax];
   int count = 0;
 };
 
 constexpr int kRowsOfDelta = 4;  // a block's, one a warp
 constexpr int kThreadsOfPages = 256;
 
-inline BackwardPlan plan_backward(const Call& p, int compute_capability) {
+inline BackwardLaunches backward_launches(const KernelParams& p, int compute_capability) {
   const int head_dim = padded_head_dim(p.D, p.Dv);
-  const bool plain = is_plain(p);
-  const BackwardTiles tiles = backward_tiles(is_float(p), head_dim, plain);
-  BackwardPlan plan;
-  Launch& delta = plan.launches[plan.count++];
+  const bool fast_path = takes_fast_path(p);
+  const BackwardTiles tiles = backward_tiles(is_float(p), head_dim, fast_path);
+  BackwardLaunches launches;
+  Launch& delta = launches.items[launches.count++];
   snprintf(delta.kernel, sizeof delta.kernel, "attention_delta_kernel<%s>", type_name(p.dtype));
   delta.blocks = blocks_of(rows_of(p), kRowsOfDelta);
   delta.threads = 32 * kRowsOfDelta;
   const auto add = [&](const char* gradient, int64_t blocks) {
-    Launch& launch = plan.launches[plan.count++];
+    Launch& launch = launches.items[launches.count++];
     snprintf(launch.kernel, sizeof launch.kernel,
              "attention_backward_kernel<%s, %d, %s, Gradient::%s>", type_name(p.dtype), head_dim,
-             plain ? "true" : "false", gradient);
+             fast_path ? "true" : "false", gradient);
     launch.blocks = blocks;
     launch.threads = tiles.threads();
     launch.shared_bytes = tiles.shared_bytes();
@@ -271,7 +271,7 @@ inline BackwardPlan plan_backward(const Call& p, int compute_capability) {
   const bool hopper = serves_hopper(p, compute_capability);
   const auto add_hopper = [&](bool keys) {
     const HopperBackwardTiles own = hopper_backward_tiles(hopper_head_dim(p.D, p.Dv));
-    Launch& launch = plan.launches[plan.count++];
+    Launch& launch = launches.items[launches.count++];
     snprintf(launch.kernel, sizeof launch.kernel, "attention_backward_hopper_kernel<%s, %d, %s>",
              type_name(p.dtype), own.head_dim, keys ? "true" : "false");
     launch.blocks = keys ? key_blocks(p, own.rows()) : query_blocks(p, own.rows());
@@ -288,7 +288,7 @@ inline BackwardPlan plan_backward(const Call& p, int compute_capability) {
     add("kValue", of_keys);
   }
   if (p.block_table != nullptr) {
-    Launch& pages = plan.launches[plan.count++];
+    Launch& pages = launches.items[launches.count++];
     snprintf(pages.kernel, sizeof pages.kernel, "attention_page_gradients_kernel<%s>",
              type_name(p.dtype));
     pages.blocks = p.page_count * p.Hkv;
@@ -301,7 +301,7 @@ inline BackwardPlan plan_backward(const Call& p, int compute_capability) {
   }
   if (p.dbias.data != nullptr) {
     const BackwardTiles of_bias = backward_tiles(is_float(p), head_dim, false);
-    Launch& bias = plan.launches[plan.count++];
+    Launch& bias = launches.items[launches.count++];
     snprintf(bias.kernel, sizeof bias.kernel, "attention_dbias_kernel<%s, %d>", type_name(p.dtype),
              head_dim);
     bias.blocks = (p.dbias.stride_b != 0 ? p.B : 1) * (p.dbias.stride_h != 0 ? p.Hq : 1) *
@@ -311,18 +311,18 @@ inline BackwardPlan plan_backward(const Call& p, int compute_capability) {
     bias.shared_bytes = of_bias.shared_bytes();
   }
   if (p.dsinks != nullptr) {
-    Launch& sinks = plan.launches[plan.count++];
+    Launch& sinks = launches.items[launches.count++];
     snprintf(sinks.kernel, sizeof sinks.kernel, "attention_dsinks_kernel<256>");
     sinks.blocks = p.Hq;
     sinks.threads = 256;
   }
-  return plan;
+  return launches;
 }
 
 // -- masked softmax -------------------------------------------------------------------------------
 
-struct SoftmaxCall : SoftmaxParams {
-  const int64_t* philox = nullptr;  // as of Call
+struct SoftmaxKernelParams : SoftmaxParams {
+  const int64_t* philox = nullptr;  // as of KernelParams
   float* delta = nullptr;           // backward with a bias gradient: [rows], sum_k p_k dp_k
 };
 
@@ -332,15 +332,15 @@ constexpr int kSoftmaxPieces = 4, kSoftmaxBlock = 256, kBiasColumns = 128, kSink
 // A bias gradient that is a long sum is divided, so that there are about so many blocks.
 constexpr int64_t kBiasTasks = 512;
 
-struct SoftmaxPlan {
+struct SoftmaxBackwardLaunches {
   static constexpr int kMax = 4;
-  Launch launches[kMax];
+  Launch items[kMax];
   int count = 0;
 };
 
-inline int64_t softmax_rows(const SoftmaxCall& p) { return p.groups * p.group_rows; }
+inline int64_t softmax_rows(const SoftmaxKernelParams& p) { return p.groups * p.group_rows; }
 
-inline Launch plan_softmax_rows(const SoftmaxCall& p, const char* kernel) {
+inline Launch softmax_rows_launch(const SoftmaxKernelParams& p, const char* kernel) {
   const int64_t pieces = blocks_of(p.columns, 8);
   const int threads = pieces <= 32 * kSoftmaxPieces ? 32 : kSoftmaxBlock;
   const bool held = pieces <= threads * kSoftmaxPieces;
@@ -351,34 +351,34 @@ inline Launch plan_softmax_rows(const SoftmaxCall& p, const char* kernel) {
   launch.threads = kSoftmaxBlock;
   return launch;
 }
-inline Launch plan_softmax(const SoftmaxCall& p) {
-  return plan_softmax_rows(p, "masked_softmax_kernel");
+inline Launch softmax_launch(const SoftmaxKernelParams& p) {
+  return softmax_rows_launch(p, "masked_softmax_kernel");
 }
 
 // The kernels of a backward, in order.
-inline SoftmaxPlan plan_softmax_backward(const SoftmaxCall& p) {
-  SoftmaxPlan plan;
-  plan.launches[plan.count++] = plan_softmax_rows(p, "masked_softmax_backward_kernel");
+inline SoftmaxBackwardLaunches softmax_backward_launches(const SoftmaxKernelParams& p) {
+  SoftmaxBackwardLaunches launches;
+  launches.items[launches.count++] = softmax_rows_launch(p, "masked_softmax_backward_kernel");
   if (p.dbias != nullptr) {
-    Launch& bias = plan.launches[plan.count++];
+    Launch& bias = launches.items[launches.count++];
     snprintf(bias.kernel, sizeof bias.kernel, "masked_softmax_dbias_kernel<%s>",
              type_name(p.dtype));
     bias.blocks = p.groups * p.chunks * blocks_of(p.bias_width, kBiasColumns);
     bias.threads = kBiasColumns;
     if (p.chunks > 1) {
-      Launch& sum = plan.launches[plan.count++];
+      Launch& sum = launches.items[launches.count++];
       snprintf(sum.kernel, sizeof sum.kernel, "masked_softmax_dbias_sum_kernel<%d>", kBiasColumns);
       sum.blocks = blocks_of(p.groups * p.bias_width, kBiasColumns);
       sum.threads = kBiasColumns;
     }
   }
   if (p.dsinks != nullptr) {
-    Launch& sinks = plan.launches[plan.count++];
+    Launch& sinks = launches.items[launches.count++];
     snprintf(sinks.kernel, sizeof sinks.kernel, "masked_softmax_dsinks_kernel<%d>", kSinkThreads);
     sinks.blocks = p.heads;
     sinks.threads = kSinkThreads;
   }
-  return plan;
+  return launches;
 }
 
 }  // namespace fused_attention::cuda

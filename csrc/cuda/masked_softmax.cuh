@@ -16,7 +16,7 @@ namespace fused_attention::cuda {
 // Where a row lies in every operand.
 struct SoftmaxRow {
   int64_t offset[SoftmaxParams::kOperands];
-  FA_DEVICE SoftmaxRow(const SoftmaxCall& p, int64_t row) : offset{} {
+  FA_DEVICE SoftmaxRow(const SoftmaxKernelParams& p, int64_t row) : offset{} {
     for (int d = p.dims - 1; d >= 0; --d) {
       const int64_t index = row % p.size[d];
       row /= p.size[d];
@@ -25,12 +25,12 @@ struct SoftmaxRow {
     }
   }
   FA_DEVICE int64_t number() const { return offset[SoftmaxParams::kNumber]; }
-  FA_DEVICE int query(const SoftmaxCall& p) const { return (int)(number() % p.queries); }
-  FA_DEVICE int64_t matrix(const SoftmaxCall& p) const { return number() / p.queries; }
-  FA_DEVICE int head(const SoftmaxCall& p) const { return (int)(matrix(p) % p.heads); }
+  FA_DEVICE int query(const SoftmaxKernelParams& p) const { return (int)(number() % p.queries); }
+  FA_DEVICE int64_t matrix(const SoftmaxKernelParams& p) const { return number() / p.queries; }
+  FA_DEVICE int head(const SoftmaxKernelParams& p) const { return (int)(matrix(p) % p.heads); }
 };
 
-FA_DEVICE Dropout dropout_of(const SoftmaxCall& p, const SoftmaxRow& row) {
+FA_DEVICE Dropout dropout_of(const SoftmaxKernelParams& p, const SoftmaxRow& row) {
   if (p.dropout_threshold == 0) return {};
   return {(uint64_t)p.philox[0], (uint32_t)p.philox[1], (uint32_t)row.matrix(p),
           p.dropout_threshold};
@@ -119,8 +119,8 @@ FA_DEVICE uint32_t nonzero_of_eight(const uint8_t* row, int64_t piece, int64_t s
 
 // s <- s + bias, of the visible columns of one piece at least.
 template <typename T>
-FA_DEVICE void add_bias(const SoftmaxCall& p, int64_t offset, int64_t piece, uint32_t visible,
-                        float (&s)[8]) {
+FA_DEVICE void add_bias(const SoftmaxKernelParams& p, int64_t offset, int64_t piece,
+                        uint32_t visible, float (&s)[8]) {
   if (p.bias_stride_k == 1 && p.bias_dtype == dtype_of<T>()) {
     float bias[8];
     load_eight((const T*)p.bias + offset, piece, p.columns, bias);
@@ -138,8 +138,8 @@ FA_DEVICE void add_bias(const SoftmaxCall& p, int64_t offset, int64_t piece, uin
 
 // s <- scale * x + bias, -inf where hidden, of one piece; bit i: is column i visible?
 template <typename T>
-FA_DEVICE uint32_t softmax_logits(const SoftmaxCall& p, const SoftmaxRow& row, int64_t piece,
-                                  int64_t visible_columns, float (&s)[8]) {
+FA_DEVICE uint32_t softmax_logits(const SoftmaxKernelParams& p, const SoftmaxRow& row,
+                                  int64_t piece, int64_t visible_columns, float (&s)[8]) {
   const T* input = (const T*)p.input + row.offset[SoftmaxParams::kInput];
   load_eight(input, piece, p.columns, s);
   const int count = (int)max((int64_t)0, min((int64_t)8, visible_columns - 8 * piece));
@@ -175,9 +175,9 @@ struct SoftmaxState {
 
 // The weights of one piece, before dropout, and out.
 template <typename T>
-FA_DEVICE void store_weights(const SoftmaxCall& p, const SoftmaxRow& row, const Dropout& dropout,
-                             int64_t piece, uint32_t visible, float top, float factor,
-                             float (&s)[8]) {
+FA_DEVICE void store_weights(const SoftmaxKernelParams& p, const SoftmaxRow& row,
+                             const Dropout& dropout, int64_t piece, uint32_t visible, float top,
+                             float factor, float (&s)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) s[i] = visible >> i & 1 ? exp_from(s[i], top) * factor : 0.0f;
   if (p.weights != nullptr) {
@@ -193,7 +193,7 @@ FA_DEVICE void store_weights(const SoftmaxCall& p, const SoftmaxRow& row, const 
 
 template <typename T, int kThreads, bool kHeld>
 __global__ void __launch_bounds__(kSoftmaxBlock)
-    masked_softmax_kernel(const __grid_constant__ SoftmaxCall p) {
+    masked_softmax_kernel(const __grid_constant__ SoftmaxKernelParams p) {
   using Group = RowGroup<kThreads>;
   __shared__ float shared[32];
   if (Group::row() >= p.groups * p.group_rows) return;
@@ -268,8 +268,8 @@ __global__ void __launch_bounds__(kSoftmaxBlock)
 // w <- p, dp <- the gradient that arrives for p, of one piece. What has no weight has no gradient,
 // whatever arrived for it.
 template <typename T>
-FA_DEVICE void load_weights(const SoftmaxCall& p, const SoftmaxRow& row, const Dropout& dropout,
-                            int64_t piece, float (&w)[8], float (&dp)[8]) {
+FA_DEVICE void load_weights(const SoftmaxKernelParams& p, const SoftmaxRow& row,
+                            const Dropout& dropout, int64_t piece, float (&w)[8], float (&dp)[8]) {
   load_eight((const T*)p.input + row.offset[SoftmaxParams::kInput], piece, p.columns, w);
   load_eight((const T*)p.grad_out + row.offset[SoftmaxParams::kGradOut], piece, p.columns, dp);
   uint32_t kept = ~0u;
@@ -281,7 +281,7 @@ FA_DEVICE void load_weights(const SoftmaxCall& p, const SoftmaxRow& row, const D
 
 template <typename T, int kThreads, bool kHeld>
 __global__ void __launch_bounds__(kSoftmaxBlock)
-    masked_softmax_backward_kernel(const __grid_constant__ SoftmaxCall p) {
+    masked_softmax_backward_kernel(const __grid_constant__ SoftmaxKernelParams p) {
   using Group = RowGroup<kThreads>;
   __shared__ float shared[32];
   if (Group::row() >= p.groups * p.group_rows) return;
@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(kSoftmaxBlock)
   }
 }
 
-FA_DEVICE void store_bias_gradient(const SoftmaxCall& p, int64_t at, float x) {
+FA_DEVICE void store_bias_gradient(const SoftmaxKernelParams& p, int64_t at, float x) {
   if (p.bias_dtype == DType::kFloat32) ((float*)p.dbias)[at] = x;
   if (p.bias_dtype == DType::kBFloat16) ((BFloat16*)p.dbias)[at] = from_float<BFloat16>(x);
   if (p.bias_dtype == DType::kFloat16) ((Half*)p.dbias)[at] = from_float<Half>(x);
@@ -350,7 +350,7 @@ FA_DEVICE void store_bias_gradient(const SoftmaxCall& p, int64_t at, float x) {
 // the bias has one value for all columns.
 template <typename T>
 __global__ void __launch_bounds__(kBiasColumns)
-    masked_softmax_dbias_kernel(const __grid_constant__ SoftmaxCall p) {
+    masked_softmax_dbias_kernel(const __grid_constant__ SoftmaxKernelParams p) {
   const int64_t width = p.bias_width, parts = (width + kBiasColumns - 1) / kBiasColumns;
   const int64_t task = blockIdx.x / parts, group = task / p.chunks, chunk = task % p.chunks;
   const bool narrow = width == 1 && p.columns > 1;
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kBiasColumns)
 // The chunks of each group, in order: a thread an element of dbias.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
-    masked_softmax_dbias_sum_kernel(const __grid_constant__ SoftmaxCall p) {
+    masked_softmax_dbias_sum_kernel(const __grid_constant__ SoftmaxKernelParams p) {
   const int64_t at = (int64_t)blockIdx.x * kThreads + threadIdx.x, width = p.bias_width;
   if (at >= p.groups * width) return;
   const float* parts = (const float*)p.partial + at / width * p.chunks * width + at % width;
@@ -399,7 +399,7 @@ __global__ void __launch_bounds__(kThreads)
 // dsinks: the terms of a head's rows, a block a head.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
-    masked_softmax_dsinks_kernel(const __grid_constant__ SoftmaxCall p) {
+    masked_softmax_dsinks_kernel(const __grid_constant__ SoftmaxKernelParams p) {
   const int64_t h = blockIdx.x, rows = p.groups * p.group_rows / p.heads;
   float sum = 0;
   for (int64_t i = threadIdx.x; i < rows; i += kThreads) {

@@ -12,19 +12,20 @@ FA_DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
 
 // What one row sees, before masks: the keys of a query, or (kTransposed) the queries of a key.
 template <bool kTransposed>
-FA_DEVICE Range seen_by(const Call& p, const Sequence& seq, int row) {
+FA_DEVICE Range seen_by(const KernelParams& p, const Sequence& seq, int row) {
   return kTransposed ? visible_queries(p, seq, row, row + 1) : visible_keys(p, seq, row, row + 1);
 }
 // Whether a row takes part at all, in a call without masks: a query that sees some key, or a key
 // that some query sees. Otherwise its gradient is 0, also where 0 * NaN was added to it.
 template <bool kTransposed>
-FA_DEVICE bool takes_part(const Call& p, const Sequence& seq, int row) {
+FA_DEVICE bool takes_part(const KernelParams& p, const Sequence& seq, int row) {
   const Range seen = seen_by<kTransposed>(p, seq, row);
   return seen.begin < seen.end;
 }
 // Of rows [row_start, row_end) everyone sees the columns [begin, end).
 template <bool kTransposed>
-FA_DEVICE Range seen_by_all(const Call& p, const Sequence& seq, int row_start, int row_end) {
+FA_DEVICE Range seen_by_all(const KernelParams& p, const Sequence& seq, int row_start,
+                            int row_end) {
   const Range first = seen_by<kTransposed>(p, seq, row_start);
   const Range last = seen_by<kTransposed>(p, seq, row_end - 1);
   return intersect(first, last);
@@ -32,7 +33,7 @@ FA_DEVICE Range seen_by_all(const Call& p, const Sequence& seq, int row_start, i
 
 // Scores outside of the band around the diagonal, and beyond the last key, become -inf.
 template <bool kTransposed, int kRowTiles, int kColumns>
-FA_DEVICE void hide_outside_band(const Call& p, const Sequence& seq, int row_start,
+FA_DEVICE void hide_outside_band(const KernelParams& p, const Sequence& seq, int row_start,
                                  int column_start, float (&s)[kRowTiles][kColumns / 8][4]) {
   const int column = column_start + lane_column();
 #pragma unroll
@@ -54,7 +55,7 @@ FA_DEVICE void hide_outside_band(const Call& p, const Sequence& seq, int row_sta
 
 // The visible columns of one row among those of a tile that this lane holds.
 template <bool kTransposed, int kColumns>
-FA_DEVICE uint32_t visible_columns(const Call& p, const Sequence& seq, int h, int row,
+FA_DEVICE uint32_t visible_columns(const KernelParams& p, const Sequence& seq, int h, int row,
                                    int column_start) {
   if (row >= (kTransposed ? seq.Sk : seq.Sq)) return 0;
   const Range seen = seen_by<kTransposed>(p, seq, row);

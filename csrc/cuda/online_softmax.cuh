@@ -30,10 +30,10 @@ FA_DEVICE float row_total(float x) {
 }
 
 // s <- p = exp(s - max), with max and sum brought up to date, and acc shrunk by as much as they.
-// kScaled: s is q.k, and exp(s * scale - max) is taken, max without the scale. Otherwise s are
+// kScaleOnly: s is q.k, and exp(s * scale - max) is taken, max without the scale. Otherwise s are
 // logits, whose differences are taken before they are multiplied by log2 e: one of -FLT_MAX, which
 // hides keys in many models, would overflow.
-template <bool kScaled, int kRowTiles, int kColumns, int kWidth>
+template <bool kScaleOnly, int kRowTiles, int kColumns, int kWidth>
 FA_DEVICE void online_softmax_update(float scale_log2, float (&s)[kRowTiles][kColumns / 8][4],
                                      RowState<kRowTiles>& rows,
                                      float (&acc)[kRowTiles][kWidth / 8][4]) {
@@ -51,10 +51,10 @@ FA_DEVICE void online_softmax_update(float scale_log2, float (&s)[kRowTiles][kCo
       top = row_maximum(top);
       rows.max[i][h] = top;
       // -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0.
-      const float from = top == -kInf ? 0.0f : kScaled ? top * scale_log2 : top;
+      const float from = top == -kInf ? 0.0f : kScaleOnly ? top * scale_log2 : top;
       // alpha <- exp(m_old - m_new)
       const float alpha =
-          exp2_approx(kScaled ? before * scale_log2 - from : (before - from) * kLog2e);
+          exp2_approx(kScaleOnly ? before * scale_log2 - from : (before - from) * kLog2e);
       float sum = 0;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
@@ -62,7 +62,7 @@ FA_DEVICE void online_softmax_update(float scale_log2, float (&s)[kRowTiles][kCo
         for (int e = 0; e < 2; ++e) {
           // p <- exp(s - m)
           float& x = s[i][n][2 * h + e];
-          x = exp2_approx(kScaled ? x * scale_log2 - from : (x - from) * kLog2e);
+          x = exp2_approx(kScaleOnly ? x * scale_log2 - from : (x - from) * kLog2e);
           sum += x;
         }
       }

@@ -6,7 +6,8 @@
 #include <string.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../operators.h"
+#include "../attention_operators.h"
+#include "../softmax_operators.h"
 #include "registry.h"
 
 namespace fused_attention {
@@ -24,7 +25,11 @@ int substitute_capability = 80;
 // The device of the call in hand.
 thread_local int32_t device_type = 0, device_index = 0;
 
-constexpr const char* kDevice = "CUDA";
+}  // namespace
+
+// -- the device (device.h) ------------------------------------------------------------------------
+
+const char* const kDevice = "CUDA";
 
 bool is_here(const Tensor& tensor) {
   if (is_dry()) return true;
@@ -39,49 +44,30 @@ AOTITorchError empty_strided(Sizes sizes, const int64_t* strides, ScalarType dty
                                   device_type, device_index, handle);
 }
 
-// The integers of a tensor on the device, dense. A kernel reads each of them once, checks it, and
-// uses what it checked.
-template <typename Int>
-class Integers {
- public:
-  explicit Integers(const Tensor& tensor)
-      : dense_(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor)) {}
-  const Int* data() const { return (const Int*)dense_.const_data_ptr(); }
-
- private:
-  Tensor dense_;
-};
-
-template <typename Params>
-void set_philox(Params& p, const int64_t* state, int64_t) {
-  p.philox = state;
+// On the device. A kernel reads each of them once, checks it, and uses what it checked.
+std::shared_ptr<const void> integers_of(const Tensor& tensor) {
+  const auto dense =
+      std::make_shared<Tensor>(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+  return {dense, dense->const_data_ptr()};
 }
 
-}  // namespace
-}  // namespace fused_attention
+using torch::stable::accelerator::DeviceGuard;
 
-#include "../describe.h"
+OnDeviceOf::OnDeviceOf(const Tensor& tensor) {
+  if (is_dry()) return;
+  STD_TORCH_CHECK(tensor.is_cuda() || substitute != nullptr, "query: expected a CUDA tensor");
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+  device_index = tensor.get_device_index();
+  if (tensor.is_cuda()) guard_ = new DeviceGuard(device_index);
+}
+OnDeviceOf::~OnDeviceOf() { delete (DeviceGuard*)guard_; }
 
-namespace fused_attention {
+int64_t bias_tasks() { return cuda::kBiasTasks; }
+
 namespace {
 
-using cuda::Call;
+using cuda::KernelParams;
 using cuda::Launch;
-
-// Makes the device of a call current, for its allocations and launches.
-class OnDeviceOf {
- public:
-  explicit OnDeviceOf(const Tensor& tensor) {
-    if (is_dry()) return;
-    STD_TORCH_CHECK(tensor.is_cuda() || substitute != nullptr, "query: expected a CUDA tensor");
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
-    device_index = tensor.get_device_index();
-    if (tensor.is_cuda()) guard_.emplace(device_index);
-  }
-
- private:
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-};
 
 // PyTorch's current stream, a cudaStream_t. It is asked for in libtorch_cuda, which is there where
 // a CUDA tensor is, and is not linked: this library loads without it.
@@ -125,7 +111,7 @@ bool is_aligned(const Input& x, DType dtype) {
   return aligned;
 }
 
-void check_sizes(const Call& p) {
+void check_sizes(const KernelParams& p) {
   STD_TORCH_CHECK(p.dtype != DType::kFloat64, "query: expected float32, bfloat16 or float16");
   STD_TORCH_CHECK(p.D <= cuda::kMaxHeadDim && p.Dv <= cuda::kMaxHeadDim,
                   "query, value: expected a head_dim of at most ", cuda::kMaxHeadDim, ", got ", p.D,
@@ -138,7 +124,7 @@ void check_sizes(const Call& p) {
 Tensor empty_like_input(Buffer buffer, const Tensor& tensor, const Input& like, Layout layout,
                         int64_t last) {
   if (layout == Layout::kDense) {
-    return empty_like_layout(buffer, like.given, like.given.size[2], last, tensor.scalar_type());
+    return empty_like_format(buffer, like.given, like.given.size[2], last, tensor.scalar_type());
   }
   int64_t sizes[4];
   for (int i = 0; i < (int)tensor.dim(); ++i) sizes[i] = tensor.size(i);
@@ -147,19 +133,20 @@ Tensor empty_like_input(Buffer buffer, const Tensor& tensor, const Input& like, 
 }
 
 // [B, Hq, Sq], packed [Hq, Tq].
-Tensor empty_rows(const Call& p, int64_t Tq) {
+Tensor empty_rows(const KernelParams& p, int64_t Tq) {
   const Buffer buffer = {"a number for each query [B, Hq, Sq]", "split the batch"};
   return p.cu_seqlens_q != nullptr ? empty(buffer, {p.Hq, Tq}, ScalarType::Float)
                                    : empty(buffer, {p.B, p.Hq, Tq}, ScalarType::Float);
 }
 
-void describe(Call& p, const Input& query, const Input& key, const Input& value,
+void describe(KernelParams& p, const Input& query, const Input& key, const Input& value,
               const Options& options, Held& held) {
   describe_inputs(p, query, key, value);
   describe_places(p, options, key.shape.size[0], held);
   p.page_count = key.shape.size[0];
   if (p.page_count == 0 && p.block_table != nullptr) p.Sk = 0;
   describe_options(p, options, held);
+  p.philox = (const int64_t*)held.philox.get();
   check_sizes(p);
   STD_TORCH_CHECK(p.sample_heads == 0, "philox, sinks: rows for several samples, for CPU tensors");
 }
@@ -169,17 +156,19 @@ int device_capability() {
   return cuda::compute_capability != nullptr ? cuda::compute_capability() : 80;
 }
 
-void start_decode(Call& p) {
+void start_decode(KernelParams& p) {
   const int64_t rows = cuda::rows_of(p);
   Tensor parts = empty({"the partial results of splits of the keys", "split the batch"},
                        {p.splits * rows * (p.Dv + 2)}, ScalarType::Float);
-  p.part_out = (float*)address_of(parts);
-  p.part_max = p.part_out + p.splits * rows * p.Dv;
-  p.part_sum = p.part_max + p.splits * rows;
-  const cuda::DecodePlan plan = cuda::plan_decode(p);
-  start(plan.parts, &p);
-  start(plan.combine, &p);
+  p.partial_out = (float*)address_of(parts);
+  p.partial_max = p.partial_out + p.splits * rows * p.Dv;
+  p.partial_sum = p.partial_max + p.splits * rows;
+  const cuda::DecodeLaunches launches = cuda::decode_launches(p);
+  start(launches.splits, &p);
+  start(launches.combine, &p);
 }
+
+}  // namespace
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
                Tensor* lse) {
@@ -187,7 +176,7 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   const OnDeviceOf device(query);
   const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
-  Call p;
+  KernelParams p;
   Held held;
   describe(p, q, k, v, options, held);
   Tensor out = empty_like_input({"the output [B, Hq, Sq, Dv]", "split the batch", Owner::kResult},
@@ -203,14 +192,14 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   if (p.splits > 0) {
     start_decode(p);
   } else if (cuda::serves_hopper(p, device_capability())) {
-    start(cuda::plan_hopper(p), &p);
+    start(cuda::forward_hopper_launch(p), &p);
   } else {
-    start(cuda::plan_forward(p), &p);
+    start(cuda::forward_launch(p), &p);
   }
   return out;
 }
 
-Gradients backward(const BackwardCall& call) {
+Gradients backward(const BackwardArguments& call) {
   note_operator("attention_backward");
   const Tensor &query = call.query, &key = call.key, &value = call.value;
   const Options& options = call.options;
@@ -220,7 +209,7 @@ Gradients backward(const BackwardCall& call) {
   const Layout layout = layout_of_queries(options), kv_layout = layout_of_keys(options);
   const Input q(query, "query", layout), k(key, "key", kv_layout), v(value, "value", kv_layout);
   const Input o(call.out, "out", layout), grad_o(call.grad_out, "grad_out", layout);
-  Call p;
+  KernelParams p;
   Held held;
   describe(p, q, k, v, options, held);
   describe_gradients(p, q, o, grad_o, call.grad_lse);
@@ -271,44 +260,45 @@ Gradients backward(const BackwardCall& call) {
   }
   p.aligned = is_aligned(q, p.dtype) && is_aligned(k, p.dtype) && is_aligned(v, p.dtype) &&
               is_aligned(grad_o, p.dtype);
-  p.lse_in_log2 = cuda::is_plain(p);
-  const cuda::BackwardPlan plan = cuda::plan_backward(p, device_capability());
-  for (int i = 0; i < plan.count; ++i) start(plan.launches[i], &p);
+  p.lse_in_log2 = cuda::takes_fast_path(p);
+  const cuda::BackwardLaunches launches = cuda::backward_launches(p, device_capability());
+  for (int i = 0; i < launches.count; ++i) start(launches.items[i], &p);
   return {dq, dk, dv, dbias, dsinks};
 }
 
 // -- masked softmax -------------------------------------------------------------------------------
 
-using cuda::kBiasTasks, cuda::SoftmaxCall;
-
-void expect_output(SoftmaxCall&, const Tensor&) {}
-void check_softmax(const SoftmaxCall& p) {
+namespace {
+void check_softmax(const SoftmaxParams& p) {
   STD_TORCH_CHECK(p.dtype != DType::kFloat64, "input: expected float32, bfloat16 or float16");
   STD_TORCH_CHECK(p.sample_heads == 0, "philox, sinks: rows for several samples, for CPU tensors");
   STD_TORCH_CHECK(p.columns < (int64_t)1 << 34, "input: expected rows of fewer than 2^34 columns");
 }
-void run_softmax(SoftmaxCall& p) {
+cuda::SoftmaxKernelParams call_of(const SoftmaxParams& p, const Held& held) {
   check_softmax(p);
-  start(cuda::plan_softmax(p), &p);
+  cuda::SoftmaxKernelParams call = {p};
+  call.philox = (const int64_t*)held.philox.get();
+  return call;
 }
-void run_softmax_backward(SoftmaxCall& p) {
-  check_softmax(p);
+}  // namespace
+
+void expect_output(SoftmaxParams&, const Tensor&) {}
+void run_softmax(SoftmaxParams& p, const Held& held) {
+  const cuda::SoftmaxKernelParams call = call_of(p, held);
+  start(cuda::softmax_launch(call), &call);
+}
+void run_softmax_backward(SoftmaxParams& p, const Held& held) {
+  cuda::SoftmaxKernelParams call = call_of(p, held);
   std::optional<Tensor> delta;
   if (p.dbias != nullptr) {
-    delta = empty({"a number for each row, for the mask's gradient"}, {cuda::softmax_rows(p)},
+    delta = empty({"a number for each row, for the mask's gradient"}, {cuda::softmax_rows(call)},
                   ScalarType::Float);
-    p.delta = (float*)address_of(*delta);
+    call.delta = (float*)address_of(*delta);
   }
-  const cuda::SoftmaxPlan plan = cuda::plan_softmax_backward(p);
-  for (int i = 0; i < plan.count; ++i) start(plan.launches[i], &p);
+  const cuda::SoftmaxBackwardLaunches launches = cuda::softmax_backward_launches(call);
+  for (int i = 0; i < launches.count; ++i) start(launches.items[i], &call);
 }
 
-}  // namespace
-}  // namespace fused_attention
-
-#include "../softmax_operators.h"
-
-namespace fused_attention {
 namespace cuda {
 
 int (*compute_capability)() = nullptr;
@@ -350,10 +340,10 @@ constexpr Operator kOperators[] = {
     {"masked_softmax_backward", kMaskedSoftmaxBackward, TORCH_BOX(&masked_softmax_backward)},
 };
 
-constexpr Operator kPlanned[] = {
-    {"attention_forward_plain", kAttentionForwardPlain, planned<attention_forward_plain>},
-    {"attention_forward", kAttentionForward, planned<attention_forward>},
-    {"attention_backward", kAttentionBackward, planned<attention_backward>},
+constexpr Operator kDryOperators[] = {
+    {"attention_forward_plain", kAttentionForwardPlain, run_dry<attention_forward_plain>},
+    {"attention_forward", kAttentionForward, run_dry<attention_forward>},
+    {"attention_backward", kAttentionBackward, run_dry<attention_backward>},
 };
 
 }  // namespace
@@ -369,11 +359,11 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda, CPU, m) {
   fused_attention::implement(m, fused_attention::kOperators);
 }
-STABLE_TORCH_LIBRARY(fused_attention_cuda_plan, m) {
-  fused_attention::define(m, fused_attention::kPlanned);
+STABLE_TORCH_LIBRARY(fused_attention_cuda_dry_run, m) {
+  fused_attention::define(m, fused_attention::kDryOperators);
   m.def(fused_attention::kNotes);
 }
-STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda_plan, CompositeExplicitAutograd, m) {
-  fused_attention::implement(m, fused_attention::kPlanned);
+STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda_dry_run, CompositeExplicitAutograd, m) {
+  fused_attention::implement(m, fused_attention::kDryOperators);
   m.impl("notes", fused_attention::take_notes);
 }

@@ -30,7 +30,7 @@ struct Dropout {
   uint64_t seed;
   uint32_t offset, matrix, threshold, row, group;
 };
-FA_DEVICE Dropout dropout_of(const Call& p, int b, int h) {
+FA_DEVICE Dropout dropout_of(const KernelParams& p, int b, int h) {
   if (p.dropout_threshold == 0) return {};
   return {
       (uint64_t)p.philox[0], (uint32_t)p.philox[1], (uint32_t)(b * (int)p.Hq + h) + p.dropout_head,
@@ -54,7 +54,7 @@ FA_DEVICE uint32_t kept_byte(const Dropout& dropout, int query, int group) {
 // same draws share them out, and hand each other the bytes. `row` is that of the accumulators'
 // first element, column the tile's first one; they are a query and a key, or the other way round.
 template <int kColumns, bool kTransposed>
-FA_DEVICE void kept_weights(const Dropout& dropout, int row, int column, uint32_t (&keep)[2]) {
+FA_DEVICE void dropout_keep_bits(const Dropout& dropout, int row, int column, uint32_t (&keep)[2]) {
   const int g = lane_row(), t = threadIdx.x % 4;
   // Rows are queries: four lanes share a row's kColumns / 8 bytes, two rows of them. Rows are keys:
   // eight lanes share kColumns / 4 columns, of which each has a byte for either row.

@@ -8,7 +8,7 @@ namespace fused_attention::cuda {
 
 // Of float32 those that its precision asks for, see `Terms`: "highest" 6, "high" 3, "medium" 1.
 template <typename T>
-FA_DEVICE int products_of(const Call& p) {
+FA_DEVICE int products_of(const KernelParams& p) {
   return Terms<T>::kCount == 1 || p.precision == 2 ? 1 : p.precision == 1 ? 3 : 6;
 }
 
@@ -76,9 +76,9 @@ FA_DEVICE void multiply_rows(int products, const LoadA& load_a, uint32_t b_read,
 // kColumns rows, `Tile::by_columns`. kSelect: rows of b whose bit in `seen` (see masking.cuh) is
 // not set are taken as 0, since 0 * NaN would not be.
 template <typename T, typename TileB, bool kSelect, int kRowTiles, int kColumns, int kWidth>
-FA_DEVICE void multiply_weights(int products, const float (&w)[kRowTiles][kColumns / 8][4],
-                                uint32_t b_read, uint32_t seen,
-                                float (&acc)[kRowTiles][kWidth / 8][4]) {
+FA_DEVICE void multiply_probabilities(int products, const float (&w)[kRowTiles][kColumns / 8][4],
+                                      uint32_t b_read, uint32_t seen,
+                                      float (&acc)[kRowTiles][kWidth / 8][4]) {
   constexpr int kTerms = Terms<T>::kCount;
 #pragma unroll
   for (int n = 0; n < kColumns / 16; ++n) {

@@ -24,7 +24,7 @@ FA_DEVICE float tanh_of(float x) {
 // s <- logits where `visible`, -inf elsewhere, for one row of this lane: a query against keys, or
 // (kTransposed) a key against queries. slope, if wanted: d logit / d (scale q.k).
 template <bool kTransposed, int kColumns, bool kSlope>
-FA_DEVICE void finish_scores(const Call& p, const Sequence& seq, int h, int row, int half,
+FA_DEVICE void finish_scores(const KernelParams& p, const Sequence& seq, int h, int row, int half,
                              int column_start, uint32_t visible, float (&s)[kColumns / 8][4],
                              float (*slope)[4]) {
   const float scale = (float)p.scale, cap = (float)p.softcap;

@@ -14,15 +14,15 @@ struct Sequence {
   int diagonal_offset;   // key j meets query i at j = i + diagonal_offset
 };
 
-FA_DEVICE bool is_packed(const Call& p) { return p.cu_seqlens_q != nullptr; }
+FA_DEVICE bool is_packed(const KernelParams& p) { return p.cu_seqlens_q != nullptr; }
 // The sequence of packed tokens that belong to none, behind the last one: it sees no key.
-FA_DEVICE bool is_rest(const Call& p, int b) { return is_packed(p) && b == (int)p.B; }
+FA_DEVICE bool is_rest(const KernelParams& p, int b) { return is_packed(p) && b == (int)p.B; }
 
 // Whatever the tensors hold, nothing beyond the memory of a call is touched: lengths are cut.
 FA_DEVICE int between(int x, int low, int high) { return max(low, min(x, high)); }
 // kWhole: the call is known to be no part of a larger one.
 template <bool kWhole = false>
-FA_DEVICE Sequence sequence_of(const Call& p, int b) {
+FA_DEVICE Sequence sequence_of(const KernelParams& p, int b) {
   Sequence seq = {b, (int)p.Sq, (int)p.Sk, 0, 0, kWhole ? 0 : (int)p.diagonal_start};
   const bool rest = is_rest(p, b);
   if (is_packed(p)) {
@@ -52,7 +52,7 @@ struct TokenBlock {
 // Number `number` of those of `heads` heads. Packed: the blocks of sequence b, which starts at
 // token t, are those from t / size + b on. That is room for all, since ceil(n / size) <=
 // (t + n) / size - t / size + 1.
-FA_DEVICE TokenBlock token_block(const Call& p, const int32_t* cu_seqlens, int64_t length,
+FA_DEVICE TokenBlock token_block(const KernelParams& p, const int32_t* cu_seqlens, int64_t length,
                                  int64_t heads, uint32_t number, int size, bool last_first) {
   const bool packed = cu_seqlens != nullptr;
   const uint32_t blocks =
@@ -75,11 +75,11 @@ FA_DEVICE TokenBlock token_block(const Call& p, const int32_t* cu_seqlens, int64
           between(block - first_block(low) - low, 0, (int)length / size + 1) * size};
 }
 // Of each head the last queries first: under a causal mask they have the most keys.
-FA_DEVICE TokenBlock query_block(const Call& p, int size) {
+FA_DEVICE TokenBlock query_block(const KernelParams& p, int size) {
   return token_block(p, p.cu_seqlens_q, p.Sq, p.Hq, blockIdx.x, size, true);
 }
 // Of keys; in pages each sequence has room for as many.
-FA_DEVICE TokenBlock key_block(const Call& p, int size) {
+FA_DEVICE TokenBlock key_block(const KernelParams& p, int size) {
   const int32_t* cu_seqlens = p.block_table != nullptr ? nullptr : p.cu_seqlens_k;
   return token_block(p, cu_seqlens, p.Sk, p.Hkv, blockIdx.x, size, false);
 }
@@ -95,13 +95,14 @@ FA_DEVICE Range intersect(Range a, Range b) {
 
 // Key j is in the window of query i iff i + off - left <= j <= i + off + right.
 // The keys that the queries [m_start, m_end) may see, before masks.
-FA_DEVICE Range visible_keys(const Call& p, const Sequence& seq, int m_start, int m_end) {
+FA_DEVICE Range visible_keys(const KernelParams& p, const Sequence& seq, int m_start, int m_end) {
   const int left = (int)p.window_left, right = (int)p.window_right, off = seq.diagonal_offset;
   return intersect({0, seq.Sk},
                    {left < 0 ? 0 : m_start + off - left, right < 0 ? seq.Sk : m_end + off + right});
 }
 // The queries that may see one of the keys [n_start, n_end), before masks.
-FA_DEVICE Range visible_queries(const Call& p, const Sequence& seq, int n_start, int n_end) {
+FA_DEVICE Range visible_queries(const KernelParams& p, const Sequence& seq, int n_start,
+                                int n_end) {
   const int left = (int)p.window_left, right = (int)p.window_right, off = seq.diagonal_offset;
   return intersect({0, seq.Sq},
                    {right < 0 ? 0 : n_start - off - right, left < 0 ? seq.Sq : n_end - off + left});
@@ -113,9 +114,11 @@ FA_DEVICE T* head_of(const TensorView& view, int b, int h, int start = 0) {
   return (T*)view.data + b * view.stride_b + h * view.stride_h + start * view.stride_s;
 }
 // How many rows lse, delta and the like have: [B, Hq, Sq], packed [Hq, Tq].
-FA_DEVICE int64_t count_rows(const Call& p) { return (is_packed(p) ? 1 : p.B) * p.Hq * p.Sq; }
+FA_DEVICE int64_t count_rows(const KernelParams& p) {
+  return (is_packed(p) ? 1 : p.B) * p.Hq * p.Sq;
+}
 // Where they have the queries of a head.
-FA_DEVICE int64_t row_number(const Call& p, const Sequence& seq, int h) {
+FA_DEVICE int64_t row_number(const KernelParams& p, const Sequence& seq, int h) {
   return seq.b * p.lse_stride_b + h * p.lse_stride_h + seq.q_start;
 }
 

@@ -35,7 +35,7 @@ def wrong_type(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
     raise ArgumentTypeError(describe_error(name, expected, got, hint))
 
 
-# "function, csrc/ops.cpp:123, message"
+# "function, csrc/describe.cpp:123, message"
 _REFUSAL = re.compile(r"\S+, csrc/\S+:\d+, (.*)")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .call.backends import choose, plan_of_kernel
 from .call.options import Options
-from .call.plan import LEFT, find, kind_of_call, kind_of_option, may_be_refusal, remember, run
+from .call.plan import LEAVE, find, kind_of_call, kind_of_option, may_be_refusal, remember, run
 from .call.problem import Problem, cast_for_autocast, check_tensor, shape_of
 from .call.serve import serve
 from .errors import (
@@ -22,7 +22,7 @@ from .errors import (
     wrong_type,
     wrong_value,
 )
-from .operators._torch import is_any_autocast_enabled, is_compiling, looks_at_sizes, plain_sizes
+from .operators._torch import int_sizes, is_any_autocast_enabled, is_compiling, looks_at_sizes
 
 
 def scaled_dot_product_attention(
@@ -84,7 +84,7 @@ def sdpa(
         if mask is not None or dropout_p != 0.0:
             said += (kind_of_option(dropout_p), kind_of_option(mask))
         kind, plan = find(kind_of_call(q, k, v, dropout_p != 0.0, said))
-    if plan is not None and plan is not LEFT:
+    if plan is not None and plan is not LEAVE:
         try:
             if plan.plain is not None:
                 return plan.operator(q, k, v, *plan.plain)
@@ -104,13 +104,13 @@ def sdpa(
         except (ArgumentValueError, ArgumentTypeError):
             if original is None:
                 raise
-            plan = LEFT
+            plan = LEAVE
         else:
             if refusal is not None:
                 raise argument_error(refusal)
             if call.is_as_given:
                 remember(kind, plan)
-    if call is None or plan.is_left:
+    if call is None or plan.leaves_call:
         assert original is not None
         inputs = (query, key, value, attn_mask, dropout_p, is_causal)
         return original(*inputs, scale=scale, enable_gqa=enable_gqa)
@@ -128,7 +128,7 @@ def _scale_number(scale: Any) -> Any:
     return float(scale) if isinstance(scale, Real) and not isinstance(scale, int) else scale
 
 
-class _Call(NamedTuple):
+class _Translated(NamedTuple):
     """A valid call of `scaled_dot_product_attention` as `attention` takes it, but for the mask."""
 
     tensors: tuple[Tensor, Tensor, Tensor]  # [B, H, S, E]
@@ -148,7 +148,7 @@ def _describe(
     is_causal: bool,
     scale: Any,
     enable_gqa: bool,
-) -> _Call:
+) -> _Translated:
     _check(query, key, value, is_causal, enable_gqa)
     causal: bool | str = "top_left" if is_causal else False
     # Importing the class takes a second, because Dynamo comes with it.
@@ -165,7 +165,7 @@ def _describe(
     q, k, v, leading = _four_dimensional(query, key, value, enable_gqa)
     # The lengths of a CausalBias are not in the kind of a call.
     is_as_given = q is query and k is key and v is value and not is_causal_bias
-    return _Call((q, k, v), leading, attn_mask, options, rank, is_as_given)
+    return _Translated((q, k, v), leading, attn_mask, options, rank, is_as_given)
 
 
 def _check(query: Any, key: Any, value: Any, is_causal: Any, enable_gqa: Any) -> None:
@@ -215,13 +215,13 @@ def _four_dimensional(
     Views, with two exceptions that copy keys and values: five or more dimensions of which some but
     not all are broadcast, and enable_gqa with different numbers of heads in key and value.
     """
-    q_shape, k_shape, v_shape = (plain_sizes(x) for x in (query, key, value))
+    q_shape, k_shape, v_shape = (int_sizes(x) for x in (query, key, value))
     if len(q_shape) == len(k_shape) == len(v_shape) == 4 and q_shape[0] == k_shape[0]:
         same_heads = q_shape[1] == k_shape[1] or enable_gqa or k_shape[1] == 1
         if k_shape[:3] == v_shape[:3] and same_heads:
             return query, key, value, (q_shape[0],)
     tensors = [x if x.dim() > 2 else x.unsqueeze(0) for x in (query, key, value)]
-    heads_q, heads_k, heads_v = (plain_sizes(x)[-3] for x in tensors)
+    heads_q, heads_k, heads_v = (int_sizes(x)[-3] for x in tensors)
     if enable_gqa and heads_k != heads_v:
         for i, heads in ((1, heads_k), (2, heads_v)):
             if heads == 0 or heads_q % heads != 0:
@@ -230,9 +230,9 @@ def _four_dimensional(
     elif not enable_gqa and (heads_k, heads_v) not in ((heads_q, heads_q), (1, 1)):
         heads = _broadcast("heads (-3)", [(heads_q,), (heads_k,), (heads_v,)])[0]
         tensors = [x.expand(*x.shape[:-3], heads, -1, -1) for x in tensors]
-    leading = _broadcast("leading", [tuple(plain_sizes(x)[:-3]) for x in tensors])
+    leading = _broadcast("leading", [tuple(int_sizes(x)[:-3]) for x in tensors])
     for i, x in enumerate(tensors):
-        if tuple(plain_sizes(x)[:-3]) != leading:
+        if tuple(int_sizes(x)[:-3]) != leading:
             x = x.expand(*leading, *x.shape[-3:])
         if len(leading) != 1:
             x = x.reshape(math.prod(leading), *x.shape[-3:])

@@ -169,10 +169,10 @@ Array contiguous(Sizes sizes, DType dtype) {
   return x;
 }
 
-// What phases hand on to one another, as p.shared.
+// What phases hand on to one another, as p.call_workspace.
 std::vector<char> shared_memory(AttentionParams& p, size_t bytes) {
   std::vector<char> shared(bytes + 63);
-  p.shared = (void*)(((uintptr_t)shared.data() + 63) / 64 * 64);
+  p.call_workspace = (void*)(((uintptr_t)shared.data() + 63) / 64 * 64);
   return shared;
 }
 
@@ -180,7 +180,7 @@ std::vector<char> shared_memory(AttentionParams& p, size_t bytes) {
 void run_forward(AttentionParams& p, const Array& out, const Array& lse) {
   const ForwardKernel& forward = choose_forward(kernel_table(), p);
   const std::vector<char> shared =
-      shared_memory(p, forward.shared_bytes ? forward.shared_bytes(p) : 0);
+      shared_memory(p, forward.call_workspace_bytes ? forward.call_workspace_bytes(p) : 0);
   std::vector<std::function<void(int)>> phases;
   for (const Phase& phase : forward.phases) {
     if (phase.run != nullptr) phases.push_back([&](int count) { run(phase, p, count); });
@@ -388,11 +388,12 @@ void attention_case(Random& random) {
     p.weights = through_weights ? score_view(grad_weights) : ScoreView();
   }
   if (!backward) return;
-  const std::vector<char> shared = shared_memory(p, kernels.attention_backward_shared_bytes(p));
+  const std::vector<char> shared =
+      shared_memory(p, kernels.attention_backward_call_workspace_bytes(p));
   run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_weights_delta),
            bound(kernels.attention_backward_sinks), bound(kernels.attention_backward_keys),
            bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads),
-           bound(kernels.attention_backward_parts)},
+           bound(kernels.attention_backward_combine)},
           {&delta, &dq, &dk, &dv, &dbias, &dsinks});
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);
@@ -581,11 +582,12 @@ void sequences_case(Random& random) {
   const auto clear_pages = [&](int) {
     for (Array* x : {&dk, &dv}) x->each([&](char* at) { set(at, type, 0); });
   };
-  const std::vector<char> shared = shared_memory(p, kernels.attention_backward_shared_bytes(p));
+  const std::vector<char> shared =
+      shared_memory(p, kernels.attention_backward_call_workspace_bytes(p));
   run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_backward_sinks),
            clear_pages, bound(kernels.attention_backward_keys),
            bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads),
-           bound(kernels.attention_backward_parts), bound(kernels.attention_backward_pages)},
+           bound(kernels.attention_backward_combine), bound(kernels.attention_backward_pages)},
           {&delta, &dq, &dk, &dv, &dsinks});
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);

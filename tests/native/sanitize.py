@@ -35,7 +35,7 @@ class Build:
     threads: int
     compiler: list[str] = field(default_factory=lambda: SETUP["compiler"]())
     runner: tuple[str, ...] = ()
-    isas: tuple = tuple(SETUP["COMPILED_ISAS"])
+    isas: dict[str, str] = field(default_factory=lambda: SETUP["ISAS"])  # and their flags
 
     @property
     def driver(self) -> Path:
@@ -44,11 +44,11 @@ class Build:
     def compile(self) -> None:
         """Every source that is newer than its object, at once, each with its own flags."""
         self.driver.parent.mkdir(parents=True, exist_ok=True)
-        defines = [f"-DFUSED_ATTENTION_ISA_{isa.name.upper()}" for isa in self.isas]
+        defines = [f"-DFUSED_ATTENTION_ISA_{name.upper()}" for name in self.isas]
         common = ["-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer", "-Wall", "-Wextra"]
         common += ["-Icsrc", "-pthread", *self.flags.split(), *defines]
         sources = {NATIVE / "driver.cpp": "", Path("csrc/cpu/dispatch.cpp"): ""}
-        sources |= {Path(f"csrc/cpu/isa_{isa.name}.cpp"): isa.flags for isa in self.isas}
+        sources |= {Path(f"csrc/cpu/isa_{name}.cpp"): self.isas[name] for name in self.isas}
         objects = [self.driver.parent / source.with_suffix(".o").name for source in sources]
         kernels = [Path("setup.py"), *Path("csrc").glob("*.h"), *Path("csrc/cpu").iterdir()]
 
@@ -91,10 +91,9 @@ def builds() -> list[Build]:
     ]
     arm, qemu = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if arm and qemu:
-        baseline = tuple(isa for isa in SETUP["ISAS"] if not isa.machines)
         runner = (qemu, "-L", "/usr/aarch64-linux-gnu")
         flags = f"{UNDEFINED} -fno-sanitize-recover=all"
-        found.append(Build("arm64", flags, 1, [arm], runner, baseline))
+        found.append(Build("arm64", flags, 1, [arm], runner, {"baseline": ""}))
     return found
 
 
@@ -108,7 +107,7 @@ def main() -> None:
     for build in (build for build in builds() if options.only in (None, build.name)):
         build.compile()
         usable = build.run().split()
-        for isa in (isa.name for isa in build.isas):
+        for isa in build.isas:
             if isa not in usable:
                 summary.append(f"{build.name:8} {isa:9} skipped: not on this machine")
                 continue

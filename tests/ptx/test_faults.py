@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed: nothing to plant 
 
 from ptx import examples
 from ptx.faults import FAULTS
+from selection import quick
 
 EXAMPLES = {
     "forward sm_80": lambda: examples.forward(80),
@@ -44,7 +45,11 @@ def name_of(fault):
     return f"{fault.kernel}: {fault.name}".replace(" ", "_")
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=name_of)
+# The first fault of each kind runs each time.
+KINDS = {fault.caught_by: fault for fault in reversed(FAULTS)}
+
+
+@pytest.mark.parametrize("fault", quick(FAULTS, *KINDS.values()), ids=name_of)
 def test_fault_is_caught(fault):
     found = caught(fault)
     if found is None:
@@ -52,6 +57,7 @@ def test_fault_is_caught(fault):
     assert fault.caught_by in found - without_fault(fault.kernel)
 
 
+@pytest.mark.slow
 def test_table_of_faults(capsys):
     """Print who caught what (pytest -s, or the report of a failure)."""
     lines = ["", f"{'kernel':18} {'fault':38} caught by"]

@@ -28,7 +28,7 @@ from ..errors import wrong_value
 from ..operators import OPERATORS, cuda
 from ..operators._torch import assume_constant_result, exports_onnx, is_compiling
 from ..operators.arguments import CAUSAL, Arguments, split
-from .plan import LEFT, PLANS, Plan, plan_of_operators
+from .plan import LEAVE, PLANS, Plan, plan_of_operators
 from .problem import DTYPES, FEATURES, Problem
 
 logger = logging.getLogger("fused_attention")
@@ -374,12 +374,12 @@ def _choose_for(task: str, x: Tensor) -> Backend:
 
 
 def plan_of_kernel(problem: Problem) -> Plan:
-    """The plan of a row that has kernels; LEFT if only the reference, or nothing, serves this.
+    """The plan of a row that has kernels; LEAVE if only the reference, or nothing, serves this.
 
     The reference serves if FUSED_ATTENTION_BACKEND asks for it.
     """
     if exports_onnx():
-        return LEFT
+        return LEAVE
     asked = requested("auto")
     for name in in_order(problem) if asked == "auto" else (asked,):
         row = row_named(name)
@@ -388,8 +388,8 @@ def plan_of_kernel(problem: Problem) -> Plan:
         try:
             return row.plan(problem)
         except NotImplementedError:  # compiled inside a transform
-            return LEFT
-    return LEFT
+            return LEAVE
+    return LEAVE
 
 
 def row_named(name: str) -> Backend:

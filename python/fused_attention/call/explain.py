@@ -128,7 +128,7 @@ def details_of(
         return _of_reference(problem)
     with without_fake_tensors():
         inputs = tuple(_on_meta(x) for x in (query, key, value))
-        call = _call(problem, inputs, _dry_arguments(problem, options))
+        call = _named_arguments(problem, inputs, _dry_arguments(problem, options))
         if weights:
             shape = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
             each = call["query"].new_empty((shape[0], *shape[2:]) if average else shape)
@@ -138,7 +138,7 @@ def details_of(
         if row is CUDA:
             cuda.operators()  # loads them
         namespace = cuda.NAMESPACE if row is CUDA else "fused_attention"
-        return _of_library(namespace + "_plan", problem, call, weights)
+        return _of_library(namespace + "_dry_run", problem, call, weights)
 
 
 # -- Without memory ----------------------------------------------------------------------
@@ -176,7 +176,9 @@ def _lengths(name: str, x: Tensor, problem: Problem) -> Tensor:
     return torch.full(x.shape, longest if name == "seqused_k" else 0, dtype=torch.int32)
 
 
-def _call(problem: Problem, inputs: tuple[Tensor, ...], arguments: Arguments) -> dict[str, Any]:
+def _named_arguments(
+    problem: Problem, inputs: tuple[Tensor, ...], arguments: Arguments
+) -> dict[str, Any]:
     """The arguments of all operators by name."""
     query, _, value = inputs
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
@@ -199,19 +201,19 @@ def _call(problem: Problem, inputs: tuple[Tensor, ...], arguments: Arguments) ->
 # -- Backends ----------------------------------------------------------------------------
 
 
-def notes_of(plan: Any) -> list[dict[str, Any]]:
+def notes_of(operators: Any) -> list[dict[str, Any]]:
     """What the last dry run of this thread noted."""
-    text = bytes(plan.notes().tolist()).decode()
+    text = bytes(operators.notes().tolist()).decode()
     return [json.loads(line) for line in text.splitlines()]
 
 
 def _of_library(namespace: str, problem: Problem, call: dict[str, Any], weights: bool) -> Details:
-    plan = getattr(torch.ops, namespace)
+    operators = getattr(torch.ops, namespace)
 
     def run(name: str) -> list[dict[str, Any]]:
-        op = getattr(plan, name).default
+        op = getattr(operators, name).default
         op(**{argument: call[argument] for argument in names_of(op)})
-        return notes_of(plan)
+        return notes_of(operators)
 
     plain = problem.is_plain and not problem.differentiable
     passes = [run("attention_forward_plain" if plain else "attention_forward")]
@@ -271,12 +273,12 @@ def _of_triton(problem: Problem, call: dict[str, Any], weights: bool) -> Details
     inputs = (call["query"], call["key"], call["value"])
     arch = arch_of(problem.device)
     plain = problem.is_plain and not problem.differentiable
-    forward = operators.plan_forward(*inputs, arguments, not plain, arch)
+    forward = operators.schedule_forward(*inputs, arguments, not plain, arch)
     plans = [forward]
     if weights:
-        plans.append(operators.plan_weights(call, arch))
+        plans.append(operators.schedule_weights(call, arch))
     if "gradients" in problem.features:
-        plans.append(operators.plan_backward(call, arch))
+        plans.append(operators.schedule_backward(call, arch))
     is_kept = not plain and (weights or not problem.return_lse)
     launches = [launch for plan in plans for launch in plan.launches]
     first = launches[0].constants if launches else {}

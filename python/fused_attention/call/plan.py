@@ -37,11 +37,11 @@ class Plan(NamedTuple):
     numbers: tuple[Any, ...] = ()  # of the arguments, as `split` gives them
     # What a call without options passes on: it need not look at them.
     plain: tuple[Any, ...] | None = None
-    is_left: bool = False  # to what a patch has replaced
+    leaves_call: bool = False  # to what a patch has replaced
     may_be_kept: bool = True  # because the operator itself refuses what does not fit together
 
 
-LEFT = Plan(lambda *inputs: None, is_left=True)
+LEAVE = Plan(lambda *inputs: None, leaves_call=True)
 PLANS: dict[tuple[Any, ...] | None, Plan] = {}
 MAX_PLANS = 4096
 

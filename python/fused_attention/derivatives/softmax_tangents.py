@@ -327,7 +327,7 @@ gradients_jvp, _ = _define(
 
 # Everything goes by name: a call is a dictionary of these. Of out there are the tangents and
 # gradients, of weights (if there is dropout) and sink_weight (if there are sinks).
-Call = dict[str, Any]
+NamedArguments = dict[str, Any]
 _FIRST = ("weights", "sink_weight", "philox", "dropout_p", "scale")
 _OF_OUTPUTS = ("out", "weights", "sink_weight")
 _GRADS = tuple(f"grad_{name}" for name in _OF_OUTPUTS)
@@ -343,15 +343,15 @@ _GRADIENTS_TANGENTS_INPUTS = (
 _NUMBERS = ("dropout_p", "scale", "sinks_grad", "causal")
 
 
-def _named(names: tuple[str, ...], values: Any) -> Call:
+def _named(names: tuple[str, ...], values: Any) -> NamedArguments:
     return dict(zip(names, values, strict=True))
 
 
-def _some(call: Call, names: tuple[str, ...]) -> list[Any]:
+def _some(call: NamedArguments, names: tuple[str, ...]) -> list[Any]:
     return [call[name] for name in names]
 
 
-def _operands(call: Call) -> tuple[Any, ...]:
+def _operands(call: NamedArguments) -> tuple[Any, ...]:
     """The first arguments of the operators."""
     weights, dropout_p = call["weights"], call["dropout_p"]
     keep = None
@@ -392,7 +392,7 @@ class SoftmaxGradients(Function):
         call["tangent_input"] = input
         call["tangent_bias"] = None if call["bias"] is None else bias
         call["tangent_sinks"] = sinks if call["sinks_grad"] else None
-        results: Call = {}
+        results: NamedArguments = {}
         if any(x is not None for x in _some(call, _CHANGES)):
             if any(_some(needed, _GRADS)):
                 changes = SoftmaxTangents.apply(*_some(call, _TANGENTS_INPUTS))
@@ -431,7 +431,7 @@ class SoftmaxTangents(Function):
             call["grad_weights"] = None
         if call["sink_weight"] is None:
             call["grad_sink_weight"] = None
-        results: Call = {}
+        results: NamedArguments = {}
         if any(_some(needed, _CHANGES)):
             bias = call["tangent_bias"] if needed["tangent_bias"] else None
             call |= {"bias": bias, "sinks_grad": needed["tangent_sinks"], "causal": 0}
@@ -486,7 +486,7 @@ class SoftmaxGradientsTangents(_Last):
         return _with_sums(gradients_jvp(*_operands(call), *others), call["sinks_grad"])
 
 
-def _weights_gradient(call: Call, needed: dict[str, bool]) -> Call:
+def _weights_gradient(call: NamedArguments, needed: dict[str, bool]) -> NamedArguments:
     names = ("weights", "sink_weight")
     if not any(_some(needed, names)):
         return {}
@@ -494,7 +494,7 @@ def _weights_gradient(call: Call, needed: dict[str, bool]) -> Call:
     return _named(names, results)
 
 
-def _save(ctx: Any, call: Call) -> None:
+def _save(ctx: Any, call: NamedArguments) -> None:
     tensors = {name: x for name, x in call.items() if name not in _NUMBERS}
     ctx.save_for_backward(*tensors.values())
     ctx.save_for_forward(*tensors.values())
@@ -503,11 +503,11 @@ def _save(ctx: Any, call: Call) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _restore(ctx: Any) -> Call:
+def _restore(ctx: Any) -> NamedArguments:
     return _named(ctx.names, ctx.saved_tensors) | ctx.numbers
 
 
-def _changes(call: Call) -> tuple[Tensor | None, ...]:
+def _changes(call: NamedArguments) -> tuple[Tensor | None, ...]:
     """The tangents of the inputs; a sink's is one for each row of its head."""
     sinks = call["tangent_sinks"]
     column = None if sinks is None else sinks.view(-1, 1, 1)
@@ -522,7 +522,7 @@ def _with_sums(results: Three, sinks_grad: bool) -> Three:
     return dinput, dbias, dsink
 
 
-def _gradients(call: Call) -> Three:
+def _gradients(call: NamedArguments) -> Three:
     """By the fused kernel where only dout has arrived, as in every first derivative."""
     only_out = call["grad_weights"] is None and call["grad_sink_weight"] is None
     if call["grad_out"] is None or not only_out:

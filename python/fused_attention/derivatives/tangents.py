@@ -34,7 +34,7 @@ from ..operators.arguments import DIFFERENTIABLE, SEQUENCES
 from ..operators.handles import names_of
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of DIFFERENTIABLE
-Call = dict[str, Any]  # the arguments of an operator by name, and others
+NamedArguments = dict[str, Any]  # the arguments of an operator by name, and others
 
 _DIRECTION = tuple(f"tangent_{name}" for name in DIFFERENTIABLE)
 
@@ -59,7 +59,7 @@ class AttentionGradients(Function):
         wanted = {"bias": call["bias_grad"], "sinks": call["sinks_grad"]}
         for name, tangent in zip(DIFFERENTIABLE, directions, strict=True):
             call[f"tangent_{name}"] = tangent if wanted.get(name, True) else None
-        results: Call = {}
+        results: NamedArguments = {}
         if any(call[name] is not None for name in _DIRECTION):
             call["tangent_out"], call["tangent_lse"] = attention_tangents(call)
             results |= {"grad_out": call["tangent_out"], "grad_lse": call["tangent_lse"]}
@@ -97,7 +97,7 @@ class AttentionTangents(Function):
         call["grad_out"], call["grad_lse"] = grads
         if call["grad_out"] is None:
             call["grad_out"] = torch.zeros_like(call["out"])
-        results: Call = {}
+        results: NamedArguments = {}
         if any(needed[name] for name in _DIRECTION):
             wanted = {f"{name}_grad": needed[f"tangent_{name}"] for name in ("bias", "sinks")}
             gradients = attention_gradients(*_ordered(ops.backward, _defaults() | call | wanted))
@@ -145,7 +145,7 @@ def attention_gradients(*inputs: Any) -> Gradients:
     return ops.backward(*inputs)
 
 
-def attention_tangents(call: Call) -> tuple[Tensor, Tensor]:
+def attention_tangents(call: NamedArguments) -> tuple[Tensor, Tensor]:
     """attention_jvp, likewise. Everything in this module comes here first."""
     if any(call[name] is not None for name in SEQUENCES):
         raise NotImplementedError(
@@ -155,7 +155,7 @@ def attention_tangents(call: Call) -> tuple[Tensor, Tensor]:
     return _apply(AttentionTangents, ops.jvp, call)
 
 
-def _gradient_tangents(call: Call, needed: dict[str, bool]) -> Call:
+def _gradient_tangents(call: NamedArguments, needed: dict[str, bool]) -> NamedArguments:
     """∂L/∂x of the inputs that need it."""
     if not any(needed[name] for name in DIFFERENTIABLE):
         return {}
@@ -167,16 +167,16 @@ def _gradient_tangents(call: Call, needed: dict[str, bool]) -> Call:
 # -- By name -----------------------------------------------------------------------------
 
 
-def _ordered(op: Any, call: Call) -> list[Any]:
+def _ordered(op: Any, call: NamedArguments) -> list[Any]:
     return [call[name] for name in names_of(op)]
 
 
-def _apply(function: Any, op: Any, call: Call) -> Any:
+def _apply(function: Any, op: Any, call: NamedArguments) -> Any:
     """The Function around `op`, of all its arguments."""
     return function.apply(*_ordered(op, call))
 
 
-def _defaults() -> Call:
+def _defaults() -> NamedArguments:
     return ops.arguments(ops.backward, (), {})
 
 
@@ -194,7 +194,7 @@ def _save(ctx: Any, op: Any, inputs: tuple[Any, ...], results: tuple[Tensor, ...
     ctx.set_materialize_grads(False)
 
 
-def _saved(ctx: Any, op: Any) -> Call:
+def _saved(ctx: Any, op: Any) -> NamedArguments:
     """The arguments that `op` had, and `results`."""
     names = _tensors_of(op)
     tensors = ctx.saved_tensors
@@ -211,5 +211,5 @@ def _needed(ctx: Any, op: Any) -> dict[str, bool]:
     return dict(zip(names_of(op), ctx.needs_input_grad, strict=True))
 
 
-def _in_order(results: Call, needed: dict[str, bool]) -> tuple[Tensor | None, ...]:
+def _in_order(results: NamedArguments, needed: dict[str, bool]) -> tuple[Tensor | None, ...]:
     return tuple(results.get(name) if need else None for name, need in needed.items())

@@ -147,7 +147,8 @@ def _flash_backward(
     return _sequence_first(dq), _sequence_first(dk), _sequence_first(dv)
 
 
-_HAS_REGISTRY = hasattr(torch.nn.attention, "register_flash_attention_impl")
+# PyTorch 2.10 has a registry from which nothing can be taken back.
+_HAS_REGISTRY = hasattr(torch.nn.attention, "restore_flash_attention_impl")
 if _HAS_REGISTRY:
     torch.nn.attention.register_flash_attention_impl(NAME, register_fn=_FlashHandle)
 
@@ -288,9 +289,9 @@ def patch_sdpa(modules: Iterable[ModuleType] = ()) -> SdpaPatch:
     transformers with attn_implementation="sdpa", nn.MultiheadAttention with need_weights=False
     (`replace_multihead_attention` serves the rest, with less memory), and compiled code, which is
     compiled again when it meets the other function; nn.TransformerEncoderLayer in evaluation, since
-    `torch.backends.mha` is told to leave its fast path; and, where PyTorch has the registry of
-    `torch.nn.attention.register_flash_attention_impl` and no other implementation is active there,
-    the fused CPU operator, which all other calls end in (from-imports, exported programs), unless
+    `torch.backends.mha` is told to leave its fast path; and, from PyTorch 2.11 on, whose registry
+    of flash attention implementations can take one back, and if no other one is active there, the
+    fused CPU operator, which all other calls end in (from-imports, exported programs), unless
     they use what makes PyTorch leave it: dropout, a mask with a gradient, Ev != E, or tensors that
     are not 4-D. For those name the module in `modules`.
 

@@ -21,7 +21,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -132,15 +132,6 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, document: Any) -> None:
     write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-
-
-def update_json(path: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Sets these members of the object in a JSON file, and leaves what others wrote; the whole."""
-    with locked(path):
-        document: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        document |= changes
-        write_json(path, document)
-    return document
 
 
 def _sync(path: Path) -> None:

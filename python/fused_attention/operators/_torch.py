@@ -151,7 +151,7 @@ def _tracer_paused() -> Iterator[None]:
 
 
 @looks_at_sizes
-def plain_sizes(x: Tensor) -> tuple[int, ...]:
+def int_sizes(x: Tensor) -> tuple[int, ...]:
     """x.shape as numbers, also while torch.jit.trace runs."""
     return x.shape
 

@@ -21,7 +21,7 @@ from .handles import (
 )
 
 
-def empty_like_layout(like: Tensor, last: Any) -> Tensor:
+def empty_like_format(like: Tensor, last: Any) -> Tensor:
     """[B, H, S, last] in like's dtype: dense BSHD memory if that is how `like` lies, else BHSD."""
     batch, heads, seqlen, _ = like.shape
     if guard_or_false(like.stride(1) < like.stride(2)):
@@ -31,7 +31,7 @@ def empty_like_layout(like: Tensor, last: Any) -> Tensor:
 
 def fake_forward_plain(query: Tensor, key: Tensor, value: Tensor, *numbers: Any) -> Tensor:
     check_devices(query, key, value)
-    return empty_like_layout(query, value.shape[-1])
+    return empty_like_format(query, value.shape[-1])
 
 
 def fake_forward(
@@ -45,7 +45,7 @@ def fake_forward(
             query.new_empty((tokens, heads, value.shape[-1])),
             query.new_empty((heads, tokens), dtype=lse_dtype),
         )
-    return empty_like_layout(query, value.shape[-1]), query.new_empty(
+    return empty_like_format(query, value.shape[-1]), query.new_empty(
         query.shape[:-1], dtype=lse_dtype
     )
 
@@ -57,7 +57,7 @@ def _fake_gradients(call: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tenso
     def like(x: Tensor) -> Tensor:
         in_pages = x is not query and call["block_table"] is not None
         return (
-            x.new_empty(x.shape) if x.dim() == 3 or in_pages else empty_like_layout(x, x.shape[-1])
+            x.new_empty(x.shape) if x.dim() == 3 or in_pages else empty_like_format(x, x.shape[-1])
         )
 
     dq, dk, dv = (like(x) for x in (query, call["key"], call["value"]))
@@ -80,7 +80,7 @@ def _fake_jvp(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     check_devices(*args, *kwargs.values())
     call = arguments(jvp, args, kwargs)
     return (
-        empty_like_layout(call["query"], call["value"].shape[-1]),
+        empty_like_format(call["query"], call["value"].shape[-1]),
         call["lse"].new_empty(call["lse"].shape),
     )
 

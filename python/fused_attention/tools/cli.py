@@ -283,7 +283,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPE_NAMES, default="float32")
     add("--device", type=device, default="cpu")
     add("--causal", choices=("top_left", "bottom_right"), nargs="?", const="top_left")
-    add("--window", type=int, nargs=2, default=(-1, -1), metavar=("LEFT", "RIGHT"))
+    add("--window", type=int, nargs=2, default=(-1, -1), metavar=("LEAVE", "RIGHT"))
     for name, default in NUMBERS.items():
         add("--" + name.replace("_", "-"), type=float, default=default)
     add("--mask", type=shape, metavar="SHAPE", help="bool mask, say 1,1,128,128")

@@ -35,7 +35,7 @@ RANDOM_CASES = 2000  # of the whole matrix; --quick has none
 RANDOM_FACTOR = 4.0  # of the naive error, instead of 2: see testing.errors
 IMITATED = 0.1  # an imitation is this much closer to the result than the truth is
 
-Call = Callable[..., Any]  # as `attention()`; raises NotOffered
+AttentionFunction = Callable[..., Any]  # as `attention()`; raises NotOffered
 
 
 # -- What is verified --------------------------------------------------------------------
@@ -46,7 +46,7 @@ class Target:
     """An implementation, and what it is called with."""
 
     name: str
-    call: Call
+    call: AttentionFunction
     isa: str | None = None
     has_lse: bool = True
 
@@ -64,7 +64,7 @@ def own_targets(backend: str | None = None, isa: str | None = None) -> list[Targ
     if isa is not None and backend not in (None, "cpu"):
         raise ArgumentValueError(f"--isa: only the backend cpu has any, not {backend!r}")
 
-    def call_of(name: str) -> Call:
+    def call_of(name: str) -> AttentionFunction:
         def call(*tensors: Tensor, **options: Any) -> Any:
             try:
                 return attention(*tensors, **options, backend=name)
@@ -289,14 +289,14 @@ def random_call(seed: int = 0, B: int = 2, H: int = 2, S: int = 40, D: int = 16)
     return [torch.randn(B, H, S, D, generator=generator) for _ in range(3)]
 
 
-def probe_overflow(call: Call) -> str | None:
+def probe_overflow(call: AttentionFunction) -> str | None:
     """Scores of some hundreds, whose exponentials float32 does not hold."""
     query, key, value = random_call()
     out = call(query * 100, key * 10, value)
     return None if bool(out.isfinite().all()) else "softmax not max-subtracted: overflow"
 
 
-def probe_padding(call: Call, **hidden: Tensor) -> str | None:
+def probe_padding(call: AttentionFunction, **hidden: Tensor) -> str | None:
     """What nobody may see is NaN."""
     query, key, value = random_call()
     clean = call(query, key, value, **hidden)
@@ -305,15 +305,15 @@ def probe_padding(call: Call, **hidden: Tensor) -> str | None:
     return None if same else f"NaN in padding leaks ({', '.join(hidden)})"
 
 
-def probe_key_padding(call: Call) -> str | None:
+def probe_key_padding(call: AttentionFunction) -> str | None:
     return probe_padding(call, key_padding_mask=(torch.arange(40) >= 35).expand(2, 40))
 
 
-def probe_mask_padding(call: Call) -> str | None:
+def probe_mask_padding(call: AttentionFunction) -> str | None:
     return probe_padding(call, mask=(torch.arange(40) < 35).view(1, 1, 1, 40))
 
 
-def probe_padding_gradients(call: Call, **options: Any) -> str | None:
+def probe_padding_gradients(call: AttentionFunction, **options: Any) -> str | None:
     """The same of the gradients."""
     query, key, value = random_call()
     key[:, :, -5:] = value[:, :, -5:] = math.nan
@@ -329,25 +329,25 @@ def probe_padding_gradients(call: Call, **options: Any) -> str | None:
     )
 
 
-def probe_padding_softcap(call: Call) -> str | None:
+def probe_padding_softcap(call: AttentionFunction) -> str | None:
     return probe_padding_gradients(call, softcap=2.0)
 
 
-def probe_nan(call: Call) -> str | None:
+def probe_nan(call: AttentionFunction) -> str | None:
     """A NaN that is seen must show."""
     query, key, value = random_call()
     value[:, :, 3] = math.nan
     return None if bool(call(query, key, value).isnan().all()) else "a visible NaN is swallowed"
 
 
-def probe_repeat(call: Call) -> str | None:
+def probe_repeat(call: AttentionFunction) -> str | None:
     tensors = random_call(B=4, S=200)
     bits = [call(*tensors) for _ in range(3)]
     same = all(torch.equal(bits[0], other) for other in bits)
     return None if same else "not deterministic: a second call has other bits"
 
 
-def probe_dropout(call: Call) -> str | None:
+def probe_dropout(call: AttentionFunction) -> str | None:
     """Unseeded, by statistics: weights of ones add up to 1 on average and vary."""
     query, key, value = random_call(S=100)
     torch.manual_seed(0)
@@ -365,7 +365,7 @@ def probe_dropout(call: Call) -> str | None:
     return "dropout drops the same every time" if torch.equal(first, total) else None
 
 
-PROBES: dict[str, Callable[[Call], str | None]] = {
+PROBES: dict[str, Callable[[AttentionFunction], str | None]] = {
     "overflow": probe_overflow,
     "NaN behind key_padding_mask": probe_key_padding,
     "NaN behind mask": probe_mask_padding,

@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -136,10 +136,4 @@ def machine() -> dict[str, object]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "fused_attention": __version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def as_json(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
-    return {
-        name: {**asdict(timing), "disturbed": timing.disturbed} for name, timing in timings.items()
     }

@@ -1,0 +1,15 @@
+// Sequences that are not all alike: packed, of used lengths, in pages.
+#pragma once
+
+#include "../describe.h"
+
+namespace fused_attention {
+
+// Batch, lengths and places. Whatever the tensors of lengths and pages hold, nothing is read out of
+// bounds from here on.
+void describe_sequences(AttentionParams& p, const Options& o, const Shape& key, Held& held);
+
+// Sq and Sk <- those of the longest sequence.
+void shorten_to_longest(AttentionParams& p);
+
+}  // namespace fused_attention

@@ -1,0 +1,493 @@
+// What the two products of attention, s = k q^T and o^T = v^T p^T, are computed in: how the
+// operands are laid out, and how far the weights are rounded. The algorithm (attention_forward.inl)
+// is the same for each:
+//
+//   begin, end             around a task
+//   place, load_queries    scratch memory, and the queries of one tile
+//   scores                 s[key][query] <- k q^T for one tile
+//   accumulate             p <- exp(s - m), l <- l + rowsum(p), o^T[d][query] <- o^T + v^T p^T for
+//                          one tile, the product now or by the next flush
+//   flush                  before o^T is read or written by others
+//
+// accumulate gets the words of the tile, visible and keep, or null, and overwrites the scores.
+#pragma once
+
+#include "masking.inl"
+#include "online_softmax.inl"
+#include "philox.inl"
+#include "sequence.inl"
+
+namespace fused_attention {
+namespace {
+
+struct OnVectors {
+  static constexpr int kQueryVectors = kMaxVectors;  // of a tile
+  static void begin() {}
+  static void end() {}
+  template <int kVectors, typename T>
+  void flush(const AttentionParams&, T*) const {}
+};
+
+// Numbers of type T on the vector lanes.
+template <typename T_>
+struct VectorProducts : OnVectors {
+  using T = T_;
+  static constexpr bool kRounds = false;
+  T *q, *q_t;  // queries [kBlockM][D], transposed [D][kBlockM]
+  T *k, *v;    // converted keys and values [kBlockN][D or Dv]
+
+  void place(const AttentionParams& p, Arena& arena) {
+    const int64_t width = round_up(p.D, kLanes<T>);
+    q_t = arena.take<T>(width * kBlockM<T>);
+    q = arena.take<T>(kBlockM<T> * width);
+    k = arena.take<T>(kBlockN * p.D);
+    v = arena.take<T>(kBlockN * p.Dv);
+  }
+
+  template <int kVectors>
+  void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
+                    int64_t rows) const {
+    constexpr int kRow = kVectors * kLanes<T>;
+    const int64_t width = round_up(p.D, kLanes<T>);
+    load_tile(q, p.query, p.dtype, seq.b, h, seq.q_start + m_start, rows, p.D, kRow);
+    transpose_tile(kRow, width, q, width, q_t, kRow);
+  }
+
+  template <int kVectors>
+  void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+              int64_t columns, T* s) const {
+    constexpr int kRow = kVectors * kLanes<T>;
+    const Scalars<T> keys = key_rows(p, p.key, seq, h_kv, n_start, columns, p.D, nullptr, k);
+    multiply<kVectors, false>(columns, p.D, keys, q_t, kRow, s, kRow);
+  }
+
+  template <int kVectors>
+  void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+                  int64_t columns, const uint64_t* visible, const uint64_t* keep,
+                  Probabilities<T, kVectors> weights, T* s, const RowState<T>& rows,
+                  T* acc_t) const {
+    weights.replace(columns, s);
+    weights.keep_sums(rows);
+    add_values<kVectors>(p, seq, h_kv, n_start, columns, visible, keep, s, acc_t);
+  }
+  template <int kVectors>
+  void add_values(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+                  int64_t columns, const uint64_t* visible, const uint64_t* keep, T* weights,
+                  T* acc_t) const {
+    constexpr int kRow = kVectors * kLanes<T>;
+    if (keep != nullptr) drop<T, kVectors>(keep, columns, weights);
+    const Scalars<T> values = key_rows(p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, v);
+    multiply<kVectors, true>(p.Dv, columns, Scalars<T>{values.data, values.column, values.row},
+                             weights, kRow, acc_t, kRow);
+  }
+};
+
+// -- pairs ----------------------------------------------------------------------------------------
+
+#if defined(FUSED_ATTENTION_PAIR_PRODUCTS) || defined(FUSED_ATTENTION_AMX_PRODUCTS)
+// Of a row of D bfloat16 numbers: with neighbouring rows in pairs.
+FA_INLINE int64_t paired_rows_width(int64_t D) { return round_up(D, 32); }
+
+// Rows 2 j and 2 j + 1 of keys or values together, [ceil(rows / 2)][paired_rows_width(D)]. A key
+// that nobody sees, or that is past the end, counts as 0, whatever it held.
+void pair_rows_of_keys(const AttentionParams& p, const TensorView& view, const Sequence& seq,
+                       int64_t h_kv, int64_t n_start, int64_t rows, int64_t D,
+                       const uint64_t* visible, Pair* dst) {
+  for (int64_t j = 0; j < rows; j += 2) {
+    const bool odd = j + 1 == rows;
+    const bool low_used = visible == nullptr || visible[j] != 0;
+    const bool high_used = !odd && (visible == nullptr || visible[j + 1] != 0);
+    const auto* low = (const uint16_t*)key_row(p, view, seq, h_kv, n_start + j);
+    const auto* high = (const uint16_t*)key_row(p, view, seq, h_kv, n_start + (odd ? j : j + 1));
+    Pair* row = dst + j / 2 * paired_rows_width(D);
+    for (int64_t d = 0; d < D; d += 32) {
+      const uint64_t valid = low_bits(D - d);
+      pair_rows(low + d, low_used ? valid : 0, high + d, high_used ? valid : 0, row + d);
+    }
+  }
+}
+
+bool all_finite(const Pair* x, int64_t count) {
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  __m512i top = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 16) {
+    top = _mm512_max_epu16(top, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
+  }
+  return _mm512_cmpge_epu16_mask(top, _mm512_set1_epi16(0x7f80)) == 0;
+}
+#endif
+
+#ifdef FUSED_ATTENTION_PAIR_PRODUCTS
+// Of a row of D bfloat16 numbers: in pairs, to whole vectors.
+FA_INLINE int64_t pair_width(int64_t D) { return round_up(ceil_div(D, 2), kLanes<float>); }
+
+// dst <- D elements, zero to whole vectors; with none of them, all zero.
+FA_INLINE void copy_row_of_pairs(Pair* dst, const void* src, int64_t D, bool counts) {
+  copy_words((const uint16_t*)src, counts ? D : 0, 2 * pair_width(D), (uint16_t*)dst);
+}
+
+// Do rows lie in pairs, one after the other?
+FA_INLINE bool rows_in_pairs(const AttentionParams& p, const TensorView& view, int64_t D) {
+  return D % 2 == 0 && view.stride_s % 2 == 0 && p.block_table == nullptr;
+}
+
+// Rows of keys or values, in place or in scratch [rows][pair_width(D)].
+Scalars<Pair> rows_of_pairs(const AttentionParams& p, const TensorView& view, const Sequence& seq,
+                            int64_t h_kv, int64_t n_start, int64_t rows, int64_t D, Pair* scratch) {
+  if (rows_in_pairs(p, view, D) && keys_in_a_row(p, seq, n_start, rows) >= rows) {
+    return {(const Pair*)key_row(p, view, seq, h_kv, n_start), view.stride_s / 2, 1};
+  }
+  for (int64_t j = 0; j < rows; ++j) {
+    copy_row_of_pairs(scratch + j * pair_width(D), key_row(p, view, seq, h_kv, n_start + j), D,
+                      true);
+  }
+  return {scratch, pair_width(D), 1};
+}
+
+// bfloat16 numbers, two at a time on each float lane: pairs along head_dim in the first product,
+// along the keys in the second. Keys are read as they lie in memory.
+struct PairProducts : OnVectors {
+  using T = float;
+  static constexpr bool kRounds = true;
+  Pair *q, *q_t;        // queries [kBlockM][D / 2], transposed [D / 2][kBlockM]
+  Pair* k;              // keys [kBlockN][D / 2], where they do not lie in pairs, or in one page
+  Pair* v;              // values, rows 2 j and 2 j + 1 together: [kBlockN / 2][Dv]
+  Pair *own_k, *own_v;  // the same of a whole head, and
+  bool* own_finite;     // whether the values of a tile are finite; see load_head
+
+  static int64_t tiles_of_a_head(const AttentionParams& p) { return ceil_div(p.Sk, kBlockN); }
+  // For one block of queries it would not pay.
+  static bool by_heads(const AttentionParams& p) {
+    const int64_t pairs = pair_width(p.D) + paired_rows_width(p.Dv) / 2;
+    return p.Sq * (p.Hq / p.Hkv) > kBlockM<float> &&
+           many_heads(p, tiles_of_a_head(p) * kBlockN * pairs * (int64_t)sizeof(Pair));
+  }
+  void place(const AttentionParams& p, Arena& arena) {
+    q_t = arena.take<Pair>(pair_width(p.D) * kBlockM<float>);
+    q = arena.take<Pair>(kBlockM<float> * pair_width(p.D));
+    v = arena.take<Pair>(kBlockN / 2 * paired_rows_width(p.Dv));
+    k = arena.take<Pair>(rows_in_pairs(p, p.key, p.D) ? 0 : kBlockN * pair_width(p.D));
+    const int64_t tiles = by_heads(p) ? tiles_of_a_head(p) : 0;
+    own_k = arena.take<Pair>(tiles * kBlockN * pair_width(p.D));
+    own_v = arena.take<Pair>(tiles * kBlockN / 2 * paired_rows_width(p.Dv));
+    own_finite = arena.take<bool>(tiles);
+  }
+
+  void load_head(const AttentionParams& p, const Sequence& seq, int64_t h_kv) const {
+    const Range keys = visible_keys(p, seq, 0, seq.Sq);
+    const int64_t first = keys.begin / kBlockN * kBlockN;
+    for (int64_t j = first; j < keys.end; ++j) {
+      copy_row_of_pairs(own_k + j * pair_width(p.D), key_row(p, p.key, seq, h_kv, j), p.D, true);
+    }
+    const int64_t width = paired_rows_width(p.Dv);
+    for (int64_t n = first; n < keys.end; n += kBlockN) {
+      const int64_t columns = min_of(kBlockN, seq.Sk - n);
+      Pair* values = own_v + n / 2 * width;
+      pair_rows_of_keys(p, p.value, seq, h_kv, n, columns, p.Dv, nullptr, values);
+      own_finite[n / kBlockN] = all_finite(values, ceil_div(columns, 2) * width);
+    }
+  }
+  // Without those that are hidden, unless 0 times all of them is 0.
+  const Pair* values_of_tile(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
+                             int64_t n_start, int64_t columns, const uint64_t* visible) const {
+    if (by_heads(p) && own_finite[n_start / kBlockN]) {
+      return own_v + n_start / 2 * paired_rows_width(p.Dv);
+    }
+    pair_rows_of_keys(p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, v);
+    return v;
+  }
+
+  template <int kVectors>
+  void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
+                    int64_t rows) const {
+    constexpr int kRow = kVectors * kLanes<float>;
+    const int64_t width = pair_width(p.D);
+    for (int64_t r = 0; r < kRow; ++r) {
+      const int64_t i = seq.q_start + m_start + (r < rows ? r : 0);
+      copy_row_of_pairs(q + r * width, row_of(p.query, p.dtype, seq.b, h, i), p.D, r < rows);
+    }
+    transpose_tile(kRow, width, (const float*)q, width, (float*)q_t, kRow);
+  }
+
+  template <int kVectors>
+  void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+              int64_t columns, float* s) const {
+    constexpr int kRow = kVectors * kLanes<float>;
+    const int64_t width = pair_width(p.D);
+    const Scalars<Pair> keys = by_heads(p)
+                                   ? Scalars<Pair>{own_k + n_start * width, width, 1}
+                                   : rows_of_pairs(p, p.key, seq, h_kv, n_start, columns, p.D, k);
+    multiply<kVectors, false>(columns, ceil_div(p.D, 2), keys, q_t, kRow, s, kRow);
+  }
+
+  template <int kVectors>
+  void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+                  int64_t columns, const uint64_t* visible, const uint64_t* keep,
+                  Probabilities<float, kVectors> weights, float* s, const RowState<float>& rows,
+                  float* acc_t) const {
+    constexpr int W = kLanes<float>, kRow = kVectors * W;
+    const int64_t pairs = ceil_div(columns, 2);
+    const Pair* values = values_of_tile(p, seq, h_kv, n_start, columns, visible);
+    Pair* paired = (Pair*)s;  // row j takes the place of rows 2 j and 2 j + 1
+    const Vec<float> zero = broadcast(0.0f);
+    Vec<float> sum[kVectors];
+    for (int x = 0; x < kVectors; ++x) sum[x] = load(rows.rounded_sum + x * W);
+    // Keys j and j + 1, as many as count
+    const auto round_rows = [&](int64_t j, auto count, auto drops) {
+      constexpr bool kOdd = count.value == 1;
+      for (int x = 0; x < kVectors; ++x) {
+        const float* at = s + j * kRow + x * W;
+        Vec<float> low = weights(at, x), high = kOdd ? zero : weights(at + kRow, x);
+        // before dropout: the denominator is that of all weights
+        sum[x] = fma(round_to_pair(low, high), broadcast(kOnes), sum[x]);
+        if constexpr (drops.value) {
+          low = select_bits(keep[j] >> (x * W), low, zero);
+          high = kOdd ? zero : select_bits(keep[j + 1] >> (x * W), high, zero);
+        }
+        store(paired + j / 2 * kRow + x * W, round_to_pair(low, high));
+      }
+    };
+    with_flag(keep != nullptr, [&](auto drops) {
+      for (int64_t j = 0; j + 2 <= columns; j += 2) round_rows(j, Constant<2>(), drops);
+      if (columns % 2 == 1) round_rows(columns - 1, Constant<1>(), drops);
+    });
+    weights.keep_sums(rows);
+    for (int x = 0; x < kVectors; ++x) store(rows.rounded_sum + x * W, sum[x]);
+    multiply<kVectors, true>(p.Dv, pairs, Scalars<Pair>{values, 1, paired_rows_width(p.Dv)}, paired,
+                             kRow, acc_t, kRow);
+  }
+};
+#endif
+
+// -- backward -------------------------------------------------------------------------------------
+
+// What its five products are computed in, for one tile; the algorithm (attention_backward.inl) is
+// the same for each:
+//
+//   begin, end             around a task
+//   place, load_queries    scratch memory; q and do of a block, 0 where `counted` has no bit
+//   load_keys              k and v of a tile
+//   scores                 s[key][query] <- k q^T, dp[key][query] <- v do^T
+//   select_queries         before the next two: the queries that see some key of the tile
+//   add_to_dv, add_to_dk   dv <- dv + p^T do, dk <- dk + ds^T q
+//   add_to_dq              dq^T[d][query] <- dq^T + k^T ds^T
+//
+// Queries that are not selected, and keys without a bit in `visible`, count as 0 in sums over them,
+// since 0 * NaN would not be 0.
+
+template <typename T_, int kVectorsOfQueries = kMaxVectors>
+struct VectorProductsBackward : OnVectors {
+  using T = T_;
+  T *q, *q_t, *grad_out, *grad_out_t;   // [kBlockM][D or Dv], and transposed
+  T *selected_q, *selected_grad_out;    // with 0 where they are not selected
+  T *k_tile, *v_tile;                   // converted [kBlockN][D or Dv]
+  const T *q_to_add, *grad_out_to_add;  // either of the first two
+  Scalars<T> k, v;
+
+  static int64_t width(int64_t D) { return round_up(D, kLanes<T>); }
+
+  void place(const AttentionParams& p, Arena& arena) {
+    constexpr int M = kVectorsOfQueries * kLanes<T>;
+    q = arena.take<T>(M * width(p.D));
+    q_t = arena.take<T>(M * width(p.D));
+    grad_out = arena.take<T>(M * width(p.Dv));
+    grad_out_t = arena.take<T>(M * width(p.Dv));
+    selected_q = arena.take<T>(M * width(p.D));
+    selected_grad_out = arena.take<T>(M * width(p.Dv));
+    k_tile = arena.take<T>(kBlockN * p.D);
+    v_tile = arena.take<T>(kBlockN * p.Dv);
+  }
+
+  template <int kVectors>
+  void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
+                    int64_t rows, uint64_t counted) {
+    constexpr int kRow = kVectors * kLanes<T>;
+    const int64_t token = seq.q_start + m_start;
+    load_tile(q, p.query, p.dtype, seq.b, h, token, rows, p.D, kRow);
+    load_tile(grad_out, p.grad_out, p.dtype, seq.b, h, token, rows, p.Dv, kRow);
+    for (int64_t i = 0; i < kRow; ++i) {
+      if (counted >> i & 1) continue;
+      fill(q + i * width(p.D), width(p.D), (T)0);
+      fill(grad_out + i * width(p.Dv), width(p.Dv), (T)0);
+    }
+    transpose_tile(kRow, width(p.D), q, width(p.D), q_t, kRow);
+    transpose_tile(kRow, width(p.Dv), grad_out, width(p.Dv), grad_out_t, kRow);
+  }
+  void load_keys(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+                 int64_t columns, const uint64_t* visible) {
+    k = key_rows(p, p.key, seq, h_kv, n_start, columns, p.D, visible, k_tile);
+    v = key_rows(p, p.value, seq, h_kv, n_start, columns, p.Dv, nullptr, v_tile);
+  }
+  template <int kVectors>
+  void scores(const AttentionParams& p, int64_t columns, T* s, T* dp) const {
+    constexpr int kRow = kVectors * kLanes<T>;
+    query_scores<kVectors>(p, columns, s);
+    multiply<kVectors, false>(columns, p.Dv, v, grad_out_t, kRow, dp, kRow);
+  }
+  template <int kVectors>
+  void query_scores(const AttentionParams& p, int64_t columns, T* s) const {
+    constexpr int kRow = kVectors * kLanes<T>;
+    multiply<kVectors, false>(columns, p.D, k, q_t, kRow, s, kRow);
+  }
+  void select_queries(const AttentionParams& p, int64_t rows, uint64_t selected) {
+    const bool all = selected == low_bits(rows);
+    q_to_add = all ? q : selected_q;
+    grad_out_to_add = all ? grad_out : selected_grad_out;
+    if (all) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool counts = selected >> i & 1;
+      copy_or_clear(selected_q, q, i, width(p.D), counts);
+      copy_or_clear(selected_grad_out, grad_out, i, width(p.Dv), counts);
+    }
+  }
+  static void copy_or_clear(T* dst, const T* src, int64_t row, int64_t width, bool copies) {
+    for (int64_t i = row * width; i < (row + 1) * width; i += kLanes<T>) {
+      store(dst + i, copies ? load(src + i) : broadcast((T)0));
+    }
+  }
+  template <int kVectors>
+  void add_to_dv(const AttentionParams& p, int64_t rows, int64_t columns, const T* weights,
+                 T* dv) const {
+    multiply_wide(columns, rows, width(p.Dv), Scalars<T>{weights, kVectors * kLanes<T>, 1},
+                  grad_out_to_add, width(p.Dv), dv, width(p.Dv));
+  }
+  template <int kVectors>
+  void add_to_dk(const AttentionParams& p, int64_t rows, int64_t columns, const T* ds,
+                 T* dk) const {
+    multiply_wide(columns, rows, width(p.D), Scalars<T>{ds, kVectors * kLanes<T>, 1}, q_to_add,
+                  width(p.D), dk, width(p.D));
+  }
+  template <int kVectors>
+  void add_to_dq(const AttentionParams& p, const Sequence&, int64_t, int64_t, int64_t columns,
+                 const uint64_t*, const T* ds, T* dq_t) const {
+    constexpr int kRow = kVectors * kLanes<T>;
+    multiply<kVectors, true>(p.D, columns, Scalars<T>{k.data, k.column, k.row}, ds, kRow, dq_t,
+                             kRow);
+  }
+};
+
+#ifdef FUSED_ATTENTION_PAIR_PRODUCTS
+// Pairs along head_dim, along the queries, along the keys; p and ds rounded to bfloat16.
+struct PairProductsBackward : OnVectors {
+  using T = float;
+  Pair *q, *q_t, *grad_out, *grad_out_t;  // [kBlockM][D / 2 or Dv / 2], and transposed
+  Pair *q_rows, *grad_out_rows;           // rows 2 i and 2 i + 1 together: [kBlockM / 2][D or Dv]
+  Pair *k_tile, *v_tile;  // [kBlockN][D / 2 or Dv / 2], where they do not lie in pairs
+  Pair* k_rows;           // [kBlockN / 2][D]
+  uint16_t* rounded;      // p or ds [kBlockN][kBlockM]
+  Pair* ds_rows;          // [kBlockN / 2][kBlockM]
+  Scalars<Pair> k, v;
+
+  void place(const AttentionParams& p, Arena& arena) {
+    constexpr int M = kBlockM<float>;
+    q = arena.take<Pair>(M * pair_width(p.D));
+    q_t = arena.take<Pair>(M * pair_width(p.D));
+    grad_out = arena.take<Pair>(M * pair_width(p.Dv));
+    grad_out_t = arena.take<Pair>(M * pair_width(p.Dv));
+    q_rows = arena.take<Pair>(M / 2 * paired_rows_width(p.D));
+    grad_out_rows = arena.take<Pair>(M / 2 * paired_rows_width(p.Dv));
+    k_tile = arena.take<Pair>(rows_in_pairs(p, p.key, p.D) ? 0 : kBlockN * pair_width(p.D));
+    v_tile = arena.take<Pair>(rows_in_pairs(p, p.value, p.Dv) ? 0 : kBlockN * pair_width(p.Dv));
+    k_rows = arena.take<Pair>(kBlockN / 2 * paired_rows_width(p.D));
+    rounded = arena.take<uint16_t>(kBlockN * M);
+    ds_rows = arena.take<Pair>(kBlockN / 2 * paired_rows_width(M));
+  }
+
+  template <int kVectors>
+  void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
+                    int64_t rows, uint64_t counted) {
+    constexpr int kRow = kVectors * kLanes<float>;
+    const int64_t width = pair_width(p.D), width_v = pair_width(p.Dv);
+    for (int64_t r = 0; r < kRow; ++r) {
+      const int64_t i = seq.q_start + m_start + (r < rows ? r : 0);
+      const bool counts = counted >> r & 1;
+      copy_row_of_pairs(q + r * width, row_of(p.query, p.dtype, seq.b, h, i), p.D, counts);
+      copy_row_of_pairs(grad_out + r * width_v, row_of(p.grad_out, p.dtype, seq.b, h, i), p.Dv,
+                        counts);
+    }
+    transpose_tile(kRow, width, (const float*)q, width, (float*)q_t, kRow);
+    transpose_tile(kRow, width_v, (const float*)grad_out, width_v, (float*)grad_out_t, kRow);
+    selected_ = kNone;
+  }
+  void load_keys(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+                 int64_t columns, const uint64_t*) {
+    k = rows_of_pairs(p, p.key, seq, h_kv, n_start, columns, p.D, k_tile);
+    v = rows_of_pairs(p, p.value, seq, h_kv, n_start, columns, p.Dv, v_tile);
+  }
+  template <int kVectors>
+  void scores(const AttentionParams& p, int64_t columns, float* s, float* dp) const {
+    constexpr int kRow = kVectors * kLanes<float>;
+    multiply<kVectors, false>(columns, ceil_div(p.D, 2), k, q_t, kRow, s, kRow);
+    multiply<kVectors, false>(columns, ceil_div(p.Dv, 2), v, grad_out_t, kRow, dp, kRow);
+  }
+  void select_queries(const AttentionParams& p, int64_t rows, uint64_t selected) {
+    if (selected == selected_) return;  // as for the tile before
+    selected_ = selected;
+    pair_selected(q, p.D, rows, q_rows);
+    pair_selected(grad_out, p.Dv, rows, grad_out_rows);
+  }
+  void pair_selected(const Pair* src, int64_t D, int64_t rows, Pair* dst) const {
+    const int64_t width = pair_width(D);
+    for (int64_t r = 0; r < rows; r += 2) {
+      const auto *low = (const uint16_t*)(src + r * width), *high = low + 2 * width;
+      const uint64_t low_used = 0 - (selected_ >> r & 1), high_used = 0 - (selected_ >> r >> 1 & 1);
+      Pair* row = dst + r / 2 * paired_rows_width(D);
+      for (int64_t d = 0; d < D; d += 32)
+        pair_rows(low + d, low_used, high + d, high_used, row + d);
+    }
+  }
+  template <int kVectors>
+  void round(int64_t columns, const float* src) const {
+    for (int64_t i = 0; i < columns * kVectors * kLanes<float>; i += kLanes<float>) {
+      store_rounded(rounded + i, load(src + i));
+    }
+  }
+  // Sums over the queries, of `rounded`.
+  template <int kVectors>
+  void add_to_keys(int64_t rows, int64_t columns, int64_t D, const Pair* factor,
+                   float* sums) const {
+    constexpr int kPairs = kVectors * kLanes<float> / 2;
+    multiply_wide(columns, ceil_div(rows, 2), round_up(D, kLanes<float>),
+                  Scalars<Pair>{(const Pair*)rounded, kPairs, 1}, factor, paired_rows_width(D),
+                  sums, round_up(D, kLanes<float>));
+  }
+  template <int kVectors>
+  void add_to_dv(const AttentionParams& p, int64_t rows, int64_t columns, const float* weights,
+                 float* dv) const {
+    round<kVectors>(columns, weights);
+    add_to_keys<kVectors>(rows, columns, p.Dv, grad_out_rows, dv);
+  }
+  template <int kVectors>
+  void add_to_dk(const AttentionParams& p, int64_t rows, int64_t columns, const float* ds,
+                 float* dk) const {
+    round<kVectors>(columns, ds);
+    add_to_keys<kVectors>(rows, columns, p.D, q_rows, dk);
+  }
+  template <int kVectors>
+  void add_to_dq(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
+                 int64_t columns, const uint64_t* visible, const float* ds, float* dq_t) const {
+    constexpr int kRow = kVectors * kLanes<float>, kWidth = (kRow + 31) / 32 * 32;
+    round<kVectors>(columns, ds);
+    for (int64_t j = 0; j < columns; j += 2) {
+      const uint16_t* low = rounded + j * kRow;
+      const bool odd = j + 1 == columns;
+      for (int x = 0; x < kRow; x += 32) {
+        const uint64_t valid = low_bits(kRow - x);
+        pair_rows(low + x, valid, odd ? low : low + kRow + x, odd ? 0 : valid,
+                  ds_rows + j / 2 * kWidth + x);
+      }
+    }
+    pair_rows_of_keys(p, p.key, seq, h_kv, n_start, columns, p.D, visible, k_rows);
+    multiply<kVectors, true>(p.D, ceil_div(columns, 2),
+                             Scalars<Pair>{k_rows, 1, paired_rows_width(p.D)}, ds_rows, kWidth,
+                             dq_t, kRow);
+  }
+
+ private:
+  static constexpr uint64_t kNone = ~(uint64_t)0;  // no tile has 64 queries
+  uint64_t selected_ = kNone;                      // whose rows are in pairs
+};
+#endif
+
+}  // namespace
+}  // namespace fused_attention

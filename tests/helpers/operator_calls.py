@@ -1,0 +1,21 @@
+"""The arguments of the operators, from `testing.Inputs`."""
+
+from fused_attention.tools import testing
+
+
+def arguments(inputs: testing.Inputs, precision: int = 0):
+    """Of the operators attention_forward and attention_backward, after query, key and value."""
+    tensors, options = inputs.tensors, inputs.options
+    scale = options["scale"]
+    numbers = (
+        tensors["query"].shape[-1] ** -0.5 if scale is None else scale,
+        {False: 0, "top_left": 1, "bottom_right": 2}[options["causal"]],
+        *options["window_size"],
+        precision,
+    )
+    rest = (
+        *(options.get("mask"), tensors.get("bias"), options.get("key_padding_mask")),
+        *(options.get("alibi_slopes"), tensors.get("sinks"), options.get("philox")),
+        *(options["softcap"], options["dropout_p"]),
+    )
+    return *numbers, *rest
