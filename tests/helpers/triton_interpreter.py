@@ -45,10 +45,10 @@ def repaired_bfloat16():
         bits = interpreter._interpreter.load(pointers.data, mask.data, filler, np.dtype(np.uint16))
         return Handle(widen(bits), tl.bfloat16)
 
-    def masked_store(self, pointers, value, mask, policy):
+    def masked_store(self, pointers, value, mask, *policy):  # as many as this Triton has
         if is_bfloat16(value.dtype):
             value = Handle(round_bits(value.data), tl.uint16)
-        return store(self, pointers, value, mask, policy)
+        return store(self, pointers, value, mask, *policy)
 
     def cast(self, source, target, *rounding):
         data = source.data.astype(np_dtype_of(target))
