@@ -38,7 +38,7 @@ bench: build $(VENV)/bench.stamp  ## ours beside PyTorch's and others on the tab
 smoke: build $(VENV)/test.stamp  ## under a minute: the CPU kernels against the definition, by the instruction set in force
 	$(QUIET_OPENMP) $(BIN)/python -m pytest -q tests/test_smoke.py
 
-test: build $(VENV)/test.stamp  ## the tests (a covering selection, under 15 minutes on 2 cores)
+test: build $(VENV)/test.stamp  ## the tests (a covering selection, about 20 minutes on 2 cores)
 	$(QUIET_OPENMP) $(BIN)/python -m pytest -q -n $(JOBS) -m "not serial"
 	$(BIN)/python -m pytest -q -m serial
 
