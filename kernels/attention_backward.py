@@ -1,8 +1,8 @@
-"""Attention backward from the saved log-sum-exp (Dao 2023, FlashAttention-2, Algorithm 2), without
-ever holding more than BLOCK_M x BLOCK_N scores and without a float that two programs add to:
+"""Attention backward from the saved log-sum-exp (Dao 2023, FlashAttention-2, Algorithm 2). It never
+holds more than BLOCK_M x BLOCK_N scores, and no two programs add to the same float:
 
     delta = rowsum(do * o) - dlse          attention_delta_kernel, a block of queries
-    p  = exp(s - lse)                      recomputed in each of the next
+    p  = exp(s - lse)                      recomputed in each of the kernels below
     dp = do vᵀ
     ds = p * (dp - delta)
     dv = pᵀ do,  dk = scale dsᵀ q          attention_dkdv_kernel, a block of keys
@@ -10,10 +10,11 @@ ever holding more than BLOCK_M x BLOCK_N scores and without a float that two pro
     dbias = ds, summed where broadcast     attention_dbias_kernel, a block of the bias
     dsinks = -Σ exp(sink - lse) delta      attention_dsinks_kernel, a head
 
-Dropout replaces p by z * p in dv and dp by z * dp in ds, z the kept weights' scale (delta is
-unchanged, for do * o already holds it). Seven products a score instead of the five of one kernel
-with atomics, nine with dbias: the price of the same bits every time. Where the weights were
-returned too, their gradient adds to dp, and its part of delta is that of attention_weights.py.
+Dropout replaces p by z * p in dv and dp by z * dp in ds, where z is the scale of the kept weights
+and 0 for the others (delta is unchanged, for do * o already holds it). There are seven products a
+score, nine with dbias, instead of the five of one kernel with atomics: the price of the same bits
+every time. If the weights were returned too, their gradient adds to dp, and attention_weights.py
+adds its part to delta.
 """
 
 import triton
@@ -52,8 +53,7 @@ def attention_delta_kernel(
     out, grad_out, delta, grad_lse, Hq, Sq,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, Hq, Sq]. One program: BLOCK_M queries of one head. grad_lse: Scores
-    with one key."""
+    """delta [B, Hq, Sq]. One program: BLOCK_M queries of one head. grad_lse: Scores with 1 key."""
     blocks = tl.cdiv(Sq, BLOCK_M)
     m_start = tl.program_id(0) % blocks * BLOCK_M
     matrix = (tl.program_id(0) // blocks).to(tl.int64)
@@ -63,7 +63,7 @@ def attention_delta_kernel(
     o = load_tile(out, b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV).to(tl.float32)
     do = load_tile(grad_out, b, h, m_start, offs_m, offs_dv, rows, DV, BLOCK_DV).to(tl.float32)
     # delta <- rowsum(do * o) - dlse
-    # A row that saw nothing has o = 0, and no part in the gradient of a sink whatever do holds.
+    # A fully masked row has o = 0 and adds nothing to the gradient of a sink, whatever do holds.
     value = tl.sum(tl.where(o == 0, 0.0, o * do), 1)
     if grad_lse is not None:
         pointers = score_pointers(grad_lse, b, h, m_start, 0, offs_m, 0)
@@ -75,9 +75,9 @@ def attention_delta_kernel(
 def score_gradients(
     s, dp, lse, delta, seen, keep, call, seq, h, m_start, n_start, i, j, SCALE_ONLY: tl.constexpr
 ):
-    """From s = q·k and dp = do·v: the weights that dv meets, ds, and d logit. seen, keep: or None.
+    """Returns the kept probabilities (for dv), ds and dlogit, from s = q·k and dp = do·v.
 
-    lse and delta are shaped as i is. ds is the gradient of scale * q·k.
+    lse and delta are shaped as i is; seen and keep may be None. ds is the gradient of scale * q·k.
     """
     p, slope = probabilities_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, SCALE_ONLY)
     dropped, difference = p, dp
@@ -87,7 +87,7 @@ def score_gradients(
         dropped = tl.where(keep, p, 0.0)
         difference = tl.where(keep, difference * call.dropout.scale, 0.0)
     difference -= delta
-    if seen is not None:  # dp and delta may be NaN where it is hidden
+    if seen is not None:  # dp and delta may be NaN where hidden
         difference = tl.where(seen, difference, 0.0)
     # ds <- p * (dp - delta)
     dlogit = p * difference
@@ -105,7 +105,8 @@ def keys_meet_queries(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, INDEX: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The keys of a tile against the queries [m_begin, m_end) of one head, in transposed tiles."""
+    """Adds to dk and dv of a tile of keys what the queries [m_begin, m_end) of one head contribute,
+    in transposed tiles."""
     offs_m, offs_n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     i, j = offs_m[None, :], offs_n[:, None]
@@ -124,7 +125,7 @@ def keys_meet_queries(
         if MASKED:
             lse_i = load_lse(lse + at, rows)[None, :]
             delta_i = tl.load(delta + at, mask=rows, other=0.0)[None, :]
-        else:  # each of them sees keys, and is within its sequence
+        else:  # each query sees keys, and is within its sequence
             lse_i, delta_i = tl.load(lse + at)[None, :], tl.load(delta + at)[None, :]
         keep = None
         if call.dropout is not None:
@@ -156,7 +157,8 @@ def keys_meet_all_queries(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, EVEN_M: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The keys of a tile against the queries of a sequence, head by head of the group, in order."""
+    """Adds to dk and dv of a tile of keys what all queries of a sequence contribute, head by head
+    of the group, in order."""
     begin, full_begin, full_end, end = seeing_blocks(call, seq, n_start, BLOCK_M, BLOCK_N)
     for in_group in tl.range(0, call.group):
         h = h_kv * call.group + in_group
@@ -197,9 +199,9 @@ def attention_dkdv_kernel(
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key head, for the query heads that share it, in order.
 
-    Of pages: BLOCK_N keys of one page, for the sequences that use it, in order. users: int64, which
-    entries b * (pages of a sequence) + n of the table are this page, [first_user[page],
-    first_user[page + 1]).
+    With pages: BLOCK_N keys of one page, for the sequences that use it, in order. users: int64, the
+    entries b * (pages of a sequence) + n of the table that hold this page are
+    users[first_user[page] : first_user[page + 1]].
     """
     q = Rows(q.data, q.stride_b, q.stride_h, q.stride_s, q_descriptor)
     do = Rows(grad_out.data, grad_out.stride_b, grad_out.stride_h, grad_out.stride_s, do_descriptor)
@@ -257,7 +259,7 @@ def queries_meet_keys(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, INDEX: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The queries of a tile against the keys [n_begin, n_end), in blocks."""
+    """Adds to dq of a tile of queries what the keys [n_begin, n_end) contribute, in blocks."""
     offs_m, offs_n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     i, j = offs_m[:, None], offs_n[None, :]
@@ -350,11 +352,11 @@ def attention_dbias_kernel(
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
     SUM_M: tl.constexpr, SUM_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: a block of dbias, and one of the `chunks` parts of the scores it is the sum of.
+    """One program: a block of dbias, and one of the `chunks` of the tiles of scores that it sums.
 
-    dbias: Scores, strides 0 where broadcast, [chunks, ...] if there are several. kept: along
-    (B, Hq, blocks of queries, blocks of keys), the number of parts that dbias tells apart. SUM_M,
-    SUM_N: it has one value for all queries, for all keys.
+    dbias: Scores with a stride of 0 where it is broadcast, [chunks, ...] if there are several.
+    kept: how many blocks dbias has along (B, Hq, blocks of queries, blocks of keys). SUM_M, SUM_N:
+    dbias has one value for all queries, for all keys.
     """
     m_blocks, n_blocks = tl.cdiv(call.Sq, BLOCK_M), tl.cdiv(call.Sk, BLOCK_N)
     # this program's place in dbias
@@ -363,7 +365,7 @@ def attention_dbias_kernel(
     n_own, pid = pid % kept[3], pid // kept[3]
     m_own, pid = pid % kept[2], pid // kept[2]
     h_own, b_own = pid % kept[1], pid // kept[1]
-    # the tiles that share it, in order: those of this chunk
+    # the tiles that this block of dbias sums, in order; this chunk takes [first, last)
     sum_n, sum_m = n_blocks // kept[3], m_blocks // kept[2]
     sum_h, sum_b = call.Hq // kept[1], B // kept[0]
     total = tl.cast(sum_n, tl.int64) * sum_m * sum_h * sum_b
@@ -443,7 +445,7 @@ def attention_dsinks_kernel(lse, delta, sinks, dsinks, B, Hq, Sq, BLOCK: tl.cons
             inside = start + offs < Sq
             lse_i = tl.load(lse + first + start + offs, mask=inside, other=float("inf"))
             delta_i = tl.load(delta + first + start + offs, mask=inside, other=0.0)
-            # lse = -inf: and so is the sink, which has no weight then
+            # no weight at lse = -inf: the sink is -inf too, or the token belongs to no sequence
             weight = tl.exp2((sink - lse_i) * LOG2E)
             acc -= tl.where(lse_i == float("-inf"), 0.0, weight * delta_i)
     tl.store(dsinks + h, tl.sum(acc, 0))

@@ -2,7 +2,7 @@
 keys are cut into splits, whose results are combined in a fixed order (Flash-Decoding, Dao et al.
 2023):
 
-    acc_s, m_s, l_s = the softmax over split s, as it runs     attention_decode_kernel
+    acc_s, m_s, l_s = the online softmax over split s          attention_decode_kernel
     out = Σ exp(m_s - m) acc_s / Σ exp(m_s - m) l_s            attention_combine_kernel
 
 Every key and value is read once for all queries of all heads that share it: row r = g Sq + i of a
@@ -35,10 +35,11 @@ def attention_decode_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, EVEN_N: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: one of `splits` parts of the keys of one key head.
+    """One program: one of the `splits` of the keys of one key head.
 
-    Several splits leave float32 split_acc [splits, rows, Dv], split_max and split_sum [splits,
-    rows]; the only one writes out and lse, and these are None. rows: B Hq Sq, packed Hq Tq.
+    With several splits, each stores its partial: float32 split_acc [splits, rows, Dv], split_max
+    and split_sum [splits, rows]. A single split stores out and lse, and the partials are None.
+    rows: B Hq Sq, packed Hq Tq.
     """
     split, pid = tl.program_id(0) % splits, tl.program_id(0) // splits
     b, h_kv = (pid // Hkv).to(tl.int64), (pid % Hkv).to(tl.int64)
@@ -89,7 +90,7 @@ def attention_combine_kernel(
     split_acc, split_max, split_sum, out, lse, call, splits, rows,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M rows of out, of [B, Hq, Sq], packed of [Hq, Tq]."""
+    """One program: BLOCK_M rows of out; the rows are [B, Hq, Sq], packed [Hq, Tq]."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside, offs_dv = row < rows, tl.arange(0, BLOCK_DV)
     # m <- max over the splits
@@ -103,7 +104,7 @@ def attention_combine_kernel(
     for split in tl.range(0, splits):
         at = tl.cast(split, tl.int64) * rows + row
         m = tl.load(split_max + at, mask=inside, other=float("-inf"))
-        # alpha <- exp(m_s - m), of what is 0 for a split that saw nothing
+        # alpha <- exp(m_s - m); l_s and acc_s are 0 if a split saw no key
         if SCALE_ONLY:
             alpha = tl.exp2(m - row_max)
         else:

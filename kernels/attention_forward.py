@@ -36,10 +36,12 @@ def attend(
     PRECISION: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
     SPECIALIZE: tl.constexpr = False,
 ):  # fmt: skip
-    """The queries m_start + i, [M, 1], against the keys [n_begin, n_end) of h_kv, in blocks.
+    """Adds the keys [n_begin, n_end) of h_kv, in blocks, to the softmax of the queries m_start + i,
+    [M, 1].
 
-    They are among [m_start, m_end). h: their head, or that of each, [M, 1]. STAGES: of the
-    pipeline, None: those of the launch. SPECIALIZE: warps, see `tiles.Tiles`.
+    The queries are among [m_start, m_end). h: their head, or one for each query, [M, 1]. STAGES:
+    the stages of the pipeline, None for those of the launch. SPECIALIZE: whether warps are
+    specialized, see `tiles.Tiles`.
     """
     BLOCK_M: tl.constexpr = q_tile.shape[0]
     offs_n = tl.arange(0, BLOCK_N).to(INDEX)
@@ -68,7 +70,7 @@ def attend(
         acc, row_max, row_sum, p = online_softmax_update(
             acc, row_max, row_sum, s, call.scale, SCALE_ONLY
         )
-        if call.dropout is not None:  # after the sum: the denominator is that of all weights
+        if call.dropout is not None:  # after the row sum: dropped weights count in it, too
             matrix = seq.b * call.Hq + h
             keep = dropout_keep_in_call(call, matrix, m_start + i, n_start, BLOCK_M, BLOCK_N)
             p = tl.where(keep, p, 0.0)
@@ -107,7 +109,7 @@ def attention_forward_kernel(
 
     m_end = tl.minimum(m_start + BLOCK_M, seq.Sq)
     begin, full_begin, full_end, end = seen_blocks(call, seq, m_start, BLOCK_M, BLOCK_N)
-    # The few blocks at the rim of what is seen are not worth a pipeline, nor its registers.
+    # The few blocks at the edge of the visible keys are not worth a pipeline, nor its registers.
     RIM_STAGES: tl.constexpr = None if call.mask is not None or call.key_padding is not None else 1
     if call.mask is not None or call.key_padding is not None:
         full_begin, full_end = begin, begin

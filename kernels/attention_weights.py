@@ -1,13 +1,13 @@
-"""The attention weights themselves, from the saved log-sum-exp, for those who ask to see them:
+"""The attention weights themselves, from the saved log-sum-exp, for callers that ask for them:
 
     w = dropout(exp(s - lse)), 0 where hidden    attention_weights_kernel, a tile of one head, or of
                                                  all heads in order if they are averaged
     delta <- delta + rowsum(w * dw) / total      attention_weights_delta_kernel, a block of queries
 
-Given lse each tile stands alone (Dao 2023, FlashAttention-2, Algorithm 2, line 11), so that nothing
-beside the result is held. The gradient dw of the weights takes part in the ordinary backward, where
-it adds to do vᵀ, and here to delta. total = rowsum(exp(s - lse)) is 1 but for the rounding of lse:
-divided by it, ds sums to 0 over a row as exactly as without w.
+Given lse, tiles do not depend on each other (Dao 2023, FlashAttention-2, Algorithm 2, line 11), so
+no memory beside the result is needed. In the ordinary backward the gradient dw of the weights adds
+to do vᵀ, and here it adds to delta. total = rowsum(exp(s - lse)) is 1 except for the rounding of
+lse: because of the division by total, ds sums to 0 over a row as exactly as without w.
 """
 
 import triton
@@ -36,7 +36,7 @@ def weights_tile(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SCALE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of one head: the weights before dropout, 0 where hidden, and which of them it keeps."""
+    """Returns the weights of one head before dropout, 0 where hidden, and which ones are kept."""
     i, j, offs_d = offs_m[:, None], offs_n[None, :], tl.arange(0, BLOCK_D)
     seen = visible_tile(call, seq, h, m_start, n_start, i, j)
     columns = any_visible(seen, 0)
@@ -104,7 +104,7 @@ def attention_weights_delta_kernel(
             q_tile, k, lse_i[:, None], call, seq, h, m_start, n_start, offs_m, offs_n,
             D, BLOCK_M, BLOCK_N, BLOCK_D, SCALE_ONLY, PRECISION,
         )  # fmt: skip
-        # where nothing is kept dw may be anything
+        # dw may be anything where a weight is not kept
         dw = weights_gradient(call, seq, h, m_start, n_start, i, j)
         product += tl.sum(tl.where(kept, p * dw, 0.0), 1)
         total += tl.sum(p, 1)

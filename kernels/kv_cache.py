@@ -1,8 +1,8 @@
-"""New tokens into a cache of keys and values, in place (Kwon et al. 2023, "PagedAttention", 4):
+"""Appends tokens to a cache of keys and values, in place (Kwon et al. 2023, "PagedAttention", 4):
 
     cache token cache_seqlens[b] + i of sequence b  <-  new token i
 
-Dense or in pages, at any strides. Time and traffic O(new tokens).
+The cache is dense or paged, with any strides. Time and traffic O(new tokens).
 """
 
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ def kv_cache_append_kernel(
     key_cache, value_cache, key, value, cache_seqlens, pages, H, S, room, D, DV,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_S tokens of one head. room: for the tokens of a sequence.
+    """One program: BLOCK_S tokens of one head. room: the capacity of a sequence, in tokens.
 
     A token without room, or whose page does not exist, is left out.
     """

@@ -1,8 +1,8 @@
-"""From tensors to launches: pure functions, which allocate and start nothing.
+"""Plans launches from tensors: pure functions, which allocate and start nothing.
 
-A `Launch` is what one kernel is started with. Everything that decides about code and memory is
-computed here (grid, tiles, strides, which paths are compiled in), from shapes and strides alone, so
-that it is tested without a GPU, and so that the compile tests compile just what would run.
+A `Launch` is one kernel with its grid, tiles and arguments. Everything that decides about code and
+memory (grid, tiles, strides, compiled paths) is computed here from shapes and strides alone, so
+that it is tested without a GPU, and so that the compile tests compile exactly what would run.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ from .tiles import (
 
 LIMIT = 2**31
 
-# How float32 products are computed for "highest", "high" and "medium". bf16x6: both factors as sums
-# of three bfloat16, 24 bits in all, and the six products that count; its accuracy is float32's, and
-# unlike plain multiply-adds it runs on the matrix units. The interpreter computes exactly.
+# How float32 products are computed for "highest", "high" and "medium". bf16x6 takes each factor as
+# a sum of three bfloat16, 24 bits in all, and computes the six products that count; its accuracy is
+# float32's, and unlike plain multiply-adds it runs on the matrix units. The interpreter multiplies
+# in float32.
 INPUT_PRECISION = {
     "sm": ("bf16x6", "tf32x3", "tf32"),
     "gfx": ("bf16x6", "bf16x6", "bf16x3"),
@@ -60,14 +61,15 @@ INPUT_PRECISION = {
 }
 
 
-# Older ones leave out fences between what threads write to shared memory and what wgmma reads
-# there: tests/ptx finds it, and an H200 gave wrong results now and then. mma.sync needs none.
+# Triton before 3.9 leaves out fences between what threads write to shared memory and what wgmma
+# reads there: tests/ptx detects it, and an H200 sometimes gave wrong results. mma.sync needs no
+# fences.
 LACKS_FENCES = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 @contextlib.contextmanager
 def without_wgmma() -> Iterator[None]:
-    """For what Triton compiles meanwhile."""
+    """Makes Triton compile without wgmma while the context lasts."""
     before = os.environ.get("DISABLE_MMA_V3")
     os.environ["DISABLE_MMA_V3"] = "1"
     try:
@@ -89,9 +91,9 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
-    # Whether the compiler may fuse multiplications and additions. Not where a sum of products goes
-    # through a warp: each lane would add its neighbour's rounded product to its own exact one, and
-    # which of the lanes' different results is used would be left to the hardware.
+    # Whether the compiler may fuse multiplications and additions. It must not where a sum of
+    # products goes through a warp: each lane would add its neighbour's rounded product to its own
+    # exact one, and the hardware would choose which of the lanes' different results is used.
     fusion: bool = True
 
     @property
@@ -116,19 +118,20 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def rows(x: Tensor) -> Rows:
-    """[B, H, S, D] whose last stride is 1."""
+    """Returns the Rows of x, [B, H, S, D] with a last stride of 1."""
     return Rows(x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
 
 
 def descriptor(x: Tensor, block: int, call: AttentionParams, arch: Arch) -> TensorDescriptor | None:
-    """By which `block` rows of x, [B, H, S, D], are copied at once; they are 0 beyond its sizes.
+    """Returns the descriptor that copies `block` rows of x, [B, H, S, D], at once, with 0 beyond
+    its sizes.
 
-    None where they come by pointers: without TMA; for float32, whose matrix operands pass through
-    registers; for calls that mask every tile or whose tiles cross pages; and where an address or a
-    stride is no multiple of 16 bytes, or a size is 0.
+    Returns None if pointers have to read the rows: without TMA; for float32, whose matrix operands
+    pass through registers; for calls that mask every tile or whose tiles cross pages; and if an
+    address or a stride is no multiple of 16 bytes, or a size is 0.
     """
     *sizes, D = x.shape
-    whole_row = ceil_div(D, 8) * 8  # in place of the stride of a size of 1, which may be anything
+    whole_row = ceil_div(D, 8) * 8  # replaces the stride of a size of 1, which may be anything
     strides = [
         stride if size > 1 else whole_row for size, stride in zip(sizes, x.stride(), strict=False)
     ]
@@ -146,7 +149,8 @@ def descriptor(x: Tensor, block: int, call: AttentionParams, arch: Arch) -> Tens
 
 
 def scores(x: Tensor | None, data: Tensor | None = None) -> Scores | None:
-    """A tensor of four dimensions; those of size 1 are broadcast. data: its elements, if not x."""
+    """Returns the Scores of a tensor with four dimensions, of which those of size 1 are broadcast.
+    data: its elements, if they are not those of x."""
     if x is None:
         return None
     strides = [0 if x.shape[i] == 1 else x.stride(i) for i in range(4)]
@@ -154,7 +158,7 @@ def scores(x: Tensor | None, data: Tensor | None = None) -> Scores | None:
 
 
 def is_wide(tiles: Tiles, *operands: Any) -> bool:
-    """Whether an offset inside a tile, the largest of any operand, needs 64 bits."""
+    """Returns whether the largest offset of an operand inside a tile needs 64 bits."""
     longest = max(tiles.block_m, tiles.block_n)
     last = 0
     for x in operands:
@@ -176,14 +180,15 @@ def dropout_of(dropout_p: float, philox: Tensor | None) -> Dropout | None:
 
 
 def effective_softcap(softcap: float) -> float | None:
-    """None for no cap, which 2^96 and more is; one by which float32 can divide (describe.cpp)."""
+    """Returns the cap, raised to a number by which float32 can divide (describe.cpp). Returns None
+    for no cap; 2^96 and more count as none."""
     return max(float(softcap), 2.0**-124) if 0 < softcap < 2.0**96 else None
 
 
 def describe(query: Tensor, key: Tensor, arguments: Arguments) -> AttentionParams:
-    """The arguments of the operators, as kernels take them.
+    """Returns the params of the kernels from the arguments of an operator.
 
-    query [B, Hq, Sq, D], packed [1, Hq, Tq, D]; key alike, or pages [pages, Hkv, page size, D].
+    query: [B, Hq, Sq, D], packed [1, Hq, Tq, D]; key alike, or pages [pages, Hkv, page size, D].
     """
     a = arguments
     cu_seqlens_q, cu_seqlens_k, seqused_k, block_table = (
@@ -203,7 +208,7 @@ def describe(query: Tensor, key: Tensor, arguments: Arguments) -> AttentionParam
     starts = Starts(a.q_start, a.k_start, a.head_start) if any(a.starts()) else None
     longest = Sq + Sk + abs(a.q_start - a.k_start)
 
-    def window(tokens: int) -> int | None:  # beyond the sequence it hides nothing
+    def window(tokens: int) -> int | None:  # a window beyond the sequence hides nothing
         return None if tokens < 0 or tokens > longest else tokens
 
     padding = slopes = None
@@ -241,21 +246,22 @@ def describe(query: Tensor, key: Tensor, arguments: Arguments) -> AttentionParam
 
 
 def for_tiles(call: AttentionParams, tiles: Tiles) -> AttentionParams:
-    """What a call says about tiles of keys."""
+    """Returns the params for these tiles of keys, with `whole_pages` set."""
     if call.pages is None:
         return call
     return call._replace(whole_pages=1 if call.pages.size % tiles.block_n == 0 else None)
 
 
 def query_blocks(call: AttentionParams, block_m: int) -> int:
-    """Of one head of the whole batch; packed: as `primitives.packed_block` numbers them."""
+    """Returns the number of blocks of queries of one head, in the whole batch. Blocks of packed
+    queries are those that `primitives.packed_block` numbers."""
     if call.cu_seqlens_q is None:
         return call.B * ceil_div(call.Sq, block_m)
     return call.Sq // block_m + call.B + 1
 
 
 def key_blocks(call: AttentionParams, block_n: int) -> int:
-    """Of one key head of the whole batch, or of all pages."""
+    """Returns the number of blocks of keys of one key head, in the whole batch or in all pages."""
     if call.pages is not None:
         return call.pages.count * ceil_div(call.pages.size, block_n)
     if call.cu_seqlens_k is None:
@@ -267,7 +273,8 @@ def key_blocks(call: AttentionParams, block_n: int) -> int:
 
 
 def is_per_score(call: AttentionParams) -> bool:
-    """Whether the call has something of its own for each score."""
+    """Returns whether the call has values for each score: a mask, a bias, dropout, or the gradient
+    of returned weights."""
     return any(x is not None for x in (call.mask, call.bias, call.dropout, call.weights))
 
 
@@ -302,8 +309,8 @@ def _constants(
 def can_specialize(
     call: AttentionParams, arch: Arch, constants: dict[str, Any], copied: bool
 ) -> bool:
-    """Whether Triton 3.9 takes `warp_specialize` for attention_forward: for sm_100, with key and
-    value `copied` by descriptors, if no loop follows that over whole tiles."""
+    """Returns whether Triton 3.9 accepts `warp_specialize` for attention_forward: on sm_100, with
+    key and value `copied` by descriptors, if the main loop is the only loop."""
     whole = call.left is None and call.right is None and constants["EVEN_N"]
     return arch.name == "sm_100" and copied and whole
 
@@ -319,7 +326,8 @@ def forward_launch(
     arch: Arch,
     tiles: Tiles | None = None,
 ) -> Launch:
-    """query, key and value have a last stride of 1; tiles: those of the table, unless given."""
+    """Plans the forward. query, key and value have a last stride of 1. tiles: by default those of
+    the table."""
     D, DV = query.shape[-1], value.shape[-1]
     head_dim = max(D, DV)
     tiles = tiles or attention_tiles("forward", arch, query.dtype, head_dim, is_per_score(call))
@@ -342,10 +350,10 @@ def forward_launch(
 def decode_splits(
     B: int, heads_q: int, heads_kv: int, seqlen_q: int, seqlen_k: int, window: tuple[int, int]
 ) -> int:
-    """Into how many parts attention_decode cuts the keys; 0: attention_forward serves the call.
+    """Returns the number of splits for attention_decode, or 0 if attention_forward serves the call.
 
-    seqlen_q, seqlen_k: the longest, as far as is known; only speed depends on whether it is true.
-    window: (left, right) in tokens, negative for no limit; causal is a right side of 0.
+    seqlen_q, seqlen_k: those of the longest sequence, as far as is known; only speed depends on
+    them. window: (left, right) in tokens, negative for no limit; causal is a right side of 0.
     """
     if heads_kv == 0 or heads_q // heads_kv * seqlen_q > tables.MAX_DECODE_ROWS:
         return 0
@@ -356,8 +364,8 @@ def decode_splits(
 
 
 def splits_of(call: AttentionParams, heads_kv: int, arguments: Arguments) -> int:
-    """`decode_splits` of a call."""
-    if call.group * call.Sq >= LIMIT:  # the hint may be wrong, and 32 bits count the rows
+    """Returns `decode_splits` for a call."""
+    if call.group * call.Sq >= LIMIT:  # the hint may be wrong, and row numbers have 32 bits
         return 0
     left, right = (-1 if tokens is None else tokens for tokens in (call.left, call.right))
     lengths = longest_sequences(call, arguments)
@@ -365,7 +373,7 @@ def splits_of(call: AttentionParams, heads_kv: int, arguments: Arguments) -> int
 
 
 def longest_sequences(call: AttentionParams, arguments: Arguments) -> tuple[int, int]:
-    """Queries and keys of the longest sequence, as far as is known."""
+    """Returns the numbers of queries and keys of the longest sequence, as far as they are known."""
 
     def longest(hint: int | None, tokens: int) -> int:
         return hint if hint is not None and 0 < hint < tokens else tokens
@@ -390,13 +398,14 @@ def decode_launches(
     arch: Arch,
     tiles: Tiles | None = None,
 ) -> list[Launch]:
-    """parts: of several splits, float32 [splits, rows, Dv], [splits, rows] and [splits, rows], rows
-    those of lse. longest: queries of a sequence, as far as is known."""
+    """Plans the decode. parts: the partials of several splits (accumulator, maximum and sum),
+    float32 [splits, rows, Dv], [splits, rows] and [splits, rows], where rows are those of lse.
+    longest: the queries of the longest sequence, as far as is known."""
     D, DV, Hkv = query.shape[-1], value.shape[-1], key.shape[1]
     rows_of_key = call.group * longest
     tiles = tiles or decode_tiles(arch, query.dtype, max(D, DV), rows_of_key, is_per_score(call))
     q, k, v, o = (rows(x) for x in (query, key, value, out))
-    # the queries of a tile may be of several heads
+    # The queries of a tile may be of several heads; the offset of a head has 64 bits anyway.
     wide = is_wide(tiles, q, k, v, o, call.mask, call.bias, call.key_padding)
     constants = _constants(call, tiles, arch, query, DV, precision, wide)
     number = out.shape[0] * out.shape[1] * out.shape[2]
@@ -427,7 +436,7 @@ def decode_launches(
     return launches
 
 
-# A bias gradient that is a long sum is cut into parts, so that there are about so many programs.
+# A bias gradient that is a long sum is cut into chunks, so that there are about this many programs.
 DBIAS_PROGRAMS = 512
 
 
@@ -467,9 +476,10 @@ def backward_launches(
     tiles: Tiles | None = None,
     users: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
 ) -> list[Launch]:
-    """In order: delta, with the part of returned weights; dk and dv, dq, and dsinks if asked for.
+    """Plans the backward in order: delta, with the part of returned weights; dk and dv; dq; and
+    dsinks if asked for.
 
-    users: of pages, as `operators.page_users` gives them.
+    users: the users of the pages, as `operators.page_users` returns them.
     """
     B, Hq, Sq, D = query.shape
     Hkv, DV = key.shape[1], value.shape[-1]
@@ -558,7 +568,7 @@ def dbias_launch(
     arch: Arch,
     tiles: Tiles | None = None,
 ) -> Launch:
-    """dbias: contiguous, in bias' shape; if chunks > 1 [chunks, *shape] float32, to be summed."""
+    """dbias: contiguous, in bias' shape; if chunks > 1, float32 [chunks, *shape], to be summed."""
     B, Hq, Sq, D = query.shape
     Sk, DV = call.Sk, value.shape[-1]
     tiles = tiles or attention_tiles("dq", arch, query.dtype, max(D, DV), is_per_score(call))
@@ -608,7 +618,7 @@ def weights_launch(
     arch: Arch,
     tiles: Tiles | None = None,
 ) -> Launch:
-    """weights: [B, Hq, Sq, Sk], averaged [B, 1, Sq, Sk]."""
+    """weights: [B, Hq, Sq, Sk], or [B, 1, Sq, Sk] if averaged."""
     D, heads = query.shape[-1], weights.shape[1]
     tiles = tiles or attention_tiles("dq", arch, query.dtype, D)
     q, k, w = rows(query), rows(key), scores(weights)
@@ -647,8 +657,9 @@ def cache_append_launch(
     cache_seqlens: Tensor,
     block_table: Tensor | None,
 ) -> Launch:
-    """Of integers. key, value: [B, Hkv, S, D or Dv]; caches [B, Hkv, room, ...], or pages [pages,
-    Hkv, page size, ...]; cache_seqlens and the rows of block_table contiguous."""
+    """Plans the copy of new tokens to a cache, as integers. key, value: [B, Hkv, S, D or Dv];
+    caches: [B, Hkv, room, ...], or pages [pages, Hkv, page size, ...]; cache_seqlens and the rows
+    of block_table are contiguous."""
     B, H, S, D = key.shape
     count, _, room, _ = key_cache.shape
     pages = None
@@ -674,7 +685,8 @@ def cache_append_launch(
 
 
 def row_operand(x: Tensor, shape: Sequence[int]) -> RowOperand:
-    """x broadcasts to `shape`, of at least two dimensions, the last of which are the columns."""
+    """Returns x as a RowOperand. It broadcasts to `shape`, which has at least two dimensions, the
+    last of which are the columns."""
     missing = len(shape) - x.dim()
     strides = [0] * missing + [
         0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
@@ -690,7 +702,7 @@ def softmax_params(
     philox: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> SoftmaxParams:
-    """shape: of the rows and columns, at least two dimensions."""
+    """shape: that of the rows and columns, with at least two dimensions."""
     columns, queries = shape[-1], shape[-2]
     return SoftmaxParams(
         sizes=tuple(shape[:-1]),
@@ -757,13 +769,13 @@ def softmax_backward_launch(
 
 @dataclass(frozen=True)
 class RowGroups:
-    """The rows in another order: those that share a row of dbias are neighbours."""
+    """The rows in another order, in which those that share a row of dbias are neighbours."""
 
-    order: tuple[int, ...]  # of the dimensions
+    order: tuple[int, ...]  # the order of the dimensions
     groups: int
     group_rows: int
     width: int  # columns of dbias: all, or 1
-    chunks: int  # parts of a group, so that there are about DBIAS_PROGRAMS programs
+    chunks: int  # pieces of a group, so that there are about DBIAS_PROGRAMS programs
 
     @staticmethod
     def of(bias: Tensor, shape: Sequence[int], block: int) -> RowGroups:

@@ -3,8 +3,8 @@ its gradient ds = p · (dp - Σ p · dp).
 
 A row that fits into one block is read once and stays in registers; a longer one is taken in blocks
 with an online softmax (Milakov & Gimelshein 2018) and read twice. Time O(rows · columns), no memory
-beyond the results. Rows lie anywhere: an operand has a stride for each dimension of the rows, 0
-where it is broadcast.
+beyond the results. An operand has a stride for each dimension of the rows, 0 where it is broadcast,
+so rows may lie anywhere.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,8 @@ from .primitives import LOG2E, dropout_keep
 
 
 class RowOperand(NamedTuple):
-    """What has a place for each row. Strides in elements, of the rows' dimensions and along one."""
+    """An operand that has a place for each row. strides are those of the rows' dimensions, stride_k
+    is that along a row, in elements."""
 
     data: Any
     strides: Any
@@ -26,7 +27,7 @@ class RowOperand(NamedTuple):
 class SoftmaxParams(NamedTuple):
     """Everything about a call beyond the tensors that have rows."""
 
-    sizes: Any  # of the rows' dimensions, the last one fastest
+    sizes: Any  # sizes of the rows' dimensions, the last one fastest
     rows: Any
     columns: Any
     queries: Any  # rows are numbered [..., heads, queries]
@@ -39,7 +40,7 @@ class SoftmaxParams(NamedTuple):
 
 @triton.jit
 def row_offsets(row, sizes, strides):
-    """Where the rows lie: Σ index_d · stride_d."""
+    """Returns the offsets of the rows: Σ index_d · stride_d."""
     offset = row * 0
     for d in tl.static_range(len(sizes) - 1, -1, -1):
         offset += row % sizes[d] * strides[d]
@@ -64,7 +65,8 @@ def visible_columns(call, row, valid, n_start, offs_n):
 
 @triton.jit
 def row_logits(x, mask, bias, call, row, offsets, valid, n_start, offs_n):
-    """s <- scale * x + bias, -inf where hidden; and what is visible. offsets: of x, mask, bias."""
+    """Returns s = scale * x + bias, -inf where hidden, and what is visible. offsets: x, mask,
+    bias."""
     seen = visible_columns(call, row, valid, n_start, offs_n)
     if mask is not None:
         seen = seen & (
@@ -89,7 +91,8 @@ def store_weights(
     p, seen, out, weights, call, row, offsets, valid, n_start, offs_n,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out <- dropout(p), and p itself where it is kept for the backward; hidden: exactly 0."""
+    """Stores out = dropout(p), and p in weights if it is kept for the backward; hidden columns are
+    exactly 0."""
     inside = valid[:, None] & (n_start + offs_n < call.columns)[None, :]
     p = tl.where(seen, p, 0.0)
     if weights is not None:
@@ -127,7 +130,7 @@ def masked_softmax_kernel(
     if ONE_BLOCK:
         s, seen = row_logits(x, mask, bias, call, row, offsets, valid, 0, offs_n)
         row_max = tl.max(s, 1)
-        # -inf - (-inf) is NaN: a row that sees nothing is measured from 0, where all p are 0
+        # -inf - (-inf) is NaN: for a fully masked row 0 replaces the maximum, and all p are 0
         origin = tl.where(row_max == float("-inf"), 0.0, row_max)
         p = tl.exp2((s - origin[:, None]) * LOG2E)
         row_sum = tl.sum(p, 1)
@@ -177,7 +180,8 @@ def weights_and_gradients(
     weights, grad_out, call, number, offsets, valid, n_start, offs_n,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """p and dp. A weight of 0 (all hidden ones are): what arrived for it, NaN too, is ignored."""
+    """Returns p and dp. dp is 0 where p is (as in hidden columns), even if grad_out is NaN
+    there."""
     inside = valid[:, None] & (n_start + offs_n < call.columns)[None, :]
     p = tl.load(row_pointers(weights, offsets[0], n_start, offs_n), mask=inside, other=0.0)
     p = p.to(tl.float32)
@@ -194,8 +198,8 @@ def masked_softmax_backward_kernel(
     weights, grad_out, dx, delta, sink_weight, sink_terms, call,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale ds. One program: ROWS rows. delta [rows], or None; sink_terms [rows]: what each
-    row adds to dsinks, or None."""
+    """dx = scale ds. One program: ROWS rows. delta: [rows], or None. sink_terms: [rows], each row's
+    term of dsinks, or None."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < call.rows
     offs_n = tl.arange(0, BLOCK)
@@ -247,8 +251,9 @@ def masked_softmax_dbias_kernel(
 ):  # fmt: skip
     """dbias = Σ ds over the rows of a group, which are neighbours in the order of call.sizes.
 
-    One program: BLOCK columns of one group (all columns if SUM_COLUMNS), and one of `chunks` parts
-    of its rows. number: RowOperand without data, a row's number in the order of the input.
+    One program: BLOCK columns of one group (all columns if SUM_COLUMNS), and one of the `chunks` of
+    its rows. number: a RowOperand without data, whose offset of a row is the row's number in the
+    order of the input.
     """
     blocks = tl.cdiv(width, BLOCK)
     pid = tl.program_id(0)
@@ -286,7 +291,7 @@ def masked_softmax_dbias_kernel(
 
 @triton.jit
 def masked_softmax_dsinks_kernel(sink_terms, dsinks, call, BLOCK: tl.constexpr):
-    """dsinks[h] = the sum of what the rows of head h add. One program: one head."""
+    """dsinks[h] = the sum of the sink terms of the rows of head h. One program: one head."""
     h = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)

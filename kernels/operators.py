@@ -1,8 +1,8 @@
 """torch.ops.fused_attention.* for CUDA and HIP tensors: allocation, then the launches in order.
 
-The same arguments, results and memory layouts as the operators of the CPU (operators.h) and their
-fake kernels (operators/fake.py). With TRITON_INTERPRET=1 these functions also take CPU tensors,
-which is how the tests run them.
+Arguments, results and memory formats are those of the operators of the CPU (operators.h) and of
+their fake kernels (operators/fake.py). With TRITON_INTERPRET=1 these functions also take CPU
+tensors, which is how the tests run them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..operators.memory import has_shared_elements, share_memory
 from . import launch
 from .tiles import Arch, arch_of
 
-HIGHEST = 0  # of the precisions of float32 products
+HIGHEST = 0  # the precision of float32 products
 
 
 def empty_like_format(like: Tensor, last: int) -> Tensor:
-    """[B, H, S, last]: dense BSHD memory if that is how `like` lies, else BHSD."""
+    """Returns an empty, dense [B, H, S, last] in the memory format of `like`, BSHD or BHSD."""
     batch, heads, seqlen, _ = like.shape
     if like.stride(1) < like.stride(2):
         return like.new_empty((batch, seqlen, heads, last)).transpose(1, 2)
@@ -35,12 +35,12 @@ def is_dense(x: Tensor) -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    """In place if its last stride is 1, else copied."""
+    """Returns x itself if its last stride is 1, else a contiguous copy."""
     return x if is_dense(x) else x.contiguous()
 
 
 def copies(**tensors: Tensor) -> dict[str, Tensor]:
-    """What `dense` copies, as buffers."""
+    """Returns the tensors that `dense` copies, as named buffers."""
     return {f"a copy of {name}": x for name, x in tensors.items() if not is_dense(x)}
 
 
@@ -62,15 +62,15 @@ class Layout(NamedTuple):
         return Layout(arguments.cu_seqlens_q is not None, arguments.block_table is not None)
 
     def queries(self, x: Tensor) -> Tensor:
-        """A view [B, H, S, D], packed [1, H, T, D]."""
+        """Returns a view [B, H, S, D], packed [1, H, T, D]."""
         return x.transpose(0, 1).unsqueeze(0) if self.packed else x
 
     def keys(self, x: Tensor) -> Tensor:
-        """A view [B, H, S, D], packed [1, H, T, D], paged [pages, Hkv, page size, D]."""
+        """Returns a view [B, H, S, D], packed [1, H, T, D], paged [pages, Hkv, page size, D]."""
         return x.transpose(1, 2) if self.paged else self.queries(x)
 
     def new(self, like: Tensor, last: int) -> Tensor:
-        """As the tensor `like`, but for its last size."""
+        """Returns an empty tensor like `like`, except for its last size."""
         if self.packed:
             return like.new_empty((*like.shape[:-1], last))
         return empty_like_format(like, last)
@@ -80,13 +80,12 @@ class Layout(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What a call runs, in order, on memory that it has: the launches, the results, and the working
-    memory, each buffer with its name."""
+    """The launches of one call in order, its results, and its buffers by name, all allocated."""
 
     launches: list[launch.Launch]
     results: tuple[Tensor, ...]
     buffers: dict[str, Tensor]
-    reason: str = ""  # why these kernels
+    reason: str = ""  # why these kernels were chosen
 
     def run(self) -> None:
         for each in self.launches:
@@ -101,7 +100,7 @@ def schedule_forward(
     with_lse: bool,
     arch: Arch | None = None,
 ) -> Schedule:
-    """Results: out and, if asked for, lse. arch: if it is not that of query's device."""
+    """Results: out and, if asked for, lse. arch: by default that of query's device."""
     layout = Layout.of(arguments)
     buffers = copies(query=query, key=key, value=value)
     result = layout.new(query, value.shape[-1])
@@ -208,8 +207,8 @@ def attention_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
 
 
 def page_users(call: launch.AttentionParams) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Which entries b * (pages of a sequence) + n of the table are in use, sorted by page, and
-    where those of each page begin: int64 [entries], [pages + 1]."""
+    """Returns the entries b * (pages of a sequence) + n of the table, sorted by page, those in use
+    first, and where the entries of each page begin: int64 [entries], [pages + 1]."""
     if call.pages is None:
         return None, None
     table, size, count = call.pages.table, call.pages.size, call.pages.count
@@ -297,7 +296,7 @@ def kv_cache_append_(
         raise ArgumentValueError(describe_error("value_cache", expected, "a view of the same"))
 
     def apart(x: Any) -> Any:
-        """What lies in a cache is read before it is written to."""
+        """Returns x, copied if it shares memory with a cache, which is overwritten."""
         shared = x is not None and (share_memory(x, key_cache) or share_memory(x, value_cache))
         return x.clone() if shared else x
 

@@ -1,5 +1,5 @@
-"""What the attention kernels share, on the device: operands, sequences, block ranges, masking,
-logits, softmax and dropout.
+"""Device code that the attention kernels share: operands, sequences, block ranges, masking, logits,
+softmax and dropout.
 
 Indices: `m_start` and `n_start` are the first query and key of a tile, `i` and `j` index tensors
 inside it, shaped so that they broadcast to the tile: [M, 1] and [1, N], or [1, M] and [N, 1] in a
@@ -14,12 +14,12 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Where a row's maximum starts: the lowest finite number, so that a logit of -inf, hidden or not,
-# has weight exp(-inf - maximum) = 0 and never exp(-inf + inf) = NaN. A row that saw nothing is told
-# by its sum, which is 0, never by its maximum.
+# The initial maximum of a row: the lowest finite number, so that a logit of -inf, hidden or not,
+# has probability exp(-inf - maximum) = 0 and never exp(-inf + inf) = NaN. A fully masked row is
+# known by its sum, which is 0, never by its maximum.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
-# -- Operands: strides in elements; None where a call has no such thing --------------------
+# -- Operands: strides in elements; None where a call has no such operand ------------------
 
 
 class Rows(NamedTuple):
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
     stride_b: Any
     stride_h: Any
     stride_s: Any
-    descriptor: Any = None  # for tiles that are read as a whole, see `launch.descriptor`
+    descriptor: Any = None  # reads whole tiles, see `launch.descriptor`
 
 
 class Scores(NamedTuple):
@@ -69,7 +69,7 @@ class Dropout(NamedTuple):
 
 
 class Starts(NamedTuple):
-    """Where a part of a larger call begins: its first query, key and head."""
+    """The first query, key and head of a part of a larger call."""
 
     query: Any
     key: Any  # with dropout a multiple of 8
@@ -77,7 +77,7 @@ class Starts(NamedTuple):
 
 
 class WeightsGradient(NamedTuple):
-    """Of the returned weights: Scores, of which each head takes `share`."""
+    """The gradient of the returned weights: Scores, of which each head takes `share`."""
 
     data: Any
     stride_b: Any
@@ -93,7 +93,7 @@ class Pages(NamedTuple):
     table: Any  # int32 [B, pages of a sequence], last stride 1
     stride_b: Any
     size: Any
-    count: Any  # of the pages that there are
+    count: Any  # the number of all pages
 
 
 class AttentionParams(NamedTuple):
@@ -103,7 +103,7 @@ class AttentionParams(NamedTuple):
     Hq: Any
     group: Any  # query heads per key head
     Sq: Any  # packed: all tokens
-    Sk: Any  # packed: all tokens; pages: as many as a sequence has room for
+    Sk: Any  # packed: all tokens; pages: the capacity of a sequence
     cu_seqlens_q: Any  # int32 [B + 1], or None: each sequence has Sq queries
     cu_seqlens_k: Any
     seqused_k: Any  # int32 [B]
@@ -111,8 +111,8 @@ class AttentionParams(NamedTuple):
     scale: Any
     softcap: Any
     offset: Any  # query i is aligned with key i + offset; None: Sk - Sq of each sequence
-    left: Any  # of the window, in tokens; None = unlimited
-    right: Any  # 0 if causal
+    left: Any  # left side of the window, in tokens; None = unlimited
+    right: Any  # right side; 0 if causal
     mask: Any  # Scores of bytes, nonzero = may attend
     bias: Any  # Scores
     key_padding: Any
@@ -120,10 +120,10 @@ class AttentionParams(NamedTuple):
     sinks: Any  # float32 [Hq]
     dropout: Any
     weights: Any  # WeightsGradient, in a backward
-    starts: Any  # Starts, or None for the whole
-    # 1 if no tile of keys crosses from one page to the next, else None. Both are compiled in, and
-    # that must be so of the last field: Triton 3.6 forgets constants inside of what no constant
-    # follows.
+    starts: Any  # Starts, or None for a whole call
+    # 1 if no tile of keys crosses from one page to the next, else None. Both values are compiled
+    # in, as the last field must be: Triton 3.6 forgets the constants inside a field that no
+    # constant follows.
     whole_pages: Any
 
 
@@ -131,12 +131,12 @@ class AttentionParams(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """One sequence of a call: how long it is, and where its tokens lie."""
+    """One sequence of a call: its length, and the place of its tokens."""
 
-    b: Any  # its number, in what has a batch dimension
+    b: Any  # its index along a batch dimension
     Sq: Any
-    Sk: Any  # of its keys, those in use
-    room: Any  # for its keys, in use or not
+    Sk: Any  # its keys in use
+    room: Any  # capacity for its keys, in use or not
     q_start: Any  # its first token among all tokens, 0 unless they are packed
     k_start: Any
     offset: Any  # query i is aligned with key i + offset
@@ -144,13 +144,15 @@ class Sequence(NamedTuple):
 
 @triton.jit
 def between(x, low, high):
-    """Lengths and places that make no sense must not lead out of the tensors."""
+    """Returns x clamped to [low, high], so that invalid lengths and places never lead out of the
+    tensors."""
     return tl.maximum(tl.minimum(x, high), low)
 
 
 @triton.jit
 def sequence_of(call, b):
-    """Sequence b. Of packed ones there is one more, that of the tokens of none: it sees no key."""
+    """Returns sequence b. Packed calls have one sequence more, of the tokens that belong to none:
+    it sees no key."""
     Sq, Sk, room, q_start, k_start = call.Sq, call.Sk, call.Sk, 0, 0
     if call.cu_seqlens_q is not None:
         q_start = between(tl.load(call.cu_seqlens_q + b), 0, call.Sq)
@@ -163,7 +165,7 @@ def sequence_of(call, b):
             k_start = between(first, 0, call.Sk)
             Sk = between(last, k_start, call.Sk) - k_start
             room = Sk
-        else:  # it tells the lengths only
+        else:  # cu_seqlens_k tells only the lengths
             Sk = between(last - first, 0, call.Sk)
     if call.seqused_k is not None:
         Sk = between(tl.load(call.seqused_k + b, mask=b < call.B, other=0), 0, room)
@@ -179,10 +181,11 @@ def sequence_of(call, b):
 
 @triton.jit
 def packed_block(cu_seqlens, B, total, block, BLOCK: tl.constexpr):
-    """Whose tokens of `total` the block has, and which is its first: beyond the last one if it has
-    none. Whatever cu_seqlens holds, it is 0 or more, and not so far that it overflows.
+    """Returns which sequence a block of the `total` packed tokens belongs to, and the block's first
+    token in it, which is beyond the last one if the block is empty. Whatever cu_seqlens holds, the
+    first token is 0 or more and does not overflow.
 
-    The blocks of sequence b, which starts at token t, are those from t // BLOCK + b on. That is
+    The blocks of sequence b, which starts at token t, begin at number t // BLOCK + b. That leaves
     room for all, since ceil(n / BLOCK) <= (t + n) // BLOCK - t // BLOCK + 1.
     """
     b = -1
@@ -198,9 +201,9 @@ def packed_block(cu_seqlens, B, total, block, BLOCK: tl.constexpr):
 
 @triton.jit
 def query_block(call, BLOCK_M: tl.constexpr):
-    """This program's sequence, head and first query.
+    """Returns this program's sequence, head and first query.
 
-    The last queries first: under a causal mask they have the most keys.
+    The last queries come first: under a causal mask they have the most keys.
     """
     if call.cu_seqlens_q is None:
         blocks = tl.cdiv(call.Sq, BLOCK_M)
@@ -217,7 +220,7 @@ def query_block(call, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def key_block(call, Hkv, BLOCK_N: tl.constexpr):
-    """This program's sequence, key head and first key, of keys that do not lie in pages."""
+    """Returns this program's sequence, key head and first key, for keys that are not paged."""
     if call.cu_seqlens_k is None:
         blocks = tl.cdiv(call.Sk, BLOCK_N)
         n_start = tl.program_id(0) % blocks * BLOCK_N
@@ -233,7 +236,8 @@ def key_block(call, Hkv, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def row_number(call, seq, h):
-    """Where lse and delta have the first query of head h: in [B, Hq, Sq], packed [Hq, Tq]."""
+    """Returns the index of the first query of head h in lse and delta ([B, Hq, Sq], packed [Hq,
+    Tq])."""
     if call.cu_seqlens_q is None:
         number = (seq.b * call.Hq + h) * call.Sq
     else:
@@ -243,7 +247,7 @@ def row_number(call, seq, h):
 
 @triton.jit
 def batch_of(cu_seqlens, seq):
-    """Where a sequence lies along the batch dimension: packed ones lie one behind the other."""
+    """Returns the batch index of a sequence in memory: 0 for packed sequences."""
     if cu_seqlens is None:
         b = seq.b
     else:
@@ -253,7 +257,7 @@ def batch_of(cu_seqlens, seq):
 
 @triton.jit
 def place_of_keys(call, seq, n_start, offs_n, rows):
-    """Where the keys n_start + offs_n lie, as load_tile takes it: b, start and offs_s."""
+    """Returns b, start and offs_s, by which load_tile reads the keys n_start + offs_n."""
     pages = call.pages
     if pages is None:
         b, start, offs = batch_of(call.cu_seqlens_k, seq), seq.k_start + n_start, offs_n
@@ -276,10 +280,10 @@ def place_of_keys(call, seq, n_start, offs_n, rows):
 
 @triton.jit
 def load_tile(x, b, h, start, offs_s, offs_d, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start + offs_s of x: [len(offs_s), BLOCK_D], 0 where `rows` (None = all) is False.
+    """Loads rows start + offs_s of x: [len(offs_s), BLOCK_D], 0 where `rows` (None = all) is False.
 
-    b and h are numbers, or one for each row, [len(offs_s), 1]. Tiles of all rows come by x's
-    descriptor if it has one; then offs_s are 0, 1, 2, ..., and b and h are numbers.
+    b and h are numbers, or one for each row, [len(offs_s), 1]. Tiles of all rows are read by x's
+    descriptor if there is one; then offs_s are 0, 1, 2, ..., and b and h are numbers.
     """
     base = x.data + b * x.stride_b + h * x.stride_h + tl.cast(start, tl.int64) * x.stride_s
     pointers = base + (offs_s[:, None] * x.stride_s + offs_d[None, :])
@@ -314,16 +318,17 @@ def score_pointers(x, b, h, m_start, n_start, i, j):
     return base + (i * x.stride_q + j * x.stride_k)
 
 
-# -- Who sees whom -------------------------------------------------------------------------
+# -- Visibility ----------------------------------------------------------------------------
 
 
 @triton.jit
 def visible_block_range(start, end, offset, left, right, length, BLOCK: tl.constexpr):
-    """Where the keys are that queries [start, end) may see: (begin, full_begin, full_end, stop).
+    """Returns which keys the queries [start, end) may see: (begin, full_begin, full_end, stop).
 
     Query i sees key j iff i + offset - left <= j <= i + offset + right. Every query sees all of the
     keys [full_begin, full_end), which are whole blocks; in [begin, full_begin) and [full_end, stop)
-    some query may see some. Exchanged, left for right and with -offset: the queries that see keys.
+    some query may see some key. With left and right exchanged and -offset, this gives the queries
+    that see the keys [start, end).
     """
     begin, full_begin = 0, 0
     stop, full_end = length, length
@@ -341,9 +346,9 @@ def visible_block_range(start, end, offset, left, right, length, BLOCK: tl.const
 
 @triton.jit
 def seen_blocks(call, seq, m_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """visible_block_range of BLOCK_M queries."""
+    """Returns the visible_block_range of BLOCK_M queries."""
     Sk = seq.Sk
-    if call.cu_seqlens_q is not None:  # of which there may be none
+    if call.cu_seqlens_q is not None:  # the block may have no queries
         Sk = tl.where(m_start < seq.Sq, Sk, 0)
     m_end = tl.minimum(m_start + BLOCK_M, seq.Sq)
     return visible_block_range(m_start, m_end, seq.offset, call.left, call.right, Sk, BLOCK_N)
@@ -351,9 +356,9 @@ def seen_blocks(call, seq, m_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit
 def seeing_blocks(call, seq, n_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """visible_block_range of BLOCK_N keys: the queries that see them."""
+    """Returns the visible_block_range of BLOCK_N keys: the queries that see them."""
     Sq = seq.Sq
-    if call.cu_seqlens_k is not None or call.seqused_k is not None:  # none may be in use
+    if call.cu_seqlens_k is not None or call.seqused_k is not None:  # possibly no key is in use
         Sq = tl.where(n_start < seq.Sk, Sq, 0)
     n_end = tl.minimum(n_start + BLOCK_N, seq.Sk)
     return visible_block_range(n_start, n_end, -seq.offset, call.right, call.left, Sq, BLOCK_M)
@@ -361,9 +366,9 @@ def seeing_blocks(call, seq, n_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 @triton.jit
 def visible_tile(call, seq, h, m_start, n_start, i, j):
-    """Which queries of a tile see which of its keys."""
+    """Returns which queries of a tile see which of its keys."""
     query = m_start + i
-    # of each query the last key of the tile that it sees, from n_start on; past the end: none
+    # the last key of the tile that each query sees, from n_start on; -1 for queries past the end
     last = seq.Sk - 1
     if call.right is not None:
         last = tl.minimum(last, query + (seq.offset + call.right))
@@ -378,7 +383,7 @@ def visible_tile(call, seq, h, m_start, n_start, i, j):
         inside = n_start + j < seq.Sk
         seen = seen & (tl.load(base + j * padding.stride_k, mask=inside, other=1) == 0)
     if call.mask is not None:
-        # also of what is hidden anyhow: the lanes of a vector must not differ
+        # the mask is read where scores are hidden, too: the lanes of a vector must not differ
         inside = (query < seq.Sq) & (n_start + j < seq.Sk)
         pointers = score_pointers(call.mask, seq.b, h, m_start, n_start, i, j)
         seen = seen & (tl.load(pointers, mask=inside, other=0) != 0)
@@ -387,17 +392,18 @@ def visible_tile(call, seq, h, m_start, n_start, i, j):
 
 @triton.jit
 def any_visible(seen, axis: tl.constexpr):
-    """Along `axis`, is there anyone who sees? Tiles of others are read as 0: 0 * NaN is NaN."""
+    """Returns whether anything is visible along `axis`. Rows without a visible score are read as 0,
+    since 0 * NaN is NaN."""
     return tl.max(seen.to(tl.int32), axis) != 0
 
 
 @triton.jit
 def seen_keys(call, seq, seen, m_start, m_end, n_start, offs_n):
-    """Which keys some query of [m_start, m_end) sees, [BLOCK_N]. seen: the visible tile, [BLOCK_M,
-    BLOCK_N], or None without mask and key padding.
+    """Returns which keys some query of [m_start, m_end) sees, [BLOCK_N]. seen: the visible tile,
+    [BLOCK_M, BLOCK_N], or None without mask and key padding.
 
-    Then neighbouring queries see ranges of keys that overlap: together, all from the first query's
-    first key to the last one's last.
+    Without these, neighbouring queries see ranges of keys that overlap: together, they see all keys
+    from the first key of the first query to the last key of the last query.
     """
     if seen is not None:
         keys = any_visible(seen, 0)
@@ -413,7 +419,7 @@ def seen_keys(call, seq, seen, m_start, m_end, n_start, offs_n):
 
 @triton.jit
 def seeing_queries(call, seq, seen, m_start, n_start, offs_m, BLOCK_N: tl.constexpr):
-    """Which queries see some key of a tile, [BLOCK_M]. seen: [BLOCK_N, BLOCK_M], or None."""
+    """Returns which queries see a key of a tile, [BLOCK_M]. seen: [BLOCK_N, BLOCK_M], or None."""
     if seen is not None:
         queries = any_visible(seen, 0)
     else:
@@ -426,9 +432,9 @@ def seeing_queries(call, seq, seen, m_start, n_start, offs_m, BLOCK_N: tl.conste
     return queries
 
 
-# A key that no query sees, and a query that sees no key, has a gradient of 0, also where 0 * NaN
-# was added to it. Bounds and key padding tell which they are at no cost. A mask has to be read once
-# more, which is done only where there is a NaN to remove.
+# A key that no query sees, and a query that sees no key, has a gradient of 0, even if 0 * NaN was
+# added to it. Bounds and key padding identify such keys and queries at no cost. A mask has to be
+# read once more, which is done only if there is a NaN to remove.
 
 
 @triton.jit
@@ -438,12 +444,12 @@ def has_nan(x):
 
 @triton.jit
 def clear_unseen_keys(dk, dv, call, seq, h_kv, n_start, BLOCK_M: tl.constexpr, INDEX: tl.constexpr):
-    """dk and dv of a tile, 0 for the keys that no query of the group's heads sees."""
+    """Returns dk and dv of a tile, with 0 for the keys that no query of the group's heads sees."""
     BLOCK_N: tl.constexpr = dk.shape[0]
     offs_n = tl.arange(0, BLOCK_N).to(INDEX)
     if call.mask is None:
         key = n_start + offs_n
-        # of the queries that see a key, but for key padding, the first and the last
+        # the first and the last query that see each key, apart from key padding
         first, last = key * 0, key * 0 + seq.Sq - 1
         if call.right is not None:
             first = tl.maximum(first, key - (seq.offset + call.right))
@@ -461,7 +467,7 @@ def clear_unseen_keys(dk, dv, call, seq, h_kv, n_start, BLOCK_M: tl.constexpr, I
         count = tl.zeros([BLOCK_N], tl.int32)
         for in_group in tl.range(0, call.group):
             h = h_kv * call.group + in_group
-            # All of them: bounds kept until here would take registers in the main loop.
+            # All queries are visited: bounds kept until here would take registers in the main loop.
             for m_start in tl.range(0, seq.Sq, BLOCK_M, num_stages=1):
                 tile = visible_tile(call, seq, h, m_start, n_start, i, j)
                 count = tl.maximum(count, tl.max(tile.to(tl.int32), 1))
@@ -471,8 +477,8 @@ def clear_unseen_keys(dk, dv, call, seq, h_kv, n_start, BLOCK_M: tl.constexpr, I
 
 @triton.jit
 def clear_blind_queries(dq, lse, call, seq, h, m_start, BLOCK_N: tl.constexpr, INDEX: tl.constexpr):
-    """dq of a tile, 0 for the queries that see no key. lse: as load_lse gives it, [BLOCK_M, 1]; a
-    sink hides from it that the sum over the keys was 0."""
+    """Returns dq of a tile, with 0 for fully masked rows. lse: as load_lse returns it, [BLOCK_M,
+    1]; with a sink it does not tell that the sum over the keys was 0."""
     BLOCK_M: tl.constexpr = dq.shape[0]
     offs_m = tl.arange(0, BLOCK_M).to(INDEX)
     if call.mask is None and call.key_padding is None:
@@ -515,7 +521,7 @@ def tanh(x):
 
 @triton.jit
 def logits(s, call, seq, h, m_start, n_start, i, j):
-    """s = q·k to what the softmax sees before masking, and d logit / d (scale q·k).
+    """Returns the logits, before masking, from s = q·k, and the cap slope d logit / d (scale q·k).
 
     h is a number, or one for each query, in the shape of i.
     """
@@ -537,21 +543,22 @@ def logits(s, call, seq, h, m_start, n_start, i, j):
     return s, slope
 
 
-# -- Weights, from the log-sum-exp ----------------------------------------------------------
+# -- Probabilities, from the log-sum-exp ---------------------------------------------------
 
 
 @triton.jit
 def load_lse(pointer, rows):
-    """A query that saw nothing, and one past the end, has p = exp(s - inf) = 0."""
+    """Loads lse, as +inf for fully masked rows and rows past the end: p = exp(s - inf) = 0."""
     lse = tl.load(pointer, mask=rows, other=float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
 def probabilities_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, SCALE_ONLY: tl.constexpr):
-    """From s = q·k the weights before dropout, and d logit / d (scale q·k).
+    """Returns the probabilities before dropout, from s = q·k, and the cap slope d logit / d (scale
+    q·k).
 
-    lse: as load_lse gives it, in the shape of i. seen: None where all is visible.
+    lse: as load_lse returns it, in the shape of i. seen: None if all is visible.
     """
     slope = 1.0
     # p <- exp(s - lse)
@@ -561,16 +568,17 @@ def probabilities_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, SCALE_O
         s, slope = logits(s, call, seq, h, m_start, n_start, i, j)
         exponent = (s - lse) * LOG2E
     if seen is not None:
-        # not p itself: the compiler would hide the halves of words, after p is rounded
+        # The exponent is hidden and not p: with p the compiler would hide the halves of words,
+        # after p is rounded.
         exponent = tl.where(seen, exponent, float("-inf"))
-        if call.softcap is not None:  # may be NaN where it is hidden
+        if call.softcap is not None:  # the slope may be NaN where hidden
             slope = tl.where(seen, slope, 0.0)
     return tl.exp2(exponent), slope
 
 
 @triton.jit
 def weights_gradient(call, seq, h, m_start, n_start, i, j):
-    """What each weight of a tile receives for its having been returned."""
+    """Loads the gradient that each weight of a tile receives as a returned weight."""
     inside = (m_start + i < seq.Sq) & (n_start + j < seq.Sk)
     pointers = score_pointers(call.weights, seq.b, h, m_start, n_start, i, j)
     return tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * call.weights.share
@@ -581,12 +589,12 @@ def weights_gradient(call, seq, h, m_start, n_start, i, j):
 
 @triton.jit
 def online_softmax_update(acc, row_max, row_sum, s, scale, SCALE_ONLY: tl.constexpr):
-    """One block of scores into the running softmax (Milakov & Gimelshein 2018, Algorithm 3), whose
-    row_max starts at LOWEST. Hidden scores are -inf.
+    """Adds one block of scores to the online softmax (Milakov & Gimelshein 2018, Algorithm 3),
+    whose row_max starts at LOWEST. Hidden scores are -inf.
 
-    SCALE_ONLY: logits are scale * s, and row_max is in powers of two, so that a weight costs one
-    fused multiply-add. Else s are logits, whose difference is taken before it is multiplied by
-    log2 e: a logit of -FLT_MAX, which hides keys in many models, would overflow.
+    SCALE_ONLY: logits are scale * s, and row_max is in powers of two, so that a probability costs
+    one fused multiply-add. Otherwise s are logits, whose difference is taken before it is
+    multiplied by log2 e: a logit of -FLT_MAX, which hides keys in many models, would overflow.
     Returns acc * alpha, row_max, row_sum, p.
     """
     if SCALE_ONLY:
@@ -606,7 +614,8 @@ def online_softmax_update(acc, row_max, row_sum, s, scale, SCALE_ONLY: tl.conste
 
 @triton.jit
 def sinks_of(call, h, token):
-    """The sinks of head h, for the rows `token` among all; a token of no sequence has none."""
+    """Returns the sink of head h for the rows `token`, which count all tokens; a token of no
+    sequence has none, -inf."""
     sink = tl.load(call.sinks + h)
     if call.cu_seqlens_q is not None:
         sink = tl.where(token < tl.load(call.cu_seqlens_q + call.B), sink, float("-inf"))
@@ -615,14 +624,14 @@ def sinks_of(call, h, token):
 
 @triton.jit
 def finish_softmax(acc, row_max, row_sum, call, sink, SCALE_ONLY: tl.constexpr):
-    """Of rows that have met all their keys: out and lse. sink: of the rows, or None."""
-    fully_masked = row_sum == 0.0  # and so is acc, unless it met a NaN that others see
+    """Returns out and lse of rows that have met all their keys. sink: that of each row, or None."""
+    fully_masked = row_sum == 0.0  # then acc is 0 too, unless it met a NaN that other rows see
     if SCALE_ONLY:
         row_max = row_max * LN2
     row_max = tl.where(fully_masked, float("-inf"), row_max)
     factor = 1.0
     if sink is not None:
-        # One more logit, without a value: it only joins the denominator.
+        # The sink is one more logit, without a value: it only joins the denominator.
         top = tl.maximum(row_max, sink)
         origin = tl.where(top == float("-inf"), 0.0, top)
         factor = tl.exp2((row_max - origin) * LOG2E)
@@ -660,7 +669,7 @@ def philox4x32(c0, c1, c2, c3, seed):
 
 @triton.jit
 def philox_words(dropout, matrix, row, group):
-    """The 128 bits of a group of 8 columns, as four words of group's and row's common shape.
+    """Returns the 128 bits of a group of 8 columns, as four words of the shape of group and row.
 
     counter = (column // 8, row, batch * Hq + head, offset), key = seed.
     """
@@ -673,14 +682,14 @@ def philox_words(dropout, matrix, row, group):
 
 @triton.jit
 def halves_kept(word, threshold):
-    """Of a word's two 16-bit values, the low one first: [..., 2]."""
+    """Returns which of a word's two 16-bit values are kept, the low one first: [..., 2]."""
     low, high = (word & 0xFFFF).to(tl.int32), (word >> 16).to(tl.int32)
     return tl.join((low >= threshold).to(tl.int8), (high >= threshold).to(tl.int8))
 
 
 @triton.jit
 def dropout_keep(dropout, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which weights are kept of the rows [ROWS, 1], columns n_start + [0, COLUMNS): bool.
+    """Returns which weights of the rows [ROWS, 1], columns n_start + [0, COLUMNS), are kept: bool.
 
     n_start is a multiple of 8; matrix is a number, or one for each row, [ROWS, 1].
     """
@@ -695,7 +704,7 @@ def dropout_keep(dropout, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def dropout_keep_in_call(call, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`dropout_keep` of a call, whose heads, rows and columns are numbered from where it starts."""
+    """Returns `dropout_keep` for a call that counts heads, rows and columns from its starts."""
     if call.starts is not None:
         matrix = matrix + call.starts.head
         row = row + call.starts.query
@@ -705,7 +714,7 @@ def dropout_keep_in_call(call, matrix, row, n_start, ROWS: tl.constexpr, COLUMNS
 
 @triton.jit
 def dropout_keep_in_call_at(call, matrix, row, column):
-    """`dropout_keep_at` of a call."""
+    """Returns `dropout_keep_at` for a call."""
     if call.starts is not None:
         matrix = matrix + call.starts.head
         row = row + call.starts.query
@@ -715,7 +724,8 @@ def dropout_keep_in_call_at(call, matrix, row, column):
 
 @triton.jit
 def dropout_keep_at(dropout, matrix, row, column):
-    """As dropout_keep, for any columns, each of which draws the bits of all eight of its group."""
+    """Returns what dropout_keep does, for any columns; each draws the bits of its whole group of
+    8."""
     c0, c1, c2, c3 = philox_words(dropout, matrix, row, column // 8)
     place = column % 8
     word = tl.where(place < 4, tl.where(place < 2, c0, c1), tl.where(place < 6, c2, c3))
@@ -725,7 +735,7 @@ def dropout_keep_at(dropout, matrix, row, column):
 
 @triton.jit
 def dropout_keep_mask_kernel(keep, dropout, Sq, Sk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The mask itself, bytes [B, Hq, Sq, Sk]. One program: BLOCK_M rows of one head."""
+    """Stores the dropout mask, bytes [B, Hq, Sq, Sk]. One program: BLOCK_M rows of one head."""
     blocks = tl.cdiv(Sq, BLOCK_M)
     matrix, m_start = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
     i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]

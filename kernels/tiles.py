@@ -1,7 +1,7 @@
-"""Tile sizes and launch options, and nothing else: by kernel, architecture, dtype and head size.
+"""Tile sizes and launch options by kernel, architecture, dtype and head size, and nothing else.
 
-The table follows from what compiles without spills and fits the shared memory of a block
-(tests/triton/test_triton_compile.py checks both), and for Hopper from an H200 (`tune`).
+The tiles compile without spills and fit the shared memory of a block
+(tests/triton/test_triton_compile.py checks both); those for Hopper were chosen on an H200 (`tune`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 class Tiles(NamedTuple):
     """A tile of block_m queries and block_n keys, computed by num_warps warps.
 
-    warp_specialize: by more warps, each of which only copies, multiplies or does the rest, where
-    `launch.can_specialize`. No entry says so: what Triton 3.9 makes of it for sm_100 has run
-    nowhere yet, and for sm_90 it makes nothing of it (test_triton_compile.py). `tune` tries it.
+    warp_specialize: more warps compute, each of which only copies, multiplies or does the rest, if
+    `launch.can_specialize` allows it. No entry sets it: what Triton 3.9 compiles for sm_100 has not
+    been run yet, and for sm_90 it specializes nothing (test_triton_compile.py). `tune` tries it.
     """
 
     block_m: int
@@ -28,10 +28,10 @@ class Tiles(NamedTuple):
 
 
 class Arch(NamedTuple):
-    """What a table entry is chosen by.
+    """The properties of a GPU by which tiles are chosen.
 
-    shared_bytes: the most that one block may use. has_tma: a unit of its own copies tiles, as a
-    descriptor tells it (NVIDIA's Tensor Memory Accelerator).
+    shared_bytes: the most shared memory that one block may use. has_tma: whether a unit of its own
+    copies tiles by descriptors (NVIDIA's Tensor Memory Accelerator).
     """
 
     name: str
@@ -39,7 +39,7 @@ class Arch(NamedTuple):
     has_tma: bool = False
 
 
-# NVIDIA by compute capability, AMD by name. KiB from the vendors' documents.
+# NVIDIA by compute capability, AMD by name. The sizes in KiB are from the vendors' documents.
 ARCHS = {
     "sm_80": Arch("sm_80", 163 * 1024),
     "sm_86": Arch("sm_86", 99 * 1024),
@@ -54,13 +54,13 @@ ARCHS = {
 }
 # TRITON_INTERPRET=1, on CPU tensors.
 INTERPRETER = Arch("interpreter", 2**31)
-# Of a GPU that is not listed: what every one of them can run.
+# For a GPU that is not listed: what every GPU can run.
 SMALLEST = Arch("sm_86", 64 * 1024)
 
 
 @functools.cache
 def arch_of(device: torch.device) -> Arch:
-    """The architecture of a CUDA or HIP device; a CPU is Triton's interpreter."""
+    """Returns the architecture of a CUDA or HIP device; a CPU is Triton's interpreter."""
     if device.type == "cpu":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
@@ -70,12 +70,12 @@ def arch_of(device: torch.device) -> Arch:
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """A power of two, of at least 16: the smallest depth of a matrix instruction."""
+    """Returns a power of two of at least 16, the smallest depth of a matrix instruction."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# kernel, architecture or "any", bits of the dtype: {padded head size, 64 also for less: tiles}.
-# What an architecture says goes before what "any" says.
+# (kernel, architecture or "any", bits of the dtype): {padded head size: tiles}. The entry for 64
+# also serves smaller head sizes. The entries of an architecture replace those of "any".
 _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
     ("forward", "any", 16): {
         64: Tiles(128, 64, 4, 3),
@@ -95,7 +95,7 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
     ("forward", "sm_80", 16): {64: Tiles(128, 64, 4, 2), 256: Tiles(64, 64, 8, 2)},
     ("dkdv", "sm_80", 16): {64: Tiles(32, 128, 4, 2), 128: Tiles(64, 64, 4, 2)},
     ("dq", "sm_80", 16): {64: Tiles(128, 32, 4, 2), 128: Tiles(64, 64, 4, 2)},
-    # 64 and 128: the fastest of some on an H200.
+    # 64 and 128: the fastest of those measured on an H200.
     ("forward", "sm_90", 16): {
         64: Tiles(64, 64, 4, 3),
         128: Tiles(64, 64, 4, 3),
@@ -167,10 +167,10 @@ _TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
 }
 
 
-# In place of them where a call has something of its own for each score, a mask, a bias or dropout,
+# Entries that replace those above for calls with values for each score (a mask, a bias or dropout),
 # whose registers would otherwise spill.
 _PER_SCORE: dict[tuple[str, str, int], dict[int, Tiles]] = {
-    # Also because Triton 3.6 computes wrong sums over 16 scores of a mask with dropout.
+    # Another reason: Triton 3.6 computes wrong sums over 16 scores of a mask with dropout.
     ("forward", "any", 32): {256: Tiles(16, 32, 8, 1)},
     ("decode", "any", 32): {256: Tiles(16, 32, 4, 1)},
     ("dkdv", "any", 32): {128: Tiles(32, 16, 8, 1), 256: Tiles(32, 16, 8, 1)},
@@ -185,8 +185,8 @@ _PER_SCORE: dict[tuple[str, str, int], dict[int, Tiles]] = {
 def attention_tiles(
     kernel: str, arch: Arch, dtype: torch.dtype, head_dim: int, per_score: bool = False
 ) -> Tiles:
-    """kernel: "forward", "decode", "dkdv", "dq"; head_dim: the larger of query's and value's;
-    per_score: whether the call has a mask, a bias or dropout."""
+    """Returns the tiles of a kernel: "forward", "decode", "dkdv" or "dq". head_dim: the larger of
+    query's and value's; per_score: whether the call has a mask, a bias or dropout."""
     bits = 8 * dtype.itemsize
     rows = _TABLE[kernel, "any", bits] | _TABLE.get((kernel, arch.name, bits), {})
     if per_score:
@@ -195,8 +195,9 @@ def attention_tiles(
     return rows[max(64, padded_head_dim(head_dim))]
 
 
-# Few queries against many keys: so many rows at most (queries of heads that share their keys) go to
-# attention_decode, which cuts the keys until there are about so many programs, but no finer.
+# Split-KV decode: calls of at most MAX_DECODE_ROWS rows (the queries of all heads that share a key
+# head) go to attention_decode. It splits the keys until there are about DECODE_PROGRAMS programs,
+# but a split has at least MIN_SPLIT_KEYS keys.
 MAX_DECODE_ROWS = 64
 DECODE_PROGRAMS = 256
 MIN_SPLIT_KEYS = 256
@@ -205,7 +206,7 @@ MIN_SPLIT_KEYS = 256
 def decode_tiles(
     arch: Arch, dtype: torch.dtype, head_dim: int, rows: int, per_score: bool = False
 ) -> Tiles:
-    """Tiles of `attention_decode`, of one block of rows if that is possible."""
+    """Returns the tiles of `attention_decode`, with all rows in one block if possible."""
     tiles = attention_tiles("decode", arch, dtype, head_dim, per_score)
     block_m = max(tiles.block_m, 1 << (min(rows, MAX_DECODE_ROWS) - 1).bit_length())
     return tiles._replace(block_m=block_m)
@@ -224,7 +225,7 @@ MAX_SOFTMAX_BLOCK = 8192
 
 
 def softmax_tiles(columns: int, max_block: int = MAX_SOFTMAX_BLOCK) -> RowTiles:
-    """About 4096 elements a program, or one row; one warp for each 512 of them."""
+    """Returns tiles of up to 1024 elements, or of one row, with one warp for each 512 elements."""
     block = min(max_block, max(16, 1 << (columns - 1).bit_length()))
     rows = max(1, min(16, 1024 // block))
     return RowTiles(rows, block, min(16, max(1, rows * block // 512)))

@@ -26,7 +26,7 @@ FA_BACKWARD(true, kValue);
 FA_BACKWARD(true, kQuery);
 #endif
 
-// What does not depend on the head size.
+// Kernels that do not depend on the head size are compiled once.
 #if FA_HEAD_DIM == 32
 FA_KERNEL(attention_delta_kernel<FA_TYPE>);
 FA_KERNEL(attention_page_gradients_kernel<FA_TYPE>);

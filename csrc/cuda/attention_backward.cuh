@@ -1,5 +1,5 @@
 // Attention backward from the saved log-sum-exp (FlashAttention-2, Dao 2023, Algorithm 2), in two
-// passes and without a float that two threads add to, so that the result is always the same:
+// passes. No two threads add to the same float, so that the result is always the same:
 //
 //   delta = rowsum(do * o) - dlse
 //   p  = exp(s - lse)                      recomputed in each pass
@@ -8,11 +8,12 @@
 //   dv = p^T do,  dk = scale ds^T q        a block of keys against the queries that see it
 //   dq = scale ds k                        a block of queries against the keys it sees
 //
-// Both passes are one kernel: the rows that a block owns, keys or queries, are the rows of the
-// accumulators (s^T = k q^T in the former, s = q k^T in the latter), whose registers are then the
-// left operand of the products that make the gradients. Dropout replaces p by z p in dv and dp by
-// z dp in ds, z the kept weights' scale. dbias = ds (before the logits' slope), summed where the
-// bias is broadcast: a kernel of its own, whose blocks each own a tile of it.
+// Both passes are one kernel: the rows that a thread block owns, keys or queries, are the rows of
+// the accumulators (s^T = k q^T in the former, s = q k^T in the latter), whose registers are then
+// the left operand of the products that compute the gradients. Dropout replaces p by z p in dv and
+// dp by z dp in ds, where z is the scale of the kept weights and 0 for the others. dbias = ds
+// before the cap slope, summed where the bias is broadcast; a kernel of its own computes it, with
+// one thread block for each tile of dbias.
 #pragma once
 
 #include "copy.cuh"
@@ -22,7 +23,8 @@
 
 namespace fused_attention::cuda {
 
-// delta, and the lse as the other kernels want it. A warp a row.
+// Computes delta, and row_lse from lse in the form that the other kernels want. Each warp computes
+// one row.
 template <typename T>
 __global__ void __launch_bounds__(32 * kRowsOfDelta)
     attention_delta_kernel(const __grid_constant__ KernelParams p) {
@@ -34,7 +36,7 @@ __global__ void __launch_bounds__(32 * kRowsOfDelta)
   const T* grad = head_of<const T>(p.grad_out, (int)b, (int)h) + i * p.grad_out.stride_s;
   float sum = 0;
   for (int d = lane; d < (int)p.Dv; d += 32) {
-    // A row that saw nothing has o = 0, and no part in the gradient of a sink whatever do holds.
+    // A fully masked row has o = 0 and adds nothing to the gradient of a sink, whatever do holds.
     const float o = to_float(out[d]);
     sum += o == 0 ? 0 : o * to_float(grad[d]);
   }
@@ -55,7 +57,7 @@ template <typename T, int kHeadDim, bool kFastPath, Gradient kGradient>
 struct BackwardBlock {
   static constexpr BackwardTiles kTiles =
       backward_tiles(Terms<T>::kCount == 3, kHeadDim, kFastPath);
-  // Rows are keys.
+  // Whether rows are keys.
   static constexpr bool kKeys = kGradient != Gradient::kQuery && kGradient != Gradient::kBias;
   static constexpr bool kFirst = kGradient != Gradient::kValue;  // ds is made, for dk, dq or dbias
   static constexpr bool kSecond = kGradient == Gradient::kValue || kGradient == Gradient::kKeyValue;
@@ -64,27 +66,27 @@ struct BackwardBlock {
   static constexpr int kStages = kTiles.stages, kTerms = Terms<T>::kCount;
   using RowTile = Tile<kRows, kHeadDim, kTerms>;
   using ColumnTile = Tile<kColumns, kHeadDim, kTerms>;
-  // A stage: of the columns q or k, do or v, and lse and delta.
+  // A stage holds a tile of columns: q or k, do or v, and lse and delta.
   static constexpr int kStageBytes = 2 * ColumnTile::kBytes + kColumns * 8;
   using Accumulators = float[kRowTiles][kHeadDim / 8][4];
   using Scores = float[kRowTiles][kColumns / 8][4];
 
   const KernelParams& p;
   const Sequence seq;
-  const int head;  // of the owned rows
+  const int head;  // that of the owned rows
   const int row_start, row_end, row_warp;
   const float scale_log2;
-  const uint32_t x_tile, y_tile, stages;  // rows of q or k, of do or v
-  const uint32_t x_read, y_read;          // where this lane reads them, see `Tile`
+  const uint32_t x_tile, y_tile, stages;  // rows of q or k, rows of do or v
+  const uint32_t x_read, y_read;          // addresses from which this lane reads, see `Tile`
   Accumulators dx, dy;                    // dk or dq; dv
-  // Of the query head and the columns in hand
+  // The query head and the columns that are being computed.
   int h;
   Range columns;
   RowSource<T> x_columns, y_columns;
   Dropout dropout;
-  float row_lse[kRowTiles][2], row_delta[kRowTiles][2];  // where rows are queries
-  // Bit `half`: this lane's row has met a column that it sees, or that sees it; unless kFastPath,
-  // where `takes_part` tells.
+  float row_lse[kRowTiles][2], row_delta[kRowTiles][2];  // if rows are queries
+  // Bit `half`: whether this lane's row has met a column that it sees, or that sees it. Unused if
+  // kFastPath, where `takes_part` tells.
   uint32_t seen_rows = 0;
 
   FA_DEVICE BackwardBlock(const KernelParams& params, const TokenBlock& block, uint32_t shared)
@@ -101,7 +103,7 @@ struct BackwardBlock {
         x_read(RowTile::by_columns(x_tile + (row_warp - row_start) * RowTile::kRowBytes)),
         y_read(x_read + RowTile::kBytes) {}
 
-  // Of q and do, or of k and v.
+  // Returns the rows of q or do, or (kOfKeys) of k or v.
   template <bool kOfKeys>
   FA_DEVICE RowSource<T> source(const TensorView& view, int head_, int64_t width,
                                 Range rows) const {
@@ -142,16 +144,16 @@ struct BackwardBlock {
     if constexpr (!kKeys) load_row_statistics();
   }
 
-  // All columns of one head, of the query head h_query.
+  // Computes the rows against all columns of head h_columns, for the query head h_query.
   FA_DEVICE void against_columns(int h_query, int h_columns) {
     select_head(h_query, h_columns);
     const int begin = columns.begin / kColumns * kColumns;
-    // Where tiles start that need no mask, and whose neighbour, which they load, lies within the
-    // columns as a whole.
+    // The range of starts of the tiles that need no mask and whose right neighbour, which their
+    // step loads, lies wholly within the columns.
     Range whole = {0, 0};
     if (kFastPath) whole = seen_by_all<kKeys>(p, seq, row_start, row_end);
     whole.end -= 2 * kColumns - 1;
-    __syncthreads();  // nobody reads the last head's columns any more
+    __syncthreads();  // no warp reads the previous head's columns any more
     if (columns.begin < columns.end) load_columns<false>(begin, stages);
     int c = begin, stage = 0;
     while (c < columns.end) {
@@ -204,7 +206,7 @@ struct BackwardBlock {
     const uint32_t x_now = stages + stage * kStageBytes, y_now = x_now + ColumnTile::kBytes;
     const int next = column_start + kColumns;
     copy_wait<0>();
-    __syncthreads();  // the columns are here, and nobody reads those of the other stage any more
+    __syncthreads();  // the columns have arrived, and no warp reads those of the other stage
     if (kStages == 2) {
       stage ^= 1;
       if (!kMasked || next < columns.end) {
@@ -226,7 +228,7 @@ struct BackwardBlock {
           products, dp, ColumnTile::by_columns(x_now), seen, dx);
     }
     if (kStages == 1 && next < columns.end) {
-      __syncthreads();  // nobody reads the columns any more
+      __syncthreads();  // no warp reads the columns any more
       load_columns<!kMasked>(next, stages);
     }
   }
@@ -290,7 +292,7 @@ struct BackwardBlock {
           const float lse = kKeys ? column_lse[c % 2] : row_lse[i][c / 2];
           const float delta = kKeys ? column_delta[c % 2] : row_delta[i][c / 2];
           float &w = s[i][n][c], &d = dp[i][n][c];
-          // p <- exp(s - lse), ds <- p * (dp - delta); what is hidden has neither, whatever v holds
+          // p <- exp(s - lse), ds <- p * (dp - delta); both are 0 where hidden, whatever v holds
           if constexpr (kFastPath) {
             const bool hidden = kMasked && w == -kInf;
             w = exp2_approx(w * scale_log2 - lse);
@@ -316,7 +318,7 @@ struct BackwardBlock {
     const int group = (int)((uint32_t)p.Hq / (uint32_t)p.Hkv);
     columns = visible_keys(p, seq, row_start, row_end);
     if (column_start >= columns.end || column_start + kColumns <= columns.begin) return;
-    __syncthreads();  // nobody reads the last tiles any more
+    __syncthreads();  // no warp reads the previous tiles any more
     load_rows();
     select_head(head, head / group);
     load_columns<false>(column_start, stages);
@@ -334,7 +336,7 @@ struct BackwardBlock {
 
   FA_DEVICE void store() {
     const float scale = (float)p.scale;
-    for (int lanes = 1; lanes < 4; lanes *= 2) {  // four share a row
+    for (int lanes = 1; lanes < 4; lanes *= 2) {  // four lanes share a row
       if (!kFastPath) seen_rows |= __shfl_xor_sync(~0u, seen_rows, lanes);
     }
     if (kFirst) store_rows(kKeys ? p.dk : p.dq, (int)p.D, scale, dx);
@@ -349,7 +351,7 @@ struct BackwardBlock {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row_warp + 16 * i + 8 * half + lane_row();
-        // What takes no part has no gradient, also where 0 * NaN was added to it.
+        // A row that takes no part has a gradient of 0, even if 0 * NaN was added to it.
         const bool seen = kFastPath ? takes_part<kKeys>(p, seq, row) : seen_rows >> half & 1;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
@@ -380,8 +382,9 @@ __global__ void __launch_bounds__(
   if (work.row_start < work.row_end) work.run();
 }
 
-// The gradients of a page are the sums of those of its users, the entries of the table that are it,
-// in order: a block a page and head. (Rounded in between only beyond kThreadsOfPages users.)
+// The gradients of a page are the sums of those of its users, the entries of the table that hold
+// its number, in order. Each thread block sums one page and head. If the table has more than
+// kThreadsOfPages entries, the sum is rounded to T after every kThreadsOfPages of them.
 template <typename T>
 __global__ void __launch_bounds__(kThreadsOfPages)
     attention_page_gradients_kernel(const __grid_constant__ KernelParams p) {
@@ -398,7 +401,7 @@ __global__ void __launch_bounds__(kThreadsOfPages)
              entry % columns * size < sequence_of(p, b).Sk;
     }
     const uint32_t mine = __ballot_sync(~0u, uses);
-    __syncthreads();  // nobody reads the last users any more
+    __syncthreads();  // no thread reads the previous users any more
     if (thread % 32 == 0) found[thread / 32] = mine;
     __syncthreads();
     int count = 0, before = 0;
@@ -431,13 +434,14 @@ FA_DEVICE void store_from_float(void* data, DType dtype, int64_t index, float x)
   if (dtype == DType::kFloat64) ((double*)data)[index] = x;
 }
 
-// The tile that starts at block (b, h, m, n) = at, summed over rows and columns where dbias is.
+// Stores the tile of dbias at block (b, h, m, n) = at, summed over rows and columns where dbias is
+// broadcast along them.
 template <int kColumns, int kRows>
 FA_DEVICE void store_bias(const KernelParams& p, const int (&at)[4], float (&sum)[kColumns / 8][4],
                           char* shared) {
   const bool one_row = p.dbias.stride_q == 0, one_column = p.dbias.stride_k == 0;
   float* rows = (float*)shared;  // [kRows][kColumns]
-  __syncthreads();               // nobody reads tiles any more
+  __syncthreads();               // no warp reads tiles any more
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
@@ -465,7 +469,8 @@ FA_DEVICE void store_bias(const KernelParams& p, const int (&at)[4], float (&sum
   }
 }
 
-// A tile of dbias, summed over what the bias is broadcast along, in order.
+// Each thread block computes a tile of dbias: the sum of ds, in order, over the dimensions along
+// which the bias is broadcast.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(backward_tiles(Terms<T>::kCount == 3, kHeadDim, false).threads())
     attention_dbias_kernel(const __grid_constant__ KernelParams p) {
@@ -499,12 +504,12 @@ __global__ void __launch_bounds__(backward_tiles(Terms<T>::kCount == 3, kHeadDim
   store_bias<kColumns, kRows>(p, begin, sum, shared);
 }
 
-// dsinks = -sum(exp(sink - lse) * delta), over the queries of a head in all batches: a block a
-// head.
+// dsinks = -sum(exp(sink - lse) * delta), over the queries of a head in all sequences. Each thread
+// block sums one head.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     attention_dsinks_kernel(const __grid_constant__ KernelParams p) {
-  // Tokens of no sequence have no sink, as their lse of -inf tells.
+  // Tokens of no sequence have no sink: their lse is -inf.
   const int64_t h = blockIdx.x, rows = (is_packed(p) ? 1 : p.B) * p.Sq;
   const float sink = ((const float*)p.sinks)[h];
   float sum = 0;

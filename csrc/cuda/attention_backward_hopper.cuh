@@ -1,11 +1,12 @@
 // Attention backward (FlashAttention-2, Dao 2023, Algorithm 2) for sm_90, in the two passes of
-// attention_backward.cuh: blocks of keys make dk and dv, blocks of queries dq, and nobody adds to
-// what another block has made. Here a warp copies, by TMA, and two warpgroups compute, by wgmma; a
-// block owns 128 rows, keys or queries, and meets tiles of 64 columns, of the others:
+// attention_backward.cuh: blocks of keys compute dk and dv, blocks of queries compute dq, and no
+// thread block adds to the result of another. Here a warp copies, by TMA, and two warpgroups
+// compute, by wgmma. A thread block owns 128 rows, either keys or queries; its columns are the
+// other of the two, in tiles of 64:
 //
 //   s <- x x'^T, dp <- y y'^T        rows against columns: x, x' are q and k, y, y' do and v
 //   p <- exp(s - lse), ds <- p * (dp - delta)
-//   dy <- dy + p y'                  dv, of keys only
+//   dy <- dy + p y'                  dv, only if rows are keys
 //   dx <- dx + ds x'                 dk or dq, without the scale
 //
 // The first products read both operands from shared memory, the others p and ds from registers.
@@ -20,21 +21,21 @@ template <typename T, int kHeadDim, bool kKeys>
 struct HopperBackward {
   static constexpr HopperBackwardTiles kTiles = hopper_backward_tiles(kHeadDim);
   static constexpr int kRows = kTiles.rows(), kColumns = kTiles.columns, kStages = kTiles.stages;
-  static constexpr int kParts = kHeadDim / 64;  // of a row, 128 bytes each
+  static constexpr int kParts = kHeadDim / 64;  // parts of a row, 128 bytes each
   static constexpr int kRowPart = kRows * 128, kColumnPart = kColumns * 128;
   static constexpr int kRowBytes = kParts * kRowPart, kColumnBytes = kParts * kColumnPart;
   static constexpr int kStageBytes = kTiles.stage_bytes();  // x', y', lse and delta
-  static constexpr int kComputing = 128 * kTiles.groups;    // threads
+  static constexpr int kComputing = 128 * kTiles.groups;    // threads that compute
   using Scores = float[kColumns / 8][4];
   using Accumulators = float[kHeadDim / 8][4];
 
   const KernelParams& p;
   const Sequence seq;
-  const int head, group;  // head: of the rows; group: query heads of a key head
+  const int head, group;  // head: that of the rows; group: query heads of a key head
   const int row_start, row_end;
   const Range columns;
-  const int first, count;  // tiles of columns of one head: the first one's start, and how many
-  const int heads;         // of columns, that the rows meet
+  const int first, count;  // the first start, and the number, of the tiles of columns of a head
+  const int heads;         // the number of heads whose columns the rows meet
   const uint32_t x_tile, y_tile, stages, barriers;
 
   FA_DEVICE HopperBackward(const KernelParams& params, const TokenBlock& block, uint32_t shared)
@@ -64,7 +65,7 @@ struct HopperBackward {
   FA_DEVICE void init_barriers() const {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
-        // the copies, and each lane that brings lse and delta
+        // arrivals: one for the copies, and one for each lane that copies lse and delta
         barrier_init(full(stage), kKeys ? 1 + 32 : 1);
         barrier_init(empty(stage), kComputing / 32);
       }
@@ -76,7 +77,7 @@ struct HopperBackward {
 
   // -- copying ------------------------------------------------------------------------------------
 
-  // x, y: the tensors that the rows are of; x_, y_: those of the columns.
+  // x, y: the tensors of the rows; x_, y_: those of the columns.
   FA_DEVICE void copy(const TensorMap* x, const TensorMap* y, const TensorMap* x_,
                       const TensorMap* y_) const {
     const int b = is_packed(p) ? 0 : seq.b;
@@ -97,7 +98,7 @@ struct HopperBackward {
     }
   }
 
-  // A warp: lse and delta of the columns, where these are queries.
+  // Copies lse and delta of the columns, if these are queries. One warp does this.
   FA_DEVICE void copy_statistics() const {
     const int lane = threadIdx.x % 32;
     for (int i = 0; i < tiles(); ++i) {
@@ -125,7 +126,7 @@ struct HopperBackward {
 #pragma unroll
       for (int c = 0; c < 4; ++c) dx[n][c] = dy[n][c] = 0;
     }
-    float lse[2] = {}, delta[2] = {};  // of this lane's rows, where these are queries
+    float lse[2] = {}, delta[2] = {};  // of this lane's rows, if these are queries
     if constexpr (!kKeys) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -182,7 +183,7 @@ struct HopperBackward {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         float &w = s[0][n][c], &d = dp[n][c];
-        // p <- exp(s - lse), ds <- p * (dp - delta); what is hidden has neither, whatever v holds
+        // p <- exp(s - lse), ds <- p * (dp - delta); both are 0 where hidden, whatever v holds
         const bool hidden = kMasked && w == -kInf;
         w = exp2_approx(w * scale_log2 - (kKeys ? column_lse[c % 2] : lse[c / 2]));
         d = hidden ? 0.0f : w * (d - (kKeys ? column_delta[c % 2] : delta[c / 2]));
@@ -210,12 +211,12 @@ struct HopperBackward {
     }
     product_commit();
     product_wait<0>();
-    // Lane 0 arrives for the warp: the other lanes have read lse and delta before.
+    // Lane 0 arrives for the warp, after all lanes have read lse and delta.
     if (kKeys) __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(empty(stage));
   }
 
-  // s <- a b^T, of this warpgroup's 64 rows of a
+  // s <- a b^T, for this warpgroup's 64 rows of a
   FA_DEVICE static void multiply(Scores& s, uint32_t a, uint32_t b) {
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
@@ -225,8 +226,8 @@ struct HopperBackward {
     }
   }
 
-  // Columns that nobody sees become 0: they may hold a NaN, and 0 * NaN is one. Of y' that matters
-  // where p meets it.
+  // Clears the columns of x' that no row sees: they may hold a NaN, and 0 * NaN is NaN. y' is
+  // cleared only if rows are keys, where p is multiplied by it.
   FA_DEVICE void clear_unseen(uint32_t x_, int column_start) const {
     if (column_start >= columns.begin && column_start + kColumns <= columns.end) return;
     constexpr int kPieces = (kKeys ? 2 : 1) * kParts * kColumns * 8;
@@ -259,7 +260,7 @@ struct HopperBackward {
   }
 };
 
-// x, y: key and value, or query and grad_out; x_, y_: the others.
+// If kKeys, x and y are key and value, and x_ and y_ are query and grad_out; otherwise the reverse.
 template <typename T, int kHeadDim, bool kKeys>
 __global__ void __launch_bounds__(hopper_backward_tiles(kHeadDim).threads(), 1)
     attention_backward_hopper_kernel(const __grid_constant__ KernelParams p,
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(hopper_backward_tiles(kHeadDim).threads(), 1)
     if (kKeys && threadIdx.x / 32 == 1) work.copy_statistics();
   } else {
     take_registers<240>();
-    // From one lane, so that the compiler knows it to be the same for all.
+    // The warpgroup's number comes from one lane, so that the compiler knows that all lanes agree.
     work.compute(__shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0));
   }
 }

@@ -5,7 +5,7 @@
 namespace fused_attention::cuda {
 
 FA_KERNEL(attention_decode_kernel<FA_TYPE, FA_HEAD_DIM>);
-#if FA_HEAD_DIM == 32  // it does not depend on the head size
+#if FA_HEAD_DIM == 32  // compiled once, for all head sizes
 FA_KERNEL(attention_combine_kernel<FA_TYPE>);
 #endif
 

@@ -1,9 +1,9 @@
-// Attention of few queries against many keys: the keys are cut into `splits` parts, so that there
-// are blocks enough, and what the parts found is put together (Flash-Decoding, Dao et al. 2023).
+// Split-KV decode, for few queries against many keys: the keys are cut into `splits`, so that there
+// are enough thread blocks, and the partials are combined (Flash-Decoding, Dao et al. 2023).
 //
 // The rows of a tile are the queries of all heads that share a key head: row r is query r / group
 // of head h_kv * group + r % group, so that every key is read once. A warp takes 16 keys of each
-// tile, with a softmax of its own; nothing is handed between warps before the end.
+// tile, with a softmax of its own; warps exchange nothing before the end.
 #pragma once
 
 #include "copy.cuh"
@@ -28,7 +28,7 @@ struct DecodeBlock {
   const int h_kv, group, split;
   const int warp;
   const uint32_t q_tile, stages;  // addresses in shared memory
-  float* const found;             // the same memory as the stages: acc, max and sum of each warp
+  float* const found;             // acc, max and sum of each warp, in the memory of the stages
   RowSource<T> key, value;
   float acc[1][kHeadDim / 8][4];
   RowState<1> rows;
@@ -48,7 +48,7 @@ struct DecodeBlock {
 
   FA_DEVICE void run() {
     for (int row = 0; row < seq.Sq * group; row += kRows) {
-      __syncthreads();  // nobody reads the last rows' memory any more
+      __syncthreads();  // no warp reads the memory of the previous rows any more
       load_queries(row);
       attend(row);
       hand_over(row);
@@ -73,7 +73,7 @@ struct DecodeBlock {
     copy_commit();
   }
 
-  // The rows from `first` on against this block's part of the keys.
+  // Computes the rows from `first` on against the keys of this split.
   FA_DEVICE void attend(int first) {
     const int m_end = min((first + kRows - 1) / group + 1, seq.Sq);
     const Range keys = visible_keys(p, seq, first / group, m_end);
@@ -89,18 +89,18 @@ struct DecodeBlock {
     int stage = 0;
     for (int n = begin; n < end; n += kBlockN) {
       copy_wait<0>();
-      __syncthreads();  // queries and keys are here, and nobody reads the other stage any more
+      __syncthreads();  // queries and keys have arrived, and no warp reads the other stage
       const int now = stage;
       if (kStages == 2 && n + kBlockN < end) load_keys(n + kBlockN, stage ^= 1);
       step(first, n + warp * kColumns, stages + now * kStageBytes);
       if (kStages == 1 && n + kBlockN < end) {
-        __syncthreads();  // nobody reads the keys any more
+        __syncthreads();  // no warp reads the keys any more
         load_keys(n + kBlockN, 0);
       }
     }
   }
 
-  // Against this warp's keys of a tile.
+  // Computes the rows against this warp's keys of a tile.
   FA_DEVICE void step(int first, int n_start, uint32_t tile) {
     float s[1][kColumns / 8][4];
     const uint32_t own = tile + warp * kColumns * KeyTile::kRowBytes;
@@ -128,10 +128,11 @@ struct DecodeBlock {
         products, s, KeyTile::by_columns(own + KeyTile::kBytes), seen, acc);
   }
 
-  // What the warps found, together, to where attention_combine_kernel finds it.
+  // Combines the results of the warps and stores them as the partial of this split, for
+  // attention_combine_kernel.
   FA_DEVICE void hand_over(int first) {
     constexpr int kWidth = kHeadDim + 2;
-    __syncthreads();  // nobody reads keys any more
+    __syncthreads();  // no warp reads keys any more
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float* own = found + (warp * kRows + 8 * half + lane_row()) * kWidth;
@@ -157,7 +158,7 @@ struct DecodeBlock {
       float sum = 0;
       for (int w = 0; w < kWarps; ++w) {
         const float* theirs = found + (w * kRows + at) * kWidth;
-        // -inf - (-inf) is NaN; what saw nothing adds nothing.
+        // -inf - (-inf) is NaN: if no warp saw a key, all sums are 0 and alpha is taken as 1.
         const float alpha = top == -kInf ? 1.0f : exp2_approx((theirs[kHeadDim] - top) * kLog2e);
         sum += theirs[d] * alpha;
       }
@@ -169,7 +170,7 @@ struct DecodeBlock {
   }
 };
 
-// A block: a part of the keys of one key head, for all its queries.
+// Each thread block takes one split of the keys of one key head, for all its queries.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(DecodeBlock<T, kHeadDim>::kThreads)
     attention_decode_kernel(const __grid_constant__ KernelParams p) {
@@ -180,8 +181,8 @@ __global__ void __launch_bounds__(DecodeBlock<T, kHeadDim>::kThreads)
   work.run();
 }
 
-// out <- sum of the parts' acc, each with the weight of its maximum, over the sum of their sums: a
-// warp a row.
+// out <- sum of alpha acc / sum of alpha l over the splits, alpha = exp(m_split - m). Each warp
+// combines one row.
 template <typename T>
 __global__ void __launch_bounds__(32 * kRowsOfCombine)
     attention_combine_kernel(const __grid_constant__ KernelParams p) {

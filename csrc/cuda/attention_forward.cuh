@@ -1,15 +1,15 @@
 // Attention forward (FlashAttention-2, Dao 2023, Algorithm 1) on the matrix instructions of sm_80.
 //
-// A block computes kBlockM queries of one head, each warp 16 or 32 of them, against tiles of
-// kBlockN keys, from the last that somebody sees to the first. Scores, weights and output stay in
+// A thread block computes kBlockM queries of one head, each warp 16 or 32 of them, against tiles of
+// kBlockN keys, from the last visible tile to the first. Scores, probabilities and output stay in
 // registers:
 //
 //   s <- q k^T            while the tile of v arrives
 //   p <- exp(s - m)       while the next tile of k arrives
 //   o <- o + p v
 //
-// Tiles that the band around the diagonal or the end of the keys cuts are masked, in a loop of
-// their own; the others are not.
+// On the fast path only the tiles that the band around the diagonal or the end of the keys cuts are
+// masked, in a loop of their own.
 #pragma once
 
 #include "copy.cuh"
@@ -77,7 +77,7 @@ struct ForwardBlock {
     start(rows);
     const int first = keys.begin / kBlockN * kBlockN;
     int n = (keys.end - 1) / kBlockN * kBlockN;
-    if (keys.end == 0) n = -kBlockN;  // nobody sees anything
+    if (keys.end == 0) n = -kBlockN;  // no query sees a key
     const RowSource<T> query = query_rows<T>(p, p.query, seq, h, p.D, {0, seq.Sq});
     load_tile<T, kBlockM, kHeadDim, kThreads, false, kFastPath>(q_tile, query, m_start);
     copy_commit();
@@ -94,8 +94,8 @@ struct ForwardBlock {
     store();
   }
 
-  // Where tiles start that need no mask, and whose neighbour to the left, which they load, lies
-  // within the keys as a whole.
+  // Returns the range of starts of the tiles that need no mask and whose left neighbour, which
+  // their step loads, lies wholly within the keys.
   FA_DEVICE Range whole_tiles() const {
     if (!kFastPath) return {0, 0};
     const Range all = seen_by_all<false>(p, seq, m_start, min(m_start + kBlockM, seq.Sq));
@@ -117,7 +117,7 @@ struct ForwardBlock {
   template <bool kMasked>
   FA_DEVICE void step(int n_start, int first) {
     copy_wait<0>();
-    __syncthreads();  // k is here, and nobody reads the last v any more
+    __syncthreads();  // k has arrived, and no warp reads the previous v any more
     load_keys<!kMasked>(v_tile, value, n_start);
     float s[kRowTiles][kBlockN / 8][4];
     const auto load_query = [&](int i, int k, uint32_t (&q)[kTerms][4]) {
@@ -134,7 +134,7 @@ struct ForwardBlock {
     const int products = products_of<T>(p);
     multiply_rows<T, KeyTile, kRowTiles, kBlockN, kHeadDim>(products, load_query, k_read, s);
     copy_wait<0>();
-    __syncthreads();  // v is here, and nobody reads k any more
+    __syncthreads();  // v has arrived, and no warp reads k any more
     if (n_start > first) load_keys<!kMasked>(k_tile, key, n_start - kBlockN);
 
     uint32_t seen = ~0u;
@@ -191,7 +191,7 @@ struct ForwardBlock {
         for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            // A row that saw nothing is zero even beside a visible NaN, which 0 * NaN would not be.
+            // A fully masked row is zero even if it met a NaN that other rows see: 0 * NaN is NaN.
             float& x = acc[i][n][2 * half + e];
             x = sum == 0 ? 0.0f : x * row.weight;
           }
@@ -213,7 +213,8 @@ struct ForwardBlock {
     if constexpr (kFastPath) store_pieces(out);
   }
 
-  // Through the warp's own rows of q in shared memory, to write 16 bytes a lane.
+  // Stores the output through the warp's own rows of q in shared memory, so that each lane writes
+  // 16 bytes at a time.
   FA_DEVICE void store_pieces(T* out) const {
     constexpr int kPieces = QueryTile::kPieces, kRows = 16 * kRowTiles;
     const int lane = threadIdx.x % 32;

@@ -1,13 +1,14 @@
-// Attention forward (FlashAttention-2, Dao 2023, Algorithm 1) for sm_90, with what FlashAttention-3
-// (Shah et al. 2024) adds: a warp that only copies, by TMA, and two warpgroups that compute 64
-// queries each, by wgmma. While one of them is in its softmax, the other one's products run.
+// Attention forward (FlashAttention-2, Dao 2023, Algorithm 1) for sm_90, with the additions of
+// FlashAttention-3 (Shah et al. 2024): a warp that only copies, by TMA, and two warpgroups that
+// compute 64 queries each, by wgmma. While one of them is in its softmax, the other one's products
+// run.
 //
 //   copier                  for each tile of keys: wait until its place is empty, copy k and v
 //   s <- q k^T              both operands in shared memory
 //   p <- exp(s - m)
 //   o <- o + p v            p from registers
 //
-// Tiles from the last that somebody sees to the first; those that the band around the diagonal or
+// The loops go from the last visible tile to the first. Tiles that the band around the diagonal or
 // the end of the keys cuts are masked, in a loop of their own.
 #pragma once
 
@@ -21,17 +22,17 @@ struct HopperBlock {
   static constexpr HopperTiles kTiles = hopper_tiles(kHeadDim);
   static constexpr int kBlockM = kTiles.block_m(), kBlockN = kTiles.block_n;
   static constexpr int kStages = kTiles.stages, kGroups = kTiles.groups;
-  static constexpr int kParts = kHeadDim / 64;  // of a row, 128 bytes each
+  static constexpr int kParts = kHeadDim / 64;  // parts of a row, 128 bytes each
   static constexpr int kQueryPart = kBlockM * 128, kKeyPart = kBlockN * 128;
   static constexpr int kQueryBytes = kParts * kQueryPart, kKeyBytes = kParts * kKeyPart;
-  static constexpr int kComputing = 128 * kGroups;  // threads
+  static constexpr int kComputing = 128 * kGroups;  // threads that compute
   using Scores = float[1][kBlockN / 8][4];
 
   const KernelParams& p;
   const Sequence seq;
   const int h, m_start;
   const Range keys;
-  const int first, count;  // tiles of keys: the first one's start, and how many
+  const int first, count;  // the start of the first tile of keys; the number of tiles
   const uint32_t q_tile, k_tiles, v_tiles, barriers;
 
   FA_DEVICE HopperBlock(const KernelParams& params, const TokenBlock& block, uint32_t shared)
@@ -47,13 +48,14 @@ struct HopperBlock {
         v_tiles(k_tiles + kStages * kKeyBytes),
         barriers(v_tiles + kStages * kKeyBytes) {}
 
-  // Of each stage: k has come, v has come, k has been read, v has been read. Behind them: q.
+  // The barriers of each stage: k has arrived, v has arrived, k has been read, v has been read. The
+  // barrier behind them: q has arrived.
   FA_DEVICE uint32_t k_full(int stage) const { return barriers + stage * 32; }
   FA_DEVICE uint32_t v_full(int stage) const { return barriers + stage * 32 + 8; }
   FA_DEVICE uint32_t k_empty(int stage) const { return barriers + stage * 32 + 16; }
   FA_DEVICE uint32_t v_empty(int stage) const { return barriers + stage * 32 + 24; }
   FA_DEVICE uint32_t q_full() const { return barriers + kStages * 32; }
-  // The key that tile i of the loop starts with: the last tile comes first.
+  // Returns the first key of tile i of the loop, which begins with the last tile.
   FA_DEVICE int start_of(int i) const { return first + (count - 1 - i) * kBlockN; }
 
   FA_DEVICE void init_barriers() const {
@@ -61,7 +63,7 @@ struct HopperBlock {
       for (int stage = 0; stage < kStages; ++stage) {
         barrier_init(k_full(stage), 1);
         barrier_init(v_full(stage), 1);
-        barrier_init(k_empty(stage), 4 * kGroups);  // a lane of each warp
+        barrier_init(k_empty(stage), 4 * kGroups);  // one lane of each warp arrives
         barrier_init(v_empty(stage), 4 * kGroups);
       }
       barrier_init(q_full(), 1);
@@ -101,7 +103,7 @@ struct HopperBlock {
 #pragma unroll
       for (int c = 0; c < 4; ++c) acc[0][n][c] = 0;
     }
-    // Where tiles start that need no mask.
+    // Tiles that lie within `all` need no mask.
     const int m_end = min(m_start + kBlockM, seq.Sq);
     const Range all = seen_by_all<false>(p, seq, m_start, m_end);
     if (count > 0) barrier_wait(q_full(), 0);
@@ -163,7 +165,7 @@ struct HopperBlock {
     if (threadIdx.x % 32 == 0) barrier_arrive(v_empty(stage));
   }
 
-  // Rows of v that nobody sees become 0: they may hold a NaN, and 0 * NaN is one.
+  // Clears the rows of v that no query of the block sees: they may hold a NaN, and 0 * NaN is NaN.
   FA_DEVICE void clear_unseen(uint32_t v_tile, int n_start) const {
     if (n_start >= keys.begin && n_start + kBlockN <= keys.end) return;
     for (int at = threadIdx.x - 128; at < kParts * kBlockN * 8; at += kComputing) {
@@ -182,8 +184,8 @@ struct HopperBlock {
     const float* sink = has_sink ? (const float*)p.sinks + h : nullptr;
     T* out = head_of<T>(p.out, seq.b, h, seq.q_start);
     float* lse = p.lse == nullptr ? nullptr : (float*)p.lse + row_number(p, seq, h);
-    // Through this warp's rows of q, to write 16 bytes a lane.
-    named_barrier(2 + group, 128);  // nobody in the warpgroup reads them any more
+    // The output goes through this warp's rows of q, so that each lane writes 16 bytes at a time.
+    named_barrier(2 + group, 128);  // no warp of the warpgroup reads them any more
     const int row0 = m_warp - m_start, lane = threadIdx.x % 32;
     const auto at = [&](int row, int piece) {
       return q_tile + piece / 8 * kQueryPart + row * 128 + ((piece ^ row) % 8) * 16;
@@ -232,7 +234,7 @@ __global__ void __launch_bounds__(hopper_tiles(kHeadDim).threads(), 1)
     if (threadIdx.x == 0) work.copy(&query, &key, &value);
   } else {
     take_registers<240>();
-    // From one lane, so that the compiler knows it to be the same for all.
+    // The warpgroup's number comes from one lane, so that the compiler knows that all lanes agree.
     work.compute(__shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0));
   }
 }

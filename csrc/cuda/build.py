@@ -1,7 +1,7 @@
-"""What setup.py compiles for the CUDA library, _cuda.so: kernels for each type and head size.
+"""The units of the CUDA library, _cuda.so, for setup.py: kernels for each type and head size.
 
-FUSED_ATTENTION_CUDA         1: with this library, 0: without it; by default where there are both
-                             nvcc and a CUDA build of PyTorch
+FUSED_ATTENTION_CUDA         1: with this library, 0: without it; by default with it if there are
+                             both nvcc and a CUDA build of PyTorch
 FUSED_ATTENTION_CUDA_ARCHS   compute capabilities ("80 90 100"); the first is included as PTX too,
                              which newer GPUs compile when they load it
 """
@@ -14,8 +14,9 @@ import sysconfig
 from pathlib import Path
 from typing import NoReturn
 
-# csrc/cuda/<kernel>.cu, the slowest first; FA_TYPE and FA_HEAD_DIM there. Those of HOPPER are for
-# compute capability 9.0 alone, and of 16 bits.
+# The head sizes (FA_HEAD_DIM) that each csrc/cuda/<kernel>.cu is compiled for, for each of TYPES
+# (FA_TYPE); the slowest units come first. The kernels of HOPPER are for compute capability 9.0 and
+# 16-bit types alone.
 TYPES = ("Half", "BFloat16", "float")
 HEAD_DIMS = (256, 128, 96, 64, 32)
 KERNELS = {
@@ -32,7 +33,8 @@ def stop(message: str) -> NoReturn:
 
 
 def homes() -> list[Path]:
-    """CUDA_HOME or its usual place, and the packages of the extra cuda-build."""
+    """Returns where CUDA may be: CUDA_HOME or its usual place, and the packages of the extra
+    cuda-build."""
     found = [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")]
     for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         found += sorted(Path(path).glob("nvidia/cu*"), reverse=True)
@@ -70,7 +72,8 @@ def archs() -> list[str]:
 
 
 def kernel_units() -> list[tuple[Path, list[str], str]]:
-    """Of each unit its source, its flags, and what tells it from others of the same source."""
+    """Returns the source and flags of each unit, and the variant that tells units of one source
+    apart."""
     flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs()]
     targets += [f"-gencode=arch=compute_{archs()[0]},code=compute_{archs()[0]}"]
@@ -90,7 +93,7 @@ def kernel_units() -> list[tuple[Path, list[str], str]]:
 
 
 def link_flags(nvcc: Path) -> list[str]:
-    """CUDA's runtime is linked statically, so that the library loads where there is none."""
+    """Links the CUDA runtime statically, so that the library loads where CUDA is not installed."""
     for home in (nvcc.resolve().parent.parent, *homes()):
         for path in sorted(home.glob("lib*/**/libcudart_static.a")):
             return [str(path), "-lpthread", "-ldl", "-lrt"]

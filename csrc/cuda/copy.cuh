@@ -1,4 +1,4 @@
-// Tiles of rows from global to shared memory.
+// Copies tiles of rows from global to shared memory.
 #pragma once
 
 #include "mma.cuh"
@@ -7,12 +7,12 @@
 namespace fused_attention::cuda {
 
 FA_DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-// 16 bytes, of which those beyond `bytes` become zero.
+// Copies 16 bytes; those beyond `bytes` become zero.
 FA_DEVICE void copy_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
-// 4 bytes, zero if `bytes` is 0.
+// Copies 4 bytes, or stores zero if `bytes` is 0.
 FA_DEVICE void copy_word_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
@@ -56,8 +56,8 @@ FA_DEVICE void store_shared(uint32_t to, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }
 
-// Rows [first, ...) of a head: row n is at data + n * stride elements. Elements from `width` on,
-// and rows outside [begin, end), are zero, whatever memory holds there.
+// The rows of a head: row n is at data + n * stride elements. A tile has 0 for elements from
+// `width` on and for rows outside [begin, end), whatever memory holds there.
 template <typename T>
 struct RowSource {
   const T* data;
@@ -65,8 +65,8 @@ struct RowSource {
   int begin, end;
   int width;
   bool aligned;  // every row starts at a multiple of 16 bytes
-  // Rows in pages: row n is row n % page_size of page pages[n / page_size], one of page_count, of
-  // which each is page_stride elements behind the one before. Null: they are not.
+  // Paged rows: row n is row n % page_size of page pages[n / page_size], one of page_count pages
+  // that are page_stride elements apart. pages is null if rows are not paged.
   const int32_t* pages;
   int page_size, page_count;
   int64_t page_stride;
@@ -79,7 +79,7 @@ struct RowSource {
   }
 };
 
-// The queries of a head, and its keys or values.
+// Return the queries of a head, and its keys or values.
 template <typename T>
 FA_DEVICE RowSource<T> query_rows(const KernelParams& p, const TensorView& view,
                                   const Sequence& seq, int h, int64_t width, Range rows) {
@@ -96,7 +96,7 @@ FA_DEVICE RowSource<T> key_rows(const KernelParams& p, const TensorView& view, c
           p.aligned, pages,         (int)p.page_size, (int)p.page_count, view.stride_b};
 }
 
-// 8 elements, of which `count` exist, through registers.
+// Copies 8 elements through registers; the first `count` exist, and the others become 0.
 template <typename T, typename Shared>
 FA_DEVICE void load_piece(uint32_t to, const T* from, int count, bool aligned) {
   if constexpr (sizeof(T) == 2) {
@@ -131,9 +131,9 @@ FA_DEVICE void load_piece(uint32_t to, const T* from, int count, bool aligned) {
   }
 }
 
-// Every thread of the block copies pieces of 8 elements. kWhole: all rows are within [begin, end).
-// kAligned: known to be, width to be a multiple of 8, and rows not to lie in pages. The caller
-// waits: copies are asynchronous where they can be.
+// Copies kRows rows from `first` on; each thread of the block copies pieces of 8 elements. kWhole:
+// all rows are within [begin, end). kAligned: rows are known to be aligned and not paged, and width
+// to be a multiple of 8. Copies are asynchronous where possible, so the caller waits for them.
 template <typename T, int kRows, int kWidth, int kThreads, bool kWhole, bool kAligned>
 FA_DEVICE void load_tile(uint32_t tile, const RowSource<T>& source, int first) {
   using Shared = Tile<kRows, kWidth, Terms<T>::kCount>;

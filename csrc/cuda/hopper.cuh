@@ -11,19 +11,19 @@ namespace fused_attention::cuda {
 FA_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// What was initialised is visible to the copy engine.
+// Makes initialised barriers visible to the copy engine.
 FA_DEVICE void barrier_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 FA_DEVICE void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives, and so many bytes will.
+// Arrives at the barrier and makes it wait for `bytes` bytes of copies.
 FA_DEVICE void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity has ended.
+// Waits until the phase of this parity has ended.
 FA_DEVICE void barrier_wait(uint32_t barrier, int parity) {
   asm volatile(
       "{\n"
@@ -37,11 +37,11 @@ FA_DEVICE void barrier_wait(uint32_t barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-// Of `threads` threads, by a barrier of their own.
+// Waits for `threads` threads at the hardware barrier `number`.
 FA_DEVICE void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
-// What threads wrote to shared memory, wgmma sees.
+// Makes what threads wrote to shared memory visible to wgmma.
 FA_DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 template <int kRegisters>
@@ -55,8 +55,8 @@ FA_DEVICE void give_registers() {
 
 // -- copies ---------------------------------------------------------------------------------------
 
-// A box of a tensor [B, H, S, D] at those coordinates to shared memory; its bytes arrive at the
-// barrier. What lies outside of the tensor is 0.
+// Copies the box of a tensor [B, H, S, D] at these coordinates to shared memory; its bytes arrive
+// at the barrier. Elements outside the tensor become 0.
 FA_DEVICE void copy_box(uint32_t to, const TensorMap* map, int column, int row, int h, int b,
                         uint32_t barrier) {
   asm volatile(
@@ -66,7 +66,7 @@ FA_DEVICE void copy_box(uint32_t to, const TensorMap* map, int column, int row, 
       : "memory");
 }
 
-// Rows of one head, part by part, 64 columns each.
+// Copies rows of one head in parts of 64 columns each.
 template <int kParts>
 FA_DEVICE void copy_rows(uint32_t to, int part_bytes, const TensorMap* map, int row, int h, int b,
                          uint32_t barrier) {
@@ -78,14 +78,15 @@ FA_DEVICE void copy_rows(uint32_t to, int part_bytes, const TensorMap* map, int 
 
 // -- products -------------------------------------------------------------------------------------
 
-// Rows of 64 16-bit elements, 128 bytes, permuted as copies with that swizzle do; wider tiles are
-// several such parts, one after the other. The operand of 16 columns of such rows, `offset` bytes
-// behind the tile's start, which is added last: then it costs one addition.
+// Returns the descriptor of an operand of 16 columns, `offset` bytes behind the start of a tile.
+// The tile has rows of 64 16-bit elements, 128 bytes, permuted by the 128-byte swizzle of TMA
+// copies; wider tiles are several such parts, one after the other. The offset is added last, so
+// that it costs one addition.
 FA_DEVICE uint64_t by_columns_of(uint32_t tile, int offset) {
   constexpr uint64_t kSwizzle128 = 1ull << 62, kEightRows = (1024ull >> 4) << 32, kUnused = 1 << 16;
   return (kSwizzle128 | kEightRows | kUnused | (tile & 0x3ffff) >> 4) + (offset >> 4);
 }
-// An operand of 16 rows, transposed; the parts are `part_bytes` apart.
+// Returns the descriptor of an operand of 16 rows, transposed; the parts are `part_bytes` apart.
 FA_DEVICE uint64_t by_rows_of(uint32_t tile, int offset, int part_bytes) {
   constexpr uint64_t kSwizzle128 = 1ull << 62, kEightRows = (1024ull >> 4) << 32;
   const uint64_t parts = (uint64_t)(part_bytes >> 4) << 16;
@@ -93,7 +94,7 @@ FA_DEVICE uint64_t by_rows_of(uint32_t tile, int offset, int part_bytes) {
 }
 
 FA_DEVICE void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Registers have their value here, and not only where they are used.
+// Makes the compiler compute the registers here, and not only where they are used.
 template <int kCount>
 FA_DEVICE void settle(uint32_t (&x)[kCount][4]) {
 #pragma unroll
@@ -127,14 +128,14 @@ FA_DEVICE void product_wait() {
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-// d <- a b^T + d, or without d: 64 rows of a warpgroup, accumulators as in mma.cuh.
+// Products for the 64 rows of a warpgroup, with accumulators as in mma.cuh.
 template <typename T, int kColumns>
 struct WarpgroupProduct;
 #define FA_PRODUCT(type, text, columns, count, a0, a1, a2, a3, b)                                 \
   template <>                                                                                     \
   struct WarpgroupProduct<type, columns> {                                                        \
     using Accumulators = float[columns / 8][4];                                                   \
-    /* a and b in shared memory, both by columns */                                               \
+    /* d <- a b^T, or d + a b^T if `adds`: a and b in shared memory, both by columns */           \
     static FA_DEVICE void of_columns(Accumulators& d, uint64_t left, uint64_t right, bool adds) { \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2                                       \
                    ", 0;\n"                                                                       \
@@ -143,7 +144,7 @@ struct WarpgroupProduct;
                    : FA_D##count                                                                  \
                    : "l"(left), "l"(right), "r"((int)adds));                                      \
     }                                                                                             \
-    /* a in registers, b in shared memory by rows */                                              \
+    /* d <- d + a b: a in registers, b in shared memory by rows */                                \
     static FA_DEVICE void of_rows(Accumulators& d, const uint32_t (&left)[4], uint64_t right) {   \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." text "." text          \
                    " {" FA_NAMES##count "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b          \

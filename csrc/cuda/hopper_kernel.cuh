@@ -1,11 +1,11 @@
-// Kernels of sm_90, entered into the registry: they take tensor maps beside the call.
+// Starts kernels of sm_90, which take tensor maps beside their params.
 #pragma once
 
 #include "kernel.cuh"
 
 namespace fused_attention::cuda {
 
-// cuTensorMapEncodeTiled, asked for at run time: the library is not linked to the driver.
+// cuTensorMapEncodeTiled, looked up at run time: the library is not linked to the driver.
 using Encode = int (*)(TensorMap*, int type, uint32_t rank, void* address, const uint64_t* sizes,
                        const uint64_t* strides, const uint32_t* box, const uint32_t* steps,
                        int interleave, int swizzle, int promotion, int fill);
@@ -17,15 +17,16 @@ inline Encode find_encode() {
   return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? (Encode)entry : nullptr;
 }
 
-// Boxes of `rows` rows and 64 columns of a head.
+// Encodes a tensor map of boxes of `rows` rows and 64 columns of a head. Returns whether it
+// succeeded.
 inline bool encode(TensorMap* map, DType dtype, const TensorView& x, int64_t B, int64_t H,
                    int64_t S, int64_t D, int rows) {
   static const Encode encode_tiled = find_encode();
-  // Those of the headers: CU_TENSOR_MAP_DATA_TYPE_FLOAT16 and _BFLOAT16, _INTERLEAVE_NONE,
+  // Values from CUDA's headers: CU_TENSOR_MAP_DATA_TYPE_FLOAT16 and _BFLOAT16, _INTERLEAVE_NONE,
   // _SWIZZLE_128B, _L2_PROMOTION_L2_256B, _FLOAT_OOB_FILL_NONE.
   const int type = dtype == DType::kFloat16 ? 6 : 9;
   constexpr int kNoInterleave = 0, kSwizzle128 = 3, kPromotion = 3, kZeros = 0;
-  const uint64_t row = (uint64_t)(D + 7) / 8 * 16;  // in place of the stride of a size of 1
+  const uint64_t row = (uint64_t)(D + 7) / 8 * 16;  // replaces the stride of a size of 1
   const uint64_t sizes[4] = {(uint64_t)D, (uint64_t)S, (uint64_t)H, (uint64_t)B};
   const uint64_t strides[3] = {S > 1 ? (uint64_t)x.stride_s * 2 : row,
                                H > 1 ? (uint64_t)x.stride_h * 2 : row,
@@ -36,7 +37,7 @@ inline bool encode(TensorMap* map, DType dtype, const TensorView& x, int64_t B, 
                       kPromotion, kZeros) == 0;
 }
 
-// A tensor and the rows of its boxes.
+// A tensor, and the number of rows of its boxes.
 struct Boxes {
   const TensorView& view;
   bool of_keys;
@@ -53,7 +54,7 @@ const char* start_with_maps(const Launch& launch, const KernelParams& p,
     const Boxes& x = boxes[i];
     if (!encode(&maps[i], p.dtype, x.view, B, x.of_keys ? p.Hkv : p.Hq, x.of_keys ? p.Sk : p.Sq,
                 x.width, x.rows)) {
-      return "the driver makes no tensor maps";
+      return "the driver cannot make tensor maps (cuTensorMapEncodeTiled)";
     }
     arguments[i + 1] = &maps[i];
   }

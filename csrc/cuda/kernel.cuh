@@ -1,4 +1,4 @@
-// A kernel whose only parameter is a struct, entered into the registry under its template-id.
+// Registers kernels whose only parameter is a struct, under their template-ids.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@ namespace fused_attention::cuda {
 
 inline const char* start_with(const void* kernel, const Launch& launch, void** arguments,
                               void* stream) {
-  // More than 48 KiB a block must be asked for.
+  // A thread block gets more than 48 KiB of shared memory only on request.
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            (int)launch.shared_bytes);
   if (error == cudaSuccess) {
@@ -26,7 +26,7 @@ const char* start_kernel(const Launch& launch, const void* params, void* stream)
 
 }  // namespace fused_attention::cuda
 
-// FA_KERNEL(template-id): the text is that of `Launch::kernel`.
+// FA_KERNEL(template-id) registers a kernel under the text that `Launch::kernel` has.
 #define FA_CONCATENATED(a, b) a##b
 #define FA_UNIQUE(line) FA_CONCATENATED(entry, line)
 #define FA_KERNEL(...)                                               \

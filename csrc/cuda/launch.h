@@ -1,4 +1,5 @@
-// From a call to launches: pure functions of shapes, strides and options, tested without a GPU.
+// Plans the launches of a call: pure functions of shapes, strides and options, tested without a
+// GPU.
 #pragma once
 
 #include <stdio.h>
@@ -7,17 +8,17 @@
 
 namespace fused_attention::cuda {
 
-// What a kernel is told beyond what those of the CPU are. It is a kernel's parameter, by value.
+// The params of a CUDA kernel, passed by value: those of the CPU kernels, and the fields below.
 struct KernelParams : AttentionParams {
-  const int64_t* philox = nullptr;  // of dropout: seed and offset, in the device's memory
-  // Backward: the lse of each row [B, Hq, Sq], contiguous, +inf where it saw nothing;
-  // if lse_in_log2, as the kernels without options want it, in units of log 2.
+  const int64_t* philox = nullptr;  // seed and offset of dropout, in device memory
+  // Backward: the lse of each row [B, Hq, Sq], contiguous, +inf for a fully masked row. If
+  // lse_in_log2, as the fast path wants it, lse is multiplied by log2 e.
   float* row_lse = nullptr;
   bool lse_in_log2 = false;
-  bool aligned = false;    // every row of what is read in tiles starts at a multiple of 16 bytes
-  int64_t page_count = 0;  // of all sequences
-  // Of few queries: the parts that the keys are cut into, and what each found, by part and row:
-  // float [splits, rows, Dv], [splits, rows] and [splits, rows], rows those of lse.
+  bool aligned = false;    // every row that tiles read starts at a multiple of 16 bytes
+  int64_t page_count = 0;  // all pages, of all sequences
+  // Split-KV decode: the number of splits, and each split's partial (out, max and sum), float
+  // [splits, rows, Dv], [splits, rows] and [splits, rows], where rows are those of lse.
   int64_t splits = 0;
   float *partial_out = nullptr, *partial_max = nullptr, *partial_sum = nullptr;
 };
@@ -25,7 +26,7 @@ struct KernelParams : AttentionParams {
 // Head sizes that kernels are compiled for; others are padded with zeros in shared memory.
 constexpr int kHeadDims[] = {32, 64, 96, 128, 256};
 constexpr int kMaxHeadDim = 256;
-// 0 if there is none.
+// Returns the smallest of kHeadDims that is at least D and Dv, or 0 if there is none.
 constexpr int padded_head_dim(int64_t D, int64_t Dv) {
   for (int head_dim : kHeadDims) {
     if (D <= head_dim && Dv <= head_dim) return head_dim;
@@ -33,9 +34,9 @@ constexpr int padded_head_dim(int64_t D, int64_t Dv) {
   return 0;
 }
 
-// A kernel's tiles: kBlockM queries (kRowTiles times 16 a warp) and kBlockN keys. kFastPath: a
-// 16-bit call without options but causal, window, lse and sinks, on rows of whole 16-byte pieces.
-// terms: 16-bit elements that stand for one (types.cuh).
+// The tiles of attention_forward_kernel: 16 * row_tiles queries a warp, and block_n keys. terms:
+// 16-bit elements that stand for one element (types.cuh). fast_path: a 16-bit call without options
+// but causal, window, lse and sinks, on rows of whole 16-byte pieces.
 struct ForwardTiles {
   int row_tiles, warps, block_n, terms, head_dim;
   constexpr int block_m() const { return 16 * row_tiles * warps; }
@@ -48,23 +49,24 @@ constexpr ForwardTiles forward_tiles(bool is_float, int head_dim, bool fast_path
   return {1, head_dim <= 128 ? 4 : 2, head_dim <= 64 ? 64 : head_dim <= 128 ? 32 : 16, 3, head_dim};
 }
 
-// On sm_90: `groups` warpgroups of 64 queries each, and one that copies.
+// The tiles of the forward on sm_90: `groups` warpgroups of 64 queries each, and one that copies.
 struct HopperTiles {
   int groups, block_n, stages, head_dim;
   constexpr int block_m() const { return 64 * groups; }
   constexpr int threads() const { return 128 * (groups + 1); }
-  // q, stages of k and v, barriers, and what it takes to start at a multiple of 1024
+  // q, stages of k and v, barriers, and room to start at a multiple of 1024
   constexpr int shared_bytes() const {
     return (block_m() + 2 * stages * block_n) * head_dim * 2 + 32 * stages + 8 + 1024;
   }
 };
 constexpr HopperTiles hopper_tiles(int head_dim) { return {2, 128, 2, head_dim}; }
-// A backward's: rows that a block owns, and tiles of the others.
+// The tiles of the backward on sm_90: a thread block owns rows, keys or queries, and meets the
+// other of the two in tiles of `columns`.
 struct HopperBackwardTiles {
   int groups, columns, stages, head_dim;
   constexpr int rows() const { return 64 * groups; }
   constexpr int threads() const { return 128 * (groups + 1); }
-  // Two operands, and two floats a column, to the next multiple of 1024
+  // Two operands, and two floats a column, rounded up to a multiple of 1024
   constexpr int stage_bytes() const {
     return (2 * columns * head_dim * 2 + columns * 8 + 1023) / 1024 * 1024;
   }
@@ -73,12 +75,12 @@ struct HopperBackwardTiles {
   }
 };
 constexpr HopperBackwardTiles hopper_backward_tiles(int head_dim) { return {2, 64, 2, head_dim}; }
-// A tensor as the copy engine sees it: CUDA's CUtensorMap.
+// CUDA's CUtensorMap, which describes a tensor to the copy engine.
 struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-// 16 rows, and tiles of 16 keys a warp.
+// The tiles of attention_decode_kernel: 16 rows, and 16 keys a warp.
 struct DecodeTiles {
   int warps, stages, terms, head_dim;
   constexpr int block_n() const { return 16 * warps; }
@@ -92,17 +94,17 @@ constexpr DecodeTiles decode_tiles(bool is_float, int head_dim) {
   return {head_dim <= 64 ? 4 : head_dim <= 128 ? 2 : 1, 1, 3, head_dim};
 }
 
-// What the backward computes in one go. kKeyValue: dk and dv of a block of keys. Of 256 columns
-// each fills the registers, so that they take a pass of their own.
+// The gradients that one launch of the backward computes. kKeyValue: dk and dv of a block of keys.
+// With a head size of 256 each of the two fills the registers, so each has a pass of its own.
 enum class Gradient { kQuery, kKey, kValue, kKeyValue, kBias };
 
-// A block holds `rows` queries (of q and do) or keys (of k and v), 16 * row_tiles a warp, against
-// `stages` tiles of `columns` of the others.
+// The tiles of the backward: a thread block holds `rows` queries (of q and do) or keys (of k and
+// v), 16 * row_tiles a warp, and `stages` tiles of `columns` of the other of the two.
 struct BackwardTiles {
   int row_tiles, warps, columns, stages, terms, head_dim;
   constexpr int rows() const { return 16 * row_tiles * warps; }
   constexpr int threads() const { return 32 * warps; }
-  // Of each tile two operands, and of each column two floats, its lse and delta.
+  // Each tile has two operands, and each column two floats, its lse and delta.
   constexpr int shared_bytes() const {
     return 2 * (rows() + stages * columns) * head_dim * 2 * terms + stages * columns * 8;
   }
@@ -115,7 +117,7 @@ constexpr BackwardTiles backward_tiles(bool is_float, int head_dim, bool fast_pa
   return {fast_path && head_dim <= 64 ? 2 : 1, 4, head_dim <= 128 ? 32 : 16, 2, 1, head_dim};
 }
 
-// What a kernel is started with, beside its parameter.
+// One kernel with its grid and shared memory: all that it is started with, except its params.
 struct Launch {
   char kernel[80] = {};  // its template-id
   int64_t blocks = 0;
@@ -124,7 +126,7 @@ struct Launch {
 
 constexpr int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// As sequence.cuh numbers them.
+// Return the number of blocks of `size` queries or keys, as sequence.cuh numbers them.
 inline int64_t query_blocks(const KernelParams& p, int64_t size) {
   if (p.cu_seqlens_q != nullptr) return p.Hq * (p.Sq / size + p.B + 1);
   return p.B * p.Hq * blocks_of(p.Sq, size);
@@ -135,14 +137,14 @@ inline int64_t key_blocks(const KernelParams& p, int64_t size) {
   }
   return p.B * p.Hkv * blocks_of(p.Sk, size);
 }
-// Of lse and the like: [B, Hq, Sq], packed [Hq, Tq].
+// Returns the number of rows of lse, delta and row_lse: [B, Hq, Sq], packed [Hq, Tq].
 inline int64_t rows_of(const KernelParams& p) {
   return (p.cu_seqlens_q != nullptr ? 1 : p.B) * p.Hq * p.Sq;
 }
 
 inline bool is_float(const KernelParams& p) { return p.dtype == DType::kFloat32; }
 
-// Whether the kernel without options serves the call; then a row is whole 16-byte pieces.
+// Returns whether the fast path serves the call; its rows are whole 16-byte pieces.
 inline bool takes_fast_path(const KernelParams& p) {
   return !is_float(p) && p.aligned && p.D % 8 == 0 && p.Dv % 8 == 0 && p.scale > 0 &&
          !p.bends_scores() && p.mask.data == nullptr && p.bias.data == nullptr &&
@@ -154,20 +156,23 @@ inline const char* type_name(DType dtype) {
   return dtype == DType::kFloat32 ? "float" : dtype == DType::kFloat16 ? "Half" : "BFloat16";
 }
 
-// Few queries against many keys: worth it for so many rows at most (queries of heads that share
-// their keys), and beyond one tile of them only if that makes more blocks. There are about so many
-// blocks then, but no finer parts of the keys.
+// Split-KV decode serves calls of at most kMaxDecodeRows rows (the queries of all heads that share
+// a key head). Rows that need more than one tile use it only if there are several splits. The keys
+// are split until there are about kDecodeBlocks thread blocks, but a split has at least
+// kMinSplitKeys keys.
 constexpr int64_t kMaxDecodeRows = 64, kDecodeTileRows = 16;
 constexpr int64_t kDecodeBlocks = 256, kMinSplitKeys = 256;
 
-// Into how many parts attention_decode_kernel cuts the keys; 0 if attention_forward_kernel serves
-// the call. seqlen_q, seqlen_k: the longest, as far as is known; only speed depends on them.
+// Returns the number of splits for attention_decode_kernel, or 0 if a kernel of the forward serves
+// the call. seqlen_q, seqlen_k: those of the longest sequence, as far as is known; only speed
+// depends on them.
 inline int64_t decode_splits(const KernelParams& p, int64_t seqlen_q, int64_t seqlen_k) {
-  // A hint that is no length is none. However wrong it is, the rows of a sequence can be counted.
+  // Hints out of range are ignored.
   if (seqlen_q <= 0 || seqlen_q > p.Sq) seqlen_q = p.Sq;
   if (seqlen_k <= 0 || seqlen_k > p.Sk) seqlen_k = p.Sk;
   const int64_t group = p.Hkv > 0 ? p.Hq / p.Hkv : 0, rows = group * seqlen_q;
   if (rows == 0 || rows > kMaxDecodeRows || p.dropout_threshold > 0) return 0;
+  // The hint may be too small: row numbers of a longer sequence must fit into 32 bits, too.
   if (group * p.Sq >= (int64_t)1 << 31) return 0;
   if (p.window_left >= 0 && p.window_right >= 0) {
     const int64_t seen = p.window_left + seqlen_q + p.window_right;
@@ -179,9 +184,9 @@ inline int64_t decode_splits(const KernelParams& p, int64_t seqlen_q, int64_t se
   return splits > 1 ? splits : rows <= kDecodeTileRows ? 1 : 0;
 }
 
-constexpr int kRowsOfCombine = 4;  // a block's, one a warp
+constexpr int kRowsOfCombine = 4;  // rows of a thread block, one a warp
 
-// The parts, and then what they found, together.
+// The kernel of the splits, and the kernel that combines their partials.
 struct DecodeLaunches {
   Launch splits, combine;
 };
@@ -191,7 +196,7 @@ inline DecodeLaunches decode_launches(const KernelParams& p) {
   DecodeLaunches launches;
   snprintf(launches.splits.kernel, sizeof launches.splits.kernel, "attention_decode_kernel<%s, %d>",
            type_name(p.dtype), head_dim);
-  const int64_t rest = p.cu_seqlens_q != nullptr ? 1 : 0;  // tokens of no sequence
+  const int64_t rest = p.cu_seqlens_q != nullptr ? 1 : 0;  // for tokens of no sequence
   launches.splits.blocks = (p.B + rest) * p.Hkv * p.splits;
   launches.splits.threads = tiles.threads();
   launches.splits.shared_bytes = tiles.shared_bytes();
@@ -202,8 +207,8 @@ inline DecodeLaunches decode_launches(const KernelParams& p) {
   return launches;
 }
 
-// Whether the kernels of sm_90 serve the call: one without options, of up to 128 columns, on
-// tensors that a copy engine can be told: it takes no size and no stride of 0.
+// Returns whether the kernels of sm_90 serve the call: one on the fast path, with head sizes up to
+// 128. The copy engine takes no size and no stride of 0.
 inline bool serves_hopper(const KernelParams& p, int compute_capability) {
   const auto fits = [&](const TensorView& x, int64_t B, int64_t H, int64_t S) {
     return (B <= 1 || x.stride_b > 0) && (H <= 1 || x.stride_h > 0) && (S <= 1 || x.stride_s > 0);
@@ -247,7 +252,7 @@ struct BackwardLaunches {
   int count = 0;
 };
 
-constexpr int kRowsOfDelta = 4;  // a block's, one a warp
+constexpr int kRowsOfDelta = 4;  // rows of a thread block, one a warp
 constexpr int kThreadsOfPages = 256;
 
 inline BackwardLaunches backward_launches(const KernelParams& p, int compute_capability) {
@@ -322,14 +327,15 @@ inline BackwardLaunches backward_launches(const KernelParams& p, int compute_cap
 // -- masked softmax -------------------------------------------------------------------------------
 
 struct SoftmaxKernelParams : SoftmaxParams {
-  const int64_t* philox = nullptr;  // as of KernelParams
+  const int64_t* philox = nullptr;  // as in KernelParams
   float* delta = nullptr;           // backward with a bias gradient: [rows], sum_k p_k dp_k
 };
 
-// A row is computed by `threads` threads, in pieces of 8 neighbouring columns a thread. kHeld: up
-// to kSoftmaxPieces of them each, which stay in registers; a longer row is computed twice.
+// A row is computed by `threads` threads, in pieces of 8 neighbouring columns a thread. kHeld: each
+// thread holds its pieces, up to kSoftmaxPieces, in registers; the logits of a longer row are
+// computed twice.
 constexpr int kSoftmaxPieces = 4, kSoftmaxBlock = 256, kBiasColumns = 128, kSinkThreads = 256;
-// A bias gradient that is a long sum is divided, so that there are about so many blocks.
+// A bias gradient that is a long sum is cut into chunks, so that there are about kBiasTasks tasks.
 constexpr int64_t kBiasTasks = 512;
 
 struct SoftmaxBackwardLaunches {

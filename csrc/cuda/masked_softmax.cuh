@@ -1,10 +1,10 @@
 // Softmax of rows, p_j = e^(s_j) / (e^sink + sum_k e^(s_k)) over the visible columns of
 // s = scale * x + bias, and its gradient ds = p * (dp - sum_k p_k dp_k), for rows of any length.
 //
-// kThreads threads share a row, a warp or a block; each takes pieces of 8 neighbouring columns, as
-// many as Philox draws bits for. Up to kSoftmaxPieces pieces a thread stay in registers (kHeld), so
-// that memory is read once; longer rows are read twice, the first time with a running maximum
-// (online softmax, Milakov & Gimelshein 2018).
+// kThreads threads, a warp or a block, share a row; each takes pieces of 8 neighbouring columns,
+// for which one Philox counter draws the bits. Up to kSoftmaxPieces pieces a thread stay in
+// registers (kHeld), so that memory is read once; longer rows are read twice, the first time with a
+// running maximum (online softmax, Milakov & Gimelshein 2018).
 #pragma once
 
 #include "philox.cuh"
@@ -13,7 +13,7 @@ namespace fused_attention::cuda {
 
 // -- rows -----------------------------------------------------------------------------------------
 
-// Where a row lies in every operand.
+// The offset of a row in every operand.
 struct SoftmaxRow {
   int64_t offset[SoftmaxParams::kOperands];
   FA_DEVICE SoftmaxRow(const SoftmaxKernelParams& p, int64_t row) : offset{} {
@@ -36,7 +36,7 @@ FA_DEVICE Dropout dropout_of(const SoftmaxKernelParams& p, const SoftmaxRow& row
           p.dropout_threshold};
 }
 
-// Columns [8 * piece, 8 * piece + 8) of a row of `columns`, 0 beyond its end.
+// Loads columns [8 * piece, 8 * piece + 8) of a row of `columns`, with 0 beyond its end.
 template <typename T>
 FA_DEVICE void load_eight(const T* row, int64_t piece, int64_t columns, float (&x)[8]) {
   const T* from = row + 8 * piece;
@@ -75,13 +75,13 @@ struct RowGroup {
   static FA_DEVICE int thread() { return threadIdx.x % kThreads; }
   static FA_DEVICE int64_t row() { return (int64_t)blockIdx.x * kRows + threadIdx.x / kThreads; }
 
-  // combine(x of each thread), in an order that does not depend on chance; `shared`: 32 floats.
+  // Combines x of all threads of a row in a fixed order; `shared`: 32 floats.
   template <typename Combine>
   static FA_DEVICE float reduce(float x, float* shared, const Combine& combine) {
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) x = combine(x, __shfl_xor_sync(~0u, x, lanes));
     if constexpr (kThreads > 32) {
-      __syncthreads();  // nobody reads the last ones any more
+      __syncthreads();  // no warp reads the previous values any more
       if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
       __syncthreads();
       x = shared[0];
@@ -100,7 +100,8 @@ struct RowGroup {
 
 // -- forward --------------------------------------------------------------------------------------
 
-// Bit i: is it i < count, and column i of a piece not zero? The columns are `stride` apart.
+// Bit i of the result: whether i < count and column i of a piece is not zero. The columns are
+// `stride` apart.
 FA_DEVICE uint32_t nonzero_of_eight(const uint8_t* row, int64_t piece, int64_t stride, int count) {
   const uint8_t* from = row + 8 * piece * stride;
   uint32_t nonzero = 0;
@@ -117,7 +118,7 @@ FA_DEVICE uint32_t nonzero_of_eight(const uint8_t* row, int64_t piece, int64_t s
   return nonzero;
 }
 
-// s <- s + bias, of the visible columns of one piece at least.
+// s <- s + bias, for at least the visible columns of one piece.
 template <typename T>
 FA_DEVICE void add_bias(const SoftmaxKernelParams& p, int64_t offset, int64_t piece,
                         uint32_t visible, float (&s)[8]) {
@@ -136,7 +137,8 @@ FA_DEVICE void add_bias(const SoftmaxKernelParams& p, int64_t offset, int64_t pi
   }
 }
 
-// s <- scale * x + bias, -inf where hidden, of one piece; bit i: is column i visible?
+// s <- scale * x + bias for one piece, -inf where hidden. Bit i of the result: whether column i is
+// visible.
 template <typename T>
 FA_DEVICE uint32_t softmax_logits(const SoftmaxKernelParams& p, const SoftmaxRow& row,
                                   int64_t piece, int64_t visible_columns, float (&s)[8]) {
@@ -158,7 +160,7 @@ FA_DEVICE uint32_t softmax_logits(const SoftmaxKernelParams& p, const SoftmaxRow
   return visible;
 }
 
-// e^(s - top). -inf - (-inf) is NaN: what sees nothing but -inf is measured from 0.
+// Returns e^(s - top). -inf - (-inf) is NaN: if top is -inf, 0 stands for it.
 FA_DEVICE float exp_from(float s, float top) {
   return exp2_approx((s - (top == -kInf ? 0.0f : top)) * kLog2e);
 }
@@ -168,12 +170,12 @@ FA_DEVICE void add_weights(uint32_t visible, float top, const float (&s)[8], flo
     if (visible >> i & 1) sum += exp_from(s[i], top);
   }
 }
-// max and sum of e^(s - max) of some columns.
+// The maximum of s, and the sum of e^(s - max), over some columns.
 struct SoftmaxState {
   float max, sum;
 };
 
-// The weights of one piece, before dropout, and out.
+// Stores the output of one piece, and its weights before dropout if they are kept.
 template <typename T>
 FA_DEVICE void store_weights(const SoftmaxKernelParams& p, const SoftmaxRow& row,
                              const Dropout& dropout, int64_t piece, uint32_t visible, float top,
@@ -199,7 +201,7 @@ __global__ void __launch_bounds__(kSoftmaxBlock)
   if (Group::row() >= p.groups * p.group_rows) return;
   const SoftmaxRow row(p, Group::row());
   const Dropout dropout = dropout_of(p, row);
-  int64_t seen = p.columns;  // by the diagonal
+  int64_t seen = p.columns;  // the columns that the diagonal leaves visible
   if (p.causal) seen = max((int64_t)0, min(seen, row.query(p) + p.diagonal_offset + 1));
   const int64_t pieces = (p.columns + 7) / 8, first = Group::thread();
 
@@ -241,7 +243,7 @@ __global__ void __launch_bounds__(kSoftmaxBlock)
   }
   const float sum = Group::total(own.sum, shared);
   const float of_sink = has_sink && sink != -kInf ? exp_from(sink, top) : 0.0f;
-  // A row that sees nothing is 0; NaN stays.
+  // A fully masked row is 0; NaN stays NaN.
   const float factor = sum == 0 ? 0.0f : 1 / (sum + of_sink);
   if (p.sink_weight != nullptr && first == 0) {
     const float all = sum + of_sink;
@@ -265,8 +267,8 @@ __global__ void __launch_bounds__(kSoftmaxBlock)
 
 // -- backward -------------------------------------------------------------------------------------
 
-// w <- p, dp <- the gradient that arrives for p, of one piece. What has no weight has no gradient,
-// whatever arrived for it.
+// w <- p, dp <- the gradient of p, for one piece. A weight of 0 has dp = 0, whatever grad_out
+// holds.
 template <typename T>
 FA_DEVICE void load_weights(const SoftmaxKernelParams& p, const SoftmaxRow& row,
                             const Dropout& dropout, int64_t piece, float (&w)[8], float (&dp)[8]) {
@@ -346,8 +348,8 @@ FA_DEVICE void store_bias_gradient(const SoftmaxKernelParams& p, int64_t at, flo
   if (p.bias_dtype == DType::kFloat64) ((double*)p.dbias)[at] = x;
 }
 
-// ds summed over a chunk of the rows of a group: a thread a column, or all threads for one where
-// the bias has one value for all columns.
+// Sums ds over a chunk of the rows of a group. Each thread sums one column; if the bias has one
+// value for all columns, all threads sum that value together.
 template <typename T>
 __global__ void __launch_bounds__(kBiasColumns)
     masked_softmax_dbias_kernel(const __grid_constant__ SoftmaxKernelParams p) {
@@ -384,7 +386,7 @@ __global__ void __launch_bounds__(kBiasColumns)
   }
 }
 
-// The chunks of each group, in order: a thread an element of dbias.
+// Sums the chunks of each group in order; each thread sums one element of dbias.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     masked_softmax_dbias_sum_kernel(const __grid_constant__ SoftmaxKernelParams p) {
@@ -396,7 +398,7 @@ __global__ void __launch_bounds__(kThreads)
   store_bias_gradient(p, at, sum);
 }
 
-// dsinks: the terms of a head's rows, a block a head.
+// dsinks[h] <- the sum of the sink terms of the rows of head h. Each thread block sums one head.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     masked_softmax_dsinks_kernel(const __grid_constant__ SoftmaxKernelParams p) {

@@ -1,5 +1,6 @@
-// Who sees whom, for a warp's accumulators of scores: s[i][n][2 h + e] is row 16 i + 8 h + g,
-// column 8 n + 2 t + e of its part of the tile, for lane 4 g + t. A row's bits are 2 n + e.
+// Masking of the score accumulators of a warp. In lane 4 g + t of a warp, s[i][n][2 h + e] is row
+// 16 i + 8 h + g and column 8 n + 2 t + e of the warp's part of the tile. Bit 2 n + e of a row's
+// bits is that column.
 #pragma once
 
 #include "mma.cuh"
@@ -10,19 +11,20 @@ namespace fused_attention::cuda {
 FA_DEVICE int lane_row() { return threadIdx.x % 32 / 4; }
 FA_DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
 
-// What one row sees, before masks: the keys of a query, or (kTransposed) the queries of a key.
+// Returns what one row sees, before masks: the keys of a query, or (kTransposed) the queries of a
+// key.
 template <bool kTransposed>
 FA_DEVICE Range seen_by(const KernelParams& p, const Sequence& seq, int row) {
   return kTransposed ? visible_queries(p, seq, row, row + 1) : visible_keys(p, seq, row, row + 1);
 }
-// Whether a row takes part at all, in a call without masks: a query that sees some key, or a key
-// that some query sees. Otherwise its gradient is 0, also where 0 * NaN was added to it.
+// Returns whether a row takes part at all, in a call without masks: a query that sees some key, or
+// a key that some query sees. Any other row has a gradient of 0, even if 0 * NaN was added to it.
 template <bool kTransposed>
 FA_DEVICE bool takes_part(const KernelParams& p, const Sequence& seq, int row) {
   const Range seen = seen_by<kTransposed>(p, seq, row);
   return seen.begin < seen.end;
 }
-// Of rows [row_start, row_end) everyone sees the columns [begin, end).
+// Returns the columns that every row of [row_start, row_end) sees.
 template <bool kTransposed>
 FA_DEVICE Range seen_by_all(const KernelParams& p, const Sequence& seq, int row_start,
                             int row_end) {
@@ -31,7 +33,7 @@ FA_DEVICE Range seen_by_all(const KernelParams& p, const Sequence& seq, int row_
   return intersect(first, last);
 }
 
-// Scores outside of the band around the diagonal, and beyond the last key, become -inf.
+// Sets scores outside the band around the diagonal, and beyond the last key, to -inf.
 template <bool kTransposed, int kRowTiles, int kColumns>
 FA_DEVICE void hide_outside_band(const KernelParams& p, const Sequence& seq, int row_start,
                                  int column_start, float (&s)[kRowTiles][kColumns / 8][4]) {
@@ -53,7 +55,7 @@ FA_DEVICE void hide_outside_band(const KernelParams& p, const Sequence& seq, int
   }
 }
 
-// The visible columns of one row among those of a tile that this lane holds.
+// Returns which of the columns of a tile that this lane holds are visible to one row.
 template <bool kTransposed, int kColumns>
 FA_DEVICE uint32_t visible_columns(const KernelParams& p, const Sequence& seq, int h, int row,
                                    int column_start) {
@@ -82,7 +84,7 @@ FA_DEVICE uint32_t visible_columns(const KernelParams& p, const Sequence& seq, i
   return visible;
 }
 
-// Columns that some row of the warp sees.
+// Returns the columns that some row of the warp sees.
 FA_DEVICE uint32_t any_row(uint32_t visible) {
   for (int lanes = 4; lanes < 32; lanes *= 2) visible |= __shfl_xor_sync(~0u, visible, lanes);
   return visible;

@@ -8,7 +8,7 @@ namespace fused_attention::cuda {
 
 template <int kRowTiles>
 struct RowState {
-  float max[kRowTiles][2], sum[kRowTiles][2];  // sum: of this lane's columns, until `finish`
+  float max[kRowTiles][2], sum[kRowTiles][2];  // sum: of this lane's columns alone
 };
 template <int kRowTiles>
 FA_DEVICE void start(RowState<kRowTiles>& rows) {
@@ -19,7 +19,7 @@ FA_DEVICE void start(RowState<kRowTiles>& rows) {
   }
 }
 
-// Four lanes share a row.
+// Four lanes share a row; these functions combine their values.
 FA_DEVICE float row_maximum(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -29,10 +29,10 @@ FA_DEVICE float row_total(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// s <- p = exp(s - max), with max and sum brought up to date, and acc shrunk by as much as they.
-// kScaleOnly: s is q.k, and exp(s * scale - max) is taken, max without the scale. Otherwise s are
-// logits, whose differences are taken before they are multiplied by log2 e: one of -FLT_MAX, which
-// hides keys in many models, would overflow.
+// s <- p = exp(s - max); updates max and sum, and rescales acc. kScaleOnly: s is q.k and max its
+// maximum, both still without the scale. Otherwise s are logits, whose difference to max is taken
+// before it is multiplied by log2 e: a logit of -FLT_MAX, which hides keys in many models, would
+// overflow.
 template <bool kScaleOnly, int kRowTiles, int kColumns, int kWidth>
 FA_DEVICE void online_softmax_update(float scale_log2, float (&s)[kRowTiles][kColumns / 8][4],
                                      RowState<kRowTiles>& rows,
@@ -50,7 +50,7 @@ FA_DEVICE void online_softmax_update(float scale_log2, float (&s)[kRowTiles][kCo
       }
       top = row_maximum(top);
       rows.max[i][h] = top;
-      // -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0.
+      // -inf - (-inf) is NaN: while a row has seen no key, 0 stands for its max, and all p are 0.
       const float from = top == -kInf ? 0.0f : kScaleOnly ? top * scale_log2 : top;
       // alpha <- exp(m_old - m_new)
       const float alpha =
@@ -77,9 +77,9 @@ FA_DEVICE void online_softmax_update(float scale_log2, float (&s)[kRowTiles][kCo
   }
 }
 
-// What a finished row is multiplied by, 0 if it saw nothing; and its log-sum-exp. row_max in
-// logits; row_sum is 0 only where every logit was hidden or -inf. The sink is one more logit
-// without a value: it only joins the denominator.
+// The normalizer of a finished row (`weight`), 0 if the row is fully masked, and its log-sum-exp.
+// row_max is a logit; row_sum is 0 only if every logit was hidden or -inf. The sink is one more
+// logit without a value: it only joins the denominator.
 struct FinishedRow {
   float weight, lse;
 };

@@ -1,6 +1,6 @@
 // The operators torch.ops.fused_attention_cuda.*, on the LibTorch stable ABI: checks, allocation,
-// and the launches that launch.h plans. Nothing of CUDA is included, so this compiles and loads
-// anywhere.
+// and the launches that launch.h plans. This file includes nothing of CUDA, so it compiles and
+// loads anywhere.
 
 #include <dlfcn.h>
 #include <string.h>
@@ -12,7 +12,7 @@
 
 namespace fused_attention {
 
-// Stands in for starting a kernel, where there is no GPU: tests let an interpreter run it, on CPU
+// Replaces the start of a kernel where there is no GPU: tests run kernels in an interpreter, on CPU
 // tensors. Returns an error's text, or null.
 using Substitute = const char* (*)(const char* kernel, int64_t blocks, int threads,
                                    int shared_bytes, const void* params);
@@ -22,7 +22,7 @@ namespace {
 Substitute substitute = nullptr;
 int substitute_capability = 80;
 
-// The device of the call in hand.
+// The device of the current call.
 thread_local int32_t device_type = 0, device_index = 0;
 
 }  // namespace
@@ -44,7 +44,8 @@ AOTITorchError empty_strided(Sizes sizes, const int64_t* strides, ScalarType dty
                                   device_type, device_index, handle);
 }
 
-// On the device. A kernel reads each of them once, checks it, and uses what it checked.
+// Returns the integers of a tensor, contiguous, on the device. Kernels clamp the lengths and page
+// numbers that they read.
 std::shared_ptr<const void> integers_of(const Tensor& tensor) {
   const auto dense =
       std::make_shared<Tensor>(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
@@ -69,8 +70,9 @@ namespace {
 using cuda::KernelParams;
 using cuda::Launch;
 
-// PyTorch's current stream, a cudaStream_t. It is asked for in libtorch_cuda, which is there where
-// a CUDA tensor is, and is not linked: this library loads without it.
+// Returns PyTorch's current stream, a cudaStream_t. The function is looked up in libtorch_cuda,
+// which is loaded wherever there is a CUDA tensor, and is not linked: this library loads without
+// it.
 void* current_stream() {
   using Get = AOTITorchError (*)(int32_t device_index, void** stream);
   static const Get get = [] {
@@ -102,7 +104,7 @@ void start(const Launch& launch, const void* params) {
   STD_TORCH_CHECK(error == nullptr, launch.kernel, ": ", error);
 }
 
-// Do all rows of a tensor start at a multiple of 16 bytes?
+// Returns whether all rows of a tensor start at a multiple of 16 bytes.
 bool is_aligned(const Input& x, DType dtype) {
   bool aligned = (uintptr_t)address_of(x.dense) % 16 == 0;
   for (int i = 0; i < 3; ++i) {
@@ -120,7 +122,8 @@ void check_sizes(const KernelParams& p) {
                   "query, key: expected fewer than 2^30 tokens");
 }
 
-// In the memory order of `like`; packed tokens and pages are contiguous.
+// Returns an empty tensor of last size `last` in the memory format of `like`; packed tokens and
+// pages are contiguous.
 Tensor empty_like_input(Buffer buffer, const Tensor& tensor, const Input& like, Layout layout,
                         int64_t last) {
   if (layout == Layout::kDense) {
@@ -132,7 +135,7 @@ Tensor empty_like_input(Buffer buffer, const Tensor& tensor, const Input& like, 
   return empty(buffer, {sizes, (size_t)tensor.dim()}, tensor.scalar_type());
 }
 
-// [B, Hq, Sq], packed [Hq, Tq].
+// Returns empty floats [B, Hq, Sq], packed [Hq, Tq].
 Tensor empty_rows(const KernelParams& p, int64_t Tq) {
   const Buffer buffer = {"a number for each query [B, Hq, Sq]", "split the batch"};
   return p.cu_seqlens_q != nullptr ? empty(buffer, {p.Hq, Tq}, ScalarType::Float)
@@ -148,7 +151,8 @@ void describe(KernelParams& p, const Input& query, const Input& key, const Input
   describe_options(p, options, held);
   p.philox = (const int64_t*)held.philox.get();
   check_sizes(p);
-  STD_TORCH_CHECK(p.sample_heads == 0, "philox, sinks: rows for several samples, for CPU tensors");
+  STD_TORCH_CHECK(p.sample_heads == 0,
+                  "philox, sinks: only CPU tensors may have rows for several samples");
 }
 
 int device_capability() {
@@ -226,12 +230,12 @@ Gradients backward(const BackwardArguments& call) {
       empty_like_input({"the gradient of key", hint, Owner::kResult}, key, k, kv_layout, p.D);
   Tensor dv =
       empty_like_input({"the gradient of value", hint, Owner::kResult}, value, v, kv_layout, p.Dv);
-  if (options.cu_seqlens_k || options.seqused_k) {  // keys that are not in use
+  if (options.cu_seqlens_k || options.seqused_k) {  // for keys that are not in use
     torch::stable::zero_(dk);
     torch::stable::zero_(dv);
   }
   p.dq = view_of(dq, layout), p.dk = view_of(dk, kv_layout), p.dv = view_of(dv, kv_layout);
-  Tensor whole_dk, whole_dv;  // of pages: of each sequence
+  Tensor whole_dk, whole_dv;  // for pages: the gradients of each sequence
   if (options.block_table) {
     p.page_dk = p.dk, p.page_dv = p.dv;
     const Buffer buffer = {"the gradients of the sequences' keys and values [B, Hkv, Sk, D]",
@@ -242,10 +246,11 @@ Gradients backward(const BackwardArguments& call) {
   }
   Tensor dbias = no_result(dtype), dsinks = no_result(ScalarType::Float);
   if (call.bias_grad) {
-    dbias = empty({"the gradient of the bias",
-                   "a bias of size 1 where it is broadcast has a smaller one than an expanded bias",
-                   Owner::kResult},
-                  options.bias->sizes(), options.bias->scalar_type());
+    dbias =
+        empty({"the gradient of the bias",
+               "a bias of size 1 where it is broadcast has a smaller gradient than an expanded one",
+               Owner::kResult},
+              options.bias->sizes(), options.bias->scalar_type());
     p.dbias = score_view(dbias, "dbias", p);
     p.dbias.dtype = p.bias.dtype;
     if (p.B * p.Hq * p.Sq * p.Sk == 0) {
@@ -271,7 +276,8 @@ Gradients backward(const BackwardArguments& call) {
 namespace {
 void check_softmax(const SoftmaxParams& p) {
   STD_TORCH_CHECK(p.dtype != DType::kFloat64, "input: expected float32, bfloat16 or float16");
-  STD_TORCH_CHECK(p.sample_heads == 0, "philox, sinks: rows for several samples, for CPU tensors");
+  STD_TORCH_CHECK(p.sample_heads == 0,
+                  "philox, sinks: only CPU tensors may have rows for several samples");
   STD_TORCH_CHECK(p.columns < (int64_t)1 << 34, "input: expected rows of fewer than 2^34 columns");
 }
 cuda::SoftmaxKernelParams call_of(const SoftmaxParams& p, const Held& held) {
@@ -320,7 +326,7 @@ const Kernel* find_kernel(const char* name) {
 }  // namespace cuda
 }  // namespace fused_attention
 
-// compute_capability: of the GPU that is played.
+// compute_capability: that of the GPU that the substitute stands for.
 extern "C" __attribute__((visibility("default"))) void fused_attention_cuda_substitute(
     fused_attention::Substitute run, int compute_capability) {
   fused_attention::substitute = run;
@@ -355,7 +361,7 @@ STABLE_TORCH_LIBRARY(fused_attention_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda, CUDA, m) {
   fused_attention::implement(m, fused_attention::kOperators);
 }
-// For the substitute.
+// The operators for CPU tensors serve only the substitute.
 STABLE_TORCH_LIBRARY_IMPL(fused_attention_cuda, CPU, m) {
   fused_attention::implement(m, fused_attention::kOperators);
 }

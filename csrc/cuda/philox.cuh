@@ -1,9 +1,9 @@
 // Dropout by Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a
 // pure function of (seed, offset, head, row, column).
 //
-// counter = (column // 8, row, batch * Hq + head, offset), key = seed, where columns, rows and
-// heads are numbered from where a call starts. The 128 bits of one call are the 16-bit values of
-// eight neighbouring columns, low bits first.
+// counter = (column // 8, row, batch * Hq + head, offset), key = seed, where groups of eight
+// columns, rows and heads are counted from dropout_group, dropout_row and dropout_head of the call.
+// The 128 bits of one counter are the 16-bit values of eight neighbouring columns, low bits first.
 #pragma once
 
 #include "masking.cuh"
@@ -25,7 +25,7 @@ FA_DEVICE void philox4x32(uint32_t (&x)[4], uint64_t seed) {
   }
 }
 
-// The seed and offset of a call, and where its dropout mask begins.
+// The seed and offset of a call, and the place where its dropout mask begins.
 struct Dropout {
   uint64_t seed;
   uint32_t offset, matrix, threshold, row, group;
@@ -37,7 +37,7 @@ FA_DEVICE Dropout dropout_of(const KernelParams& p, int b, int h) {
       p.dropout_threshold,   p.dropout_row,         p.dropout_group};
 }
 
-// Bit j: is the weight of column 8 * group + j kept?
+// Bit j of the result: whether the weight of column 8 * group + j is kept.
 FA_DEVICE uint32_t kept_byte(const Dropout& dropout, int query, int group) {
   uint32_t x[4] = {(uint32_t)group, (uint32_t)query, dropout.matrix, dropout.offset};
   philox4x32(x, dropout.seed);
@@ -50,14 +50,16 @@ FA_DEVICE uint32_t kept_byte(const Dropout& dropout, int query, int group) {
   return kept;
 }
 
-// Which weights of this lane's two rows of accumulators are kept, bit 2 n + e. Lanes that need the
-// same draws share them out, and hand each other the bytes. `row` is that of the accumulators'
-// first element, column the tile's first one; they are a query and a key, or the other way round.
+// Finds which weights of this lane's two rows of accumulators are kept: bit 2 n + e of keep[0] and
+// keep[1]. Lanes that need the same draws share the work and exchange the bytes. `row` is the row
+// of the accumulators' first element and `column` the first column of the tile: a query and a key,
+// or (kTransposed) a key and a query.
 template <int kColumns, bool kTransposed>
 FA_DEVICE void dropout_keep_bits(const Dropout& dropout, int row, int column, uint32_t (&keep)[2]) {
   const int g = lane_row(), t = threadIdx.x % 4;
-  // Rows are queries: four lanes share a row's kColumns / 8 bytes, two rows of them. Rows are keys:
-  // eight lanes share kColumns / 4 columns, of which each has a byte for either row.
+  // If rows are queries, four lanes share two rows of kColumns / 8 bytes each. If rows are keys,
+  // eight lanes share kColumns / 4 columns, each with one byte for the upper and one for the lower
+  // eight rows.
   constexpr int kSharing = kTransposed ? 8 : 4;
   constexpr int kBytes = kTransposed ? kColumns / 4 * 2 : kColumns / 8 * 2;
   constexpr int kOwn = (kBytes + kSharing - 1) / kSharing;

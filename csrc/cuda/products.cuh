@@ -1,4 +1,4 @@
-// Matrix products of a warp's 16 * kRowTiles rows, for operands of one or of three terms an
+// Matrix products of 16 * kRowTiles rows of a warp, for operands with one or three terms an
 // element.
 #pragma once
 
@@ -6,21 +6,23 @@
 
 namespace fused_attention::cuda {
 
-// Of float32 those that its precision asks for, see `Terms`: "highest" 6, "high" 3, "medium" 1.
+// Returns the number of products of terms to compute (see `Terms`): 1 for 16-bit elements; for
+// float32 6 with precision "highest", 3 with "high", 1 with "medium".
 template <typename T>
 FA_DEVICE int products_of(const KernelParams& p) {
   return Terms<T>::kCount == 1 || p.precision == 2 ? 1 : p.precision == 1 ? 3 : 6;
 }
 
-// Of two neighbouring 16-bit elements those whose bit, 0 and 1, is set.
+// Returns a mask for two neighbouring 16-bit elements: bit 0 of `bits` selects the low one, bit 1
+// the high one.
 FA_DEVICE uint32_t select_halves(uint32_t bits) {
   return (bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u);
 }
 
-// c <- a b, or c + a b, b the columns `half` of 16. Matrix units cut off what a sum has too many
-// bits of (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"). So the products of a
-// float's terms are summed apart, the smallest first, and their sum joins the others rounded to
-// nearest.
+// c <- a b if `first`, else c + a b, for the columns `half` of the 16 columns of b. Matrix units
+// truncate a sum that has too many bits (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor
+// cores"). So the products of a float's terms are summed apart, the smallest first, and their sum
+// is added to c with rounding to nearest.
 template <typename T>
 FA_DEVICE void multiply_terms(int products, bool first, float (&c)[4],
                               const uint32_t (&a)[Terms<T>::kCount][4],
@@ -45,8 +47,8 @@ FA_DEVICE void multiply_terms(int products, bool first, float (&c)[4],
   }
 }
 
-// s <- a b^T, over kWidth columns of either. load_a(i, step, operand) fetches 16 rows and columns
-// of a; b_read is where this lane reads kColumns rows of b, `Tile::by_rows`.
+// s <- a b^T, over kWidth columns of both. load_a(i, step, operand) fetches 16 rows and columns of
+// a; b_read is the address from which this lane reads kColumns rows of b, `Tile::by_rows`.
 template <typename T, typename TileB, int kRowTiles, int kColumns, int kWidth, typename LoadA>
 FA_DEVICE void multiply_rows(int products, const LoadA& load_a, uint32_t b_read,
                              float (&s)[kRowTiles][kColumns / 8][4]) {
@@ -72,9 +74,9 @@ FA_DEVICE void multiply_rows(int products, const LoadA& load_a, uint32_t b_read,
   }
 }
 
-// acc <- acc + w b, w accumulators of kColumns columns; b_read is where this lane reads b's
-// kColumns rows, `Tile::by_columns`. kSelect: rows of b whose bit in `seen` (see masking.cuh) is
-// not set are taken as 0, since 0 * NaN would not be.
+// acc <- acc + w b, where w are accumulators of kColumns columns and b_read is the address from
+// which this lane reads the kColumns rows of b, `Tile::by_columns`. kSelect: rows of b whose bit in
+// `seen` (see masking.cuh) is not set are taken as 0, since 0 * NaN is NaN.
 template <typename T, typename TileB, bool kSelect, int kRowTiles, int kColumns, int kWidth>
 FA_DEVICE void multiply_probabilities(int products, const float (&w)[kRowTiles][kColumns / 8][4],
                                       uint32_t b_read, uint32_t seen,

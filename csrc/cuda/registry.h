@@ -1,10 +1,10 @@
-// The compiled kernels, by name. Each unit of a kernel enters what it compiled; the operators look
-// up what a call needs, and know nothing of CUDA themselves.
+// The compiled kernels by name. Each compiled unit registers its kernels; the operators look up the
+// kernel of a call and include nothing of CUDA themselves.
 #pragma once
 
 #include "launch.h"
 
-// A template-id as text, macros in it expanded: its commas separate arguments here.
+// Turns a template-id into text after expanding its macros. Its commas separate macro arguments.
 #define FA_TEXT(...) #__VA_ARGS__
 #define FA_EXPANDED_TEXT(...) FA_TEXT(__VA_ARGS__)
 
@@ -20,10 +20,10 @@ struct Kernel {
   Kernel* next;
 };
 
-// Of the current device, such as 90. Null where no kernel asks.
+// Returns the compute capability of the current device, such as 90. Null if no kernel needs it.
 extern int (*compute_capability)();
 
-// Null if it was not compiled.
+// Returns null if the kernel was not compiled.
 const Kernel* find_kernel(const char* name);
 
 }  // namespace fused_attention::cuda

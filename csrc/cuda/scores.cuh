@@ -1,4 +1,4 @@
-// From q.k to the logits that the softmax sees: scale, softcap, bias and ALiBi.
+// Computes logits from q.k: scale, softcap, bias and ALiBi.
 #pragma once
 
 #include "masking.cuh"
@@ -22,7 +22,7 @@ FA_DEVICE float tanh_of(float x) {
 }
 
 // s <- logits where `visible`, -inf elsewhere, for one row of this lane: a query against keys, or
-// (kTransposed) a key against queries. slope, if wanted: d logit / d (scale q.k).
+// (kTransposed) a key against queries. kSlope: slope <- the cap slope, d logit / d (scale q.k).
 template <bool kTransposed, int kColumns, bool kSlope>
 FA_DEVICE void finish_scores(const KernelParams& p, const Sequence& seq, int h, int row, int half,
                              int column_start, uint32_t visible, float (&s)[kColumns / 8][4],

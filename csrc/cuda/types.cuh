@@ -1,4 +1,4 @@
-// Element types, their conversions, and how a matrix product sees them.
+// Element types, their conversions, and their terms in a matrix product.
 #pragma once
 
 #include <type_traits>
@@ -34,7 +34,7 @@ FA_DEVICE float to_float(Half x) {
 }
 FA_DEVICE float to_float(BFloat16 x) { return __uint_as_float((uint32_t)x.bits << 16); }
 
-// Two neighbouring elements in a register, `low` at the lower address.
+// Packs two neighbouring elements into a register, `low` at the lower address.
 template <typename T>
 FA_DEVICE uint32_t pack(float low, float high);
 template <>
@@ -60,7 +60,7 @@ FA_DEVICE float from_float<float>(float x) {
 }
 
 // The matrix units multiply 16-bit elements. A float enters them as a sum of three bfloat16, which
-// hold its 24 bits; of the nine products of two such sums six are computed, those that are not
+// hold its 24 bits; of the nine products of two such sums, the six are computed that are not
 // smaller than 2^-24 of the largest (Henry, Tang and Heinecke 2019, "Leveraging the bfloat16
 // artificial intelligence datatype for higher-precision computations").
 template <typename T>
@@ -73,14 +73,15 @@ struct Terms<float> {
   using Element = BFloat16;
   static constexpr int kCount = 3, kProducts = 6;
 };
-// Product i is that of term kLeft[i] and term kRight[i], the largest first.
+// Product i multiplies term kLeft[i] and term kRight[i]; the largest product comes first.
 __device__ constexpr int kLeft[] = {0, 0, 1, 0, 1, 2}, kRight[] = {0, 1, 0, 2, 1, 0};
 
-// x = sum of terms, each truncated to the upper half of a float: exact, and FLT_MAX stays finite.
-// Infinity and NaN are in the first term alone; an infinite factor beside a zero term makes NaN.
+// Splits x into a sum of terms, each truncated to the upper half of a float: the sum is exact, and
+// FLT_MAX stays finite. Infinity and NaN are in the first term alone; the product of an infinity
+// and a zero term of the other factor is NaN.
 FA_DEVICE void split(float x, float (&terms)[3]) {
   if (!(fabsf(x) < kInf)) {
-    terms[0] = x + x;  // a NaN whose upper half is one too
+    terms[0] = x + x;  // the upper half of a quiet NaN is a NaN too
     terms[1] = terms[2] = 0;
     return;
   }
@@ -91,7 +92,7 @@ FA_DEVICE void split(float x, float (&terms)[3]) {
   }
 }
 
-// Terms of two neighbouring values, as operands of a product.
+// Packs the terms of two neighbouring values as operands of a product.
 template <typename T>
 FA_DEVICE void pack_terms(float low, float high, uint32_t (&packed)[Terms<T>::kCount]) {
   packed[0] = pack<T>(low, high);
@@ -106,7 +107,7 @@ FA_DEVICE void pack_terms<float>(float low, float high, uint32_t (&packed)[3]) {
   }
 }
 
-// Any element of a bias, as float.
+// Loads element `index` of a bias of any dtype as a float.
 FA_DEVICE float load_as_float(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
     case DType::kFloat32:
@@ -131,7 +132,8 @@ __host__ __device__ constexpr Number ceil_div(Number a, Number b) {
   return (a + b - 1) / b;
 }
 
-// The sum of x over a block of kThreads threads, always in the same order. Only thread 0 gets it.
+// Returns the sum of x over a block of kThreads threads, always in the same order. Only thread 0
+// gets the sum.
 template <int kThreads>
 FA_DEVICE float block_total(float x) {
   __shared__ float shared[kThreads];
