@@ -4,8 +4,8 @@ import collections
 import os
 import sys
 
-# Before anything imports Triton, which decides then whether its own functions are interpreted. On a
-# GPU they are not: TRITON_INTERPRET=0 pytest tests/gpu, as `make gpu` does.
+# This comes first, since Triton decides when it is imported whether functions are interpreted. On a
+# GPU they are compiled: TRITON_INTERPRET=0 pytest tests/gpu, as `make gpu` does.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
@@ -22,8 +22,8 @@ pytest.register_assert_rewrite(
     *(path.stem for path in HELPERS.glob("*.py") if path.stem not in sys.modules)
 )
 
-# How many examples a property is tried with: the same ones in every quick run, others in every full
-# one. None fails because of time.
+# The number of examples for each property. All quick runs try the same examples, and each full run
+# draws others. No test fails because it takes long.
 _ANY_TIME = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("quick", max_examples=60, derandomize=True, **_ANY_TIME)
 settings.register_profile("full", max_examples=1500, **_ANY_TIME)
@@ -64,13 +64,13 @@ def fixed_seed():
 
 @pytest.fixture
 def one_thread():
-    """For many tiny calls: threads that other test processes keep from running would wait."""
+    """Uses one thread for many tiny calls: other test processes would delay a second thread."""
     with testing.num_threads(1):
         yield
 
 
 @pytest.fixture(params=_native.isas())
 def isa(request):
-    """Each instruction set of this machine in turn."""
+    """Runs the test on each instruction set of this machine."""
     with testing.cpu_isa(request.param):
         yield request.param

@@ -1,4 +1,4 @@
-"""How the tests are ordered: no test imports a test; what several need is in tests/helpers."""
+"""Tests import no other tests: the code that several of them share is in tests/helpers."""
 
 import ast
 
@@ -9,7 +9,7 @@ TESTS = {path.stem for path in FILES if path.name.startswith(("test_", "conftest
 
 
 def imported(path):
-    """The words of all names that a file imports, wherever in it."""
+    """Yields the components of all names that a file imports, at any level."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             yield from (node.module or "").split(".")

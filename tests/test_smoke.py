@@ -1,8 +1,9 @@
-"""The kernels of the CPU in half a minute (`make smoke`): one-line faults of most kinds show here.
+"""Tests the CPU kernels in half a minute (`make smoke`), and finds most kinds of one-line faults.
 
-Every result is compared with the definition in float64, forward and backward, on the instruction
-set in force only. The name of a test says where the fault is that it catches. The allowed error is
-larger than in the other tests, so that none fails by chance: a fault in a kernel is larger still.
+Every result is compared with the definition in float64, forward and backward, on the active
+instruction set only. The name of a test says where the fault is that it catches. The allowed error
+is larger than in the other tests, so that no test fails by chance: the error of a fault in a kernel
+is larger still.
 """
 
 import pytest
@@ -21,7 +22,7 @@ from fused_attention.tools.testing import Case
 from softmax_checks import check as softmax_mismatches
 from softmax_checks import randn
 
-FACTOR = 4.0  # of the naive error
+FACTOR = 4.0  # the allowed error, as a multiple of the naive error
 DTYPES = testing.DTYPES
 
 
@@ -39,11 +40,11 @@ def check_inputs(inputs: testing.Inputs, factor: float = FACTOR) -> None:
 
 @pytest.mark.parametrize("case", testing.pairs_of_features(), ids=case_id)
 def test_pairs_of_features(case):
-    """Dtypes, masks, biases, ALiBi, softcap, sinks, dropout, GQA, strides, widths, in pairs."""
+    """Combines dtypes, masks, biases, ALiBi, softcap, sinks, dropout, GQA, strides, widths."""
     assert not testing.check(case, FACTOR, backend="cpu")
 
 
-# Around the edges of tiles (12, 24 or 48 queries by 96 keys), of vectors and of words (64 keys).
+# Lengths near the edges of tiles (12, 24 or 48 queries by 96 keys), vectors and words (64 keys).
 QUERIES = (1, 3, 13, 17, 24, 25, 48, 49)
 KEYS = (1, 64, 95, 96, 97, 193)
 VISIBLE = {
@@ -69,8 +70,8 @@ def test_edges_of_masks_and_tiles(name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rising", [True, False])
 def test_rescaling_when_the_maximum_grows(rising, dtype, Sq):
-    """From tile to tile and from split to split, by more than a lazy rescaling lets pass: a factor
-    that is missing is an error as large as the result."""
+    """The row maximum grows between tiles and between splits by more than the rescale threshold: a
+    missing factor alpha makes an error as large as the result."""
     inputs = testing.make_inputs(Case(dtype=dtype, B=1, Hq=2, Hkv=2, Sq=Sq, Sk=2100, D=64, Dv=64))
     growth = torch.linspace(0.1, 6, 2100).view(-1, 1).to(dtype)
     inputs.tensors["key"] *= growth if rising else growth.flip(0)
@@ -80,7 +81,7 @@ def test_rescaling_when_the_maximum_grows(rising, dtype, Sq):
 @pytest.mark.parametrize("bias", [None, "BHQK", "11QK", "1H1K", "B1Q1"])
 @pytest.mark.parametrize("heads", [2, 8])
 def test_both_ways_of_the_backward(heads, bias):
-    """One pass over queries and keys, or two, with parts of heads that few share."""
+    """Runs the backward in one pass and in two; few key heads are cut into query splits."""
     for Sq, dtype in ((40, torch.float32), (250, torch.bfloat16)):
         check(
             B=1, Hq=2 * heads, Hkv=heads, Sq=Sq, Sk=230, bias=bias, dtype=dtype, causal="top_left"
@@ -184,7 +185,7 @@ def test_weights_that_are_returned(number):
 def test_masked_softmax(dtype):
     for columns in (1, 7, 16, 63, 64, 65, 500, 4097, 33000):
         x = randn(1, 2, 3, columns, dtype=dtype)
-        x[..., columns // 2 :] += 5  # the maximum grows on the way
+        x[..., columns // 2 :] += 5  # the maximum grows along the row
         mask = torch.rand(1, 1, 3, columns) > 0.3
         assert not softmax_mismatches(x, mask, scale=0.7), columns
         bias, sinks = randn(2, 1, columns, dtype=dtype), randn(2, dtype=torch.float64)
@@ -205,7 +206,7 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True, check_fwd_over_rev=True)
 
 
-# -- The way to the kernels --------------------------------------------------------------
+# -- From the public functions to the kernels --------------------------------------------
 
 
 @pytest.mark.parametrize(

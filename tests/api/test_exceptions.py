@@ -119,7 +119,7 @@ DOORS = {
 def test_an_exception_passes_through_once(way, door, kind, at, dropout_p, is_known):
     inputs = qkv()
     options = {"dropout_p": dropout_p} if dropout_p else {}
-    if is_known:  # a plan of its kind is there
+    if is_known:  # there is a plan for this kind of call
         DOORS[door](*inputs, **options)
     hook = Hook(kind("stop"), at)
     torch.manual_seed(5)
@@ -204,7 +204,7 @@ def test_a_refused_call_draws_nothing(what, is_known, requires_grad):
 
 def test_validation_says_it_better_than_an_operator():
     query, key, value = qkv()
-    for _ in range(2):  # the second has a plan
+    for _ in range(2):  # the second round has plans
         attention(query, key, value)
         with pytest.raises(ArgumentValueError, match="key: expected dtype torch.float32"):
             attention(query, key.double(), value)

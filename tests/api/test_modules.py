@@ -1,4 +1,4 @@
-"""MultiheadAttention against torch.nn's with the same weights, and where it is meant to differ."""
+"""Compares MultiheadAttention with torch.nn's, and tests where it differs on purpose."""
 
 import copy
 import inspect
@@ -22,14 +22,14 @@ from selection import quick
 
 causal_mask = nn.Transformer.generate_square_subsequent_mask
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Support for mismatched",  # the original's, which ours can take
+    "ignore:Support for mismatched",  # a warning of the original; ours accepts such masks
     "ignore:The PyTorch API of nested tensors",
     "ignore:enable_nested_tensor is True",
 )
 
 
 def run(module, inputs, masks, **options):
-    """Output, weights and all gradients, of leaves made here."""
+    """Returns output, weights and all gradients, computed from new leaves."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     masks = {
         name: x.detach().clone().requires_grad_() if x.is_floating_point() else x
@@ -81,7 +81,7 @@ CONSTRUCTIONS = {
 
 
 def with_one_tensor(module, self_attention):
-    """`module` with key as value, and as query too: the very same object, as a caller gives it."""
+    """Returns `module` with one object as key and value, and as query too if `self_attention`."""
 
     def call(query, key, value, **rest):
         return module(key if self_attention else query, key, key, **rest)
@@ -147,7 +147,7 @@ def test_forward_and_gradients(construction, inputs_are):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_precision(dtype, need_weights):
-    """No worse than the original, by the distance from float64."""
+    """The error against float64 is at most about twice that of the original."""
     assert not testing.luck_aside(lambda draw: imprecise(dtype, need_weights, draw))
 
 
@@ -445,7 +445,7 @@ def random_nested(lengths, features, layout):
 
 
 def many_calls(construction):
-    """(query, key, value) of every kind that a module so constructed takes."""
+    """Yields (query, key, value) of every kind that a module of this construction takes."""
     options = CONSTRUCTIONS[construction]
     batch_first = options.get("batch_first", False)
     kdim, vdim = options.get("kdim", E), options.get("vdim", E)
@@ -515,7 +515,7 @@ def test_hooks_of_out_proj_may_change_what_passes():
 
 
 class Masked(nn.Module):
-    """What pruning computes, as a parametrization."""
+    """Computes what pruning computes, as a parametrization."""
 
     def __init__(self, mask):
         super().__init__()
@@ -536,7 +536,7 @@ def owner(module, name):
 @pytest.mark.parametrize("when", ["pruned", "pruned, then replaced"])
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
 def test_pruned_modules_train_as_the_original(construction, when, one_thread):
-    """The original never runs the hook that prunes out_proj: it gets a parametrization."""
+    """The original never runs the hook that prunes out_proj, so it gets a parametrization."""
     theirs, ours = pair(**CONSTRUCTIONS[construction])
     if when == "pruned, then replaced":
         ours = copy.deepcopy(theirs)
@@ -581,7 +581,7 @@ def test_parametrizations(kind, construction, one_thread):
         for name in names:
             PARAMETRIZATIONS[kind](*owner(module, name))
     ours.load_state_dict(theirs.state_dict())
-    # In training spectral_norm moves at every read, and the original reads more than once.
+    # In training each read advances spectral_norm, and the original reads more than once.
     for training in (False,) if kind == "spectral_norm" else (False, True):
         for module in (theirs, ours):
             module.train(training)
@@ -726,7 +726,7 @@ def test_a_wrapper_with_a_hook_compiles():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often our forward ran."""
+    """Lists the modules whose forward ran, once for each call."""
     count = []
     forward = MultiheadAttention.forward
 
@@ -778,7 +778,7 @@ def half_replaced(original):
     """Only the second layer is ours, and the encoder is passed afterwards."""
 
     class Other(nn.MultiheadAttention):
-        """A subclass: it stays."""
+        """A subclass, which is not replaced."""
 
     model = copy.deepcopy(original)
     model.layers[0].self_attn.__class__ = Other
@@ -809,7 +809,7 @@ ENCODERS = {
 
 
 def padding_masks():
-    """Two samples without padding beside one with, and never one of padding only."""
+    """Returns padding masks by name; none of them hides all keys of a sample."""
     lengths = torch.tensor([[S], [2], [5]])
     ends = torch.arange(S) >= lengths
     scattered = torch.rand(N, S) < 0.5
@@ -861,7 +861,7 @@ def test_the_encoder_of_a_whole_transformer_reads_padding_masks_as_in_training(o
 
 
 def test_what_a_replacement_changes_in_parents():
-    """Only what leads around the module: and nothing where no module was replaced."""
+    """It changes only what bypasses the module, and nothing where no module was replaced."""
 
     class Other(nn.MultiheadAttention):
         pass
@@ -1017,7 +1017,7 @@ def test_meta_device_and_dtype():
     assert {(p.device.type, p.dtype) for p in ours.parameters()} == {("meta", torch.bfloat16)}
 
 
-# -- What reaches the kernel -------------------------------------------------------------
+# -- Arguments that reach the kernel -----------------------------------------------------
 
 
 def test_explain_says_what_serves_the_call():
@@ -1030,7 +1030,7 @@ def test_explain_says_what_serves_the_call():
     assert with_weights.details.extra_bytes >= without.details.extra_bytes > 0
     longer = sequence(640, dtype=torch.float32)
     extra = ours.explain(longer, longer, longer).details.extra_bytes
-    assert extra - with_weights.details.extra_bytes < 576 * 576  # nothing grows with the square
+    assert extra - with_weights.details.extra_bytes < 576 * 576  # no memory grows with the square
     with pytest.raises(AssertionError, match="query"):
         ours.explain(x[None], x, x)
 

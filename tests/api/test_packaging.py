@@ -1,4 +1,4 @@
-"""Builds the sdist, from it the wheel, installs that into a clean environment, and looks inside.
+"""Builds the sdist and from it the wheel, installs that in a clean environment, and inspects both.
 
 Nothing here needs the network: every build uses the setuptools and the torch that run the tests.
 """
@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def run(*command, cwd, variables=None, **kwargs) -> str:
-    """The command's output; a failure shows it."""
+    """Returns the command's output, which the assertion shows if the command fails."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "FUSED_ATTENTION"))}
     env |= variables or {}
     done = subprocess.run(
@@ -56,7 +56,7 @@ def pip(*arguments, cwd, python=sys.executable, **options) -> str:
 
 
 def clean_environment(directory: Path, *, with_torch: bool) -> tuple[Path, Path]:
-    """(python, site-packages) of a new environment that sees at most torch's directory besides."""
+    """Returns (python, site-packages) of a new environment, which sees torch if `with_torch`."""
     venv.create(directory, with_pip=False)
     python = directory / "bin" / "python"
     purelib = Path(
@@ -65,8 +65,8 @@ def clean_environment(directory: Path, *, with_torch: bool) -> tuple[Path, Path]
         ).strip()
     )
     if with_torch:
-        # Directories named by a .pth file come after site-packages, and .pth files in them (of an
-        # editable install, say) are not read: a fused_attention there is not in the way.
+        # A directory that a .pth file names comes after site-packages, and .pth files inside it (of
+        # an editable install, say) are not read, so a fused_attention there does no harm.
         (purelib / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))
     return python, purelib
 
@@ -96,8 +96,8 @@ def source_tree(sdist, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source_tree, tmp_path_factory, pytestconfig) -> Path:
-    """The wheel built in the unpacked sdist, whose objects stay in `source_tree / "build"`. Without
-    --full, of one instruction set: each takes a minute to compile."""
+    """Builds the wheel in the unpacked sdist; the objects stay in `source_tree / "build"`. Without
+    --full the wheel has one instruction set, since each takes a minute to compile."""
     out = tmp_path_factory.mktemp("wheel")
     options = ["--no-build-isolation", "--no-deps", "--no-index"]
     isas = {} if pytestconfig.getoption("--full") else {"FUSED_ATTENTION_ISAS": "baseline"}
@@ -163,14 +163,14 @@ def objects(source_tree: Path) -> dict[str, Path]:
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_isa_objects_define_no_weak_symbols(wheel, source_tree, pytestconfig):
-    """A shared inline function compiled for AVX-512 could become the only copy, for everyone."""
+    """The linker could keep only the AVX-512 copy of an inline function, for every CPU."""
     compiled = objects(source_tree)
     sources = {path.stem for path in (source_tree / "csrc" / "cpu").glob("isa_*.cpp")}
     assert "isa_baseline" in compiled and set(compiled) <= sources
-    if not pytestconfig.getoption("--full"):  # those that `make build` has compiled, in place
+    if not pytestconfig.getoption("--full"):  # also check what `make build` compiled
         compiled = objects(ROOT) | compiled
     elif sysconfig.get_platform() == "linux-x86_64":
-        assert set(compiled) == sources - {"isa_amx_emulated"}  # which is for tests
+        assert set(compiled) == sources - {"isa_amx_emulated"}  # this one is for tests
     for path in compiled.values():
         lines = run("nm", "--demangle", "--defined-only", path, cwd=source_tree).splitlines()
         assert lines, f"{path.name} defines nothing"
@@ -180,9 +180,9 @@ def test_isa_objects_define_no_weak_symbols(wheel, source_tree, pytestconfig):
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_torch_symbols_are_those_committed(wheel, tmp_path):
-    """So that a torch upgrade never gives "undefined symbol": only its stable C functions are used.
+    """The library uses only torch's stable C functions, so no upgrade gives "undefined symbol".
 
-    After adding a use of another one, look at it, then:
+    If a new symbol is used, check that it is a stable one, then run:
     python tests/helpers/torch_symbols.py > tests/data/torch_symbols.txt
     """
     (member,) = [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]

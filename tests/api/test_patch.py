@@ -1,4 +1,4 @@
-"""patch_sdpa: what it reaches, and that it leaves everything as it was."""
+"""Tests which calls patch_sdpa reaches, and that undoing it restores everything."""
 
 import copy
 import sys
@@ -41,7 +41,7 @@ def everything_is_as_it_was():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often ours served: as a function, and as the operator below PyTorch's."""
+    """Counts the calls that ours served, as a function and as the operator below PyTorch's."""
     count = {"function": 0, "operator": 0}
 
     def counted(name, function):
@@ -82,7 +82,7 @@ def test_plain_call_and_undo(calls):
     handle = patch_sdpa()
     F.scaled_dot_product_attention(*qkv())
     handle.undo()
-    handle.undo()  # nothing left to take back
+    handle.undo()  # there is nothing left to undo
     F.scaled_dot_product_attention(*qkv())
     assert calls["function"] == 1
 
@@ -188,7 +188,7 @@ def test_threads():
     assert not errors
 
 
-# -- What is reached ---------------------------------------------------------------------
+# -- Calls that the patch reaches --------------------------------------------------------
 
 
 def test_multihead_attention_and_encoder_layers(calls):
@@ -232,7 +232,7 @@ def test_compiled_code(calls, backend):
         gradients = torch.autograd.grad(out.square().sum(), tensors)
     assert calls["function"] > 0  # while it was traced
     torch.testing.assert_close(out, expected)
-    # Two float32 computations of numbers near 10: 1e-5 of them apart at most
+    # Two float32 computations of numbers near 10 differ by at most 1e-5 of them.
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
     calls["function"] = 0
     assert torch.equal(compiled(*tensors), expected)
@@ -369,7 +369,7 @@ def test_the_registry_by_itself_and_other_implementations(calls):
         assert calls["operator"] == 1
         with patch_sdpa():
             bound_before(*qkv())
-        assert implementation() == patch.NAME  # the user's, not the patch's
+        assert implementation() == patch.NAME  # the user activated it, not the patch
     finally:
         torch.nn.attention.restore_flash_attention_impl()
     bound_before(*qkv())
@@ -403,7 +403,7 @@ def test_modules_that_bound_the_name_before(calls):
         patch_sdpa(modules=[sys])
 
 
-# -- What is not -------------------------------------------------------------------------
+# -- Calls that the patch does not reach -------------------------------------------------
 
 
 def test_other_devices_and_nested_tensors_go_where_they_went(calls):
@@ -424,7 +424,7 @@ def test_the_model_is_not_changed():
     assert model.__dict__.keys() == before.keys()
 
 
-# -- What no kernel here serves ----------------------------------------------------------
+# -- Calls that no kernel serves ---------------------------------------------------------
 
 
 def wide(dtype=torch.float32):

@@ -1,7 +1,8 @@
-"""The reference against facts that do not come from it.
+"""Compares the reference with results that do not come from it.
 
-PyTorch's maths SDPA where the two overlap, small cases worked out by hand, brute-force loops that
-spell every rule out for one query and one key, an independent Philox, and finite differences.
+They come from PyTorch's maths SDPA where the two overlap, small cases worked out by hand,
+brute-force loops that spell out every rule for one query and one key, an independent Philox, and
+finite differences.
 """
 
 import math
@@ -93,7 +94,7 @@ def test_three_keys_by_hand():
 
 
 def test_lse_gradient_by_hand():
-    # d lse / d s_j = p_j = 1/8, 2/8, 5/8; with a sink of ln 8 halves of it, and 8/16 is the sink's.
+    # d lse / d s_j = p_j = 1/8, 2/8, 5/8. A sink of ln 8 halves them, and its own share is 8/16.
     q, k, v = column(1, grad=True), column(0, LN2, LN5, grad=True), column(8, 4, 16)
     attention(q, k, v, scale=1.0, return_lse=True)[1].sum().backward()
     near(k.grad, column(1 / 8, 2 / 8, 5 / 8))
@@ -139,7 +140,7 @@ def test_alibi_by_hand():
 
 
 def test_causal_by_hand():
-    # Equal scores make averages over what is visible of 1, 2, 4.
+    # Equal scores give the average of the visible ones among 1, 2, 4.
     k, v = column(0, 0, 0), column(1, 2, 4)
     near(attention(column(1, 1), k, v, causal="top_left"), column(1, 1.5))
     near(attention(column(1, 1), k, v, causal="bottom_right"), column(1.5, 7 / 3))
@@ -160,7 +161,7 @@ def sdpa(*args, **kwargs):
 
 
 def same_gradients(actual, expected, inputs):
-    """Both results have the same gradients, for a random gradient of their own."""
+    """Asserts that both results have the same gradients for a random incoming gradient."""
     grad = torch.randn_like(expected)
     ours = torch.autograd.grad(actual, inputs, grad, retain_graph=True)
     theirs = torch.autograd.grad(expected, inputs, grad, retain_graph=True)
@@ -179,7 +180,7 @@ def test_masks_agree_with_sdpa(kind, shape):
         mask = torch.rand(shape) < 0.6
         if mask.shape[-1] == 1:
             mask[...] = True
-        mask[..., 0] = True  # no empty rows: those have a test of their own
+        mask[..., 0] = True  # no fully masked rows: another test has those
         inputs, ours, theirs = (q, k, v), {"mask": mask}, {"attn_mask": mask}
     else:
         bias = make(*shape, grad=True)
@@ -363,7 +364,7 @@ def test_seqused_equals_shorter_keys(causal):
     assert (out[1] == 0).all() and (lse[1] == -INF).all()
 
 
-# -- Rows that see nothing, keys that nobody sees ----------------------------------------
+# -- Fully masked rows and hidden keys ---------------------------------------------------
 
 
 def test_rows_that_see_nothing():
@@ -375,7 +376,7 @@ def test_rows_that_see_nothing():
     out, lse = attention(q, k, v, mask=mask, bias=bias, return_lse=True)
     assert (out[~seen] == 0).all() and (lse[~seen] == -INF).all()
     assert (out[seen] != 0).all() and lse[seen].isfinite().all()
-    # Whatever comes back for these rows, NaN included, goes nowhere.
+    # The incoming gradients of these rows have no effect, even NaN.
     grad_out, grad_lse = make(2, 4, 5, 6), make(2, 4, 5)
     clean = torch.autograd.grad(
         (out, lse), (q, k, v, bias), (grad_out, grad_lse), retain_graph=True
@@ -402,7 +403,7 @@ def test_rows_that_see_only_a_sink():
 
 
 def poisoned(x, where, bits):
-    """x with `bits` where `where` is True, still a leaf of the graph."""
+    """Returns x with `bits` where `where` is True, as a leaf of the graph."""
     return torch.where(where, bits, x.detach()).requires_grad_()
 
 
@@ -583,7 +584,7 @@ def test_dropout_probability_one_and_seeds():
 
 
 def by_sequence(q, k, v, starts_q, starts_k, options, slopes=None, keep=None, sinks=None):
-    """Packed attention with nothing but plain PyTorch: one masked softmax per sequence."""
+    """Computes packed attention in plain PyTorch: one masked softmax per sequence."""
     outs, lses = [], []
     group = q.shape[1] // k.shape[1]
     for b in range(len(starts_q) - 1):
@@ -707,7 +708,7 @@ def test_pages_equal_gathered_keys(page_size, causal):
     near(out, expected[0])
     near(lse, expected[1])
 
-    # The same with packed queries, lengths either way.
+    # The same with packed queries, for both ways to give the lengths.
     cu_q = torch.arange(0, 13, 4)
     packed = q.transpose(1, 2).flatten(0, 1)
     for given in ({"seqused_k": used}, {"cu_seqlens_k": torch.tensor([0, 7, 7, 12])}):
@@ -830,7 +831,7 @@ def test_empty_shapes(empty):
         near(
             attention(q, k, v, sinks=sinks, return_lse=True)[1], sinks.view(1, 4, 1).expand(2, 4, 5)
         )
-    if empty == "D":  # no features: every score is 0, an average
+    if empty == "D":  # without features every score is 0: an average
         near(attention(q, k, v), v.mean(2, keepdim=True).repeat_interleave(2, 1).expand(shape))
 
 
@@ -912,7 +913,7 @@ def test_merging_by_hand():
     lses = [torch.full((1, 1, 1), value) for value in (0.0, LN3, -INF)]
     out, lse = reference.merge_attention_states(outs, lses)
     assert float(out) == pytest.approx(5) and float(lse) == pytest.approx(math.log(4))
-    # A sink of ln 4 once: half of it, lse ln 8.
+    # A sink of ln 4, counted once, halves the result: lse is ln 8.
     out, lse = reference.merge_attention_states(outs, lses, torch.tensor([math.log(4)]))
     assert float(out) == pytest.approx(2.5) and float(lse) == pytest.approx(math.log(8))
     out, lse = reference.merge_attention_states(outs[2:], lses[2:])
@@ -934,7 +935,7 @@ def test_merging_packed():
     near(lse, whole[1])
 
 
-# -- What has no meaning -----------------------------------------------------------------
+# -- Calls without meaning ---------------------------------------------------------------
 
 
 def bad_calls():

@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention against torch's own, held to its MATH kernel: results and errors."""
+"""Compares scaled_dot_product_attention with the MATH kernel of torch's: results and errors."""
 
 import contextlib
 import inspect
@@ -30,7 +30,7 @@ def randn(*shape, dtype=torch.float64):
 
 
 def assert_same(query, key, value, attn_mask=None, atol=1e-12, **options):
-    """Output and all gradients."""
+    """Asserts that output and all gradients are those of torch."""
     tensors = [query, key, value]
     if attn_mask is not None and type(attn_mask) is torch.Tensor and attn_mask.dtype != torch.bool:
         tensors.append(attn_mask)
@@ -334,7 +334,7 @@ def test_a_scale_of_numpy():
         assert torch.equal(out, ours(query, query, query, scale=0.25))
 
 
-# -- What a plan is remembered by --------------------------------------------------------
+# -- Keys by which plans are remembered --------------------------------------------------
 
 EQUAL = {
     "window_size": [((2, 1), (2.0, 1.0)), ((2, 1), (2, 1.0)), ((2, 1), (Fraction(2), 1))],

@@ -1,4 +1,4 @@
-"""What a type checker says of calls: results have types, and wrong arguments are found."""
+"""Runs a type checker on calls: results have types, and wrong arguments are found."""
 
 import subprocess
 import sys
@@ -26,12 +26,12 @@ def mypy(*paths: Path) -> list[str]:
     return (done.stdout + done.stderr).splitlines()
 
 
-@pytest.mark.slow  # a minute, where mypy has not seen torch before; make lint looks at the calls
+@pytest.mark.slow  # takes a minute if mypy has no cache of torch; make lint checks the calls
 def test_typed_calls(tmp_path):
     lines = "\n".join(WRONG)
     wrong = tmp_path / "wrong.py"
     wrong.write_text(f"import torch\nimport fused_attention as fa\nq = torch.zeros(1)\n{lines}\n")
     found = mypy(HELPERS / "typed_calls.py", wrong)
-    assert "in 1 file (checked 2 source files)" in found[-1], found  # typed_calls.py has none
+    assert "in 1 file (checked 2 source files)" in found[-1], found  # typed_calls.py has no error
     for number, message in enumerate(WRONG.values(), 4):
         assert any(f"wrong.py:{number}: error" in x and message in x for x in found), found

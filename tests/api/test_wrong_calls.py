@@ -1,8 +1,9 @@
-"""Wrong calls of everything public: one table of what is raised, and what the message says.
+"""Makes wrong calls of everything public: one table of exceptions and of patterns of the messages.
 
-A message names the argument, what came and what was expected. Where a surface replaces somebody's,
-`original` makes the same call there: it must fail too, and ours is caught by whoever catches that.
-The operators, which check what they read for themselves, are in the tests of each.
+A message names the argument, what it got and what it expected. Where a surface replaces a function
+of another library, `original` makes the same call there: that call must fail too, and code that
+catches its exception must catch ours. The operators check their arguments themselves; the tests of
+each operator cover that.
 """
 
 import functools
@@ -46,14 +47,14 @@ def randn(*shape, dtype=torch.float32, **options):
 
 
 def on(device, *shape):
-    """A tensor as if on a device that this machine need not have: shapes only."""
+    """Returns a fake tensor on a device that this machine need not have."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return torch.empty(shape, device=device)
 
 
 # -- attention and explain ---------------------------------------------------------------
 
-# Arguments that replace those of a valid call, the error, and what its message says
+# Each row: arguments that replace those of a valid call, the error, a pattern of its message.
 ATTENTION = [
     ({"query": 1}, TYPE, "query: expected a torch.Tensor, got int"),
     ({"key": None}, TYPE, "key: expected a torch.Tensor, got NoneType"),
@@ -202,7 +203,7 @@ def sdpa_qkv(*changes):
     return [change if change is not None else x for x, change in zip(tensors, changes, strict=True)]
 
 
-# arguments, keywords, what the message says; PyTorch raises as well
+# Values: arguments, keywords, a pattern of the message. PyTorch refuses these calls as well.
 SDPA = {
     "mask and is_causal": (
         [*sdpa_qkv(None, None, None), double(3, 5)],
@@ -276,10 +277,10 @@ SDPA = {
     "booleans": ([x > 0 for x in sdpa_qkv(None, None, None)], {}, "query.*torch.bool"),
 }
 SDPA_MORE = [
-    (sdpa_qkv(None, None, None), {"dropout_p": -0.1}, "dropout_p"),  # torch: unless it takes MATH
-    (sdpa_qkv(None, None, None), {"scale": float("nan")}, "scale"),  # torch: NaN, or zeros
+    (sdpa_qkv(None, None, None), {"dropout_p": -0.1}, "dropout_p"),  # torch raises in MATH only
+    (sdpa_qkv(None, None, None), {"scale": float("nan")}, "scale"),  # torch gives NaN or 0
     ([double(3, 4), double(5, 4), double(5, 4)], {"enable_gqa": True}, "at least 3 dimensions"),
-    ([double(1, 2, 3, 4, dtype=torch.complex64)] * 3, {}, "query.*complex64"),  # torch: conjugates
+    ([double(1, 2, 3, 4, dtype=torch.complex64)] * 3, {}, "query.*complex64"),  # torch conjugates
     ([on("xpu", 1, 2, 3, 4)] * 3, {}, "device xpu"),
 ]
 
@@ -382,13 +383,13 @@ MASKED_SOFTMAX_ = {
 
 
 def messages_and_calls(surface, table):
-    """Rows of a table whose keys are the messages."""
+    """Yields the rows of a table whose keys are the messages."""
     for message, call in table.items():
         error = NotImplementedError if "no backend serves" in message else (VALUE, TYPE)
         yield Row(surface, call, error, message)
 
 
-# Of all three, and of the classes that stand for the originals' autograd functions
+# For all three functions, and for the classes that replace the originals' autograd functions.
 MEGATRON = {
     "input: expected a dtype .*int64": lambda f: f(X.long()),
     "input: expected a dtype .*float8_e4m3fn": lambda f: f(X.to(FLOAT8)),
@@ -431,7 +432,8 @@ CONSTRUCTION = {
     "num_heads=-1": (24, -1),
     "embed_dim must be divisible by num_heads": (10, 3),
 }
-# What is called, keywords; with the original's own error. The first word: the argument.
+# Values: the inputs and keywords of a call that the original refuses too. The first word of a key
+# names the argument, directly or by NAMED.
 MODULE_CALLS = {
     "query 4-D": (lambda x: (x[None], x, x), {}),
     "key 2-D": (lambda x: (x, x[0], x), {}),
@@ -482,7 +484,7 @@ def module_rows():
             functools.partial(theirs, *inputs(x), **options),
             f"{name}, need_weights={need_weights}",
         )
-    for need_weights in (False, True):  # torch.nn takes it where it need not return weights
+    for need_weights in (False, True):  # torch.nn accepts it without need_weights
         mask = torch.zeros(L, L, device="meta")
         call = functools.partial(ours, x, x, x, attn_mask=mask, need_weights=need_weights)
         yield Row("MultiheadAttention", call, VALUE, "attn_mask: expected device cpu.*meta")
@@ -569,7 +571,7 @@ CACHE = {
     "value": torch.zeros(2, 2, 4, 7),
     "cache_seqlens": torch.zeros(2, dtype=int32),
 }
-# More of them, with what is written then: test_cache.py
+# test_cache.py has more, and checks what is written then.
 KV_CACHE_APPEND = [
     ({"cache_seqlens": torch.zeros(2)}, VALUE, "cache_seqlens: .*int32.*float32"),
     ({"cache_seqlens": torch.tensor([0, 6], dtype=int32)}, VALUE, "cache_seqlens: .*got 6"),
@@ -625,7 +627,7 @@ REMEMBERING = ("attention", "explain", "scaled_dot_product_attention")
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.surface in REMEMBERING], ids=identity)
 def test_also_after_valid_calls_of_the_same_kind(row):
-    """Those are remembered, and not validated again."""
+    """Valid calls are remembered and not validated again; wrong ones must still be refused."""
     fa.attention(**qkv())
     fa.attention(**qkv(), dropout_p=0.5, philox_seed=1)
     fa.scaled_dot_product_attention(*sdpa_qkv(None, None, None))
@@ -633,7 +635,7 @@ def test_also_after_valid_calls_of_the_same_kind(row):
     test_a_wrong_call_says_what_is_wrong(row)
 
 
-# Commands, and what the last line that they print to stderr says
+# Commands, and a pattern of the last line that each prints to stderr.
 COMMANDS = [
     ([], "command"),
     (["explain"], "--shape"),

@@ -1,4 +1,4 @@
-"""How a call finds its backend: validation, choice, environment, remembered plans, explain."""
+"""Tests how a call finds its backend: validation, choice, environment, plans, explain."""
 
 import dataclasses
 import importlib
@@ -33,7 +33,7 @@ def randn(*shape, dtype=torch.float32, **options):
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """Nothing remembered, nothing set; `environment(NAME=value)` sets and reads."""
+    """Starts without plans and variables; `environment(NAME=value)` sets and reads variables."""
 
     def read(**variables):
         for name in ("BACKEND", "STRICT"):
@@ -168,7 +168,7 @@ def test_the_reference_is_logged_once_per_reason(caplog):
         for _ in range(2):
             attention(**qkv(D=513))
         assert len(caplog.records) == 2 and "head_dim 513" in caplog.text
-        attention(**qkv(), backend="reference")  # asked for
+        attention(**qkv(), backend="reference")  # not logged: the caller asked for it
         attention(**qkv())
         explain(**qkv(D=514))
         assert len(caplog.records) == 2
@@ -189,7 +189,7 @@ def test_strict_refuses_the_reference(environment):
 
 def test_environment_chooses_the_backend(environment):
     arguments = qkv()
-    attention(**arguments)  # remembered, and then forgotten
+    attention(**arguments)  # makes a plan, which the next line drops
     environment(BACKEND="reference")
     assert torch.equal(attention(**arguments), attention_reference(**arguments))
     assert explain(**arguments).backend == "reference"
@@ -208,7 +208,7 @@ def test_environment_chooses_the_backend(environment):
 
 @pytest.fixture
 def validations(monkeypatch):
-    """Grows by one for each call that is validated."""
+    """A list that grows by one for each call that is validated."""
     calls = []
     original = Problem.from_call
 
@@ -254,7 +254,7 @@ def test_a_second_call_is_not_validated_again(validations):
 
 
 def test_every_option_matters_to_what_is_remembered():
-    """Each kind of call in turn, then again in another order: always its own result."""
+    """Makes each kind of call in turn, then again in another order: each gets its own result."""
     arguments = qkv()
     kinds = list(itertools.product(OPTIONS, (False, True), (False, True)))
 
@@ -386,7 +386,7 @@ def test_float32_precision_reaches_the_operator(monkeypatch):
     finally:
         object.__setattr__(row, "plan", original)
         torch.set_float32_matmul_precision(before)
-    assert numbers == [0, 1, 2, 0, 0]  # the second "high" is remembered
+    assert numbers == [0, 1, 2, 0, 0]  # the second "high" finds a plan
 
 
 def test_plans_are_bounded(monkeypatch):
@@ -508,7 +508,7 @@ def test_state_of_dropout_follows_the_generator():
 
 
 def test_importing_the_package_imports_no_triton_kernel():
-    """Nor Triton itself, but PyTorch may."""
+    """It does not import Triton either, but PyTorch may."""
     code = "import sys, fused_attention; assert not any('.kernels' in x for x in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -530,7 +530,7 @@ def test_triton_gives_its_reasons(monkeypatch):
 
 
 def test_triton_serves_what_is_on_a_gpu(monkeypatch):
-    """By the row alone: a tensor on a GPU that this machine may not have."""
+    """Asks the row of the table only, since this machine may have no GPU."""
     from fused_attention.call.backends import TRITON
     from fused_attention.kernels.tiles import ARCHS
 
@@ -543,7 +543,7 @@ def test_triton_serves_what_is_on_a_gpu(monkeypatch):
     on_gpu = dataclasses.replace(problem, device=torch.device("cuda"))
     assert TRITON.refuses(on_gpu) == [] and backends.choose(on_gpu) is TRITON
     assert "device cpu: only cuda" in TRITON.refuses(problem)
-    importlib.import_module("fused_attention.kernels.operators")  # takes its own arch_of first
+    importlib.import_module("fused_attention.kernels.operators")  # binds the true arch_of first
     monkeypatch.setattr("fused_attention.kernels.tiles.arch_of", lambda device: ARCHS["sm_90"])
 
     def details(**sizes):

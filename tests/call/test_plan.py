@@ -1,5 +1,5 @@
-"""What `explain` says is what runs: the kernels by name, tiles and launches, and every buffer, for
-all generated cases on every backend and instruction set."""
+"""Tests that `explain` tells what runs: kernel names, tiles, launches and every buffer, for all
+generated cases on every backend and instruction set."""
 
 import contextlib
 import json
@@ -19,15 +19,15 @@ from fused_attention.tools.testing import Case, cpu_isa
 
 PAIRS = testing.pairs_of_features()
 MORE = [
-    Case(B=1, Hq=8, Hkv=2, Sq=1, Sk=3000, dtype=torch.float32),  # decoding, in parts
-    Case(B=2, Hq=4, Hkv=4, Sq=130, Sk=700, bias="11QK", dtype=torch.bfloat16),  # a long sum
+    Case(B=1, Hq=8, Hkv=2, Sq=1, Sk=3000, dtype=torch.float32),  # split-KV decoding
+    Case(B=2, Hq=4, Hkv=4, Sq=130, Sk=700, bias="11QK", dtype=torch.bfloat16),  # a shared bias
     Case(B=2, Hq=4, Hkv=4, Sq=300, Sk=300, mask="11QK", dtype=torch.float16),  # a shared mask
     Case(B=9, Hq=8, Hkv=8, Sq=40, Sk=40, dtype=torch.float32),  # many heads
 ]
 
 
 def numbers(count):
-    """All in `make test-full`, of the generated ones every third in `make test`."""
+    """Returns the numbers of all cases; without --full, every third generated case runs."""
     return [
         pytest.param(n, marks=() if n % 3 == 0 or n >= len(PAIRS) else pytest.mark.slow)
         for n in range(count)
@@ -36,7 +36,7 @@ def numbers(count):
 
 @contextlib.contextmanager
 def listening(plan):
-    """The notes of what runs inside."""
+    """Collects the notes of the operators that run inside."""
     plan.notes(True)
     notes = []
     try:
@@ -47,7 +47,7 @@ def listening(plan):
 
 
 def passes_of(notes):
-    """The notes of each operator."""
+    """Groups the notes by operator."""
     passes = []
     for note in notes:
         if "operator" in note:
@@ -57,7 +57,7 @@ def passes_of(notes):
 
 
 def without_gradients_of_outputs(notes):
-    """`explain` cannot know how the gradient that will arrive lies, nor whether lse is copied."""
+    """Drops copies of grad_out and out: `explain` cannot know whether the backward makes them."""
     unknown = ("a copy of grad_out", "a copy of out")
     return [note for note in notes if note.get("buffer") not in unknown]
 
@@ -115,7 +115,7 @@ def test_plain_calls_keep_nothing(isa):
 
 
 def test_a_dry_run_has_no_memory_and_computes_nothing():
-    """A call of 8 TiB is explained at once; lengths of fake tensors fill their tokens."""
+    """A call of 8 TiB is explained at once; fake lengths are taken to cover all tokens."""
     q = torch.empty(1).expand(2**10, 2**10, 2**15, 2**6)
     details = explain(q, q, q, causal=True).details
     assert details.kernel == "attention_forward" and details.block_m > 0
@@ -168,7 +168,7 @@ def test_triton(number, monkeypatch):
     if inputs.tensors["query"].dtype == torch.float64:
         pytest.skip("not served")
     ran = []
-    monkeypatch.setattr(launch.Launch, "run", lambda self: ran.append(self))  # and run nothing
+    monkeypatch.setattr(launch.Launch, "run", lambda self: ran.append(self))  # runs nothing
     run(inputs)
     details = meta_details(TRITON, inputs, {"return_lse": True})
     assert details.launches == tuple(each.kernel.__name__ for each in ran)

@@ -31,7 +31,7 @@ from paths import ROOT
 
 STARTS = ("q_start", "k_start", "head_start")
 LIBRARY = torch.ops.fused_attention
-BEFORE = {  # what an operator has before and behind the arguments
+BEFORE = {  # operands before and behind the common arguments
     "attention_forward": (INPUTS, ()),
     "attention_backward": (
         ("grad_out", "grad_lse", *INPUTS, "out", "lse"),
@@ -60,7 +60,7 @@ def test_the_record_has_the_keywords_of_attention():
     keywords = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
     assert keywords == [*(name for name in Options._fields if name not in STARTS), "backend"]
     for name in keywords[:-1]:
-        # Some are told to be absent by being these very objects.
+        # Some options are absent only if they are this very object.
         assert parameters[name].default is getattr(DEFAULTS, name), name
     assert set(Keywords.__annotations__) == {*keywords} - {"return_lse"}
 
@@ -153,8 +153,8 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", Options._fields)
 def test_every_option_tells_one_kind_of_call_from_another(name):
-    """And `attention` does not take a call with it for a plain one: what serves a plain call is
-    replaced by what fails."""
+    """`attention` does not take a call with the option for a plain one either: here the plan for
+    plain calls is replaced by one that fails."""
     kinds = {said_by(DEFAULTS, "auto"), said_by(DEFAULTS._replace(**{name: OTHERS[name]}), "auto")}
     assert len(kinds) == 2
     if name in STARTS:
@@ -167,12 +167,12 @@ def test_every_option_tells_one_kind_of_call_from_another(name):
     try:
         fa.attention(query, query, query, **{name: OTHERS[name]})
     except (ValueError, TypeError, NotImplementedError):
-        pass  # of packed sequences it takes more than one
+        pass  # one option alone makes no packed call
     plan.PLANS.clear()
 
 
 def test_the_head_sizes_of_cuda_are_the_same_everywhere():
-    """What is compiled (build.py), what is launched (launch.h), and what the table says."""
+    """Compares the sizes that are compiled (build.py), launched (launch.h) and in the table."""
     build = runpy.run_path(str(ROOT / "csrc" / "cuda" / "build.py"))
     header = (ROOT / "csrc" / "cuda" / "launch.h").read_text()
     (listed,) = re.findall(r"kHeadDims\[\] = \{([^}]*)\}", header)
@@ -183,7 +183,7 @@ def test_the_head_sizes_of_cuda_are_the_same_everywhere():
 
 
 def test_no_argument_is_found_by_its_number():
-    """Whoever inserts an argument moves the others."""
+    """A new argument moves the others, so code must find arguments by name."""
     numbered = re.compile(
         r"\b(inputs|needed|tangents|needs_input_grad|arguments|call|saved)\[[-0-9:,\s]+\]"
     )
@@ -201,7 +201,7 @@ def test_precision_of_the_dry_run_is_that_of_the_call():
 
 
 def test_dynamo_is_told_as_pytorch_tells_it():
-    """`_torch.assume_constant_result` does what PyTorch's does, without importing it."""
+    """`_torch.assume_constant_result` does what PyTorch's does, without importing Dynamo."""
 
     def theirs():
         return 1
@@ -224,7 +224,7 @@ def test_versions_are_counted_where_autograd_s_key_is_out_of_reach(monkeypatch):
 
 
 def test_a_scalar_option_is_named_in_twelve_files():
-    """The walk of CONTRIBUTING.md: all that knows of softcap, but for the tools that test it."""
+    """Checks the walk in CONTRIBUTING.md: all files that name softcap, except the test tools."""
     named = {
         str(path.relative_to(ROOT))
         for folder in ("csrc", "kernels", "python")

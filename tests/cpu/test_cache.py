@@ -44,7 +44,7 @@ def test_any_strides():
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_generation_is_attention_over_all_tokens(paged):
-    """Token by token through a cache that is full of NaN, and all at once."""
+    """Attention through a cache that begins full of NaN equals attention to all tokens at once."""
     check_generation(paged)
 
 
@@ -78,7 +78,7 @@ WRONG_PAGED = {
     ids=[*WRONG, *(f"paged {name}" for name in WRONG_PAGED)],
 )
 def test_what_does_not_fit_is_refused_and_nothing_written(valid, changes, message):
-    if message == "block_table: .*got 9":  # a page that is needed by the last of four tokens
+    if message == "block_table: .*got 9":  # the last of four tokens needs page 9
         changes = changes | {"cache_seqlens": torch.full((3,), 3, dtype=int32)}
     call = valid() | changes
     with pytest.raises(ArgumentValueError, match=message):

@@ -1,8 +1,8 @@
-"""Lengths, offsets and pages that change during a call: what was checked is what is used.
+"""Lengths, offsets and pages change during a call, which must use the values that it checked.
 
-A process beside writes to the tensor's memory all the time, in turn what is right and what would
-lead out of it. A call gives a result for what it read, or refuses it; it never touches memory that
-is not its own.
+Another process keeps writing to the tensor's memory: valid values and values that lead out of
+bounds, in turn. A call returns the result for the valid values or raises an error; it never touches
+memory outside its tensors.
 """
 
 import signal
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fused_attention import attention, kv_cache_append_, masked_softmax_
 
-# Each defines `index`, the tensor that changes, what it changes to, and a call.
+# Each program defines `index`, the tensor that changes, its `right` and `wrong` values, and a call.
 CALLS = {
     "cu_seqlens_q": """
         index, right, wrong = int32(0, 300, 600), [0, 300, 600], [0, 2**30, 600]
@@ -103,7 +103,7 @@ for name, text in {calls!r}.items():
     for _ in range({rounds}):
         try:
             out = call()
-        except RuntimeError as error:  # of the backward too
+        except RuntimeError as error:  # the backward may raise it too
             assert "expected" in str(error)
         else:
             assert torch.equal(out, expected), "a result for lengths that nobody gave"
@@ -138,7 +138,7 @@ def test_lengths_in_the_memory_that_is_written_to(B, S, at, step, pages):
     numbers = storage.view(torch.int32)[at : at + B * step : step]
     numbers.copy_(torch.arange(B) % 7)
     table = torch.arange(B * 4).int().view(B, 4) if pages else None
-    tokens = torch.full((B, 1, S, 1), 2.0**30)  # as an int32 far beyond every cache
+    tokens = torch.full((B, 1, S, 1), 2.0**30)  # as an int32 it lies far beyond every cache
     lengths, guard = numbers.tolist(), storage[2 * size :].clone()
     kv_cache_append_(*caches, tokens, tokens, numbers, table)
     for cache in caches:

@@ -1,4 +1,4 @@
-"""Corners of the meaning (NaN, infinities, rows and keys nobody sees, empty and huge tensors)."""
+"""Tests corner cases: NaN, infinities, fully masked rows, hidden keys, empty and huge tensors."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from fused_attention import attention
 from fused_attention.tools import testing
 from fused_attention.tools.testing import Case
 
-# -- What nobody sees --------------------------------------------------------------------
+# -- Hidden keys and fully masked rows ---------------------------------------------------
 
 
 @pytest.mark.parametrize("how", NOT_SEEN)
@@ -41,7 +41,7 @@ def test_a_fully_padded_sample_is_zero(isa):
         assert (gradient[1] == 0).all() and gradient[0].isfinite().all()
 
 
-# -- What somebody sees ------------------------------------------------------------------
+# -- Special values that are visible -----------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
@@ -85,13 +85,13 @@ def test_large_scores_do_not_overflow(isa):
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_the_lowest_number_as_a_bias_is_a_number(isa, dtype):
-    """Many models hide keys with it: a row of nothing else is an average of all, as in softmax."""
+    """Many models hide keys with it. A row of nothing else averages all values, as in softmax."""
     inputs = testing.make_inputs(Case(dtype=dtype, Sq=50, Sk=99, bias="11QK"))
     bias = inputs.tensors["bias"]
     bias[..., 40:] = torch.finfo(dtype).min
     bias[..., 7, :] = torch.finfo(dtype).min
     got = testing.run(inputs, backend="cpu")
-    if dtype != torch.float16:  # -65504 is not so low that nothing is left of a score beside it
+    if dtype != torch.float16:  # beside -65504, its lowest number, scores still count
         average = inputs.tensors["value"].double().mean(2)
         tolerance = 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(
@@ -180,7 +180,7 @@ def test_expanded_inputs_are_not_copied(isa):
 
 @pytest.mark.parametrize("layout", [(1, 0), (0, 1), (0, 0)])
 def test_masks_and_biases_of_any_stride(isa, layout):
-    """A mask, bias or padding with a last stride other than 1, or 0, is read as it lies."""
+    """A mask, bias or padding whose last stride is 0 or other than 1 is read in place."""
     query, key, value = make()
     transposed, expanded = layout
     mask = torch.rand(2, 1, 107, 53) > 0.3 if transposed else torch.rand(2, 1, 53, 214) > 0.3
@@ -207,7 +207,7 @@ def test_masks_and_biases_of_any_stride(isa, layout):
 @pytest.mark.parametrize("shape", ["11QK", "B1QK", "1HQK", "BHQK", "B11K"])
 @pytest.mark.parametrize("options", [{}, {"Hq": 4, "causal": "bottom_right"}], ids=["", "causal"])
 def test_masks_in_blocks(isa, shape, options):
-    """Tiles that a mask hides, leaves alone and cuts, with NaN in the keys that nobody sees."""
+    """A mask hides whole tiles, shows whole tiles and cuts others; hidden keys hold NaN."""
     case = testing.Case(mask=shape, B=2, Sq=150, Sk=450, **options)
     inputs = testing.make_inputs(case)
     mask = torch.ones(case.broadcast_shape(shape), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Few queries against many keys: the kernel attention_decode, which splits the keys."""
+"""Tests attention_decode, the kernel for few queries and many keys, which splits the keys."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_bits_do_not_depend_on_threads(isa, name):
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf])
 def test_heads_of_a_group_see_their_own_keys_only(isa, junk):
-    """Key 700 is hidden from head 0 of the group, and holds junk: head 1 is to see it."""
+    """Key 700 holds junk. It is hidden from head 0 of the group, and visible to head 1."""
     query, key, value = (torch.randn(1, heads, 1100, 64) for heads in (4, 2, 2))
     query = query[:, :, :1]
     mask = torch.ones(1, 4, 1, 1100, dtype=torch.bool)
@@ -81,7 +81,7 @@ def test_visible_nan_and_infinity_reach_the_result(isa, where):
 
 
 def test_nan_alone_in_a_split_of_hidden_keys(isa):
-    """The maximum of its split is that of no key; the row must not pass for one that sees none."""
+    """If the only visible key of a split is NaN, the split has the maximum of no key."""
     query, key, value = (torch.randn(1, 1, 3000, 64) for _ in range(3))
     mask = torch.zeros(3000, dtype=torch.bool)
     mask[2000] = True

@@ -1,4 +1,4 @@
-"""Same inputs, same bits: for any number of threads, forward and backward, and from run to run."""
+"""The same inputs give the same bits, forward and backward, whatever the number of threads."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ CASES = {
     "bias of all heads": Case(B=2, Hq=3, Hkv=1, Sq=120, Sk=100, bias="11QK", dropout_p=0.1),
     "bias of keys": Case(B=2, Hq=3, Hkv=1, Sq=120, Sk=200, bias="1H1K"),
     "one bias": Case(B=2, Hq=3, Hkv=3, Sq=70, Sk=200, bias="1111"),
-    # From 8 tasks on dq, dk and dv come from one pass.
+    # With 8 tasks or more, one pass computes dq, dk and dv.
     "many heads": Case(B=2, Hq=8, Hkv=4, Sq=110, Sk=130, causal="bottom_right", dropout_p=0.2),
     "bias of all batches": Case(B=2, Hq=8, Hkv=8, Sq=60, Sk=100, bias="1HQK"),
     "bias of keys, all batches": Case(B=2, Hq=16, Hkv=8, Sq=60, Sk=100, bias="1H1K"),
@@ -61,7 +61,7 @@ def test_every_isa_draws_the_same_dropout():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("parent_uses_it_first", [False, True])
 def test_a_forked_child_computes_the_same(parent_uses_it_first):
-    """In a process of its own, since a test run may have threads already. Torch's own ops hang."""
+    """Forks a new process, since the test run may have threads. Torch's own ops hang in a child."""
     script = """
 import os, signal, sys, torch
 from fused_attention import attention

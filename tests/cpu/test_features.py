@@ -1,9 +1,9 @@
-"""Every backend against the definition, for combinations of features, generated from the table.
+"""Compares every backend with the definition, for feature combinations generated from the table.
 
 Each row of `BACKENDS` that serves anything is called with a covering set of cases: every pair of
-values of `testing.AXES` occurs together; --full adds some thousand random combinations. What a row
-does not declare it must refuse, naming the feature. Adding a feature needs one axis value there,
-and adding a backend nothing.
+values of `testing.AXES` occurs together; --full adds some thousand random combinations. A row must
+refuse the features that it does not declare, and name them. A new feature needs one axis value
+there, and a new backend nothing.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def target_id(target) -> str:
     return f"{row.name}-{isa}" if isa else row.name
 
 
-# (row, ISA or None): what runs on this machine
+# (row, ISA or None) of everything that runs on this machine
 TARGETS = [
     (row, isa) for row in BACKENDS for isa in (_native.isas() if row.name == "cpu" else [None])
 ]
@@ -60,9 +60,9 @@ def test_pairs_of_features(target, case):
     run_on(target, case)
 
 
-# With so many heads the backward of the CPU takes another way, unless all of them share one bias.
-# The largest of so many errors misses the bar by chance (with one query 5 draws in 30, whose rms is
-# half of what is allowed): seeds with which none does.
+# With so many heads the CPU backward runs in one pass, unless all heads share one bias. The largest
+# of so many errors may miss the bar by chance: with one query 5 draws in 30 do, although their rms
+# error is half of what is allowed. With these seeds none does.
 MANY_HEADS = [
     replace(case, B=8, Hq=8 * (case.Hq // case.Hkv), Hkv=8, seed=case.seed + 2) for case in PAIRS
 ]
@@ -111,7 +111,7 @@ def test_every_tail_of_queries_and_keys(isa, seqlen):
 @pytest.mark.skipif("amx_emulated" not in _native.isas(), reason="needs AVX-512")
 @pytest.mark.parametrize("case", [case for case in PAIRS if case.Sk >= 128], ids=case_id)
 def test_float32_on_tiles(case):
-    """Without the lse, which keeps float32 off the tiles"""
+    """Calls without lse, since an lse would keep float32 off the AMX tiles."""
     inputs = testing.make_inputs(replace(case, dtype=torch.float32, sinks=False))
     want = testing.exact(inputs)["out"]
     plain = testing.naive(inputs)
@@ -125,8 +125,8 @@ def test_float32_on_tiles(case):
                 assert (out - want).abs().max() <= allowed * max(1.0, want.abs().max())
 
 
-# What keeps keys and values in a form of its own: for the task that has all queries of a key head,
-# where there are many heads for each thread.
+# Products that keep keys and values in a form of their own. With many heads for each thread, one
+# task computes all queries of a key head and converts its keys and values once.
 BY_HEADS = [
     (isa, dtype)
     for isa in ("amx_emulated", "avx512_bf16")
@@ -143,15 +143,15 @@ def test_many_heads_a_thread_are_computed_as_few(isa, dtype, hides_nan):
     query = torch.randn(B, Hq, Sq, 24, generator=generator).to(dtype)
     key = torch.randn(B, Hkv, Sk, 24, generator=generator).to(dtype)
     value = torch.randn(B, Hkv, Sk, 40, generator=generator).to(dtype)
-    if hides_nan:  # from all blocks of queries but the last
+    if hides_nan:  # the NaN is hidden from all blocks of queries but the last
         value[0, 0, -1] = torch.nan
     lengths_q, lengths_k = torch.arange(1, B + 1) * 20, torch.arange(B) * 31 + 5
     cu_q, cu_k = (F.pad(x.cumsum(0), (1, 0)).int() for x in (lengths_q, lengths_k))
     tokens = [x.transpose(1, 2).flatten(0, 1)[: cu_k[-1]].clone() for x in (query, key, value)]
     packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
-    plain = dtype == torch.float32  # with more, it keeps an lse, and off the tiles
+    plain = dtype == torch.float32  # options would add an lse: no AMX tiles
     options = {} if plain else {"causal": "bottom_right"}
-    twice = [torch.cat([x, x], 2) for x in (key, value)]  # most of whose keys nobody sees
+    twice = [torch.cat([x, x], 2) for x in (key, value)]  # most of these keys are hidden
     narrow = {"causal": "bottom_right", "window_size": (5, -1)}
     results = []
     for threads in (1, 64):
@@ -172,11 +172,11 @@ def test_many_heads_a_thread_are_computed_as_few(isa, dtype, hides_nan):
 
 
 def test_tiles_multiply_before_they_are_offered():
-    """The kernels with tiles try a product first; emulated, it comes out right wherever it can."""
+    """AMX kernels are offered if a trial product is right; emulated, it is right with AVX-512."""
     assert ("amx_emulated" in _native.isas()) == ("avx512" in _native.isas())
 
 
-# More keys than the kernel keeps split at once, with so large a head_dim.
+# The last case has, for its head_dim, more keys than the kernel keeps decomposed at once.
 ON_TILES = [replace(case, dtype=torch.float32, Sq=70, Sk=130) for case in PAIRS[::3]]
 ON_TILES.append(Case(B=1, Hq=2, Hkv=1, Sq=150, Sk=600, D=256, Dv=256, causal="bottom_right"))
 
@@ -192,9 +192,9 @@ def test_float32_gradients_on_tiles(case):
         errors = []
         for precision in ("highest", "high", "medium"):
             found = testing.run(inputs, backend="cpu", precision=precision)
-            # Scores stay those of float32.
+            # The scores are those of float32 for every precision.
             errors.append(max(float((found[n] - want[n]).abs().max()) / size[n] for n in want))
     assert errors[0] < 1e-5 and errors[1] < 2e-4 and errors[2] < 5e-2
     assert errors[0] <= errors[1] <= errors[2]
-    if case is ON_TILES[-1]:  # in others, masks may hide all
+    if case is ON_TILES[-1]:  # in the other cases masks may hide everything
         assert errors[0] < errors[1] < errors[2]

@@ -1,4 +1,4 @@
-"""The elementary functions of the kernels, against the error that csrc/cpu/math.inl states."""
+"""Tests the elementary functions of the kernels against the errors that math.inl states."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from fused_attention import _native
 
 MAX_ULP = {"exp2": 1.2, "tanh": 1.7}
-# What it is and where it is measured: in float32, in float64
+# The exact function, and the ranges where it is measured in float32 and in float64.
 FUNCTIONS = {
     "exp2": (np.exp2, (-126, 127), (-1022, 1023)),
     "tanh": (np.tanh, (-25, 25), (-25, 25)),
@@ -53,7 +53,7 @@ def test_rejects_what_is_no_pair_of_buffers():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_operations_on_registers_are_counted(isa, dtype):
-    """What a float counts to, 2^24, is no limit."""
+    """The count may exceed 2^24, up to which a float counts exactly."""
     few, many = 1000, 1 << 25
     assert _native.multiply_registers(dtype, many) * few == (
         _native.multiply_registers(dtype, few) * many

@@ -1,8 +1,9 @@
-"""Working memory of a training step, in a child process: never a score matrix, whatever is asked.
+"""The working memory of a training step never holds a score matrix, whatever is asked.
 
-Peak resident size above the inputs, less everything returned (out, dq, dk, dv, dbias), forward and
-backward at B1 H8 S3072 D64 float32. PyTorch on the same scale: 44 MiB plain, 1192 with dropout, 616
-with a (1, 8, S, S) bias gradient, 903 for Dv != D, 923 for a 3-D mask, 80 for a bool mask.
+A child process measures the peak resident size above the inputs, less everything returned (out, dq,
+dk, dv, dbias), forward and backward at B1 H8 S3072 D64 float32. PyTorch on the same scale: 44 MiB
+plain, 1192 with dropout, 616 with a (1, 8, S, S) bias gradient, 903 for Dv != D, 923 for a 3-D
+mask, 80 for a bool mask.
 """
 
 import json
@@ -112,7 +113,7 @@ def test_the_measurement_sees_scores():
 @pytest.mark.parametrize("row", ["double backward, all", "jvp, with forward", "jvp of grad"])
 @pytest.mark.parametrize("case", ["float32", "float32 dropout 0.1"])
 def test_second_derivatives_hold_no_scores(case, row):
-    """Peak above inputs and results; a score matrix is 288 MiB."""
+    """Limits the peak above inputs and results; a score matrix is 288 MiB."""
     script = ROOT / "benchmarks" / "bench_tangents.py"
     command = [sys.executable, str(script), "--memory-of", case, row]
     child = subprocess.run(command, capture_output=True, text=True, check=True)

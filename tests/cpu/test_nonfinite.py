@@ -1,4 +1,4 @@
-"""NaN and infinity with every mask, row by row against the definition."""
+"""Compares NaN and infinity under every mask with the definition, row by row."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ SPECIAL = st.sampled_from([NAN, INF, -INF])
 
 @st.composite
 def calls(draw):
-    """Inputs, options and incoming gradient of a call, with special values anywhere."""
+    """Draws inputs, options and incoming gradient of a call, with special values anywhere."""
     torch.manual_seed(draw(st.integers(0, 2**32)))
     dtype = draw(st.sampled_from(testing.DTYPES))
     B, Hkv, group = (draw(st.integers(1, 2)) for _ in range(3))
@@ -58,14 +58,14 @@ def calls(draw):
     places |= {name: options[name] for name in ("bias", "alibi_slopes") if name in options}
     for _ in range(draw(st.integers(0, 3))):
         x = places[draw(st.sampled_from(sorted(places)))]
-        whole_row = draw(st.booleans())  # and with it whole tiles
+        whole_row = draw(st.booleans())  # which reaches whole tiles
         index = tuple(draw(st.integers(0, size - 1)) for size in x.shape)
         x[index[:-1] if whole_row and x.dim() > 1 else index] = draw(SPECIAL)
     return tensors, options, grad_out
 
 
 def seen_by(tensors, options):
-    """Which key each query sees."""
+    """Returns which keys each query sees, [B, Hq, Sq, Sk]."""
     B, Hq, Sq, _ = tensors["query"].shape
     Sk = tensors["key"].shape[2]
     used = options.get("seqused_k", torch.full((B,), Sk))
@@ -81,7 +81,8 @@ def seen_by(tensors, options):
 
 
 def specified_rows(tensors, options, seen):
-    """Not those from which a non-finite key or value is hidden that another query sees."""
+    """Returns which rows have a specified result: all except those from which a non-finite key or
+    value is hidden that another query sees."""
     group = tensors["query"].shape[1] // tensors["key"].shape[1]
     odd = ~(tensors["key"].isfinite().all(-1) & tensors["value"].isfinite().all(-1))
     odd = odd.repeat_interleave(group, dim=1).unsqueeze(2)  # [B, Hq, 1, Sk]
@@ -90,7 +91,7 @@ def specified_rows(tensors, options, seen):
 
 
 def packed(query, key, value, seqused_k=None, **options):
-    """The same sequences one after the other, and back."""
+    """Calls attention on the same sequences, packed, and unpacks the results."""
     B, _, Sq, _ = query.shape
     used = [key.shape[2]] * B if seqused_k is None else seqused_k.tolist()
     starts = [torch.tensor([0, *itertools.accumulate(n)]).int() for n in ([Sq] * B, used)]
@@ -103,7 +104,7 @@ def packed(query, key, value, seqused_k=None, **options):
 
 
 def paged(query, key, value, seqused_k=None, **options):
-    """The same keys and values in pages of 16, in any order."""
+    """Calls attention with the same keys and values in pages of 16 tokens, in random order."""
     B, _, Sk, _ = key.shape
     used = torch.full((B,), Sk).int() if seqused_k is None else seqused_k
     table = torch.randperm(B * -(-Sk // 16)).view(B, -1)
@@ -145,7 +146,7 @@ def assert_same(name, got, want, where, tolerance):
 )
 def test_special_values_against_the_definition(call, isa, form):
     tensors, options, grad_out = call
-    if form is not dense:  # which have no masks of that shape
+    if form is not dense:  # packed and paged calls take no masks of this shape
         options = {
             name: x
             for name, x in options.items()
@@ -161,11 +162,11 @@ def test_special_values_against_the_definition(call, isa, form):
     )
     tolerance = 64 * torch.finfo(dtype).eps
     assert_same("lse", lse, exact_lse, specified, tolerance)
-    if "dropout_p" in options:  # a weight that is NaN may be dropped, and its row be 0 or NaN
+    if "dropout_p" in options:  # a NaN weight may be dropped, and its row be 0 or NaN
         odd = exact_lse.isnan()
         assert (out.isnan() | (exact_out == out))[odd & specified].all()
         specified &= ~odd
-    # Rows that see logits of -inf only are 0, also beside a value that 0 times is NaN.
+    # Rows whose visible logits are all -inf are 0, even beside a value v for which 0 * v is NaN.
     without_sinks = {name: x for name, x in options.items() if name != "sinks"}
     blind = dense_lse(tensors, without_sinks) == -INF
     assert (out == 0)[blind].all()
@@ -177,7 +178,7 @@ def test_special_values_against_the_definition(call, isa, form):
     B, Hkv, Sk, _ = tensors["key"].shape
     key_is_seen = seen.any(2).view(B, Hkv, -1, Sk).any(2)
     assert (dk[~key_is_seen] == 0).all() and (dv[~key_is_seen] == 0).all()
-    # delta = rowsum(do * o) is NaN where o is, although dropout may have dropped what made it so.
+    # delta = rowsum(do * o) is NaN where o is, even if dropout dropped the weight that made it NaN.
     is_plain = "dropout_p" not in options or bool(exact_out.isfinite().all())
     if specified.all() and is_plain:
         for name, got, want in zip(("dq", "dk", "dv"), (dq, dk, dv), exact, strict=True):
@@ -186,7 +187,7 @@ def test_special_values_against_the_definition(call, isa, form):
             assert_same(name, got, want, fine, 8 * tolerance * scale)
 
 
-# -- What was found ----------------------------------------------------------------------
+# -- Faults that were found --------------------------------------------------------------
 
 HIDING = {
     "causal": lambda Sk: {"causal": "top_left"},
@@ -228,7 +229,7 @@ def test_nan_logits_stay_nan_beside_hidden_keys(isa, where, sinks):
 
 @pytest.mark.parametrize("where", ["query", "grad_out"])
 @pytest.mark.parametrize("bias", [None, "per key", "per query"])
-@pytest.mark.parametrize("heads", [1, 9])  # two passes, or one by heads
+@pytest.mark.parametrize("heads", [1, 9])  # backward in two passes, or in one by heads
 def test_padded_keys_have_no_gradient(isa, where, bias, heads):
     for dtype, special in itertools.product(testing.DTYPES, (NAN, INF, -INF)):
         query, key, value, grad_out = (torch.randn(1, heads, 120, 24).to(dtype) for _ in range(4))

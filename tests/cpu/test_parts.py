@@ -1,5 +1,5 @@
-"""A part of a call, which says where its queries, keys and heads begin, is that part of the whole:
-in every backend, for causal, windows, ALiBi and the bits of dropout."""
+"""Calls that say where their queries, keys and heads begin compute a part of a whole call: in every
+backend, for causal, windows, ALiBi and the bits of dropout."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def close(got, want, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_some_queries(options, dtype, isa):
-    """Forward and gradients; one query goes another way (decoding)."""
+    """Compares forward and gradients; the part with one query runs the decode kernel."""
     q, k, v = (x.requires_grad_() for x in qkv(dtype))
     grad = torch.randn(B, HQ, SQ, D).to(dtype)
     with cpu_isa(isa):
@@ -58,14 +58,14 @@ def test_some_queries(options, dtype, isa):
             own_dq, *own = torch.autograd.grad(out, (q, k, v), grad[:, :, queries])
             close(own_dq[:, :, queries], dq[:, :, queries], dtype)
             sums = [total + x for total, x in zip(sums, own, strict=True)]
-        if dtype != torch.bfloat16:  # where sums of parts are rounded more often
+        if dtype != torch.bfloat16:  # bfloat16 sums of parts are rounded more often
             for got, want in zip(sums, (dk, dv), strict=True):
                 torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("options", [name for name in OPTIONS if name != "everything"])
 def test_some_keys(options):
-    """Parts of the keys, merged; those of dropout begin at multiples of 8."""
+    """Merges parts of the keys; with dropout they must begin at multiples of 8."""
     q, k, v = qkv()
     whole, lse = attention(q, k, v, **OPTIONS[options], return_lse=True)
     parts = []
@@ -107,7 +107,7 @@ def exact(options, starts):
 @pytest.mark.parametrize("starts", STARTS, ids=str)
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_the_kernels_mean_what_the_reference_means(number, starts, isa):
-    """Also where queries lie far beyond their keys, and before them."""
+    """The queries may also lie far beyond their keys, or before them."""
     with cpu_isa(isa):
         out = serve(*qkv(), Options(**CASES[number])._replace(
             q_start=starts[0], k_start=starts[1], head_start=starts[2]
@@ -124,7 +124,7 @@ def test_starts_without_a_meaning_are_refused(starts):
 
 
 def test_a_part_is_no_other_part():
-    """What was remembered of one start does not serve another."""
+    """A plan that is remembered for one start does not serve another."""
     q, k, v = qkv()
     results = [serve(q, k, v, Options(causal="top_left", q_start=n)) for n in (0, 7, 0, 7)]
     assert results[0].equal(results[2]) and results[1].equal(results[3])

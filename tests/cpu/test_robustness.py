@@ -1,4 +1,4 @@
-"""Whatever shapes, strides, devices and modes come: the right answer or a clear refusal."""
+"""All shapes, strides, devices and modes give the right answer or a clear refusal."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ from fused_attention import _native, attention
 from fused_attention.tools import testing
 
 sizes = st.integers(1, 40)
-# How a dimension of a tensor lies in memory: every element, every other one, or one for all
+# The step between the elements of a dimension in memory; 0 repeats one element for all.
 spacing = st.sampled_from([1, 1, 1, 2, 3, 0])
 
 
 @st.composite
 def tensors(draw, shape, dtype, order=(0, 1, 2, 3)):
-    """A view of random strides: permuted, sliced with steps, expanded, at an odd offset."""
+    """Draws a view of random strides: permuted, sliced with steps, expanded, at an odd offset."""
     steps = [draw(spacing) for _ in shape]
     order = draw(st.permutations(range(len(shape))))
     stored = [1 if step == 0 else size * step for size, step in zip(shape, steps, strict=True)]

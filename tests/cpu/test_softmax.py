@@ -1,4 +1,4 @@
-"""masked_softmax and its other names, against the definition in float64 and plain PyTorch."""
+"""Compares masked_softmax and its other names with the definition in float64 and plain PyTorch."""
 
 import itertools
 import math
@@ -35,7 +35,7 @@ def test_rows_longer_than_a_block(isa, dtype, N):
     mask[1, 4096 : 3 * 4096] = False  # whole blocks
     mask[1, :4096] = False
     x = randn(2, N, dtype=dtype)
-    x[0, 50_000 % N :] += 5  # the maximum grows on the way
+    x[0, 50_000 % N :] += 5  # the maximum grows along the row
     assert not check(x, mask)
     assert not check(x, bias=randn(N, dtype=dtype))
 
@@ -74,7 +74,7 @@ ISAS = _native.isas()
 def test_features_together(isa, dtype):
     ran = 0
     for i, (mask, bias, sinks, causal, dropout_p, scale) in enumerate(CASES):
-        # each case with one of the dtypes, on one of the instruction sets
+        # Each case runs with one of the dtypes, on one of the instruction sets.
         if i % (4 * len(ISAS)) != 4 * ISAS.index(_native.active_isa()) + DTYPES.index(dtype):
             continue
         x = randn(2, 3, 40, 50, dtype=dtype)
@@ -110,7 +110,7 @@ def test_dropout_is_that_of_attention(isa):
 
 
 def test_large_logits(isa):
-    """The most negative number as a mask, as transformers uses it, is no -inf."""
+    """The lowest number as a mask, which transformers uses, does not act as -inf."""
     lowest = torch.finfo(torch.float32).min
     x = randn(3, 200)
     bias = torch.zeros(3, 200)

@@ -1,4 +1,4 @@
-"""Every C++ file opens alone: it includes what it uses, so that an editor understands it."""
+"""Every C++ header compiles alone: it includes what it uses, so that an editor understands it."""
 
 import re
 import runpy
@@ -13,7 +13,7 @@ from paths import ROOT
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
 HEADERS = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("c*/*.h")])
 KERNELS = sorted((ROOT / "csrc" / "cpu").glob("*.inl"))
-# The widest of which the name speaks: those of AMX are written on top of AVX-512.
+# A kernel file gets the flags of the first of these in its name; AMX includes those of AVX-512.
 WIDEST = ("avx512_bf16", "avx512", "amx", "avx2")
 
 
@@ -32,7 +32,7 @@ def sees_torch(path):
 
 def parameters():
     for path in (*HEADERS, *KERNELS):
-        marks = [pytest.mark.slow] if sees_torch(path) else []  # each takes seconds
+        marks = [pytest.mark.slow] if sees_torch(path) else []  # torch headers take seconds
         yield pytest.param(path, id=path.name, marks=marks)
 
 

@@ -1,5 +1,5 @@
-"""Packed sequences, used lengths and pages: each sequence is a call of its own, whatever lies
-beside it. The correctness rule is applied to the sequences one by one."""
+"""Packed sequences, used lengths and pages: each sequence gives what a call of its own gives,
+whatever lies beside it. The correctness rule is applied to the sequences one by one."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_gradients_of_packed(isa, name, page_size):
 
 
 def test_packed_is_dense_where_all_lengths_are_equal(isa):
-    """Bit for bit, so dropout counts sequences as it does the batch."""
+    """They agree bit for bit, so dropout counts sequences as it counts the batch."""
     for Sq in (1, 60):
         query, key, value = (
             torch.randn(3, heads, S, 16) for heads, S in ((4, Sq), (2, 150), (2, 150))
@@ -83,7 +83,7 @@ def test_gradients_of_used_lengths_and_pages(isa, name, page_size):
     check_gradients_of_used_lengths_and_pages(name, page_size)
 
 
-# -- Whatever the lengths hold -----------------------------------------------------------
+# -- Values and strides of the lengths ---------------------------------------------------
 
 QUERY, KEY, PAGES = torch.randn(10, 2, 8), torch.randn(12, 2, 8), torch.randn(6, 4, 2, 8)
 PACKED = {"query": QUERY, "key": KEY, "value": KEY}

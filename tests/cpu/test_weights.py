@@ -1,4 +1,4 @@
-"""The attention weights: against the reference's, whose output for the values 1 they are."""
+"""Compares the attention weights with the reference's output for values that are the identity."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ ISAS = _native.isas()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_isa_and_dtype(isa, dtype, average):
-    """Ragged sizes: several blocks of queries, several parts of keys, and the last ones cut."""
+    """Uses several blocks of queries and of keys, each with a ragged edge."""
     case = Case(
         dtype=dtype, B=2, Hq=4, Hkv=2, Sq=101, Sk=805, D=20, causal="bottom_right", key_padding=True
     )
@@ -34,7 +34,7 @@ def test_every_isa_and_dtype(isa, dtype, average):
 
 
 def test_beside_the_cuda_library_the_kernels_serve(monkeypatch):
-    """It returns no weights, and comes first on a GPU: here played by the CPU."""
+    """The CUDA library returns no weights, and comes first on a GPU; the CPU plays the GPU here."""
     case = Case(B=1, Hq=2, Hkv=2, Sq=5, Sk=7)
     call = testing.make_inputs(case).tensors
     want = attention_with_weights(**call)
@@ -49,7 +49,7 @@ def test_beside_the_cuda_library_the_kernels_serve(monkeypatch):
 
 @pytest.mark.parametrize("number", range(len(COVERING)))
 def test_every_pair_of_features(number):
-    """Each case on one instruction set, averaged or not, in turn."""
+    """Runs each case on one instruction set, averaged or not, in turn."""
     with cpu_isa(ISAS[number % len(ISAS)]):
         assert mismatches(COVERING[number], average=number // len(ISAS) % 2 == 0) == []
 
@@ -79,12 +79,12 @@ def test_hidden_keys_and_blind_rows_may_hold_anything(isa, average):
     for filling in (0.0, float("nan")):
         poisoned_k = k.masked_fill(padding[:, None, :, None], filling).requires_grad_()
         poisoned_q = q.clone()
-        poisoned_q[:, :, 7] = filling  # sees nothing
+        poisoned_q[:, :, 7] = filling  # row 7 is fully masked
         poisoned_q.requires_grad_()
         _, weights = attention_with_weights(
             poisoned_q, poisoned_k, v, average=average, dropout_p=0.1, philox_seed=1, **options
         )
-        # What arrives for a weight that is 0 because nobody sees it may be anything, too
+        # The incoming gradients of hidden weights may hold anything, too.
         grad = torch.linspace(-1, 1, weights.numel()).view_as(weights)
         grad = grad.masked_fill(weights == 0, filling)
         gradients = torch.autograd.grad(weights, (poisoned_q, poisoned_k), grad)
@@ -280,7 +280,7 @@ print(json.dumps((resident("VmHWM") - before) / 2**20))
 @pytest.mark.serial
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_dropout_of_returned_weights_holds_no_byte_a_weight():
-    """[2, 1024, 1024] floats, their square's gradient and their own, are 8 MiB each."""
+    """The weights [2, 1024, 1024], the gradient of their squares and their own take 8 MiB each."""
     child = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     mib = json.loads(child.stdout)

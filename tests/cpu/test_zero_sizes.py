@@ -1,5 +1,5 @@
-"""Tensors without elements: results that are there are right, and nothing takes longer than its
-elements do. Memory that an operator leaves unwritten is NaN here."""
+"""Tensors without elements: results that have elements are right, and the time depends on the
+elements, not on the sizes. Memory that an operator leaves unwritten is NaN here."""
 
 import contextlib
 import itertools
@@ -105,7 +105,7 @@ def test_derivatives_of_derivatives(call, direction):
     tensors, options = call
     options.pop("seqused_k", None)
     if not 1 <= tensors["query"].shape[-1]:
-        return  # the reference's
+        return  # only the reference serves head_dim 0
     with unwritten_is_nan():
         if direction:
             names = list(tensors)
@@ -181,13 +181,13 @@ def test_masked_softmax(shape, sinks, masked, dropout_p):
             assert torch.equal(masked_softmax_(x.detach().clone(), **options), out)
 
 
-# -- Sizes without end, but no elements ------------------------------------------------------
+# -- Huge sizes, but no elements -------------------------------------------------------------
 
 HUGE = 2**50
 
 
 def empty(*shape):
-    """Of any size, in no memory."""
+    """Returns a tensor of any size in the memory of few elements."""
     return torch.empty([1 if size == HUGE else size for size in shape]).expand(shape)
 
 

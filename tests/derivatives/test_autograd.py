@@ -1,5 +1,6 @@
-"""Gradients through `attention()`: right (gradcheck in float64), of what is asked for, nothing kept
-that need not be. Second derivatives and forward mode: test_tangents.py."""
+"""Gradients through `attention()` are right (gradcheck in float64), only those that are needed are
+computed, and no more than necessary is saved. test_tangents.py tests second derivatives and forward
+mode."""
 
 import dataclasses
 import itertools
@@ -21,7 +22,7 @@ from fused_attention.tools.testing import Case
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LSE = {"return_lse": True}
-# The Function for the call with nothing optional, and the one for all others
+# Options for the Function of plain calls, and for that of all others.
 BOTH_FUNCTIONS = {"plain": {}, "full": LSE}
 
 
@@ -39,13 +40,13 @@ def first(results):
 
 
 def total(results):
-    """A scalar that depends on everything in another way."""
+    """Returns a scalar that depends on each result in a different way."""
     results = [results] if isinstance(results, torch.Tensor) else results
     return sum((x.sin() * (n + 1)).sum() for n, x in enumerate(results))
 
 
 def attend(*leaves, **options):
-    """The scalar of a call."""
+    """Returns `total` of the results of a call."""
     return total(attention(*leaves, **options))
 
 
@@ -55,7 +56,7 @@ def assert_all_equal(got, expected):
         assert torch.equal(a, b), n
 
 
-# -- They are right ----------------------------------------------------------------------
+# -- Gradients are right -----------------------------------------------------------------
 
 
 @pytest.mark.covering(1)
@@ -71,7 +72,7 @@ def test_gradcheck(name, return_lse):
 
     tensors = tuple(leaves.values())
     assert torch.autograd.gradcheck(function, tensors, fast_mode=not return_lse)
-    # is_grads_batched, that is vmap over the backward
+    # check_batched_grad runs vmap over the backward.
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True, check_batched_grad=True)
 
 
@@ -116,7 +117,7 @@ def test_the_cases_are_what_they_are_called():
 
 
 def _packed(x):
-    """query, key and value as views of one tensor [B, S, 3, H, D], as of one projection."""
+    """Attends with views of one tensor [B, S, 3, H, D] as query, key and value, as models do."""
     return attention(*x.permute(2, 0, 3, 1, 4).unbind(), causal=True)
 
 
@@ -168,11 +169,11 @@ def test_a_second_backward_gives_the_same_bits(options):
     assert_all_equal(torch.autograd.grad(again, leaves), expected)
 
 
-# -- Of what is asked for ----------------------------------------------------------------
+# -- Only the gradients that are needed --------------------------------------------------
 
 
 class Recorder(TorchDispatchMode):
-    """The calls of attention_backward: their arguments (bias_grad, sinks_grad)."""
+    """Records the arguments (bias_grad, sinks_grad) of all calls of attention_backward."""
 
     def __init__(self):
         super().__init__()
@@ -242,7 +243,7 @@ def test_gradients_have_the_dtype_and_memory_order_of_their_inputs(dtype):
             assert leaf.grad.shape == leaf.shape and leaf.grad.stride() == leaf.stride(), name
 
 
-# -- What is kept ------------------------------------------------------------------------
+# -- Tensors saved for the backward ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_changing_a_saved_tensor_in_place_raises(which):
     out, lse = attention(**tensors | {"query": tensors["query"] * weight}, **LSE)
     plain = attention(*(tensors[n] * weight for n in ("query", "key", "value")))
     loss = out.sum() + lse.exp().sum()
-    if which == "query":  # the product above is what was saved
+    if which == "query":  # the call above saved the product, not the query
         query = tensors["query"] * weight
         loss = attention(query, tensors["key"], tensors["value"]).sum()
         tensors["query"] = query
@@ -305,7 +306,7 @@ def test_changing_a_saved_tensor_in_place_raises(which):
 
 
 class Layer(torch.nn.Module):
-    """Attention with learned projections, bias and sinks, and dropout where asked for."""
+    """Attention with learned projections, bias and sinks, and optional dropout."""
 
     def __init__(self, heads=2, width=8, **options):
         super().__init__()
@@ -335,7 +336,7 @@ def test_checkpointed_layers_have_the_same_gradients(use_reentrant, dropout_p):
     for function in (layers, checkpointed, layers):
         torch.manual_seed(11)
         out = function(x)
-        torch.rand(5)  # whoever draws between forward and backward
+        torch.rand(5)  # other code draws between forward and backward
         out.square().sum().backward()
         results.append([out, x.grad, *(p.grad for p in layers.parameters())])
         x.grad = None

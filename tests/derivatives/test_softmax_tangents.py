@@ -1,5 +1,5 @@
-"""Second derivatives and forward mode of `masked_softmax`: against finite differences and the
-definition in float64, in every way in which PyTorch can be asked for them, block by block."""
+"""Compares second derivatives and forward mode of `masked_softmax` with finite differences and the
+definition in float64, in every way in which PyTorch can be asked for them, and block by block."""
 
 import math
 
@@ -49,7 +49,7 @@ CASES = {
 
 
 def split(options):
-    """(what is differentiated besides the input, the other options)"""
+    """Returns (the options that are differentiated, the other options)."""
     floating = {
         n: x for n, x in options.items() if isinstance(x, torch.Tensor) and x.is_floating_point()
     }
@@ -102,7 +102,7 @@ def test_other_shapes(shape):
 
 
 def second(function, tensors, grad_out, directions, grad_direction):
-    """The tangents of out and of the gradients, by name."""
+    """Returns the tangents of out and of the gradients, by name."""
     out = torch.func.jvp(function, tensors, directions)[1]
 
     def backward(grad_out, *tensors):
@@ -114,7 +114,7 @@ def second(function, tensors, grad_out, directions, grad_direction):
 
 
 def naive(options, tensors, grad_out, directions, grad_direction):
-    """B and its derivatives on whole matrices; weights and results are rounded once."""
+    """Computes the formulas on whole matrices; weights and results are rounded once."""
     dtype, wide = tensors[0].dtype, torch.promote_types(tensors[0].dtype, torch.float32)
     x, mask, sinks = (t.to(wide) for t in tensors)
     tx, tmask, tsinks = (t.to(wide) for t in directions)
@@ -255,7 +255,7 @@ def test_vmap_of_second_derivatives_is_a_loop(name, seed):
         named = dict(zip(floating, others, strict=True))
         return masked_softmax(x, **named, **rest, **philox).sin().sum()
 
-    def product(*tensors):  # of the Hessian with cosines
+    def product(*tensors):  # of the Hessian with the inputs' cosines
         every = tuple(range(len(tensors)))
         directions = tuple(x.cos() for x in tensors)
         return torch.func.jvp(torch.func.grad(scalar, every), tensors, directions)[1]

@@ -1,6 +1,6 @@
-"""Second derivatives and forward mode of `attention()`: against finite differences and the
-definition in float64, in every way in which PyTorch can be asked for them, and named where they
-end."""
+"""Compares second derivatives and forward mode of `attention()` with finite differences and the
+definition in float64, in every way in which PyTorch can be asked for them. Derivatives that are not
+built raise an error that names them."""
 
 import math
 
@@ -24,7 +24,7 @@ NAMES = ("query", "key", "value", "bias", "sinks")
 
 
 def call_of(inputs, names, **options):
-    """(out, lse) as a function of the tensors `names`."""
+    """Returns (out, lse) as a function of the tensors `names`."""
 
     def function(*tensors):
         named = dict(zip(names, tensors, strict=True))
@@ -33,7 +33,7 @@ def call_of(inputs, names, **options):
     return function
 
 
-# -- They are right ----------------------------------------------------------------------
+# -- Derivatives are right ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -58,7 +58,7 @@ def directions_like(leaves, seed):
 
 
 def operators(inputs, directions, grad_direction):
-    """Everything that the two operators give, through the public functions."""
+    """Returns all results of the two operators, computed through the public functions."""
     leaves = inputs.differentiable()
     function = call_of(inputs, leaves)
     tensors = tuple(x.detach() for x in leaves.values())
@@ -73,14 +73,14 @@ def operators(inputs, directions, grad_direction):
     )
     names = [f"tangent of d{name}" for name in leaves]
     return {
-        "out": changes[0],  # whose dtype says how precise the others can be
+        "out": changes[0],  # its dtype says how precise the others can be
         "lse": changes[1],
         **dict(zip(names, gradients, strict=True)),
     }
 
 
 def exact(inputs, directions, grad_direction):
-    """The definition, differentiated in float64."""
+    """Differentiates the definition in float64."""
     names, options = list(inputs.tensors), dict(inputs.options)
 
     def function(*tensors):
@@ -105,8 +105,8 @@ def exact(inputs, directions, grad_direction):
 
 
 def naive(inputs, directions, grad_direction, backwards):
-    """The formulas of attention_tangents.inl on whole matrices in the inputs' dtype; 16-bit inputs:
-    products accumulate in float32, what is multiplied and the results are rounded once."""
+    """Computes the formulas of attention_tangents.inl on whole matrices in the inputs' dtype. For
+    16-bit inputs products accumulate in float32, and operands and results are rounded once."""
     tensors, options = inputs.tensors, inputs.options
     tangents = dict(zip(tensors, directions, strict=True))
     dtype = tensors["query"].dtype
@@ -114,7 +114,7 @@ def naive(inputs, directions, grad_direction, backwards):
     B, Hq, Sq, D = tensors["query"].shape
     Hkv, Sk = tensors["key"].shape[1:3]
 
-    def turned(x, *dims):  # every sum from the first term or from the last
+    def turned(x, *dims):  # `backwards` sums from the last term on
         return x.flip(dims) if backwards else x
 
     def product(a, b):
@@ -257,7 +257,7 @@ def test_the_same_bits_for_any_number_of_threads():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_keys_that_nobody_sees_influence_nothing(value):
-    """Whatever they, and what changes about them, hold."""
+    """Hidden keys and values, and their tangents, may hold anything."""
     inputs = testing.make_inputs(Case(**BOTH_HALVES, key_padding=True, softcap=2.0))
     directions = directions_like(inputs.tensors, 1)
     expected = operators(inputs, directions, inputs.grad_out)
@@ -281,7 +281,7 @@ def test_a_query_that_sees_nothing_influences_nothing():
         assert torch.equal(x, expected[name]), name
 
 
-# -- Every way to ask for them -----------------------------------------------------------
+# -- Every way to ask for derivatives ----------------------------------------------------
 
 
 WITH_RESPECT_TO = {
@@ -326,7 +326,7 @@ def test_of_some_of_the_inputs(names):
 
 
 def test_a_double_backward_computes_no_gradients_of_zeros():
-    """The gradient that out does not get must not cost a backward."""
+    """A double backward must not run the backward for a gradient of out that is zero."""
     calls = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -343,13 +343,13 @@ def test_a_double_backward_computes_no_gradients_of_zeros():
         calls.clear()
         with Recorder():
             torch.autograd.grad(gradient.sum(), x)
-        # the second backward is that of the gradient of sin, which out has
+        # ops.backward runs once, for the gradient that out gets through sin.
         assert sorted(map(str, calls)) == sorted(
             map(str, (ops.jvp, ops.backward_jvp, ops.backward))
         )
 
 
-# -- Where they end ----------------------------------------------------------------------
+# -- Derivatives that are not built ------------------------------------------------------
 
 
 @pytest.mark.parametrize("of", WITH_RESPECT_TO)

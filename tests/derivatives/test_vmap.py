@@ -1,4 +1,4 @@
-"""torch.vmap of the public functions against a loop over the samples."""
+"""Compares torch.vmap of the public functions with a loop over the samples."""
 
 import functools
 import itertools
@@ -21,7 +21,7 @@ SAMPLES = 3
 
 
 def samples_of(x, dim):
-    """Tensors like `x` along dimension `dim`, the first of them x itself; None: x."""
+    """Stacks x and tensors like it along dimension `dim`; returns x if `dim` is None."""
     if dim is None:
         return x
     others = [x.flatten()[torch.randperm(x.numel())].view(x.shape) for _ in range(SAMPLES - 1)]
@@ -52,12 +52,12 @@ def tensors_like(*tensors, in_dims):
 
 
 def repeated(count, dim, x):
-    """`count` times x along dimension `dim`, as a view; None: x."""
+    """Returns `count` times x along dimension `dim`, as a view, or x if `dim` is None."""
     return x if dim is None else x.expand(count, *x.shape).movedim(0, dim)
 
 
 def patterns(count, dims):
-    """Every choice of in_dims in which something is mapped."""
+    """Returns every choice of in_dims in which something is mapped."""
     return [p for p in itertools.product((None, *dims), repeat=count) if p != (None,) * count]
 
 
@@ -101,7 +101,7 @@ def test_empty(empty):
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 1, None)], ids=str)
 def test_operators_take_no_samples(in_dims):
-    """Where PyTorch lets a mapped dimension be empty, so do the rules."""
+    """The vmap rules accept a mapped dimension of size 0 where PyTorch does."""
     tensors = randn(2, 2, 3, 4), randn(2, 2, 5, 4), randn(2, 2, 5, 4)
     args = list(map(functools.partial(repeated, 0), in_dims, tensors))
     for options in ({}, {"sinks": randn(2)}, {"dropout_p": 0.5}):
@@ -115,7 +115,7 @@ def test_operators_take_no_samples(in_dims):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_feature(name):
-    """Everything mapped, and one tensor alone, and all but one, options included."""
+    """Maps all tensors, each one alone, and all but one, tensor options included."""
     inputs = testing.make_inputs(CASES[name])
     keywords = inputs.keywords
     mappable = {n: x for n, x in keywords.items() if isinstance(x, torch.Tensor)}
@@ -142,7 +142,7 @@ def test_every_feature(name):
 
 
 class Calls(TorchDispatchMode):
-    """The names of our operators that were called."""
+    """Records the names of our operators that are called."""
 
     def __init__(self):
         super().__init__()
@@ -158,7 +158,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("in_dim", [0, None])
 @pytest.mark.parametrize("name", CASES)
 def test_one_call_for_all_samples(name, in_dim):
-    """Of each operator, whatever is mapped besides value, in both modes and the backward."""
+    """Each operator runs once, in both modes and the backward, whatever is mapped besides value."""
     inputs = testing.make_inputs(CASES[name])
     keywords = {n: x for n, x in inputs.keywords.items() if not isinstance(x, torch.Tensor)}
     options = {n: x for n, x in inputs.keywords.items() if n not in keywords}
@@ -196,7 +196,7 @@ def test_masks_of_sdpa(shape, kind, in_dims):
 
 
 def test_gradients_of_a_mapped_function():
-    """grad of vmap, and backward through it, are sums over the samples of what is shared."""
+    """grad of vmap, and backward through it, sum gradients of shared tensors over the samples."""
     q, k, v = tensors_like(
         randn(2, 2, 3, 4), randn(2, 2, 5, 4), randn(2, 2, 5, 4), in_dims=(0, None, 0)
     )
@@ -240,7 +240,7 @@ Q, K, V = randn(1, 2, 6, 4), randn(1, 2, 40, 4), torch.eye(40, dtype=torch.float
 
 
 def dropped(query, bias):
-    """The mask that was drawn: bool [1, 2, 6, 40]."""
+    """Returns the dropout mask that was drawn, bool [1, 2, 6, 40]."""
     value = V.expand(1, 2, 40, 40)
     return attention(query, K, value, bias=bias, dropout_p=0.5) != 0
 

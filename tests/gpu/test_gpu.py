@@ -1,4 +1,4 @@
-"""The backends of a GPU, on one, through the public functions: the cases of everywhere else.
+"""Runs the cases of the other tests on a GPU, with its backends, through the public functions.
 
 TRITON_INTERPRET=0 pytest tests/gpu
 """
@@ -49,7 +49,7 @@ def backend(request):
 
 
 def on_gpu(x):
-    """With the same strides, which Tensor.cuda() does not keep of views with gaps."""
+    """Copies x with its strides, which Tensor.cuda() does not keep for views with gaps."""
     if not isinstance(x, torch.Tensor) or x.is_cuda:
         return x
     if 0 in x.stride() or x.numel() == 0:
@@ -62,7 +62,7 @@ def on_cpu(x):
 
 
 def there(function, **fixed):
-    """`function` computed on the GPU, for callers whose tensors are on the CPU; gradients too."""
+    """Returns `function` run on the GPU for tensors on the CPU, differentiable as before."""
 
     def call(*args, **options):
         args, options = tree_map(on_gpu, (args, options | fixed))
@@ -110,7 +110,7 @@ def test_head_dims_and_lengths(dtype, head_dim, backend):
         assert not wrong(Case(dtype=dtype, **sizes, causal="bottom_right"), backend)
 
 
-# What the kernels without options serve, those of TMA and wgmma among them
+# Calls for the kernels without per-score options, among them the kernels with TMA and wgmma.
 SCALE_ONLY = {
     "full": {},
     "causal": {"causal": "top_left"},
@@ -150,7 +150,7 @@ def test_precisions_of_float32(precision, allowed, backend):
 
 @pytest.mark.parametrize("Sq", [3, 200])
 def test_more_than_2_to_the_31_elements(Sq, backend):
-    """The last of the heads is what it is alone."""
+    """The last head gives what it gives alone."""
     Sk = 2**23 + 70
     query = torch.randn(1, 4, Sq, 64, device="cuda", dtype=torch.bfloat16)
     key, value = (torch.randn(1, 4, Sk, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -168,14 +168,14 @@ def test_more_than_2_to_the_31_elements(Sq, backend):
 
 @pytest.fixture
 def elsewhere(backend, monkeypatch):
-    """The checks of other tests call the backend on the GPU."""
+    """Makes the checks of other tests call the backend on the GPU."""
     for module in (varlen_checks, decode_checks, cache_checks, corner_checks):
         monkeypatch.setattr(module, "attention", there(attention, backend=backend.name))
     monkeypatch.setattr(testing, "DTYPES", (*DTYPES, torch.bfloat16))  # float64 is not served
 
 
 def one_dtype(*parameters):
-    """Every dtype somewhere."""
+    """Returns a dtype that depends on the parameters, so that each dtype occurs."""
     return DTYPES[sum(map(len, map(str, parameters))) % 3]
 
 
@@ -197,7 +197,7 @@ def test_gradients_of_packed(name, page_size, elsewhere):
 @pytest.mark.parametrize("page_size", [None, 128])
 @pytest.mark.parametrize("dtype, head_dim", list(itertools.product(DTYPES[1:], (64, 128))), ids=str)
 def test_long_packed_sequences(dtype, head_dim, page_size, elsewhere, monkeypatch):
-    """Whole tiles, which come by the copy engine where there is one."""
+    """Uses whole tiles, which TMA copies on a GPU that has it."""
     wide = dataclasses.replace(varlen_checks.SCALE_ONLY, dtype=dtype, D=head_dim, Dv=head_dim)
     options = {"full": wide, "causal": dataclasses.replace(wide, causal="bottom_right")}
     monkeypatch.setattr(varlen_checks, "OPTIONS", options)
@@ -286,7 +286,7 @@ def test_dropout_bits_are_those_of_the_cpu(p):
 
 @pytest.fixture(params=["cuda", "triton"])
 def softmax_there(request, monkeypatch):
-    """softmax_checks' calls of masked_softmax, by the kernels of one library."""
+    """Makes softmax_checks call masked_softmax with the kernels of one library on the GPU."""
     if request.param == "triton":
         from fused_attention.kernels import operators
 
@@ -354,11 +354,11 @@ def test_memory_is_linear_in_the_length(backend):
     assert peak(8192) < 4.5 * peak(2048)
 
 
-# -- What users have around it -----------------------------------------------------------
+# -- Features of PyTorch around a call ---------------------------------------------------
 
 
 def test_compile(backend):
-    """With Inductor, without graph breaks, gradients too."""
+    """Inductor compiles a call without graph breaks, gradients included."""
     leaves = [
         torch.randn(2, 4, 200, 64, device="cuda", dtype=torch.float16, requires_grad=True)
         for _ in range(3)
@@ -411,7 +411,7 @@ def test_patch_sdpa():
 
 @torch.no_grad()
 def test_generation_of_a_model():
-    """Greedy, with a cache that grows in place: the tokens of naive attention on the CPU."""
+    """Greedy generation with a growing cache gives the tokens of naive attention on the CPU."""
     tokens = []
     for kind, device in (("naive", "cpu"), ("fused", "cuda")):
         model = model_of("norm first", kind).to(device)

@@ -1,4 +1,4 @@
-"""Fetching, without a network: what is kept, what is fetched again, what is said."""
+"""Tests fetching without a network: what is kept, what is fetched again, and the messages."""
 
 import contextvars
 import hashlib
@@ -28,7 +28,7 @@ def make_wheel(path, text):
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A source of one wheel; the index has it as long as the file is there."""
+    """A source of one wheel, which the index offers as long as the file exists."""
     index = tmp_path / "index"
     index.mkdir()
     path = index / "data_of_it-1.0-py3-none-any.whl"
@@ -63,7 +63,7 @@ def test_a_wheel_is_fetched_once_and_only_its_data(wheel):
 
 
 def test_what_was_cut_goes_on_where_it_was(wheel, monkeypatch):
-    """A download that is there and right is not fetched again, a broken one is."""
+    """A download that is complete is not fetched again, a broken one is."""
     path, calls, cache = wheel
     downloads = cache / "it.downloads"
     downloads.mkdir(parents=True)
@@ -72,7 +72,7 @@ def test_what_was_cut_goes_on_where_it_was(wheel, monkeypatch):
     fetch("it", cache)
     assert len(calls) == 1
     fetched_again = cache / "it" / "fetched"
-    fetched_again.unlink()  # as if it had been cut before the end
+    fetched_again.unlink()  # as if interrupted before the end
     downloads.mkdir()
     (downloads / path.name).write_bytes(path.read_bytes())
     path.unlink()
@@ -89,15 +89,15 @@ def test_a_failure_leaves_nothing_that_looks_complete(wheel):
         directory("it", cache)
 
 
-# -- Two at a time, and one that is killed -----------------------------------------------------
+# -- Two fetches at a time, and one that is killed ---------------------------------------------
 
 FORK = multiprocessing.get_context("fork")  # a new interpreter would import torch for seconds
-PATIENCE = 100  # seconds, for what happens at once
+PATIENCE = 100  # seconds to wait for what should happen at once
 ROLE = contextvars.ContextVar("role")  # of the thread or process that fetches
 
 
 class Pair:
-    """A source "it" of two wheels, whose pip says at which wheel it is and may be held there."""
+    """A source "it" of two wheels; its pip calls `at` for each wheel, where a test may hold it."""
 
     def __init__(self, tmp_path, monkeypatch):
         self.cache, self.index, self.log = (tmp_path / x for x in ("cache", "index", "log"))
@@ -137,14 +137,14 @@ def pair(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [FORK, multiprocessing.dummy], ids=["processes", "threads"])
 def test_two_at_a_time_fetch_one_whole_thing_once(pair, monkeypatch, kind):
-    """The second comes while the first has one part of two: it waits, and finds it there."""
+    """The second fetch begins when the first has one of two parts; it waits for the whole."""
     half, came, go, first_ended = (kind.Event() for _ in range(4))
 
     def at(role, wheel):
         if role == "first" and wheel == "two":
             half.set()
             assert go.wait(PATIENCE)
-        if role == "second":  # it should not come as far as here
+        if role == "second":  # it should not get here
             came.set()
             assert first_ended.wait(PATIENCE)
 
@@ -173,7 +173,7 @@ def test_two_at_a_time_fetch_one_whole_thing_once(pair, monkeypatch, kind):
 
 
 def test_after_a_kill_the_next_goes_on(pair):
-    """It waits for no lock of the dead, has the part that was there, and tidies up."""
+    """The next fetch does not wait for the lock, keeps the part that is complete, and tidies up."""
     half, never = FORK.Event(), FORK.Event()
 
     def at(role, wheel):
@@ -212,7 +212,7 @@ def test_a_failure_keeps_the_downloads_and_nothing_else(pair):
     "change", [lambda path: path.unlink(), lambda path: path.write_text("o")], ids=["gone", "cut"]
 )
 def test_what_is_not_whole_is_not_complete(pair, change):
-    """Something outside removes, or cuts, a file of the first part before the end."""
+    """Another program removes or truncates a file of the first part before the end."""
 
     def at(role, wheel):
         if wheel == "two":
@@ -327,7 +327,7 @@ def points_nowhere(folder, outside):
 
 
 def make_apt(prepare):
-    """apt and dpkg for a package whose folder usr/data `prepare` fills."""
+    """Stands in for apt and dpkg, with a package whose folder usr/data `prepare` fills."""
 
     def apt(command, cwd):
         if "download" in command:
@@ -389,7 +389,7 @@ def test_a_link_within_the_folder_of_a_package_is_a_file(deb, monkeypatch):
 
 
 def test_of_two_versions_of_a_package_the_present_one_is_unpacked(deb, monkeypatch):
-    """The other one is left from before the archive had a new one, unpacked or not."""
+    """An earlier fetch left the old version behind, packed and unpacked."""
     (deb / "it.downloads/unpacked/usr/data").mkdir(parents=True)
     (deb / "it.downloads/unpacked/usr/data/old").touch()
     (deb / "it.downloads/some-data_0.9_all.deb").touch()
@@ -421,7 +421,7 @@ def test_commands_fail_with_one_line(tmp_path):
 
 
 def test_apt_works_in_private_directories(tmp_path, monkeypatch):
-    """The commands, and the largest list of each kind, decompressed by apt's helper."""
+    """Checks the commands, and that apt's helper decompresses the largest list of each kind."""
     commands = []
 
     def apt(command, cwd):

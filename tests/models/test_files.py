@@ -1,4 +1,4 @@
-"""Locks and replaced files: with processes that are killed, writes that fail, links in the way."""
+"""Tests locks and replaced files with killed processes, failing writes and links in the way."""
 
 import errno
 import multiprocessing
@@ -13,7 +13,7 @@ import pytest
 from fused_attention.models import files
 
 FORK = multiprocessing.get_context("fork")  # a new interpreter would import torch for seconds
-PATIENCE = 100  # seconds, for what happens at once
+PATIENCE = 100  # seconds to wait for what should happen at once
 both_kinds = pytest.mark.parametrize(
     "kind", [FORK, multiprocessing.dummy], ids=["processes", "threads"]
 )
@@ -57,7 +57,7 @@ def test_who_does_not_wait_for_a_lock_is_refused(tmp_path, kind):
 
 @both_kinds
 def test_a_lock_excludes_the_others(tmp_path, kind):
-    """A counter that is read and written in two steps: no increment is lost."""
+    """A counter that is read and written in two steps loses no increment."""
     counter = tmp_path / "counter"
     counter.write_text("0")
 
@@ -95,7 +95,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
 
 
 def test_a_child_of_its_process_does_not_keep_a_lock(tmp_path):
-    """It has the lock file open, as a worker that was forked in the middle of a run."""
+    """The child has the lock file open, like a worker that is forked in the middle of a run."""
     go = FORK.Event()
     child = FORK.Process(target=go.wait, args=(PATIENCE,))
     with files.locked(tmp_path / "x"):
@@ -115,7 +115,7 @@ def test_a_lock_ends_with_an_exception(tmp_path):
 
 
 def test_a_lock_file_that_was_removed_excludes_nobody_from_a_new_one(tmp_path):
-    """The holder leaves the lock of somebody else alone, who got a new file."""
+    """The first holder leaves the new lock file of another process alone."""
     with files.locked(tmp_path / "x", wait=False):
         (tmp_path / "x.lock").unlink()
         with files.locked(tmp_path / "x", wait=False):
@@ -133,7 +133,7 @@ def test_a_lock_under_a_link_to_the_folder_is_the_same(tmp_path):
 
 
 def test_a_lock_is_released_where_it_was_taken(tmp_path, monkeypatch):
-    """Also by a process that has gone to another directory since."""
+    """The lock is released even if the process has changed its directory since."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "a")
@@ -197,7 +197,7 @@ def test_a_kill_while_writing_leaves_the_old_file_and_the_next_writer_tidies_up(
     assert half.wait(PATIENCE)
     kill(writer)
     assert path.read_text() == "old"
-    assert len(names(tmp_path)) == 3  # with the lock and the temporary
+    assert len(names(tmp_path)) == 3  # x, its lock and the temporary file
     (tmp_path / "x.partial-directory" / "more").mkdir(parents=True)
     (tmp_path / "another.partial-1").touch()
     with files.locked(path):
@@ -250,7 +250,7 @@ def test_a_directory_is_replaced_whole(tmp_path):
 
 @pytest.fixture
 def events(monkeypatch):
-    """What is flushed and renamed, in its order: ("flush" | "rename", name)."""
+    """Records what is flushed and renamed, in order: ("flush" | "rename", name)."""
     seen = []
 
     def record(module, function, note):

@@ -1,4 +1,4 @@
-"""Greedy, sampling and beam search: against the loop and the search that anyone would write."""
+"""Compares greedy, sampling and beam search with a plain loop and an exhaustive search."""
 
 import itertools
 
@@ -15,13 +15,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def lengthy(kind, attention="fused", **changes):
-    """A model with opinions: logits that are far apart."""
+    """Returns a model with random parameters, and the memory of its encoder."""
     model = model_of(kind, attention, **changes).double()
     return model, None if model.encoder is None else model.encode(*pad(SOURCES))
 
 
 def next_logits(model, memory, tokens, b):
-    """Without a cache or a batch."""
+    """Computes the next logits without a cache or a batch."""
     if memory is not None:
         memory = model.encode(torch.tensor([SOURCES[b]]))
     return model.decode(torch.tensor([tokens]), None, memory)[0, -1]
@@ -86,7 +86,7 @@ TARGETS_SMALL = [[1, 2], [3, 4, 2, 1], [0]]
 
 
 class Bigrams:
-    """p(next | last) from a table, which is all that `generate` asks of a model."""
+    """A model that reads p(next | last) from a table, with the methods that `generate` needs."""
 
     def __init__(self, table):
         self.log_p = torch.tensor(table).log()
@@ -102,7 +102,7 @@ class Bigrams:
 
 
 def test_a_beam_does_not_fall_for_the_first_token():
-    """From 0: the likelier 1 is followed by anything, 2 surely by 3."""
+    """After 0, the likelier token is 1, but any token may follow 1, and only 3 may follow 2."""
     garden_path = Bigrams(
         [[0.0, 0.6, 0.4, 0.0], [0.25] * 4, [0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
     )
@@ -120,7 +120,7 @@ def test_probabilities():
     assert probabilities(logits, top_p=0.01).tolist() == [[0, 1, 0, 0]]
     cold = probabilities(logits, temperature=0.5)
     torch.testing.assert_close(cold, logits.exp() ** 2 / (logits.exp() ** 2).sum())
-    both = probabilities(logits, top_k=3, top_p=0.8)  # 5/9, 2.5/9 and no more
+    both = probabilities(logits, top_k=3, top_p=0.8)  # 5/9 + 2.5/9 > 0.8
     torch.testing.assert_close(both, torch.tensor([[0, 2 / 3, 0, 1 / 3]]))
 
 

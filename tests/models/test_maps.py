@@ -1,4 +1,4 @@
-"""Attention as explanation: equal to the naive weights whatever is asked, in linear memory."""
+"""Attention maps agree with the naive weights, whatever is asked, in linear memory."""
 
 import itertools
 import json
@@ -52,7 +52,7 @@ CASES = make_cases()
 
 
 def naive_weights(query, key, options):
-    """What attention gives for values that are the identity."""
+    """Returns what attention gives for values that are the identity."""
     identity = torch.eye(key.shape[2], dtype=key.dtype).expand(*key.shape[:2], -1, -1)
     return attention_reference(query, key, identity, **options)
 
@@ -151,7 +151,7 @@ def test_wrong_calls():
 
 
 def paths(T, S):
-    """Every monotonic path from (0, 0) to (T - 1, S - 1)."""
+    """Yields every monotonic path from (0, 0) to (T - 1, S - 1)."""
     if (T, S) == (1, 1):
         yield [(0, 0)]
     for di, dj in ((1, 1), (1, 0), (0, 1)):
@@ -195,7 +195,7 @@ print(json.dumps([peak(2048), peak(4096)]))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_linear():
     """All the weights at S = 4096 would be 256 MiB, 64 at 2048."""
-    # What is freed goes back at once: without a fixed threshold, the allocator keeps what it likes.
+    # With a fixed threshold the allocator gives freed memory back at once, instead of keeping some.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     run = subprocess.run(
         [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""The page in a real browser, and the plots."""
+"""Tests the page in a real browser, and the plots."""
 
 import html.parser
 import os
@@ -55,7 +55,7 @@ def test_views(views):
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser made of it: texts and attributes by the id that they are in."""
+    """A page as a browser renders it: texts and attributes by the id that encloses them."""
 
     def __init__(self, text):
         super().__init__()
@@ -109,7 +109,7 @@ def test_the_page_in_a_browser(views, tmp_path):
         assert [text for _, text in page.found["keys"]] == SOURCE_TOKENS
         shown = torch.tensor([float(a["data-weight"]) for a, _ in page.found["keys"]])
         torch.testing.assert_close(shown, weights[1], atol=0.5 / 255 + 1e-4, rtol=0)
-    page = Page(browse(path, "#view=99&head=99&query=99", "--dump-dom").stdout)  # the last of each
+    page = Page(browse(path, "#view=99&head=99&query=99", "--dump-dom").stdout)  # shows the last
     assert page.title == "A <title>"
     assert [a["aria-pressed"] for a, _ in page.found["layers"]][-1] == "true"
 

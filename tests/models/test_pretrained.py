@@ -1,7 +1,7 @@
-"""Weights of other models in ours: equal to transformers' own classes with the same weights.
+"""Our models equal transformers' own classes when they have the same weights.
 
-Tiny models with random weights always; the real ones where `python -m fused_attention fetch` has
-brought them.
+Tiny models with random weights always run; real models run only if `python -m fused_attention
+fetch` has fetched them.
 """
 
 import os
@@ -118,7 +118,7 @@ def test_what_is_not_the_same_model_is_refused():
         pretrained.from_llama(config.to_dict(), state)
 
 
-# -- The real ones ------------------------------------------------------------------------------
+# -- Real models --------------------------------------------------------------------------------
 
 
 def fetched(name):
@@ -147,7 +147,7 @@ def test_minilm():
 @pytest.mark.slow
 @torch.no_grad()
 def test_smollm2():
-    """Against transformers' own reader of GGUF files, where it can be imported."""
+    """Compares with transformers' own reader of GGUF files, if it can be imported."""
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     path = fetched("smollm2")

@@ -1,4 +1,4 @@
-"""What the commands are made of, on texts and images made here: nothing is fetched."""
+"""Tests the parts of the commands on texts and images made here; nothing is fetched."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ THINGS = ["files", "sounds", "images", "mail", "maps", "tables", "clocks"]
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """What `fetch descriptions` brings, in small."""
+    """Writes a small version of what `fetch descriptions` fetches."""
     root = tmp_path / "descriptions"
     root.mkdir()
     lists = {name: [] for name in ("Packages", "Translation-en", "Translation-fr")}
@@ -75,12 +75,12 @@ def test_what_is_held_out_is_not_in_training(cache, monkeypatch):
     split, names = texts.sections(packages=3)
     assert names == ["net", "games"]
     numbers = [{int(x.source.split()[-1][:-1]) // 2 for x in side} for side in split]
-    assert numbers[0] and numbers[1] and not numbers[0] & numbers[1]  # of source packages
+    assert numbers[0] and numbers[1] and not numbers[0] & numbers[1]  # no source package is in both
 
 
 def test_translation_pairs(cache):
     split = texts.translation("fr")
-    assert len(split.held_out) == 36 and split.training == []  # fewer than are held out
+    assert len(split.held_out) == 36 and split.training == []  # all are held out
     assert texts.Text("editor pour files", "editor for files", "synopsis") in split.held_out
 
 
@@ -116,7 +116,7 @@ def test_the_lstm_learns_to_copy_and_a_beam_of_it_is_a_beam():
         assert right >= 45
     alone = model.encode(torch.tensor([unseen[0].source]))
     (one,) = generate(model, [[BEGIN]], alone, max_new_tokens=7, end=END, beams=3)
-    assert one == found[0]  # padding and the others influence nothing
+    assert one == found[0]  # padding and other sequences influence nothing
 
 
 def test_drawn_images():
@@ -136,7 +136,7 @@ def test_drawn_images():
 
 
 def test_captions_are_learnt_by_a_run_that_is_saved(tmp_path):
-    """Loss only: some hundred steps more and the captions are right."""
+    """Checks the loss only: the captions get right after some hundred steps more."""
     settings = Settings("caption", steps=20, tokens=256, peak=3e-3, dropout=0.0, examples=100)
     results = tasks.run(settings, tmp_path)
     assert results == json.loads((tmp_path / "results.json").read_text()) | {
@@ -149,7 +149,7 @@ def test_captions_are_learnt_by_a_run_that_is_saved(tmp_path):
 
 
 def test_a_second_run_in_a_directory_is_refused(tmp_path):
-    """Also with other settings, before it has replaced any file of the first."""
+    """It is refused, even with other settings, before it replaces any file of the first run."""
     settings = Settings("caption", steps=1, tokens=64, examples=4, dropout=0.0)
     contents = {}
 
@@ -173,7 +173,7 @@ def test_wrong_tasks(tmp_path):
 
 
 def test_translation_from_train_to_page(cache, tmp_path, capsys, monkeypatch):
-    """The commands, on 42 packages."""
+    """Runs the commands on 42 packages."""
     for module in ("tokenizers", "sacrebleu", "matplotlib"):
         pytest.importorskip(module)
     monkeypatch.setattr(texts, "_split", lambda pairs, limit: texts.Split(pairs, pairs[:4]))

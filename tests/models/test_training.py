@@ -1,4 +1,4 @@
-"""Training on tasks that a generator makes: it learns, the same in three ways, and resumes."""
+"""Trains on generated tasks: models learn, equally with three attentions, and runs resume."""
 
 import dataclasses
 import multiprocessing
@@ -52,7 +52,7 @@ def test_it_learns(task, changes):
 
 
 def test_a_language_model_learns_to_copy():
-    """Decoder only: source, BEGIN, the same again."""
+    """A decoder alone learns sequences of a source, BEGIN and the source again."""
     examples = [
         Pair([], [*pair.source, *pair.target]) for pair in make_pairs("copy", 4000, 1, longest=3)
     ]
@@ -71,7 +71,7 @@ def test_a_language_model_learns_to_copy():
 
 
 def test_the_same_run_with_three_attentions_gives_the_same_losses():
-    """Naive float32 sums in another order: the losses may part by rounding, not by more."""
+    """Naive float32 attention sums in another order: the losses may differ by rounding only."""
     losses = {}
     recipe = dataclasses.replace(RECIPE, steps=40)
     for attention in IMPLEMENTATIONS:
@@ -153,7 +153,7 @@ def test_a_run_in_another_process_holds_the_checkpoint_until_it_is_killed(tmp_pa
     fork = multiprocessing.get_context("fork")
     held, never = fork.Event(), fork.Event()
 
-    def hold():  # torch's threads do not survive a fork: only the lock of a run
+    def hold():  # torch's threads do not survive a fork, so this only holds the lock of a run
         with training.files.locked(path, wait=False):
             held.set()
             never.wait(100)
@@ -206,7 +206,7 @@ def test_a_checkpoint_is_not_written_through_a_link(tmp_path):
 
 
 def test_checkpoints_that_differ_in_their_endings_do_not_meet(tmp_path):
-    """Two runs at a time: each writes while the other one is in the middle of writing."""
+    """The second run writes its checkpoints while the first is in the middle of writing."""
     inner = []
 
     def save(document, file):
@@ -272,7 +272,7 @@ def test_a_pre_trained_encoder_learns_slower_than_the_decoder():
     before = {name: x.clone() for name, x in model.state_dict().items()}
     recipe = dataclasses.replace(RECIPE, steps=1, encoder_factor=0.25)
     train(model, make_pairs("copy", 100, seed=1), pair_loss, size, recipe)
-    rate = recipe.learning_rate(1)  # and Adam's first step, where there is a gradient
+    rate = recipe.learning_rate(1)  # also Adam's first step, where there is a gradient
     for name, x in model.state_dict().items():
         if name.endswith("key.bias"):
             continue  # its gradient is zero but for rounding: softmax ignores what all keys share

@@ -1,4 +1,4 @@
-"""docs/training.md is that of the results."""
+"""docs/training.md is the page that the results give."""
 
 import pytest
 
@@ -13,11 +13,11 @@ def train_models(monkeypatch):
     return train_models
 
 
-FOUND = {"steps": 3, "training_seconds": 1.0, "losses": [1.0] * 21}  # of a run, beside its results
+FOUND = {"steps": 3, "training_seconds": 1.0, "losses": [1.0] * 21}  # of a run, besides its results
 
 
 def redirect(train_models, tmp_path, monkeypatch):
-    """Results and the page go elsewhere; nothing is fetched."""
+    """Redirects the results and the page to a temporary folder; nothing is fetched."""
     monkeypatch.setattr(train_models, "RESULTS", tmp_path / "training.csv")
     monkeypatch.setattr(train_models, "SAMPLES", tmp_path / "training_samples.csv")
     monkeypatch.setattr(train_models, "PAGE", tmp_path / "training.md")
@@ -27,12 +27,12 @@ def redirect(train_models, tmp_path, monkeypatch):
 def test_the_page_is_that_of_the_results(train_models):
     about, figures, samples = train_models.load()
     assert train_models.PAGE.read_text() == train_models.page(about, figures, samples)
-    for name, found in figures.items():  # also while there are not all of them
+    for name, found in figures.items():  # the page also works for some of them
         assert train_models.page(about, {name: found}, samples)
 
 
 def test_two_at_a_time_keep_the_results_of_both(train_models, tmp_path, monkeypatch):
-    """One with --only, which ends while the other is in the middle of its runs."""
+    """The second script, with another --only, ends while the first is in the middle of a run."""
     redirect(train_models, tmp_path, monkeypatch)
     plan = {
         name: run for name, run in train_models.plan(False).items() if name in ("lm", "caption")

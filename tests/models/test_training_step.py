@@ -1,5 +1,5 @@
-"""Training as it is done: two processes under DistributedDataParallel, and layers whose activations
-are computed again, with the dropout of the first time."""
+"""Trains in two processes under DistributedDataParallel, and with layers whose activations are
+computed again in the backward, with the same dropout."""
 
 import copy
 import socket
@@ -16,7 +16,7 @@ from training_step import loss_of, make_batch, make_model, train, worker
 
 @pytest.mark.parametrize("dropout", quick([0.0, 0.5], 0.0))
 def test_two_processes_train_one_model(dropout):
-    """Without dropout: as one process does on the whole batch."""
+    """Without dropout, they train as one process does on the whole batch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -58,7 +58,7 @@ def test_checkpointed_training_is_the_same(use_reentrant):
     )
     decoder = again.decoder.layers[0]
     decoder.multihead_attn = Checkpointed(decoder.multihead_attn, use_reentrant)
-    # What nn.TransformerEncoderLayer reads of its attention
+    # nn.TransformerEncoderLayer reads batch_first.
     again.encoder.layers[0].self_attn.batch_first = True
     source, target, *rest = make_batch()
     batch = (source.requires_grad_(), target.requires_grad_(), *rest)
@@ -66,7 +66,7 @@ def test_checkpointed_training_is_the_same(use_reentrant):
     for model in (plain, again):
         torch.manual_seed(5)
         loss = loss_of(model, *batch)
-        torch.rand(7)  # whoever draws between forward and backward
+        torch.rand(7)  # other code draws between forward and backward
         loss.backward()
         gradients = {name.replace(".layer.", "."): x.grad for name, x in model.named_parameters()}
         results.append((loss, gradients))

@@ -1,4 +1,4 @@
-"""The reference transformer: equal to torch.nn's; the same in three ways, packed and cached."""
+"""The reference transformer equals torch.nn's, with three attentions, packed and cached."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ KIND_WITH_OWN_LOGITS = "rotary, one key head, own logits"
 
 
 def run(model, batch=pad):
-    """The outputs of the tokens that are there, [T, ...]."""
+    """Returns the outputs of the tokens without padding, [T, ...]."""
     if model.decoder is None:
         tokens, layout = batch(SOURCES)
         out = model.encode(tokens, layout).hidden
@@ -43,7 +43,7 @@ def test_three_attentions_padded_and_packed_give_the_same(kind):
     assert expected.std() > 0.1
     for attention in IMPLEMENTATIONS:
         for batch in (pad, pack):
-            with torch.no_grad():  # packed sequences have a kernel of their own there
+            with torch.no_grad():  # packed sequences then have a kernel of their own
                 out = run(model.use_attention(attention), batch)
             torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
 
@@ -59,7 +59,7 @@ def test_gradients_are_the_same(kind, batch):
         gradients[attention] = torch.autograd.grad((out * weights).sum(), list(model.parameters()))
     for name, *three in zip(dict(model.named_parameters()), *gradients.values(), strict=True):
         scale = three[2].abs().max()
-        assert scale > 0 or name.endswith("key.bias"), name  # softmax does not see that bias
+        assert scale > 0 or name.endswith("key.bias"), name  # softmax ignores that bias
         for gradient in three[:2]:
             torch.testing.assert_close(gradient, three[2], atol=1e-9, rtol=1e-9, msg=name)
 
@@ -89,7 +89,7 @@ def test_equals_torch_nn_transformer(norm_first):
                 ours.load_state_dict(their.state_dict())
             block.feed_forward.up.load_state_dict(layer.linear1.state_dict())
             block.feed_forward.down.load_state_dict(layer.linear2.state_dict())
-        if not norm_first:  # torch normalises once more, ours with norm_first only
+        if not norm_first:  # torch has a last norm, ours only with norm_first
             other.norm = None
     source, source_layout = pad(SOURCES)
     target, layout = pad(TARGETS)
@@ -149,7 +149,7 @@ def test_a_decoder_does_not_look_ahead():
 @pytest.mark.parametrize("kind", ["as in the paper", "decoder only"])
 @torch.no_grad()
 def test_step_by_step_equals_all_at_once(kind, attention):
-    """Prompts of different lengths, three tokens more, two of them in one step."""
+    """Continues prompts of different lengths by three tokens, two of them in one step."""
     model = model_of(kind).double().use_attention(attention)
     memory = None if model.encoder is None else model.encode(*pad(SOURCES))
     more = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])

@@ -1,5 +1,5 @@
-// Tensors for the driver: any of the kernels' types, any strides, memory of exactly the bytes that
-// they reach, so that a sanitizer sees every access beyond.
+// Tensors for the driver: any of the kernels' types and any strides. Their memory has exactly the
+// bytes that they reach, so that a sanitizer sees every access beyond.
 #pragma once
 
 #include <math.h>
@@ -25,7 +25,7 @@ class Random {
     return first + (int64_t)(engine_() % (uint64_t)(last - first + 1));
   }
   bool chance(int percent) { return range(1, 100) <= percent; }
-  // A value that every type holds exactly: 8 significant bits.
+  // Returns a value that every type holds exactly: 8 significant bits.
   double value() { return (double)range(-127, 127) / 64; }
   uint64_t bits() { return engine_(); }
 
@@ -39,7 +39,7 @@ inline double from_float16(uint16_t bits) {
   if (exponent == 31) return fraction ? NAN : sign * INFINITY;
   return sign * (exponent == 0 ? ldexp(fraction, -24) : ldexp(1024 + fraction, exponent - 25));
 }
-// Of a normal number that needs no rounding, zero or NaN.
+// Converts a normal number that needs no rounding, zero or NaN.
 inline uint16_t to_float16(double x) {
   if (x != x) return 0x7e00;
   if (x == 0) return 0;
@@ -89,14 +89,14 @@ inline int64_t bytes_of(DType dtype) {
 
 using Sizes = std::vector<int64_t>;
 
-// Elements of `width` bytes. Nothing that was not set is ever 0: all bits are 1, which is NaN.
+// A tensor with elements of `width` bytes. Unset memory is never 0: all bits are 1, which is NaN.
 class Array {
  public:
   enum class Last { kDense, kAny };  // whether the last dimension has stride 1
 
   Array() = default;
-  // Dimensions in a random order in memory, with gaps; stride 0 where the size is 1 and
-  // `broadcast`.
+  // Lays the dimensions out in a random order in memory, with random gaps. With `broadcast`, a
+  // dimension of size 1 has stride 0.
   Array(Random& random, Sizes sizes, DType type, Last last, bool broadcast = false,
         int64_t element_bytes = 0)
       : size(std::move(sizes)),
@@ -144,7 +144,7 @@ class Array {
   double operator()(Index... index) const {
     return get(at(index...), dtype);
   }
-  // f(address) for every element.
+  // Calls f(address) for every element.
   template <typename F>
   void each(F f) const {
     Sizes index(size.size(), 0);
@@ -161,7 +161,7 @@ class Array {
   void randomise(Random& random) {
     each([&](char* at) { set(at, dtype, random.value()); });
   }
-  // Whether the bytes between the elements are as they were.
+  // Returns whether the bytes between the elements are as they were.
   bool gaps_are_intact() const {
     std::vector<char> copy(memory.get(), memory.get() + bytes);
     each([&](char* at) { memset(copy.data() + (at - memory.get()), 0xff, (size_t)width); });

@@ -1,8 +1,8 @@
 // Runs every phase of the kernel table without torch, on random shapes, strides, alignments, masks
-// and options, and compares it with plain loops in double precision. The tolerance is coarse: what
-// this is for is what the sanitizers see. `make sanitize` builds and runs it.
+// and options, and compares the results with plain loops in double precision. The tolerance is
+// coarse: the purpose is to run the kernels under sanitizers, with `make sanitize`.
 //
-//   driver                       the instruction sets of this machine, one a line
+//   driver                       prints the instruction sets of this machine, one a line
 //   driver ISA CASES SEED THREADS
 //
 // THREADS > 1: threads draw tasks from a counter; the bits must be those of one thread.
@@ -51,7 +51,7 @@ void run(const PhaseOf<Params>& phase, const Params& p, int count) {
   for (std::thread& other : others) other.join();
 }
 
-// Runs `phases` on so many threads, and on one if there were more: the outputs must be the same.
+// Runs `phases` on all threads, then on one if there are more: the outputs must have the same bits.
 void run_all(const std::vector<std::function<void(int)>>& phases,
              const std::vector<const Array*>& outputs) {
   for (const auto& phase : phases) phase(threads);
@@ -84,9 +84,9 @@ struct Expected {
   std::vector<double> value;
 };
 
-// `coarsest`: the least precise type on the way to this result.
+// Compares `got` with `want`. `coarsest` is the least precise type on the way to this result.
 void compare(const char* name, const Array& got, const Expected& want, DType coarsest) {
-  // The 16-bit ones: a gradient that cancels to 0 keeps the rounding of out, times grad_out.
+  // The last two are large: a gradient that cancels to 0 keeps the rounding of out, times grad_out.
   const double tolerance = coarsest == DType::kFloat64   ? 1e-9
                            : coarsest == DType::kFloat32 ? 2e-4
                            : coarsest == DType::kFloat16 ? 5e-2
@@ -113,7 +113,7 @@ DType coarser(DType a, DType b) {
 
 // -- dropout ----------------------------------------------------------------------------------
 
-// Philox4x32-10, one counter at a time: the 16-bit value of a column.
+// Returns the 16-bit value of a column, by Philox4x32-10 one counter at a time.
 uint32_t philox(uint64_t seed, uint32_t offset, int64_t head, int64_t row, int64_t column) {
   uint32_t c[4] = {(uint32_t)(column / 8), (uint32_t)row, (uint32_t)head, offset};
   uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
@@ -169,14 +169,14 @@ Array contiguous(Sizes sizes, DType dtype) {
   return x;
 }
 
-// What phases hand on to one another, as p.call_workspace.
+// Returns a call workspace of `bytes`, to which p.call_workspace points.
 std::vector<char> shared_memory(AttentionParams& p, size_t bytes) {
   std::vector<char> shared(bytes + 63);
   p.call_workspace = (void*)(((uintptr_t)shared.data() + 63) / 64 * 64);
   return shared;
 }
 
-// The phases of the kernel that serves the call.
+// Runs the phases of the kernel that serves the call.
 void run_forward(AttentionParams& p, const Array& out, const Array& lse) {
   const ForwardKernel& forward = choose_forward(kernel_table(), p);
   const std::vector<char> shared =
@@ -265,7 +265,7 @@ void attention_case(Random& random) {
     p.key_padding_mask = (const uint8_t*)padding.data;
     p.key_padding_stride_b = padding.stride[0];
     p.key_padding_stride_k = padding.stride[1];
-    for (int64_t b = 0; b < B; ++b) {  // what nobody sees may hold anything
+    for (int64_t b = 0; b < B; ++b) {  // hidden keys may hold anything
       for (int64_t j = 0; j < Sk; ++j) {
         if (!*padding.at(b, j)) continue;
         for (int64_t h = 0; h < Hkv; ++h) {
@@ -398,13 +398,13 @@ void attention_case(Random& random) {
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);
   compare("dv", dv, dv_, type);
-  // The operator sets dbias to zero where there is no score: no task may own it.
+  // If there are no scores, no task may own dbias, and the operator sets it to zero.
   if (bias_gradient && Sq * Sk > 0) compare("dbias", dbias, dbias_, coarser(type, bias.dtype));
   if (sunk) compare("dsinks", dsinks, dsinks_, type);
 }
 
-// Sequences of their own lengths: packed, with used lengths, in pages, in any combination. What no
-// sequence uses is NaN, and the tensors of lengths end where they have to.
+// Runs sequences of different lengths: packed, with used lengths, in pages, in any combination.
+// Keys that no sequence uses hold NaN, and the arrays of lengths have no spare elements.
 void sequences_case(Random& random) {
   AttentionParams p;
   p.dtype = any_type(random);
@@ -418,7 +418,7 @@ void sequences_case(Random& random) {
   p.Dv = random.chance(50) ? p.D : random.range(1, 40);
   const int64_t B = p.B, Hq = p.Hq, Hkv = p.Hkv, D = p.D, Dv = p.Dv;
 
-  std::vector<int32_t> Sq, Sk, seqused, cu_q{0}, cu_k{0};  // Sk: with what is not in use
+  std::vector<int32_t> Sq, Sk, seqused, cu_q{0}, cu_k{0};  // Sk counts unused keys too
   const auto length = [&] { return (int32_t)random.range(0, few ? 3 : 110); };
   const int32_t common = length();
   int64_t longest_q = 0, longest_k = 0, room = 0;
@@ -443,7 +443,7 @@ void sequences_case(Random& random) {
   }
   // The last sequence may share its first page with the first one.
   if (max_pages > 0 && random.chance(30)) table[(size_t)((B - 1) * max_pages)] = table[0];
-  const auto tokens = [&](int64_t H, int64_t width) {  // queries
+  const auto tokens = [&](int64_t H, int64_t width) {  // sizes for queries
     return packed ? Sizes{1, H, cu_q.back(), width} : Sizes{B, H, common, width};
   };
   const auto keys = [&](int64_t width) {
@@ -474,7 +474,7 @@ void sequences_case(Random& random) {
       }
     }
     for (int64_t n = (seqused[(size_t)b] + page_size - 1) / page_size; n < max_pages; ++n) {
-      if (paged) table[(size_t)(b * max_pages + n)] = -1;  // not in use: anything
+      if (paged) table[(size_t)(b * max_pages + n)] = -1;  // not in use, so any number
     }
   }
   p.query = view(q), p.key = view(k), p.value = view(v), p.out = view(out);
@@ -545,7 +545,7 @@ void sequences_case(Random& random) {
       if (top == -INFINITY) continue;
       for (int64_t j = 0; j < used_keys; ++j) sum += exp(logit[(size_t)j] - top);
       row_lse = top + log(sum + (sunk ? exp(sinks(h) - top) : 0));
-      const auto place = [&](int64_t j) {  // of key j in what is laid out as the keys
+      const auto place = [&](int64_t j) {  // (batch or page, row) of key j
         const int64_t page = paged ? table[(size_t)(b * max_pages + j / page_size)] : at_b;
         return std::pair(page, paged ? j % page_size : packed ? cu_k[(size_t)b] + j : j);
       };

@@ -3,7 +3,8 @@
 The driver (driver.cpp) is compiled with the kernels of every instruction set, with the flags of
 setup.py, and run for each of them that this machine has: under AddressSanitizer and UBSan on one
 thread, under ThreadSanitizer on several, and, where Debian's g++-aarch64-linux-gnu and qemu-user
-are installed, cross-compiled under UBSan. Ends with the number of cases; exit code 1 on a failure.
+are installed, cross-compiled under UBSan. It prints the number of cases at the end, and exits with
+code 1 on a failure.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")  # changes to ROOT
+SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")  # changes the directory to ROOT
 NATIVE = Path("tests/native")
 BUILD = Path("build/sanitize")
 UNDEFINED = "-fsanitize=undefined,float-cast-overflow"
@@ -28,7 +29,7 @@ ARM_PACKAGES = "Debian's packages g++-aarch64-linux-gnu and qemu-user"
 
 @dataclass(frozen=True)
 class Build:
-    """One driver: how it is compiled, and how it is run."""
+    """How one driver is compiled, and how it is run."""
 
     name: str
     flags: str
@@ -42,7 +43,7 @@ class Build:
         return BUILD / self.name / "driver"
 
     def compile(self) -> None:
-        """Every source that is newer than its object, at once, each with its own flags."""
+        """Compiles in parallel what changed since its object, each source with its own flags."""
         self.driver.parent.mkdir(parents=True, exist_ok=True)
         defines = [f"-DFUSED_ATTENTION_ISA_{name.upper()}" for name in self.isas]
         common = ["-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer", "-Wall", "-Wextra"]
@@ -68,7 +69,7 @@ class Build:
 
     def run(self, *arguments: str) -> str:
         environment = {
-            # GCC before 14 misaligns 64 - byte vectors otherwise(PR 110027).
+            # GCC before 14 misaligns 64-byte vectors otherwise (PR 110027).
             "ASAN_OPTIONS": "detect_stack_use_after_return=0",
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
             "TSAN_OPTIONS": "halt_on_error=1",
@@ -83,7 +84,7 @@ class Build:
 
 
 def builds() -> list[Build]:
-    # ThreadSanitizer wants its addresses where address randomisation may put others.
+    # ThreadSanitizer needs fixed addresses, which address randomisation may give to other memory.
     fixed = ("setarch", platform.machine(), "-R") if shutil.which("setarch") else ()
     found = [
         Build("address", f"-fsanitize=address {UNDEFINED} -fno-sanitize-recover=all", threads=1),
@@ -99,7 +100,7 @@ def builds() -> list[Build]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=2000, help="of each instruction set")
+    parser.add_argument("--cases", type=int, default=2000, help="cases for each instruction set")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="one of address, thread, arm64")
     options = parser.parse_args()
@@ -112,7 +113,7 @@ def main() -> None:
                 summary.append(f"{build.name:8} {isa:9} skipped: not on this machine")
                 continue
             print(f"{build.name}: {isa}", flush=True)
-            # ThreadSanitizer is the slowest, and Arm is emulated.
+            # ThreadSanitizer is the slowest and Arm is emulated, so these run half as many cases.
             cases = options.cases if build.name == "address" else options.cases // 2
             build.run(isa, str(cases), str(options.seed), str(build.threads))
             summary.append(f"{build.name:8} {isa:9} {cases} cases")

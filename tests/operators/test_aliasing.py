@@ -1,4 +1,4 @@
-"""Operators that write to an argument: which memory is whose, and what autograd is told."""
+"""Tests operators that write to an argument: overlapping memory, and what autograd notices."""
 
 import itertools
 
@@ -16,7 +16,7 @@ from fused_attention.operators.memory import place
 
 @st.composite
 def views(draw, most_dims=4):
-    """Random sizes, strides and offset, in elements."""
+    """Draws sizes, strides and an offset, in elements."""
     dims = draw(st.integers(0, most_dims))
     sizes = draw(st.lists(st.integers(0 if dims else 1, 4), min_size=dims, max_size=dims))
     strides = draw(st.lists(st.integers(0, 13), min_size=dims, max_size=dims))
@@ -59,7 +59,7 @@ def test_overlap_of_large_tensors_takes_no_time():
 
 
 def appended(key_cache, value_cache, key, value, lengths, table):
-    """What the caches hold afterwards if inputs are read before anything is written."""
+    """Returns the caches after an append that reads all inputs before it writes."""
     caches = [x.clone() for x in (key_cache, value_cache)]
     tokens = [x.clone() for x in (key, value)]
     for b, length in enumerate(lengths.tolist()):
@@ -76,7 +76,7 @@ def appended(key_cache, value_cache, key, value, lengths, table):
 
 @st.composite
 def appends(draw):
-    """Caches, tokens, lengths and pages, all of them anywhere in one storage."""
+    """Draws caches and tokens anywhere in one storage, lengths (perhaps there too) and pages."""
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
     B, H, S, D = (draw(st.integers(1, most)) for most in (2, 2, 3, 3))
     paged = draw(st.booleans())
@@ -178,7 +178,7 @@ def test_what_would_be_written_twice_is_refused(what):
 
 @st.composite
 def softmaxes(draw):
-    """An input, and a mask and sinks anywhere in its storage."""
+    """Draws an input, and a mask and sinks anywhere in its storage."""
     torch.manual_seed(draw(st.integers(0, 2**32)))
     storage = torch.randn(300)
 
@@ -227,7 +227,7 @@ def test_the_operator_itself_refuses_an_overlap():
         torch.ops.fused_attention.masked_softmax_(torch.zeros(9).unfold(0, 4, 2), 1.0, 0)
 
 
-# -- What autograd is told ---------------------------------------------------------------
+# -- Writes that autograd notices --------------------------------------------------------
 
 
 def writers():

@@ -1,5 +1,5 @@
-"""torch.compile and torch.export of the public functions: no graph break, one compilation for every
-length, and the results, gradients and dropout of eager mode."""
+"""Compiles and exports the public functions: no graph break, one compilation for every length, and
+the results, gradients and dropout of eager mode."""
 
 import io
 import itertools
@@ -30,7 +30,7 @@ def compiled(function, backend="aot_eager", dynamic=False):
 
 
 def results_of(function, *tensors, seed=None):
-    """Outputs and the gradients of those tensors that are floating."""
+    """Returns the outputs, and the gradients of the floating-point tensors."""
     if seed is not None:
         torch.manual_seed(seed)
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in tensors]
@@ -42,8 +42,8 @@ def results_of(function, *tensors, seed=None):
 
 
 def assert_as_eager(function, compiled_function, *tensors, seed=None, tolerance=0.0):
-    """Outputs to the bit, in value and strides, unless there is a tolerance; gradients closely,
-    since those of one tensor that is used twice are summed in another order."""
+    """Asserts equal values and strides of the outputs, bit for bit unless there is a tolerance, and
+    close gradients: those of a tensor that is used twice are summed in another order."""
     outs, gradients = results_of(function, *tensors, seed=seed)
     compiled_outs, compiled_gradients = results_of(compiled_function, *tensors, seed=seed)
     for x, want in zip(compiled_outs, outs, strict=True):
@@ -61,7 +61,7 @@ def randn(*shape, dtype=torch.float32):
 # -- Every feature -----------------------------------------------------------------------
 
 
-# What a graph hands to an operator: each kind of tensor, and all of them together.
+# Each kind of tensor that a graph hands to an operator, and all of them together.
 ONE_OF_A_KIND = ["plain", "mask 11QK", "bias 1HQK", "key padding", "window and causal", "softcap"]
 ONE_OF_A_KIND += ["alibi BH", "sinks", "dropout", "gqa", "everything"]
 
@@ -94,7 +94,7 @@ def test_without_gradient(name, dtype):
             assert torch.equal(graph(**call), attention(**call))
 
 
-# -- Named tests: the same tensor more than once -----------------------------------------
+# -- The same tensor more than once ------------------------------------------------------
 
 REPEATED = {
     "sdpa(x, x, x)": lambda x, y: sdpa(x, x, x),
@@ -113,7 +113,7 @@ REPEATED = {
 def test_repeated_inputs(name, dynamic):
     function = REPEATED[name]
 
-    def used(x, y):  # y in any case
+    def used(x, y):  # uses y in any case
         return *torch.utils._pytree.tree_leaves(function(x, y)), y.cos()
 
     x, y = randn(2, 3, 8, 8), randn(2, 3, 8, 8)
@@ -122,7 +122,7 @@ def test_repeated_inputs(name, dynamic):
 
 # -- One compilation for every length ----------------------------------------------------
 
-# Dynamo takes sizes that are equal in the first call for the same size: B is not a number of heads.
+# Dynamo takes sizes that are equal in the first call for one size, so B differs from the heads.
 LENGTHS = [(3, 9, 11), (5, 17, 40), (3, 33, 6), (7, 130, 257)]
 no_recompile = torch._dynamo.config.patch(error_on_recompile=True)
 OPTIONS = {
@@ -203,7 +203,7 @@ def two_layers(x):
 
 
 def two_draws(x, y):
-    """Two calls with the same inputs, which no compiler may take for one."""
+    """Makes two calls with the same inputs, which no compiler may merge into one."""
     return [attention(x, y, y, dropout_p=0.5) for _ in range(2)]
 
 
@@ -312,7 +312,7 @@ def test_autocast(outside):
 # -- Inductor (each compilation takes its C++ compiler 10 s or so) -------------------------
 
 
-@pytest.mark.slow  # half a minute: Inductor compiles a smaller call in the next one
+@pytest.mark.slow  # takes half a minute; the next test compiles a smaller call
 def test_inductor_serves_a_model_at_every_length():
     module = model(dropout_p=0.2)
     graph = compiled(module, "inductor", dynamic=True)
@@ -396,7 +396,7 @@ def test_exported_dropout_follows_the_generator():
         torch.testing.assert_close(loaded(x), expected)
 
 
-# -- Where it ends -----------------------------------------------------------------------
+# -- Limits of compiled code -------------------------------------------------------------
 
 
 INSIDE = {

@@ -1,5 +1,5 @@
-"""The attention operators of torch.ops.fused_attention, called directly: opcheck, fake kernels,
-refusal of what does not fit together, and the dropout mask."""
+"""Calls the attention operators of torch.ops.fused_attention directly: opcheck, fake kernels,
+refusal of arguments that do not fit together, and the dropout mask."""
 
 import dataclasses
 import itertools
@@ -31,12 +31,12 @@ ATTENTION = FORWARDS | {
     "backward_jvp": ops.attention_backward_jvp.default,
 }
 ALL = {f"attention_{name}" for name in ATTENTION} | {"dropout_keep_mask", "philox_state"}
-# test_softmax.py, test_modules.py, test_cache.py, test_tracing.py, test_exceptions.py
+# Tested in test_softmax.py, test_weights.py, test_cache.py, test_tracing.py, test_exceptions.py.
 ELSEWHERE = ("masked_softmax_", "attention_weights", "kv_cache_", "traced_", "check_sequences")
 
 
 def arguments(name, case):
-    """A call of an operator, by name, for a case."""
+    """Returns the arguments of an operator for a case, by name."""
     inputs = testing.make_inputs(case)
     given = {**inputs.tensors, **inputs.options, "precision": 0}
     given |= {"scale": 0.4, "causal": CAUSAL[case.causal]}
@@ -73,10 +73,11 @@ def test_every_operator_is_tested_here():
 GROUPS = ["plain", "mask 11QK", "bias 1HQK", "key padding", "softcap", "alibi BH", "sinks"]
 GROUPS += ["dropout", "gqa", "value_head_dim", "window and causal", "everything"]
 MEMORY = ["BHSD", "BSHD", "strided"]
-CHECKED = [  # with every dtype; every layout meets every group, and every dtype
+CHECKED = [  # every memory format meets every group and every dtype
     pytest.param(
         *(op, group, dtype, MEMORY[(i + j) % 3]),
-        # each time: every operator with every dtype, and every second group
+        # Without --full each operator meets every dtype and about half of the groups; the plain
+        # ones run once or not at all.
         marks=pytest.mark.slow if (n + i + j) % 8 else (),
     )
     for n, op in enumerate(ATTENTION)
@@ -93,7 +94,7 @@ def test_opcheck(op, group, dtype, layout):
 
 def test_opcheck_of_dropout():
     opcheck(ops.dropout_keep_mask.default, (torch.tensor([7, 2]), 0.3, 2, 3, 5, 9))
-    # Two draws differ, so nothing that compares two runs
+    # Two draws differ, so no test may compare two runs.
     like = torch.randn(2, 3)
     opcheck(ops.philox_state.default, (like, 0), test_utils=("test_schema", "test_faketensor"))
     state = ops.philox_state(like, 0)
@@ -105,7 +106,7 @@ def test_opcheck_of_dropout():
 
 
 def in_order(*order):
-    """Memory in this order of dimensions, outermost first."""
+    """Returns a function that lays a tensor out in this order of dimensions, outermost first."""
 
     def lay_out(x):
         return x.permute(order).contiguous().permute(torch.tensor(order).argsort().tolist())
@@ -200,14 +201,14 @@ def test_a_symbolic_trace_serves_other_sizes(op):
         assert described(x) == described(expected) and torch.equal(x, expected)
 
 
-# -- What does not fit is refused --------------------------------------------------------
+# -- Arguments that do not fit are refused -----------------------------------------------
 
 
 def to(*args):
     return lambda x: x.to(*args)
 
 
-# For every operator with that argument
+# Changes that every operator with the argument must refuse.
 WRONG = {
     **{f"{n} of 3 dimensions": {n: lambda x: x[0]} for n in ("query", "key", "value")},
     **{f"{n} of 5 dimensions": {n: lambda x: x[None]} for n in ("query", "key", "value", "mask")},
@@ -334,7 +335,7 @@ def test_malformed_inputs_are_refused(wrong):
         if not set(WRONG[wrong]) <= {x.name for x in op._schema.arguments}:
             continue
         takers += 1
-        op(**call)  # is right
+        op(**call)  # succeeds
         for key, change in WRONG[wrong].items():
             call[key] = change(call[key]) if callable(change) else change
         with pytest.raises(RuntimeError):
@@ -388,12 +389,12 @@ def test_dropout_keep_mask_refuses(changes):
             ops.dropout_keep_mask(**call | {"philox": philox})
 
 
-# -- What fits is served -----------------------------------------------------------------
+# -- Arguments that fit are served -------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", ATTENTION)
 def test_views_that_stand_for_other_values_are_resolved(op):
-    """A tensor with the negative bit, as the imaginary part of a conjugate, holds minus itself."""
+    """A tensor with the negative bit, like imaginary parts of conjugates, holds minus itself."""
     call = arguments(op, Case(Sq=3, Sk=5, D=4, Dv=4, bias="11QK"))
     expected = as_tuple(ATTENTION[op](**call))
     for name in ("query", "key", "value", "bias", "grad_out", "out", "lse"):

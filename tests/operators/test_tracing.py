@@ -1,4 +1,4 @@
-"""torch.jit.trace, and the ONNX exporter that is built on it, through every door."""
+"""Tests torch.jit.trace, and the ONNX exporter built on it, with every public function."""
 
 import io
 import warnings
@@ -62,7 +62,7 @@ ON_SIZES = {"mask", "packed", "used lengths", "cache", "sdpa, 3-D", "sdpa, 5-D",
 
 
 def traced(function, *inputs):
-    """Traced, saved and loaded; no decision is announced that a trace would not show."""
+    """Traces `function`, saves and loads the trace. A warning that it may not generalize fails."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("error", torch.jit.TracerWarning)

@@ -1,4 +1,4 @@
-"""python -m fused_attention bench: tiny cases, what is refused, and the measuring itself."""
+"""Tests python -m fused_attention bench: tiny cases, refusals, and the measuring itself."""
 
 import json
 import os
@@ -101,14 +101,14 @@ def test_a_ratio_is_refused_when_the_machine_was_busy():
 
 
 def test_extra_memory_is_what_is_not_returned():
-    megabyte = 2**20  # every tensor above 32: what malloc always maps, and unmaps when it is freed
+    megabyte = 2**20  # malloc always maps tensors above 32 MiB, and unmaps them when they are freed
 
     def call():
         torch.empty(48 * megabyte, dtype=torch.uint8).fill_(1)
         return torch.ones(72 * megabyte, dtype=torch.uint8)
 
     measured = harness.extra_memory(call)
-    assert measured is not None and measured < 4 * megabyte  # the first was freed before
+    assert measured is not None and measured < 4 * megabyte  # the first tensor was freed before
 
     def hold():
         kept = torch.empty(48 * megabyte, dtype=torch.uint8).fill_(1)

@@ -1,4 +1,4 @@
-"""python -m fused_attention: doctor, explain, features; exit codes and errors."""
+"""Tests python -m fused_attention: doctor, explain, features; exit codes and errors."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from paths import ROOT
 
 
 def run(capsys, *arguments):
-    """Exit code, stdout, stderr."""
+    """Runs a command and returns its exit code, stdout and stderr."""
     try:
         code = cli.main(arguments)
     except SystemExit as exit:
@@ -152,7 +152,7 @@ def test_features_is_the_table_of_the_rows(capsys):
     assert table["appending to a key/value cache"][2:] == ["yes", "–"]
     title = "second derivatives and forward mode: packed sequences (cu_seqlens)"
     assert table[title] == ["–", "–", "–", "yes"]
-    assert all(meaning in " ".join(sentence) for meaning in FEATURES.values())  # no gap there
+    assert all(meaning in " ".join(sentence) for meaning in FEATURES.values())  # all serve them
     assert table["head_dim"] == ["1 to 256", "1 to 256", "1 to 512", "any"]
     assert "float16" in table["dtype"][2] and table["device"][2:] == ["cpu", "cpu, cuda, meta"]
 

@@ -1,4 +1,4 @@
-"""benchmarks/result_tables.py, and the tables that are committed."""
+"""Tests benchmarks/result_tables.py, and the tables that are committed."""
 
 import multiprocessing
 import re

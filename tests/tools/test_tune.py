@@ -1,4 +1,4 @@
-"""The parts of `tune` that need no GPU."""
+"""Tests the parts of `tune` that need no GPU."""
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_status(gpu_script):
 
 
 def test_two_scripts_at_a_time_keep_the_steps_of_both(gpu_script, tmp_path, monkeypatch):
-    """One with --only, which ends while the other is in the middle of a step."""
+    """The second script, with another --only, ends while the first is in the middle of a step."""
 
     def run_tiles():
         monkeypatch.setattr("sys.argv", ["gpu.py", "--only", "sanitizer"])

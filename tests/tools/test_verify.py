@@ -1,4 +1,4 @@
-"""python -m fused_attention verify: ours passes, and 20 wrong implementations fail by name."""
+"""Tests python -m fused_attention verify: ours passes, 20 wrong implementations fail by name."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ ANSWERS_TO = verify.answers_to
 
 @pytest.fixture(scope="module", autouse=True)
 def answers_once():
-    """The exact answers of a case are the same for every wrong implementation."""
+    """Caches the exact answers of a case, which are the same for every wrong implementation."""
     answers = functools.cache(
         lambda has_lse, case: ANSWERS_TO(verify.Target("", print, has_lse=has_lse), case)
     )
