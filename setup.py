@@ -1,13 +1,13 @@
 """Builds the shared object, fused_attention/_native*.so; the rest is in pyproject.toml.
 
 The operators, the CPU kernels, their dispatch and the introspection module are one library. Each
-instruction set is one row of ISAS: one source file with flags of its own. A second, optional
-library, fused_attention/_cuda.so, is that of csrc/cuda/build.py. This file writes build.ninja and
-compile_commands.json, and ninja compiles what has changed. PyTorch is used as it is installed and
-never downloaded. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are respected, and
+instruction set is one row of ISAS: one source file with flags of its own. csrc/cuda/build.py
+describes a second, optional library, fused_attention/_cuda.so. This file writes build.ninja and
+compile_commands.json, and ninja compiles the sources that have changed. The build uses the
+installed PyTorch and never downloads one. It respects CXX, CXXFLAGS, LDFLAGS, MAX_JOBS and
 
-FUSED_ATTENTION_ISAS   which instruction sets to compile ("avx2 avx512"); baseline always is. "all"
-                       means amx_emulated too, which is for tests
+FUSED_ATTENTION_ISAS   the instruction sets to compile ("avx2 avx512"); the baseline is always
+                       compiled. "all" includes amx_emulated, which only tests use
 """
 
 import os
@@ -39,7 +39,7 @@ AVX512 = (
     # g++ 12 warns about its own AVX-512 headers.
     " -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
 )
-# csrc/cpu/isa_<name>.cpp and its flags; all but the baseline are for x86-64.
+# The flags of csrc/cpu/isa_<name>.cpp. All but the baseline are for x86-64.
 ISAS = {
     "baseline": "",
     "avx2": AVX2,
@@ -54,7 +54,7 @@ if platform.machine().lower() not in ("x86_64", "amd64"):
 # Never -march=native (the library must run on other machines than the one that built it) and never
 # -ffast-math (NaN and infinity have a meaning here).
 FLAGS = "-std=c++20 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Icsrc"
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # LibTorch's, of PyTorch 2.10
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # LibTorch's stable ABI of PyTorch 2.10
 
 
 def from_environment(name: str, default: str = "") -> list[str]:
@@ -79,8 +79,8 @@ def chosen_isas() -> list[str]:
 
 
 def find_torch() -> Path:
-    """The installed torch package, also where a build environment hides it from import: that of
-    the environment which the build was started from, whose programs are on the path."""
+    """Returns the folder of the installed torch package. If an isolated build hides it from import,
+    looks next to the programs on PATH, which belong to the environment that started the build."""
     here = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
     hidden = [str(Path(x).parent / here) for x in os.environ.get("PATH", "").split(os.pathsep)]
     for path in [*sys.path, *map(sysconfig.get_path, ("purelib", "platlib")), *hidden]:
@@ -88,19 +88,19 @@ def find_torch() -> Path:
         if spec and spec.origin and (Path(spec.origin).parent / "include").is_dir():
             return Path(spec.origin).parent
     stop(
-        "building needs an installed PyTorch; run `pip install 'torch>=2.10'`, then try again (one"
-        " that is there: --no-build-isolation of pip and uv, --no-isolation of build, find it)"
+        "building needs an installed PyTorch; run `pip install 'torch>=2.10'`, then try again (if"
+        " it is installed: pass --no-build-isolation to pip or uv, --no-isolation to build)"
     )
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One source file and the object compiled from it, one of several if there is a variant."""
+    """One source file and an object made from it. `variant` tells objects of one source apart."""
 
     source: Path
     flags: list[str]
     variant: str = ""
-    compiler: str = "cxx"  # or nvcc, variables of build.ninja
+    compiler: str = "cxx"  # or "nvcc": a rule of build.ninja
 
     @property
     def object(self) -> Path:
@@ -108,13 +108,15 @@ class Unit:
 
 
 def operator_units(torch: Path, folder: str) -> list[Unit]:
-    """What both libraries share, and the operators of one: all that sees PyTorch (with the pybind11
-    headers that it ships). The prefix map keeps torch's location out of error messages."""
+    """Returns the units that include headers of PyTorch (with the pybind11 that it ships): those
+    that both libraries share, and the operators of one. The prefix map keeps torch's location out
+    of error messages."""
     include = torch / "include"
     foreign = [f"-isystem{include}", f"-isystem{sysconfig.get_path('include')}", STABLE_ABI]
     foreign += [f"-ffile-prefix-map={include}/=", *from_environment("CXXFLAGS")]
     own = {
-        "introspection.cpp": [f'-DFUSED_ATTENTION_VERSION="{VERSION}"'],
+        # It sees pybind11 only, whose headers in PyTorch 2.10 refuse the stable ABI.
+        "introspection.cpp": [f'-DFUSED_ATTENTION_VERSION="{VERSION}"', "-UTORCH_TARGET_VERSION"],
         "dispatch.cpp": [f"-DFUSED_ATTENTION_ISA_{name.upper()}" for name in chosen_isas()],
     }
     sources = [*sorted(Path("csrc").glob("*.cpp")), *sorted(Path(folder).glob("*.cpp"))]
@@ -123,8 +125,8 @@ def operator_units(torch: Path, folder: str) -> list[Unit]:
 
 
 def libraries(torch: Path, name: str) -> dict[Path, tuple[list[Unit], list[str]]]:
-    """The units of each library in link order, baseline before the other instruction sets, and its
-    linker flags."""
+    """Returns, for each library, its units in link order (the baseline before the other instruction
+    sets) and its linker flags."""
     common = [*FLAGS.split(), *from_environment("CXXFLAGS")]
     isas = {isa: Path(f"csrc/cpu/isa_{isa}.cpp") for isa in chosen_isas()}
     units = [Unit(source, [*common, *ISAS[isa].split()]) for isa, source in isas.items()]
@@ -137,7 +139,7 @@ def libraries(torch: Path, name: str) -> dict[Path, tuple[list[Unit], list[str]]
 
 
 def run_ninja(torch: Path, built: dict[Path, tuple[list[Unit], list[str]]]) -> None:
-    """There is no rpath in what is linked: `import torch` has loaded its libraries before ours."""
+    """Builds the libraries. They have no rpath: `import torch` loads PyTorch's before ours."""
     try:
         from ninja import BIN_DIR, ninja_syntax
     except ImportError:
@@ -179,7 +181,7 @@ class BuildNative(build_ext):
             shutil.copy2(library, target.parent)
 
     def copy_extensions_to_source(self) -> None:
-        """--inplace. Into a new file: a process that has the old one mapped keeps it."""
+        """Serves --inplace. Unlinks the old file first: a process that has it mapped keeps it."""
         for library in self.built:
             target = Path("python/fused_attention") / library.name
             target.unlink(missing_ok=True)
@@ -187,17 +189,17 @@ class BuildNative(build_ext):
 
 
 class MetadataNeedsTorch(dist_info):
-    """pip asks for metadata first: stop there, before it downloads a torch the build can't see."""
+    """pip asks for metadata first: stops here, before pip downloads a torch the build can't see."""
 
     def run(self) -> None:
         find_torch()
         super().run()
 
 
-if __name__ == "__main__":  # tests read the flags
+if __name__ == "__main__":  # tests import this file for its flags
     setup(
         version=VERSION,
-        license="Apache-2.0",  # old setuptools and new ones want other spellings in pyproject.toml
+        license="Apache-2.0",  # setuptools versions disagree on its spelling in pyproject.toml
         ext_modules=[Extension("fused_attention._native", sources=[])],
         cmdclass={"build_ext": BuildNative, "dist_info": MetadataNeedsTorch},
     )

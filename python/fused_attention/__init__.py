@@ -1,7 +1,8 @@
 """Exact attention that stays on the fused path: the same call and meaning on every backend.
 
-`attention` is the whole of it; `scaled_dot_product_attention` is PyTorch's call; `explain` says how
-a call is served, and why not faster. `python -m fused_attention doctor` says what is here.
+`attention` has all options; `scaled_dot_product_attention` has PyTorch's signature; `explain` says
+how a call is served, and why no faster backend serves it. `python -m fused_attention doctor` shows
+what works on this machine.
 """
 
 import sys as _sys

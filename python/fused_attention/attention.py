@@ -1,7 +1,7 @@
 """`attention`: exact attention (Vaswani et al. 2017, section 3.2.1), and the mask of its dropout.
 
-In tiles with an online softmax (Dao 2023, FlashAttention-2): time O(B·Hq·Sq·Sk·(D + Dv)), memory
-O(B·Hq·Sq) beyond inputs and outputs on every backend but the reference.
+It goes by tiles with an online softmax (Dao 2023, FlashAttention-2): time O(B·Hq·Sq·Sk·(D + Dv)),
+and on every backend but the reference memory O(B·Hq·Sq) beyond inputs and outputs.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ def attention(
     bias: floating, broadcasts likewise, added to the scores; differentiable. Both may be given.
     key_padding_mask: bool [B, Sk]. True = padding, no query attends to it.
     causal: "top_left" (query i sees keys j <= i: scaled_dot_product_attention), "bottom_right"
-        (j <= i + Sk - Sq: flash_attn, key/value caches), or True where Sq = Sk, so that they agree;
-        also the members of torch.nn.attention.bias.CausalVariant.
+        (j <= i + Sk - Sq: flash_attn, key/value caches), or True if Sq = Sk, where the two agree.
+        The members of torch.nn.attention.bias.CausalVariant are accepted too.
     window_size: (left, right) in tokens: i + off - left <= j <= i + off + right, where off is 0, or
         Sk - Sq for "bottom_right". -1 = no limit.
     scale: a number, default 1/sqrt(D).
     softcap: in logits, 0 = none: scores become softcap · tanh(scores / softcap), before the bias.
-        2^96 and more (float64: 2^992) is none too.
+        A softcap of 2^96 or more (float64: 2^992) caps nothing.
     alibi_slopes: [Hq] or [B, Hq]: adds -slope · |i + off - j|. Not differentiable.
     sinks: [Hq] logits that take part in the denominator only; differentiable.
     dropout_p: probability in [0, 1], rounded to 1/65536, applied to the weights. Random bits follow
@@ -100,16 +100,16 @@ def attention(
         every backend, and not those of torch's own dropout. `dropout_mask` gives the mask.
     cu_seqlens_q, cu_seqlens_k: int32 [B + 1], packed sequences: query [Tq, Hq, D], key
         [Tk, Hkv, D], value [Tk, Hkv, Dv], lse [Hq, Tq]. Sequence b is tokens cu[b] to cu[b + 1];
-        those behind the last give 0 (lse: -inf). max_seqlen_q, max_seqlen_k: hints.
-    seqused_k: int32 [B], only so many keys are used, and Sk in `off` is this length.
-    block_table: int32 [B, max_pages]; key and value are pages [pages, page_size, Hkv, D or Dv] of
-        any size then: key n of sequence b is row n % page_size of page block_table[b, n //
-        page_size]. Numbers of pages past those in use may be anything. See `kv_cache_append_`.
-    return_lse: also lse [B, Hq, Sq], float32 (float64 for float64): the natural logarithm of the
-        denominator, sinks included; differentiable.
-    precision: of float32 products, "highest", "high" or "medium"; None is
+        tokens after the last sequence give 0 (lse: -inf). max_seqlen_q, max_seqlen_k: hints.
+    seqused_k: int32 [B], how many keys of each sequence are used; `off` takes this length for Sk.
+    block_table: int32 [B, max_pages]. With it, key and value are pages [pages, page_size, Hkv, D or
+        Dv] of any page_size: key n of sequence b is row n % page_size of page block_table[b, n //
+        page_size]. Entries after the pages in use may hold anything. See `kv_cache_append_`.
+    return_lse: returns (out, lse). lse [B, Hq, Sq], float32 (float64 for float64), is the natural
+        logarithm of the denominator, sinks included; differentiable.
+    precision: "highest", "high" or "medium", for float32 products; None is
         torch.get_float32_matmul_precision().
-    backend: "auto", or a name, which then never falls back. See `explain`.
+    backend: "auto", or the name of a backend, which never falls back. See `explain`.
 
     A row that sees no key gives 0 (lse: -inf, or its sink) and zero gradients. A key that no query
     of its batch and head sees influences nothing, whatever bits it holds. Under autocast query,
@@ -140,7 +140,7 @@ def attention(
         and dropout_p == 0.0
         and not is_compiling()
     )
-    if is_plain:  # most calls: no record of options is needed to find what serves them
+    if is_plain:  # most calls: their plan is found without a record of options
         said: tuple[Any, ...] = (causal, type(causal), scale, type(scale), precision, backend)
         if window_size is not NO_WINDOW:
             said += (kind_of_option(window_size),)

@@ -1,11 +1,11 @@
-"""The attention weights themselves, for those who ask to see them: tile by tile, from the lse.
+"""The attention weights, for callers who ask for them: computed tile by tile from the lse.
 
     weights_ij = dropout(exp(s_ij - lse_i)),  0 where key j is hidden;  s and lse as in `attention`
 
-Given the log-denominators that the fused kernel left behind, each tile of weights stands alone
-(Dao 2023, FlashAttention-2, Alg. 2), so that the average over heads is taken on the fly, and their
-gradient takes part in the one backward of attention. Memory beyond the results O(tile) a thread,
-forward and backward, dropout included; time O(B·Hq·Sq·Sk·D), half of it for causal.
+Given the lse of the fused forward, each tile of weights can be computed on its own (Dao 2023,
+FlashAttention-2, Alg. 2). So the average over heads is taken tile by tile, and the gradient of the
+weights is one more input of attention's backward. Memory beyond the results is O(tile) per thread,
+forward and backward, dropout included; time is O(B·Hq·Sq·Sk·D), half of it for causal.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .operators.arguments import Arguments, split
 def attention_with_weights(
     query: Tensor, key: Tensor, value: Tensor, *, average: bool = True, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """(out, weights) of `attention`, which says what the arguments mean.
+    """Returns (out, weights). The other arguments, and out, are those of `attention`.
 
-    weights: those that met the values, after dropout, in query's dtype: [B, Sq, Sk], averaged over
-    the heads (summed up in float32, float64 for float64, and rounded once), or else [B, Hq, Sq,
-    Sk]. A row that sees no key: 0. With sinks a row does not sum to 1. Differentiable once;
-    deterministic, for any number of threads. What the kernels do not serve, the reference does.
-    Raises as `attention` does.
+    weights: the factors of the values, after dropout, in query's dtype. If `average`, [B, Sq, Sk],
+    averaged over the heads (summed in float32, float64 for float64, and rounded once); else
+    [B, Hq, Sq, Sk]. A row that sees no key is 0. With sinks, a row does not sum to 1.
+    Differentiable once; deterministic, for any number of threads. The reference serves the calls
+    that the kernels do not serve. Raises as `attention` does.
     """
     query, key, value, bias = cast_for_autocast(query, key, value, options.get("bias"))
     given = Options(**options | {"bias": bias, "return_lse": True})
@@ -47,7 +47,7 @@ def attention_with_weights(
 
 
 def _function(problem: Problem) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """What gives (out, lse, weights), from the inputs of `AttentionWithWeights`."""
+    """Chooses the function that maps the inputs of `AttentionWithWeights` to its results."""
     check_transforms("attention")
     if is_tracing():
         return autograd.traced_attention_with_weights
@@ -61,9 +61,9 @@ def _function(problem: Problem) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 def _reference(
     query: Tensor, key: Tensor, value: Tensor, average: bool, arguments: Arguments
 ) -> tuple[Tensor, Tensor]:
-    """The weights are what attention gives for values that are the identity."""
+    """Returns (out, weights). The weights are the output for identity matrices as values."""
     B, Hkv, Sk, _ = key.shape
     identity = torch.eye(Sk, dtype=value.dtype, device=value.device).expand(B, Hkv, Sk, Sk)
     out, weights = (reference(query, key, v, *arguments) for v in (value, identity))
-    # The average over no heads is 0, as the kernels have it.
+    # The average over no heads is 0, as in the kernels.
     return out, weights.sum(1) / max(weights.shape[1], 1) if average else weights

@@ -1,7 +1,7 @@
-"""Key/value caches: where generation keeps the keys and values of the tokens that were before.
+"""Key/value caches, in which generation keeps the keys and values of earlier tokens.
 
 A cache is dense, [B, Hkv, room, D], or paged (PagedAttention, Kwon et al. 2023, section 4): pages
-[pages, page_size, Hkv, D] that a block table [B, max_pages] hands out.
+[pages, page_size, Hkv, D] that a block table [B, max_pages] assigns to sequences.
 `kv_cache_append_` writes new tokens into it, in place; `attention(..., seqused_k=, block_table=)`
 reads it. Time and traffic O(new tokens).
 """
@@ -34,26 +34,26 @@ def kv_cache_append_(
     cache_seqlens: Tensor,
     block_table: Tensor | None = None,
 ) -> None:
-    """Writes new keys and values behind those that are in a cache, in place.
+    """Writes new keys and values after those that are in a cache, in place.
 
     key [B, Hkv, S, D], value [B, Hkv, S, Dv]: S new tokens of each sequence. cache_seqlens: int32
-    [B], how many tokens each has in the cache; token i of sequence b becomes its token
-    cache_seqlens[b] + i. cache_seqlens itself is left as it is: what `attention` takes as
-    seqused_k afterwards is cache_seqlens + S.
+    [B], how many tokens of each sequence are in the cache; new token i of sequence b becomes its
+    token cache_seqlens[b] + i. cache_seqlens itself is not changed: pass cache_seqlens + S to
+    `attention` as seqused_k afterwards.
 
     key_cache [B, Hkv, room, D] and value_cache [B, Hkv, room, Dv]; with block_table (int32
     [B, max_pages]) pages [pages, page_size, Hkv, D or Dv] of any page_size: token n of sequence b
     is row n % page_size of page block_table[b, n // page_size]. Any strides; one dtype out of
-    float32, bfloat16, float16 and float64; CPU and CUDA. What flash_attn_with_kvcache does with k
-    and v, whose layout is the transpose(1, 2) of this one. key and value may lie in the caches:
+    float32, bfloat16, float16 and float64; CPU and CUDA. flash_attn_with_kvcache does the same with
+    k and v, whose dimensions are the transpose(1, 2) of these. key and value may lie in the caches:
     they are read before anything is written. Autograd notices the change as after any in-place
     operation of PyTorch. Not differentiable.
 
     Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
     RuntimeError) for arguments that do not fit together, caches whose elements share memory, tokens
     that have no room, pages that do not exist, and two new tokens for one row of a page; nothing is
-    written then. On a GPU, which nobody waits for here, cache_seqlens and block_table are not read
-    before: tokens without room are left out, and of two for one row either stays.
+    written then. On a GPU, cache_seqlens and block_table are not checked first, because that would
+    wait for the GPU: tokens without room are left out, and of two tokens for one row either stays.
     """
     tensors = (key_cache, value_cache, key, value, cache_seqlens, block_table)
     _check(*tensors)

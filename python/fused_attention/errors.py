@@ -1,6 +1,6 @@
-"""What is raised for a wrong argument. Each is also what PyTorch raises there (RuntimeError).
+"""The errors for wrong arguments. Each is also a RuntimeError, which PyTorch raises for them.
 
-A call that is right but that the requested backend cannot serve raises NotImplementedError.
+A valid call that the requested backend cannot serve raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class ArgumentValueError(ValueError, RuntimeError):
 
 
 class ArgumentDtypeError(ArgumentValueError, NotImplementedError):
-    """A dtype that nothing here computes in: PyTorch answers with either of its bases."""
+    """No backend computes in this dtype. PyTorch raises one or the other base class then."""
 
 
 class ArgumentTypeError(TypeError, RuntimeError):
@@ -22,7 +22,7 @@ class ArgumentTypeError(TypeError, RuntimeError):
 
 
 def describe_error(name: str, expected: str, got: Any, hint: str = "") -> str:
-    """One sentence: which argument, what was expected, what came, and what to do."""
+    """Returns one sentence: the argument, what was expected, what came, and what to do."""
     message = f"{name}: expected {expected}, got {got}"
     return f"{message}. Hint: {hint}" if hint else message
 
@@ -40,13 +40,13 @@ _REFUSAL = re.compile(r"\S+, csrc/\S+:\d+, (.*)")
 
 
 def is_of_operator(error: RuntimeError) -> bool:
-    """Whether an operator of ours refused a call because of its arguments."""
+    """Whether `error` says that an operator of ours refused a call because of its arguments."""
     return type(error) is RuntimeError and _REFUSAL.match(str(error)) is not None
 
 
 def argument_error(error: RuntimeError) -> RuntimeError:
-    """The refusal of an operator as an ArgumentValueError, without its place in the source; any
-    other error as it is."""
+    """Turns the refusal of an operator into an ArgumentValueError, without its place in the source;
+    returns any other error unchanged."""
     refusal = _REFUSAL.match(str(error))
     if type(error) is not RuntimeError or refusal is None:
         return error

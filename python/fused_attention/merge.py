@@ -2,7 +2,7 @@
 
     lse = log Σ exp(lse_n),   out = Σ exp(lse_n - lse) · out_n
 
-Attention again, over the parts, with score lse_n and value out_n (FlashDecoding; Dao et al. 2023).
+This is attention over the parts, with score lse_n and value out_n (FlashDecoding; Dao et al. 2023).
 Time and memory O(parts · out).
 """
 
@@ -20,15 +20,15 @@ from .errors import wrong_value
 def merge_attention_states(
     outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of attention over all keys, from (out, lse) over disjoint parts of them.
+    """Returns (out, lse) of attention over all keys, from (out, lse) over disjoint parts of them.
 
     outs: [B, Hq, Sq, Dv] each, lses: [B, Hq, Sq] each, as `attention(return_lse=True)` gives them
     (or packed: [Tq, Hq, Dv] and [Hq, Tq]), computed without sinks; sinks [Hq] enter here, once.
     lse is log Σ exp lse_n, out is Σ exp(lse_n - lse) out_n. A part whose lse is -inf contributes
     nothing; if all are, out is 0 and lse -inf (or the sink). Differentiable in everything.
 
-    Raises ArgumentValueError where shapes or dtypes do not fit together, ArgumentTypeError for
-    what is no tensor.
+    Raises ArgumentValueError if shapes or dtypes do not fit together, ArgumentTypeError for an
+    argument that is not a tensor.
     """
     if not outs or len(outs) != len(lses):
         wrong_value("lses", f"as many as outs, at least one: {len(outs)}", len(lses))
@@ -69,6 +69,6 @@ def _merge(
         out = torch.zeros((), dtype=dtype, device=outs[0].device)
         for part, logit, term in zip(outs, logits, terms / total, strict=False):
             p, seen = ((x.transpose(0, 1) if packed else x).unsqueeze(-1) for x in (term, logit))
-            # A part that saw nothing contributes nothing, whatever its out holds.
+            # A part that saw no key contributes nothing, whatever its out holds.
             out = out + torch.where(seen == -torch.inf, 0.0, p * part.to(dtype))
         return out.to(outs[0].dtype), lse

@@ -1,12 +1,12 @@
-"""MultiheadAttention: torch.nn's layer with its attention done by `attention`.
+"""MultiheadAttention: torch.nn's layer with its attention computed by `attention`.
 
     heads = attention(q W_q, k W_k, v W_v) per head;  output = concat(heads) W_o
 
-Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2. Same parameters, arguments, masks
-and errors as torch.nn.MultiheadAttention; what differs is that padding and causality reach the
-kernel as what they are, so that no [N·H, L, S] mask is made and memory is linear in L, that dropout
-runs inside the kernel, that returned weights are computed tile by tile (`attention_weights.py`),
-and that a sample without a visible key gives 0 in every mode, never NaN.
+Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2. Parameters, arguments, masks and
+errors are those of torch.nn.MultiheadAttention, with four differences. Padding and causality reach
+the kernel as options of their own, so no [N·H, L, S] mask is made and memory is linear in L.
+Dropout runs inside the kernel. Returned weights are computed tile by tile
+(`attention_weights.py`). A sample without a visible key gives 0 in every mode, never NaN.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .operators._torch import looks_at_sizes, transform_is_active
 
 
 class ModuleArgumentError(ArgumentValueError, AssertionError):
-    """A wrong argument of a module: the original answers with AssertionError or RuntimeError."""
+    """A wrong argument of a module: the original raises AssertionError or RuntimeError."""
 
 
 def _wrong(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
@@ -40,13 +40,12 @@ def _wrong(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
 
 
 def _keep_fast_path_away(module: nn.Module, args: Any) -> None:
-    """A forward pre-hook that does nothing but be there.
+    """A forward pre-hook whose presence alone makes nn.TransformerEncoderLayer call the module.
 
-    In evaluation nn.TransformerEncoderLayer hands the parameters of its attention to one native
-    operator and never calls the module, unless something would notice: batch_first,
-    _qkv_same_embed_dim, in_proj_bias and num_heads must have certain values, and no submodule may
-    have a hook. All but the last are facts that others rely on; a hook says what is meant: this
-    module wants to be called.
+    In evaluation the layer hands the parameters of its attention to one native operator and never
+    calls the module, provided that batch_first, _qkv_same_embed_dim, in_proj_bias and num_heads
+    have certain values and no submodule has a hook. Other code relies on those attributes, so they
+    must stay correct; a hook disturbs nobody.
     """
 
 
@@ -101,9 +100,10 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention) -> MultiheadAttention:
-        """The same layer, with the very parameters, mode and hooks of `module`.
+        """Returns the same layer, with the very parameters, mode and hooks of `module`.
 
-        ArgumentTypeError for anything else, subclasses included: they may compute something else.
+        Raises ArgumentTypeError for any other class, subclasses included, which may compute
+        something else.
         """
         if type(module) is not nn.MultiheadAttention:
             name = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -127,7 +127,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As torch.nn.MultiheadAttention: (output, weights), weights None unless need_weights.
+        """Returns (output, weights), as the original does; weights is None unless need_weights.
 
         query [L, N, E], key [S, N, kdim], value [S, N, vdim], with batch_first [N, L, E] and so on,
         unbatched [L, E] and so on. output is shaped as query.
@@ -138,17 +138,18 @@ class MultiheadAttention(nn.MultiheadAttention):
             scores; differentiable.
         need_weights: also return them, after dropout: [N, L, S] (unbatched [L, S]), averaged over
             the heads; with average_attn_weights=False [N, num_heads, L, S]. Differentiable once.
-        is_causal: promises that attn_mask, which must be there, is the causal mask (top-left). It
-            is not read then, unless it requires a gradient or extra keys follow (add_bias_kv,
-            add_zero_attn).
+        is_causal: promises that attn_mask, which must be given, is the causal mask (top-left).
+            attn_mask is then not read, unless it requires a gradient or extra keys follow
+            (add_bias_kv, add_zero_attn).
 
-        Two floating masks are added to one of [N, L, S], unless the padding is only 0 and -inf and
-        can be looked at (on a CPU, not compiled, without gradient). A boolean attn_mask is inverted
-        into a copy of its own size; nothing else grows with L·S. Nested tensors [N, *, E]: with
-        batch_first and without masks; weights are padded with 0 then.
+        Two floating masks are added into one of [N, L, S], or of attn_mask's size if that is
+        larger, unless the padding can be seen to hold only 0 and -inf (on a CPU, not compiled,
+        without gradient). A boolean attn_mask is inverted into a copy of its own size; nothing else
+        grows with L·S. Nested tensors [N, *, E] need batch_first and no masks; their weights are
+        padded with 0.
 
-        Raises ModuleArgumentError, which is an AssertionError and a RuntimeError, as the original
-        does for one or the other.
+        Raises ModuleArgumentError, which is both an AssertionError and a RuntimeError; the original
+        raises one or the other.
         """
         if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
             masked = key_padding_mask is not None or attn_mask is not None or is_causal
@@ -172,7 +173,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> Explanation:
-        """How a call with these arguments is served: `explain` of the attention inside.
+        """Returns how a call with these arguments is served: `explain` of the attention inside.
 
         The projections are computed, the attention is not. Raises as the call does.
         """
@@ -192,7 +193,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """q, k and v of the heads, [N, H, L or S, D], and what else `attention` needs."""
+        """Returns q, k and v of the heads, [N, H, L or S, D], and the options of `attention`."""
         weights, bias = self._in_projection()
         N, L, S = self._check(
             query, key, value, key_padding_mask, attn_mask, is_causal, parameter=weights[0]
@@ -238,10 +239,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
         parameter: Tensor,
     ) -> tuple[int, int, int]:
-        """N, L and S, if everything fits together.
+        """Returns N, L and S; raises unless the arguments fit together.
 
-        parameter: one of the in-projection, which gives the dtype and device that the inputs must
-        have. out_proj may be any module and does not say.
+        parameter: a weight of the in-projection, whose dtype and device the inputs must have.
+        out_proj may be any module, so its parameters are not compared.
         """
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_tensor(name, x)
@@ -292,7 +293,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return N, L, S
 
     def _in_projection(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """The weights, either (W_qkv,) or (W_q, W_k, W_v), and the bias [3 * E] or None.
+        """Returns the weights, (W_qkv,) or (W_q, W_k, W_v), and the bias [3 * E] or None.
 
         A call reads each parameter here and only once: a parametrized one is computed anew at every
         read, and spectral_norm updates its state at every read in training.
@@ -310,7 +311,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         weights: tuple[Tensor, ...],
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [..., E]: views of as few products as the inputs allow."""
+        """Returns q, k, v [..., E], views of as few products as the inputs allow."""
         E = self.embed_dim
         if len(weights) == 1:
             (weight,) = weights
@@ -330,7 +331,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[S, N, E], [N, S, E] or [S, E] as [N, H, S, D]: a view."""
+        """Returns a view [N, H, S, D] of x, which is [S, N, E], [N, S, E] or [S, E]."""
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         if x.dim() == 3:
             return x.transpose(0, 1).unsqueeze(0)
@@ -345,13 +346,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         need_weights: bool,
         average_attn_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output of the heads, [N, H, L, D], and weights [N, L, S] or [N, H, L, S]."""
+        """Returns the output of the heads, [N, H, L, D], and weights [N, L, S] or [N, H, L, S]."""
         if not need_weights:
             return attention(q, k, v, **options), None
         return attention_with_weights(q, k, v, **options, average=average_attn_weights)
 
     def _project_output(self, out: Tensor, query: Tensor) -> Tensor:
-        """out_proj of the heads [N, H, L, D], in the layout of query."""
+        """Returns out_proj of the heads [N, H, L, D], with the dimensions in the order of query."""
         if query.dim() == 2:
             out = out.squeeze(0).transpose(0, 1)
         else:
@@ -367,7 +368,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         need_weights: bool,
         average_attn_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Padded, attended and nested again."""
+        """Pads the nested tensors, attends, and nests the output again."""
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not (x.is_nested and x.dim() == 3 and self.batch_first) or masked:
                 kind = "a nested one" if x.is_nested else "a dense one"
@@ -399,7 +400,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 def _masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> dict[str, Any]:
-    """attn_mask [N or 1, H or 1, L, S] and key_padding_mask [N, S] as `attention` takes them."""
+    """Turns attn_mask [N or 1, H or 1, L, S] and key_padding_mask [N, S] into options."""
     mask = bias = None
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
@@ -415,7 +416,7 @@ def _masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> dict[st
 
 
 def _as_padding(added: Tensor) -> Tensor | None:
-    """A floating mask as a boolean one, if it can be seen to hold only 0 and -inf.
+    """Returns a floating mask as a boolean one, or None unless it is seen to hold only 0 and -inf.
 
     nn.TransformerEncoderLayer makes such masks of boolean ones.
     """
@@ -431,17 +432,17 @@ def replace_multihead_attention(model: nn.Module) -> nn.Module:
     """Replaces every torch.nn.MultiheadAttention in `model`, in place, by `MultiheadAttention`.
 
     Parameters stay the same objects (an optimizer that has them keeps working), and so do state
-    dicts. Subclasses are left alone, parametrized modules among them. Returns model; if it is
-    itself an nn.MultiheadAttention, what replaces it.
+    dicts. Subclasses are left alone, parametrized modules among them. Returns model, or its
+    replacement if it is itself an nn.MultiheadAttention.
 
     Every nn.TransformerEncoder in `model` that holds a `MultiheadAttention`, replaced now or
     before, stops making nested tensors of padded batches in evaluation: its enable_nested_tensor
     and use_nested_tensor become False. The nested path takes every nonzero value of a floating
-    src_key_padding_mask for padding, and fails if no value is 0. Without it evaluation gives what
-    training without dropout gives, also in the rows of padding, where the nested path gives 0. An
-    encoder that is built later around a replaced nn.TransformerEncoderLayer makes no nested tensors
-    either, and warns of that unless it is given enable_nested_tensor=False. Pass the whole model:
-    an encoder cannot be reached from one of its layers.
+    src_key_padding_mask for padding, and fails if no value is 0. Without that path, evaluation
+    gives the result of training without dropout, also in the rows of padding, where the nested path
+    gives 0. An encoder that is built later around a replaced nn.TransformerEncoderLayer makes no
+    nested tensors either, and warns of that unless it is given enable_nested_tensor=False. Pass the
+    whole model: an encoder cannot be reached from one of its layers.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(describe_error("model", "a torch.nn.Module", type(model).__name__))
@@ -459,10 +460,10 @@ def replace_multihead_attention(model: nn.Module) -> nn.Module:
 def _disable_native_paths(model: nn.Module) -> None:
     """Makes PyTorch's encoders in `model` call the `MultiheadAttention` inside, on dense tensors.
 
-    nn.TransformerEncoder.forward reads use_nested_tensor. enable_nested_tensor is the argument of
-    the constructor, which forwards written for earlier versions read. The constructor sets
-    use_nested_tensor by facts of its layer; the only one that serves nothing but the native path is
-    activation_relu_or_gelu, and 0 says that the layer has no such path.
+    nn.TransformerEncoder.forward reads use_nested_tensor; forwards written for earlier versions
+    read enable_nested_tensor, an argument of the constructor. The constructor of a later encoder
+    derives use_nested_tensor from attributes of its layer. Of these, only activation_relu_or_gelu
+    is used by nothing but the native path; 0 says that the layer has no such path.
     """
     for parent in model.modules():
         if not isinstance(parent, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):

@@ -8,9 +8,10 @@ Scaled dot-product attention as in Vaswani et al. 2017, "Attention Is All You Ne
 with ALiBi (Press et al. 2022, section 3), sinks in the denominator (Xiao et al. 2024, section 3)
 and dropout bits from Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as
 1, 2, 3", section 3.3). Naive on purpose: it holds the whole score matrix, so memory is
-O(B·Hq·Sq·Sk) and time O(B·Hq·Sq·Sk·(D + Dv)). Plain PyTorch operations in float32 (float64 for
-float64), so ordinary autograd differentiates it, twice and in forward mode too. `Problem` validates
-calls; checked here is only what would otherwise give a wrong answer and no error.
+O(B·Hq·Sq·Sk) and time O(B·Hq·Sq·Sk·(D + Dv)). It consists of PyTorch operations in float32
+(float64 for float64), so ordinary autograd differentiates it, twice and in forward mode too.
+`Problem` validates calls; this file only checks what would otherwise give a wrong answer and no
+error.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ INF = float("inf")
 
 
 def diagonal_offset(causal: bool | str | None, seqlen_q: int, used: Tensor) -> Tensor:
-    """`off`, int64 [B, 1, 1, 1]: query i is aligned with key i + off."""
+    """Returns `off`, int64 [B, 1, 1, 1]: query i is aligned with key i + off."""
     from_the_end = (used.to(torch.int64) - seqlen_q).view(-1, 1, 1, 1)
     if causal == "bottom_right":
         return from_the_end
@@ -51,7 +52,7 @@ def visible(
     mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Which key each query may attend to: bool, `shape` = (B, Hq, Sq, Sk)."""
+    """Returns which keys each query may attend to: bool, `shape` = (B, Hq, Sq, Sk)."""
     B, _, Sq, Sk = shape
     left, right = window_size
     if min(left, right) < -1:
@@ -111,7 +112,7 @@ def scores(
 def softmax(s: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Softmax over the last axis of s [..., Hq, Sq, N], and lse [..., Hq, Sq], its log-denominator.
 
-    A sink (a logit per head, [Hq]) is one more key, without a value. A row of -inf only: weights 0.
+    A sink (a logit per head, [Hq]) is one more key, without a value. A row of -inf has weights 0.
     """
     sink = s.new_full((), -INF) if sinks is None else sinks.to(s.dtype).view(-1, 1, 1)
     s = torch.cat([s, sink.expand(*s.shape[:-1], 1)], dim=-1)
@@ -131,10 +132,10 @@ WORD = 0xFFFFFFFF
 
 
 def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four 32-bit counter words and two key words to four random words.
+    """Philox4x32-10: maps four 32-bit counter words and two key words to four random words.
 
     Words are int64 tensors in [0, 2³²) that broadcast. Products wrap modulo 2⁶⁴ in int64, so both
-    halves of one are right although its sign may not be.
+    halves of a product are right even if its sign is not.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -147,7 +148,7 @@ def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """A 16-bit value below this one is dropped: the nearest integer to p · 65536, ties to even."""
+    """Returns the nearest integer to p · 65536, ties to even; 16-bit values below are dropped."""
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
     return round(dropout_p * 65536)
@@ -171,7 +172,7 @@ def dropout_keep_mask(
     counter = (column // 8, row, b · heads + head, offset mod 2³²), key = (low word, high word) of
     the seed; the 128 bits are eight 16-bit values, low bits first, for columns 8 · (column // 8) +
     0 ... 7. Keep iff value >= `dropout_threshold(dropout_p)`. Rows, columns and heads are numbered
-    from q_start, k_start and head_start, of which k_start is a multiple of 8.
+    from q_start, k_start and head_start; k_start must be a multiple of 8.
     """
     threshold = dropout_threshold(dropout_p)
     seed, offset = philox.to(torch.int64).unbind()
@@ -194,7 +195,7 @@ def dropout_keep_mask(
 
 
 def philox_state(philox: Tensor | None, philox_seed: int | None, device: torch.device) -> Tensor:
-    """int64 [2] = (seed, offset): the tensor itself, or a seed taken modulo 2⁶⁴ with offset 0."""
+    """Returns (seed, offset), int64 [2]: philox, or philox_seed modulo 2⁶⁴ and offset 0."""
     if (philox is None) == (philox_seed is None):
         raise ValueError("dropout_p > 0: expected exactly one of philox and philox_seed")
     if philox is not None:
@@ -205,7 +206,7 @@ def philox_state(philox: Tensor | None, philox_seed: int | None, device: torch.d
 
 
 def dropout(p: Tensor, dropout_p: float, philox: Tensor, **starts: int) -> Tensor:
-    """Dropped weights are 0, the kept ones are scaled by 65536 / (65536 - threshold)."""
+    """Sets dropped weights to 0 and scales the kept ones by 65536 / (65536 - threshold)."""
     B, H, Sq, Sk = p.shape
     keep = dropout_keep_mask(philox, dropout_p, B, H, Sq, Sk, **starts)
     kept = 65536 - dropout_threshold(dropout_p)
@@ -250,7 +251,7 @@ def masked_softmax_reference(
         if bias is not None:
             s = s + bias.to(dtype)
         p, _ = softmax(torch.where(seen, s, -INF).view(shape), sinks)
-        p = torch.where(seen.view(shape), p, 0.0)  # also beside a visible NaN
+        p = torch.where(seen.view(shape), p, 0.0)  # 0 beside a visible NaN, too
         if philox is not None:
             p = dropout(p.reshape(B, H, M, N), dropout_p, philox).view(shape)
         return p.view(input.shape).to(input.dtype)
@@ -260,9 +261,9 @@ def masked_softmax_reference(
 
 
 def gather_pages(pages: Tensor, block_table: Tensor, used: Tensor | None) -> Tensor:
-    """[B, Hkv, max_pages · page_size, D] from [pages, page_size, Hkv, D] by numbers [B, max_pages].
+    """Gathers [B, Hkv, max_pages · page_size, D] from pages [pages, page_size, Hkv, D].
 
-    Numbers past the used length may be anything: they stand for a page of zeros, added here.
+    Entries of block_table [B, max_pages] past the used length may be anything: they give zeros.
     """
     num_pages, page_size = pages.shape[:2]
     first_key = torch.arange(block_table.shape[1], device=pages.device) * page_size
@@ -278,7 +279,7 @@ def gather_pages(pages: Tensor, block_table: Tensor, used: Tensor | None) -> Ten
 
 
 def sequence_starts(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
-    """cu_seqlens as integers: 0 first, never falling, at most `total` tokens."""
+    """Returns cu_seqlens as integers; raises unless they start at 0, never fall and fit `total`."""
     starts = [int(start) for start in cu_seqlens.tolist()]
     if not starts or starts[0] != 0 or starts != sorted(starts) or starts[-1] > total:
         raise ValueError(f"{name}: expected 0, ... rising to at most {total}, got {starts}")
@@ -297,7 +298,10 @@ def attention_packed(
     head_start: int,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(out [Tq, Hq, Dv], lse [Hq, Tq]): one dense call per sequence. Rows of none: 0 and -inf."""
+    """Returns (out [Tq, Hq, Dv], lse [Hq, Tq]) from one dense call per sequence.
+
+    Rows that belong to no sequence are 0 and -inf.
+    """
     Tq, Hq, _ = query.shape
     starts_q = sequence_starts("cu_seqlens_q", cu_seqlens_q, Tq)
     batch = len(starts_q) - 1
@@ -376,22 +380,22 @@ def attention_reference(
     bias: floating, added to the scores; differentiable. mask: bool, True = may attend.
         Both broadcast to [B, Hq, Sq, Sk]. key_padding_mask: bool [B, Sk], True = hidden.
     causal: query i sees keys j <= i + off. "top_left": off = 0; "bottom_right": off = Sk - Sq;
-        True: where both agree. window_size (left, right): i + off - left <= j <= i + off + right in
+        True: if both agree. window_size (left, right): i + off - left <= j <= i + off + right in
         tokens, -1 = no limit; also without causal, with off = 0 then.
     alibi_slopes: [Hq] or [B, Hq], adds -slope · |i + off - j|; not differentiable.
     sinks: [Hq] logits that only enter the denominator; differentiable.
     dropout_p: probability, in steps of 1/65536. Bits come from philox (int64 [2]: seed, offset) or
         from philox_seed (with offset 0), see `dropout_keep_mask`; lse is that of the undropped row.
-    seqused_k: int [B], keys from there on are hidden, and Sk in `off` is this length.
+    seqused_k: int [B], keys from this position on are hidden; `off` takes this length for Sk.
     max_seqlen_q, max_seqlen_k: hints for kernels, without meaning here.
     compute_dtype: None is float32, or float64 for float64 inputs.
-    q_start, k_start: positions of the first query and key, where these are a part of longer
-        sequences: added to i and j in all of the above, and to rows and columns of dropout.
-        head_start: number of the first head in dropout (b · Hq + h of a larger call).
+    q_start, k_start: positions of the first query and key, if these are a part of longer
+        sequences. They are added to i and j in all of the above, and to rows and columns of
+        dropout. head_start: number of the first head in dropout (b · Hq + h of a larger call).
 
     A row that sees no key: out 0, lse -inf (or the sink), gradients 0. A key that no query of its
     (batch, head) sees influences nothing, whatever bits it holds. Deterministic.
-    Raises ValueError or TypeError for what cannot be given a meaning.
+    Raises ValueError or TypeError for arguments that have no meaning.
     """
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     dtype = compute_dtype or lse_dtype
@@ -440,7 +444,7 @@ def attention_reference(
         query_sees = seen.any(dim=-1).unsqueeze(-1)  # [B, Hq, Sq, 1]
         key_is_seen = seen.any(dim=-2).unsqueeze(-1)  # [B, Hq, Sk, 1]
 
-        # Zeros for all that takes no part: its NaN would reach results and gradients, as 0 · NaN.
+        # Rows that take no part become 0: a NaN there would reach results and gradients as 0 · NaN.
         q = torch.where(query_sees, query.to(dtype), 0.0)
         k = torch.where(key_is_seen, key.to(dtype).repeat_interleave(group, dim=1), 0.0)
         v = torch.where(key_is_seen, value.to(dtype).repeat_interleave(group, dim=1), 0.0)
@@ -462,11 +466,11 @@ def attention_reference(
 def merge_attention_states(
     outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over all keys from attention over disjoint parts of them: (out, lse).
+    """Returns (out, lse) over all keys from (out, lse) over disjoint parts of them.
 
     outs: [B, Hq, Sq, Dv] each, lses: [B, Hq, Sq] each (packed: [Tq, Hq, Dv] and [Hq, Tq]), all
-    computed without sinks; sinks [Hq] enter here, once. out = Σ_n exp(lse_n - lse) · out_n:
-    attention again, over the parts, with score lse_n and value out_n. A part with lse = -inf
+    computed without sinks; sinks [Hq] enter here, once. out = Σ_n exp(lse_n - lse) · out_n, which
+    is attention over the parts, with score lse_n and value out_n. A part with lse = -inf
     contributes nothing, whatever its out; all -inf: out 0, lse -inf (or the sink). Differentiable.
     """
     packed = outs[0].dim() == 3

@@ -1,4 +1,4 @@
-"""`scaled_dot_product_attention`: PyTorch's call, translated to the one of `attention`."""
+"""`scaled_dot_product_attention`: PyTorch's call, translated into a call of `attention`."""
 
 from __future__ import annotations
 
@@ -45,11 +45,12 @@ def scaled_dot_product_attention(
         may attend. float32 or query's dtype: added to the scores, with a gradient. A `CausalBias`
         of torch.nn.attention.bias: causal, nothing is materialised.
     is_causal: top-left; RuntimeError together with attn_mask, as PyTorch documents.
-    dropout_p: applied whenever it is not 0; torch.manual_seed decides, but other bits than
+    dropout_p: applied whenever it is not 0. Random bits follow torch.manual_seed, but are not
         PyTorch's.
 
-    More than the original keeps: memory linear in L with dropout, a bias that needs its gradient,
-    Ev != E, any rank and any mask. A row that sees no key gives 0; NaN in a query stays NaN.
+    Memory is linear in L in more cases than the original's: with dropout, a bias that requires a
+    gradient, Ev != E, any rank and any mask. A row that sees no key gives 0; NaN in a query stays
+    NaN.
     Raises what PyTorch raises (RuntimeError, TypeError), see `attention`.
     """
     return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -66,10 +67,10 @@ def sdpa(
     enable_gqa: bool,
     original: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """`scaled_dot_product_attention`; if `original` is given, it gets what no kernel here serves.
+    """`scaled_dot_product_attention`; `original`, if given, gets calls that no kernel here serves.
 
-    `original` is what a patch replaced. Calls without a meaning here go there too: they may have
-    one there, and if they have none, the error is the one that the caller knows.
+    `original` is the function that a patch replaced. It also gets the calls that are invalid here:
+    it may serve them, and if it does not, it raises the error that the caller knows.
     """
     q, k, v, mask, number = query, key, value, attn_mask, scale
     compiling = is_compiling()
@@ -122,7 +123,7 @@ def sdpa(
 
 
 def _scale_number(scale: Any) -> Any:
-    """As PyTorch's parser: a tensor without dimensions or a gradient stands for its value."""
+    """Like PyTorch's parser, takes a 0-d tensor that requires no gradient for its value."""
     if isinstance(scale, Tensor):
         return scale if scale.dim() > 0 or scale.requires_grad else scale.item()
     return float(scale) if isinstance(scale, Real) and not isinstance(scale, int) else scale
@@ -132,7 +133,7 @@ class _Translated(NamedTuple):
     """A valid call of `scaled_dot_product_attention` as `attention` takes it, but for the mask."""
 
     tensors: tuple[Tensor, Tensor, Tensor]  # [B, H, S, E]
-    leading: tuple[int, ...]  # dimensions that B stands for
+    leading: tuple[int, ...]  # the dimensions that B stands for
     attn_mask: Tensor | None
     options: Options
     rank: int
@@ -160,7 +161,7 @@ def _describe(
     rank = max(query.dim(), key.dim(), value.dim())
     if attn_mask is not None and attn_mask.dim() > rank:
         wrong_value("attn_mask", f"at most {rank} dimensions", shape_of(attn_mask))
-    of_rank = attn_mask if rank <= 4 else None  # else see _with_leading
+    of_rank = attn_mask if rank <= 4 else None  # for a higher rank see _with_leading
     options = _options(of_rank, causal=causal, scale=scale, dropout_p=dropout_p)
     q, k, v, leading = _four_dimensional(query, key, value, enable_gqa)
     # The lengths of a CausalBias are not in the kind of a call.
@@ -195,7 +196,7 @@ def _check_attn_mask(attn_mask: Any, query: Tensor, is_causal: bool) -> None:
 
 @looks_at_sizes
 def _causal_of(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> str:
-    """The alignment that a CausalBias stands for."""
+    """Returns the alignment that a CausalBias stands for."""
     if is_causal:
         raise ArgumentValueError("attn_mask: CausalBias should not be used with is_causal=True")
     sizes = (bias.seq_len_q, bias.seq_len_kv)
@@ -210,10 +211,11 @@ def _causal_of(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> str:
 def _four_dimensional(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-    """query, key and value as [B, H, S, E], and the leading dimensions that B stands for.
+    """Returns query, key and value as [B, H, S, E], and the leading dimensions that B stands for.
 
-    Views, with two exceptions that copy keys and values: five or more dimensions of which some but
-    not all are broadcast, and enable_gqa with different numbers of heads in key and value.
+    They are views, with two exceptions. Five or more dimensions are copied if their strides do not
+    let them fold into B, as when only some of them are broadcast; key and value are copied for
+    enable_gqa if their numbers of heads differ.
     """
     q_shape, k_shape, v_shape = (int_sizes(x) for x in (query, key, value))
     if len(q_shape) == len(k_shape) == len(v_shape) == 4 and q_shape[0] == k_shape[0]:
@@ -241,7 +243,7 @@ def _four_dimensional(
 
 
 def _broadcast(which: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """torch.broadcast_shapes with a message."""
+    """Like torch.broadcast_shapes, with an error that names the arguments."""
     rank = max(len(shape) for shape in shapes)
     padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
     result = []
@@ -256,7 +258,7 @@ def _broadcast(which: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _options(attn_mask: Tensor | None, **others: Any) -> Options:
-    """attn_mask is a mask or a bias."""
+    """Returns options with attn_mask as a mask if it is boolean, else as a bias."""
     if attn_mask is None or attn_mask.dtype == torch.bool:
         return Options(mask=attn_mask, **others)
     return Options(bias=attn_mask, **others)
@@ -270,9 +272,9 @@ def _with_leading(
     attn_mask: Tensor | None,
     options: Options,
 ) -> Tensor:
-    """`attention` where the batch stands for several dimensions, and attn_mask has them too.
+    """Serves a call whose batch stands for several dimensions, which attn_mask has too.
 
-    Where attn_mask is broadcast along some of them only, one call per element of the outermost.
+    If attn_mask is broadcast along only some of them, makes one call per element of the outermost.
     """
     if attn_mask is None or query.shape[0] == 0:
         return serve(query, key, value, options)

@@ -3,9 +3,9 @@
     s = scale · input + mask (if floating), -inf where hidden
     p = exp(s) / (exp(sink) + Σ exp(s)), then dropout
 
-In one pass over rows that fit into the cache, in two over longer ones (online softmax, Milakov &
-Gimelshein 2018): time O(elements), no memory beyond the result. The backward, dinput = scale · p ·
-(dp - Σ p · dp), needs no more than the result, or with dropout the weights before it.
+Rows that fit into the cache take one pass, longer ones two (online softmax, Milakov & Gimelshein
+2018): time O(elements), no memory beyond the result. The backward, dinput = scale · p ·
+(dp - Σ p · dp), needs only the result, or with dropout the weights before it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _NAMES = names_of(ops.softmax_forward)
 
 
 class MaskedSoftmaxFunction(Function):
-    """The arguments of the operator masked_softmax_forward; its results, of which out counts."""
+    """masked_softmax_forward with gradients: its arguments and results. Callers use only out."""
 
     generate_vmap_rule = True
 
@@ -69,7 +69,7 @@ class MaskedSoftmaxFunction(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = _named(ctx.needs_input_grad)
         weights, bias, sink_weight, philox = ctx.saved_tensors
-        # Those of weights and sink_weight come from second derivatives only.
+        # Gradients of weights and sink_weight arrive from second derivatives only.
         grad_out, grad_weights, grad_sink_weight = grads
         arrived = (
             grad_out,
@@ -87,7 +87,7 @@ class MaskedSoftmaxFunction(Function):
 
 
 class MaskedSoftmaxForwardMode(MaskedSoftmaxFunction):
-    """The same where forward mode may be on. Apart, because Dynamo refuses a jvp."""
+    """`MaskedSoftmaxFunction` with forward mode; a separate class because Dynamo refuses a jvp."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -114,7 +114,7 @@ traced_masked_softmax = ops.define_traced(
 
 
 def _saved(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The same for both modes, as vmap asks for: weights, bias, sink_weight, philox."""
+    """Returns weights, bias, sink_weight, philox: both modes save the same, as vmap requires."""
     call = _named(inputs)
     out, weights, sink_weight = output
     return (
@@ -126,7 +126,7 @@ def _saved(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor 
 
 
 def _named(inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """What belongs to the inputs of `MaskedSoftmaxFunction`, by their names."""
+    """Returns `inputs`, one for each argument of `MaskedSoftmaxFunction`, by name."""
     return dict(zip(_NAMES, inputs, strict=True))
 
 
@@ -137,8 +137,8 @@ def _named(inputs: tuple[Any, ...]) -> dict[str, Any]:
 def _check(
     input: Any, mask: Any, scale: Any, causal: Any, dropout_p: Any, sinks: Any, philox_seed: Any
 ) -> int:
-    """Everything that `masked_softmax` takes; the message names the argument. Returns the number of
-    `causal`."""
+    """Checks the arguments of `masked_softmax`; an error names the argument. Returns the number
+    that stands for `causal`."""
     check_tensor("input", input)
     if input.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
@@ -184,7 +184,7 @@ def _check_device(name: str, x: Tensor, input: Tensor) -> None:
 def _options(
     input: Tensor, mask: Tensor | None, dropout_p: float, sinks: Any, philox_seed: Any
 ) -> tuple[Any, ...]:
-    """mask, bias, sinks, philox, dropout_p as the operators take them."""
+    """Returns mask, bias, sinks, philox and dropout_p as the operators take them."""
     is_bias = mask is not None and mask.dtype != torch.bool
     return (
         None if is_bias else mask,
@@ -233,17 +233,17 @@ def masked_softmax(
         dtypes): added to scale · input; differentiable, the gradient has the mask's own shape.
     scale: multiplies input first; any finite number.
     causal: over the last two dimensions. "top_left": row i sees columns j <= i; "bottom_right":
-        j <= i + N - M; True where M = N, so that they agree. Together with mask: both apply.
+        j <= i + N - M; True if M = N, where the two agree. With a mask, both apply.
     dropout_p: probability in [0, 1], rounded to 1/65536, kept weights are scaled by 1 / (1 - p).
-        Random bits as those of `attention` for [B, H, M, N], see `dropout_mask` (B: what all
-        dimensions before H make together); philox_seed: an int, or an int64 tensor (seed, offset).
+        Random bits are those of `attention` for [B, H, M, N], see `dropout_mask`; B is the product
+        of all dimensions before H. philox_seed: an int, or an int64 tensor (seed, offset).
     sinks: [H] logits that take part in the denominator only, unscaled; differentiable.
 
     A row that sees nothing gives 0 and zero gradients. Hidden elements influence nothing, whatever
     bits they hold; a visible NaN or +inf makes every visible element of its row NaN. A NaN or
     infinity in the gradient that arrives for a weight of exactly 0 is ignored. Under autocast input
-    and mask are cast first, and computed with in float32. Deterministic, for any number of threads.
-    A GPU is served by the CUDA or Triton kernels, float64 there by the reference. Second
+    and mask are cast first; computation is in float32. Deterministic, for any number of threads. On
+    a GPU, the CUDA or Triton kernels serve the call, and for float64 the reference. Second
     derivatives and forward mode: see `softmax_tangents`; third derivatives raise.
 
     Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
@@ -313,10 +313,10 @@ def masked_softmax_(
 
 @looks_at_sizes
 def _check_memory(input: Tensor, mask: Any, sinks: Any, philox_seed: Any) -> None:
-    """What is written to is nothing else's memory."""
+    """Raises if elements of input, which is overwritten, share memory, or share it with others."""
     if any(input.shape[i] > 1 and input.stride(i) == 0 for i in range(input.dim())):
         wrong_value("input", "memory of its own for each element", "an expanded tensor", "clone it")
-    # Before random numbers are drawn; in compiled calls the operator looks.
+    # This comes before random numbers are drawn; in compiled calls the operator checks.
     if not is_compiling() and not transform_is_active():
         if has_shared_elements(input):
             got = f"strides {tuple(input.stride())} for sizes {shape_of(input)}"
@@ -330,18 +330,18 @@ def _check_memory(input: Tensor, mask: Any, sinks: Any, philox_seed: Any) -> Non
 
 
 def _visible(mask: Any) -> Any:
-    """Their masks are True (or 1) where masked out."""
+    """Inverts a mask of Megatron-LM or apex, which is True (or 1) where masked out."""
     if mask is None:
         return None
     check_tensor("mask", mask)
     if mask.dtype not in (torch.bool, torch.uint8):
         wrong_value("mask", "bool or uint8, True = masked out", mask.dtype)
-    # What is broadcast stays so: an expanded mask must not become a full one.
+    # Broadcast dimensions get size 1: an expanded mask must not become a full one.
     return mask[tuple(slice(1 if stride == 0 else None) for stride in mask.stride())] == 0
 
 
 def _check_scale(scale: Any) -> float:
-    """The originals take None for 1, and their kernels a tensor."""
+    """Returns the scale as a number: the originals take None for 1, and their kernels a tensor."""
     if isinstance(scale, Tensor) and scale.numel() == 1:
         return float(scale)
     return 1.0 if scale is None else scale

@@ -1,1 +1,1 @@
-"""What a call is, and who serves it: validation, the table of backends, the choice, `explain`."""
+"""Calls and the backends that serve them: validation, capability table, choice, `explain`."""

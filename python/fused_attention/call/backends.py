@@ -1,11 +1,12 @@
-"""The capability table: one row a backend, fastest first, `reference` last; and who serves a call.
+"""The capability table, one row per backend, and the choice of the backend that serves a call.
 
-A row is data: devices, head sizes, and of each task the dtypes and features that it serves.
-`Backend.refuses` compares a row with a call and answers with every reason against; `choose` takes
-the first row without one. The tests of features and the README's table are generated from the rows.
+The fastest row comes first, `reference` last. A row is data: devices, head sizes, and for each task
+the dtypes and features that it serves. `Backend.refuses` compares a row with a call and returns
+every reason against it; `choose` takes the first row without a reason. The tests of features and
+the README's table are generated from the rows.
 
 Environment, read once when the package is imported (`read_environment` reads it again):
-FUSED_ATTENTION_BACKEND   the backend that serves backend="auto"; then it never falls back
+FUSED_ATTENTION_BACKEND   the backend for calls with backend="auto"; it never falls back
 FUSED_ATTENTION_STRICT=1  refuse a call that only the reference serves, with the reasons
 """
 
@@ -33,7 +34,7 @@ from .problem import DTYPES, FEATURES, Problem
 
 logger = logging.getLogger("fused_attention")
 
-# What is asked of a backend, in the order of the printed table.
+# The tasks of a backend, in the order of the printed table.
 TASKS = {
     "attention": "attention",
     "second_derivatives": "second derivatives and forward mode",
@@ -45,14 +46,14 @@ TASKS = {
 
 
 class Service(NamedTuple):
-    """What a backend serves of one task: calls of these dtypes, and every feature but `lacks`."""
+    """How far a backend serves one task: for these dtypes, with every feature but `lacks`."""
 
     dtypes: tuple[torch.dtype, ...]
     lacks: frozenset[str] = frozenset()
 
 
 class Request(NamedTuple):
-    """What a call asks for; a `Problem` is one as well."""
+    """Device, dtype, sizes and features of a call. A `Problem` has the same attributes."""
 
     device: torch.device
     dtype: torch.dtype
@@ -75,10 +76,10 @@ class Asks(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """One row.
+    """One row of the table.
 
-    plan: how it serves a call of `attention`. missing: what this machine lacks, or "". prefers: why
-    it would rather leave a call to a row behind it, or "".
+    plan: makes the plan for a call of `attention`. missing: returns what this machine lacks, or "".
+    prefers: returns why a later row should serve a call if it can, or "".
     """
 
     name: str
@@ -90,7 +91,7 @@ class Backend:
     prefers: Callable[[Problem], str] = field(default=lambda problem: "")
 
     def refuses(self, call: Asks, task: str = "attention") -> list[str]:
-        """Every reason why this backend cannot serve the call; empty if it can."""
+        """Returns every reason why this backend cannot serve the call; none if it can."""
         missing = self.missing()
         reasons = [missing] if missing else []
         if call.device.type not in self.devices:
@@ -121,7 +122,7 @@ def _plan(problem: Problem) -> Plan:
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, lse: bool = False) -> Any:
-    """The reference as an operator: out, or (out, lse)."""
+    """Calls the reference like an operator; returns out, or (out, lse)."""
     from ..reference import attention_reference
 
     options = Arguments(*arguments)._asdict()
@@ -155,25 +156,25 @@ def _triton_missing() -> str:
     return "" if torch.cuda.is_available() else "no CUDA device"
 
 
-# What CUDA's kernels without options serve.
+# The features that the fast path of the CUDA kernels serves.
 _QUICK_IN_CUDA = {"gradients", "causal", "window_size", "gqa", "value_head_dim", "return_lse"}
 _QUICK_IN_CUDA |= {"lse_gradient", "sinks", "sinks_gradient", "varlen", "seqused_k"}
 _MANY_SCORES = 1 << 24
 
 
 def _cuda_prefers(problem: Problem) -> str:
-    """Triton, in 16 bits.
+    """Returns why Triton should serve a 16-bit call, or "".
 
-    On an H200 (benchmarks/results/gpu) its kernels took a third to a tenth of the time of CUDA's
-    where a call has a mask, a bias or dropout, and three quarters where few queries meet the keys
-    of many sequences; but it takes 0.2 ms to start them, in which CUDA's have computed some million
-    scores.
+    On an H200 (benchmarks/results/gpu), Triton's kernels took a third to a tenth of the time of the
+    CUDA kernels for calls with a mask, a bias or dropout, and three quarters of it for few queries
+    and the keys of many sequences. But Triton takes 0.2 ms to launch them, in which the CUDA
+    kernels compute some million scores.
     """
     if problem.device.type != "cuda" or problem.dtype.itemsize != 2:
         return ""
     reason = "so many scores, with more than a causal mask: faster in Triton"
     is_quick = problem.features <= _QUICK_IN_CUDA and problem.numbers.scale > 0
-    if is_compiling():  # for every length
+    if is_compiling():  # one graph serves every length
         return "" if is_quick else reason
     from ..kernels.tiles import MAX_DECODE_ROWS
 
@@ -245,7 +246,7 @@ NAMES = tuple(row.name for row in BACKENDS)
 
 
 def feature_table() -> str:
-    """The table in Markdown: what differs between the backends, then what all of them serve."""
+    """Returns the table in Markdown: where backends differ, then what all of them serve."""
 
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cells) + " |"
@@ -307,7 +308,7 @@ ENVIRONMENT = Environment("auto", False)
 
 
 def read_environment() -> None:
-    """Reads FUSED_ATTENTION_BACKEND and _STRICT, and forgets all that followed from them."""
+    """Reads FUSED_ATTENTION_BACKEND and _STRICT; forgets all plans and choices made before."""
     global ENVIRONMENT
     ENVIRONMENT = Environment(
         backend=os.environ.get("FUSED_ATTENTION_BACKEND") or "auto",
@@ -322,11 +323,12 @@ read_environment()
 
 
 def choose(call: Asks, backend: str = "auto", task: str = "attention") -> Backend:
-    """The row that serves `call`.
+    """Returns the row that serves `call`.
 
-    "auto": the first without a reason against, or NotImplementedError with those of all. If that is
-    `reference`: logged once per set of reasons, NotImplementedError if FUSED_ATTENTION_STRICT. A
-    name: that row, or NotImplementedError with its reasons. An export to ONNX always gets
+    For "auto", this is the first row without a reason against it. If there is none, raises
+    NotImplementedError with the reasons of all rows. If it is `reference`, logs the reasons, each
+    set of them once, or raises NotImplementedError under FUSED_ATTENTION_STRICT. For a name, it is
+    that row; raises NotImplementedError if the row refuses. An export to ONNX always gets
     `reference`.
     """
     name = requested(backend)
@@ -352,8 +354,8 @@ def choose(call: Asks, backend: str = "auto", task: str = "attention") -> Backen
 
 
 def choose_for(task: str, x: Tensor) -> Backend:
-    """`choose` for a task that only the device and dtype of a tensor decide about, whatever
-    FUSED_ATTENTION_BACKEND says; remembered. On "meta" any operator gives the shapes."""
+    """Returns the row for a task that depends on the device and dtype of a tensor only, and not on
+    FUSED_ATTENTION_BACKEND; remembers it. On "meta" it is CPU: any operator gives the shapes."""
     if is_compiling() or exports_onnx():
         return REFERENCE if exports_onnx() else _choose_for(task, x)
     key = (task, x.device.type, x.dtype)
@@ -374,7 +376,7 @@ def _choose_for(task: str, x: Tensor) -> Backend:
 
 
 def plan_of_kernel(problem: Problem) -> Plan:
-    """The plan of a row that has kernels; LEAVE if only the reference, or nothing, serves this.
+    """Returns the plan of a row that has kernels; LEAVE if only the reference or no row serves it.
 
     The reference serves if FUSED_ATTENTION_BACKEND asks for it.
     """
@@ -397,8 +399,8 @@ def row_named(name: str) -> Backend:
 
 
 def in_order(call: Asks) -> tuple[str, ...]:
-    """The rows' names, those that would rather leave the call to another behind all others but the
-    reference."""
+    """Returns the names of the rows in the order in which they are tried: rows that prefer another
+    one (`prefers`) come after all others except the reference."""
     if not isinstance(call, Problem):
         return NAMES
     unwilling = tuple(row.name for row in BACKENDS if row.prefers(call))
@@ -409,7 +411,7 @@ def in_order(call: Asks) -> tuple[str, ...]:
 def first_without_reason(
     call: Asks, task: str = "attention"
 ) -> tuple[Backend, dict[str, list[str]]]:
-    """The row that serves the call, and the reasons against those before it in the table."""
+    """Returns the row that serves the call, and the reasons against the rows before it."""
     refused: dict[str, list[str]] = {}
     for name in in_order(call):
         row = row_named(name)
@@ -429,7 +431,7 @@ def _list_reasons(refused: dict[str, list[str]]) -> str:
 
 
 def requested(backend: str) -> str:
-    """The backend asked for by the call, else by the environment, else "auto"."""
+    """Returns the backend that the call asks for, else that of the environment, else "auto"."""
     sources = {"backend": backend, "FUSED_ATTENTION_BACKEND": ENVIRONMENT.backend}
     for source, name in sources.items():
         if name not in ("auto", *NAMES):

@@ -1,8 +1,8 @@
 """How a call is served: `explain`.
 
-What it says comes from where it is decided. A library of operators runs the very operators of the
-call dry (csrc/notes.h): they note which kernel they choose, its tiles, and each buffer. For Triton
-the launches are made and not started.
+The explanation comes from the code that decides. In a dry run (csrc/notes.h), the operators of the
+call note which kernel they choose, its tiles, and each buffer. For Triton, the launches are
+prepared but not started.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .problem import Problem, arguments_of, cast_for_autocast
 
 
 class Details(NamedTuple):
-    """What a backend runs. Bytes of working memory, beyond inputs and results."""
+    """The kernels that a backend runs, and bytes of working memory beyond inputs and results."""
 
     kernel: str
     extra_bytes: int
@@ -43,13 +43,13 @@ class Details(NamedTuple):
     reason: str = ""  # why this kernel among those of the backend
     block_m: int = 0  # queries per tile
     block_n: int = 0  # keys per tile
-    launches: tuple[str, ...] = ()  # on a GPU: the kernels that are started, in order
-    buffers: tuple[tuple[str, int], ...] = ()  # what the working memory is, and its bytes
+    launches: tuple[str, ...] = ()  # on a GPU: the kernels that are launched, in order
+    buffers: tuple[tuple[str, int], ...] = ()  # names of the working memory, and bytes
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a call is served, and every reason why no row before that serves it."""
+    """How a call is served, and every reason why the rows before do not serve it."""
 
     backend: str
     details: Details
@@ -77,9 +77,9 @@ class Explanation:
 def explain(
     query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto", **options: Any
 ) -> Explanation:
-    """How `attention` serves a call with these arguments; computes and logs nothing.
+    """Returns how `attention` serves a call with these arguments; computes and logs nothing.
 
-    Takes the arguments of `attention`, raises as it does for wrong ones and for a backend that
+    Takes the arguments of `attention`, and raises as it does for wrong ones and for a backend that
     cannot serve the call. FUSED_ATTENTION_STRICT is not applied.
     """
     query, key, value, options["bias"] = cast_for_autocast(query, key, value, options.get("bias"))
@@ -93,7 +93,7 @@ def explain(
 def _row_and_refusals(
     problem: Problem, backend: str, task: str
 ) -> tuple[Backend, dict[str, list[str]]]:
-    """What `choose` answers, and every reason against the rows before; nothing is logged."""
+    """Returns the row of `choose`, and every reason against the rows before it; logs nothing."""
     if requested(backend) == "auto":
         return first_without_reason(problem, task)
     row = choose(problem, backend, task)
@@ -123,7 +123,7 @@ def details_of(
     weights: bool = False,
     average: bool = False,
 ) -> Details:
-    """What `row` runs for a valid call; weights: whether they are returned as well."""
+    """Returns what `row` runs for a valid call. weights: whether the call returns weights too."""
     if row is REFERENCE:
         return _of_reference(problem)
     with without_fake_tensors():
@@ -145,7 +145,7 @@ def details_of(
 
 
 def _on_meta(x: Tensor) -> Tensor:
-    """A tensor of the same form without memory, as far from the next 64 bytes as `x` is."""
+    """Returns a tensor without memory that has the form of `x`, and its alignment to 64 bytes."""
     first = x.data_ptr() % 64 // x.element_size() if is_in_memory(x) else 0
     storage = torch.empty(0, dtype=x.dtype, device="meta")
     return (
@@ -154,8 +154,8 @@ def _on_meta(x: Tensor) -> Tensor:
 
 
 def _dry_arguments(problem: Problem, options: Options) -> Arguments:
-    """The arguments of the operators, of tensors without memory. Lengths and pages keep theirs,
-    because they decide; those of fake tensors are what fills the tokens evenly."""
+    """Returns the arguments of the operators, with tensors without memory. Lengths and pages keep
+    their values, on which the choice of kernels depends; fake ones divide the tokens evenly."""
     tensors: dict[str, Any] = {}
     for name, x in options._asdict().items():
         if isinstance(x, Tensor):
@@ -179,7 +179,7 @@ def _lengths(name: str, x: Tensor, problem: Problem) -> Tensor:
 def _named_arguments(
     problem: Problem, inputs: tuple[Tensor, ...], arguments: Arguments
 ) -> dict[str, Any]:
-    """The arguments of all operators by name."""
+    """Returns the arguments of all operators by name."""
     query, _, value = inputs
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
     rows = (query.shape[1], query.shape[0]) if query.dim() == 3 else query.shape[:-1]
@@ -202,7 +202,7 @@ def _named_arguments(
 
 
 def notes_of(operators: Any) -> list[dict[str, Any]]:
-    """What the last dry run of this thread noted."""
+    """Returns the notes of the last dry run of this thread."""
     text = bytes(operators.notes().tolist()).decode()
     return [json.loads(line) for line in text.splitlines()]
 
@@ -225,8 +225,8 @@ def _of_library(namespace: str, problem: Problem, call: dict[str, Any], weights:
 
 
 def details_of_notes(passes: Sequence[list[dict[str, Any]]], returns_lse: bool) -> Details:
-    """What passes over a call noted, together. Of their working memory the largest counts, beside
-    what is kept from one to another."""
+    """Combines the notes of the passes of a call. The extra memory is the largest working memory of
+    a pass, plus what is kept from the first pass for the others."""
     kernels = [note for notes in passes for note in notes if "kernel" in note]
     kept = {note["buffer"]: note["bytes"] for note in passes[0] if note.get("owner") == "kept"}
     if returns_lse:
@@ -301,6 +301,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _of_reference(problem: Problem) -> Details:
     scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
     element = 8 if problem.dtype == torch.float64 else 4
-    # scores and weights, and where they are visible; backward keeps them and their gradients
+    # Scores, weights and visibility; with a backward, as much again for gradients.
     copies = 6 if "gradients" in problem.features else 3
     return Details("attention_reference", copies * scores * element)

@@ -1,7 +1,8 @@
-"""What a caller of `attention` says: one record, built once a call.
+"""The options that a caller of `attention` gives: one record, built once per call.
 
-`attention()` has these names as keywords, in this order, and says what they mean; `Problem` checks
-them, and `Problem.arguments` brings them into the form of the operators (`operators.arguments`).
+Names and order are those of the keywords of `attention()`, where their meaning is given. `Problem`
+checks the options, and `problem.arguments_of` brings them into the form of the operators
+(`operators.arguments`).
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalVariant
 
-# Defaults that are told by being these very objects.
+# Defaults that are recognized by identity.
 NO_WINDOW = (-1, -1)
 NONE = 0.0
 
 
 class Options(NamedTuple):
-    """Whatever came, not checked."""
+    """The options as they came, unchecked."""
 
     mask: Tensor | None = None
     bias: Tensor | None = None
@@ -40,7 +41,7 @@ class Options(NamedTuple):
     return_lse: Any = False
     philox_seed: int | Tensor | None = None
     precision: Any = None
-    # Not of `attention()`: see `operators.arguments`.
+    # Not keywords of `attention()`: see `operators.arguments`.
     q_start: int = 0
     k_start: int = 0
     head_start: int = 0
@@ -50,7 +51,7 @@ DEFAULTS = Options()
 
 
 class Keywords(TypedDict, total=False):
-    """Their types, and that of `backend`; for type checkers. `return_lse` decides about results."""
+    """Types of the options and of `backend`, for type checkers. The overloads have `return_lse`."""
 
     mask: Tensor | None
     bias: Tensor | None

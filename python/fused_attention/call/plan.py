@@ -1,4 +1,4 @@
-"""Plans: what serves the calls of one kind, remembered by what such calls have in common.
+"""Plans: the operator for all calls of one kind, remembered by what such calls have in common.
 
 A call whose kind (shapes, dtypes, options, gradient mode) was seen before skips validation and
 choice. A kind holds numbers and types, never a tensor.
@@ -34,11 +34,11 @@ class Plan(NamedTuple):
     """`operator(query, key, value, *arguments)` gives out or (out, lse)."""
 
     operator: Callable[..., Any]
-    numbers: tuple[Any, ...] = ()  # of the arguments, as `split` gives them
-    # What a call without options passes on: it need not look at them.
+    numbers: tuple[Any, ...] = ()  # among the arguments, as `split` returns them
+    # For plain calls: all arguments after query, key and value, so that options are not read.
     plain: tuple[Any, ...] | None = None
-    leaves_call: bool = False  # to what a patch has replaced
-    may_be_kept: bool = True  # because the operator itself refuses what does not fit together
+    leaves_call: bool = False  # to the function that a patch replaced
+    may_be_kept: bool = True  # the operator refuses arguments that do not fit together
 
 
 LEAVE = Plan(lambda *inputs: None, leaves_call=True)
@@ -49,7 +49,7 @@ MAX_PLANS = 4096
 def plan_of_operators(
     problem: Problem, operators: Operators, functions: autograd.Functions
 ) -> Plan:
-    """The plan on a backend with these operators and the Functions around them."""
+    """Returns the plan on a backend with these operators and the Functions around them."""
     check_transforms("attention")
     numbers, plain = split(problem.numbers)[1], problem.numbers.plain()
     function: Callable[..., Any]
@@ -94,12 +94,14 @@ _is_grad_enabled = torch.is_grad_enabled
 def kind_of_call(
     query: Tensor, key: Tensor, value: Tensor, draws: bool, options: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
-    """What a call has in common with others that the same plan serves: numbers and types only.
+    """Returns what all calls that one plan serves have in common: numbers and types only.
 
-    None if a tuple cannot identify the call: unless `is_direct`, which this repeats, and while
-    torch.jit.trace runs, where sizes are tensors. Not in it: strides, which the operators look at
-    and no backend refuses; dtype, device and layout of key and value, which the operators compare
-    with query's, unless the call `draws` random numbers before its operator could refuse it.
+    Returns None if a tuple cannot identify the call: for nested tensors, for tensor subclasses,
+    torch.func transforms, forward mode and active modes (the conditions of `is_direct`), and while
+    torch.jit.trace runs, where sizes are tensors. The tuple leaves out strides, which the operators
+    look at and no backend refuses. It also leaves out dtype, device and layout of key and value,
+    which the operators compare with query's, unless the call `draws` random numbers before its
+    operator could refuse it.
     """
     if (
         type(query) not in _ORDINARY
@@ -136,10 +138,10 @@ _NUMBERS = frozenset({int, float, bool, str, type(None)})
 
 
 def kind_of_option(x: Any) -> Any:
-    """A tensor's type and form; of anything else also the type: 2 == 2.0 == True, but not all of
-    them are valid."""
+    """Returns the type and form of a tensor, or any other option with its type: 2 == 2.0 == True,
+    but not all of them are valid."""
     own = x.__class__
-    if own in _NUMBERS:  # sooner told than what is a tensor
+    if own in _NUMBERS:  # a quicker test than the one for tensors
         return x, own
     if own is tuple:
         return x, tuple(map(type, x))
@@ -159,7 +161,7 @@ def remember(kind: tuple[Any, ...] | None, plan: Plan) -> None:
 
 
 def find(kind: tuple[Any, ...] | None) -> tuple[tuple[Any, ...] | None, Plan | None]:
-    """The plan of a kind; the kind is None if it holds what cannot be looked up."""
+    """Returns the kind and its plan, if there is one; (None, None) if the kind has no hash."""
     try:
         return kind, PLANS.get(kind)
     except TypeError:  # an unhashable option, say window_size=[1, 1]
@@ -170,17 +172,17 @@ def find(kind: tuple[Any, ...] | None) -> tuple[tuple[Any, ...] | None, Plan | N
 
 
 def may_be_refusal(error: RuntimeError) -> bool:
-    """Whether an operator may have refused a call that was not validated, its kind being known.
+    """Whether an operator may have refused a call that skipped validation, as its kind was known.
 
-    Validation then says it better. Everything else is the caller's own (hooks, modes, memory) and
-    passes through as it is. Nothing is run again.
+    Validation then gives a better message. Any other error is the caller's own (hooks, modes,
+    memory) and passes through unchanged. Nothing is run again.
     """
     return is_of_operator(error) or isinstance(error, (ArgumentValueError, NotImplementedError))
 
 
 def run_new(plan: Plan, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Any:
-    """`run` of a call that was validated but for the values of its lengths and pages, which only
-    the operator sees."""
+    """Runs a call that was validated except for the values of its lengths and pages, which only the
+    operator reads."""
     try:
         return run(plan, query, key, value, options)
     except RuntimeError as error:

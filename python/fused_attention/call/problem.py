@@ -1,9 +1,8 @@
-"""What a call of attention is: all validation, once, and one frozen record that describes it.
+"""The description of a call of attention: all validation, once, and one frozen record.
 
-`Problem.from_call` checks everything that the caller said (`Options`) and keeps shapes, dtypes,
-numbers and the set of features in use: what a backend needs to know to accept or refuse the call,
-and no tensor. `arguments_of` brings a call into the form of the operators, without copying or
-expanding.
+`Problem.from_call` checks all options of the caller (`Options`) and keeps shapes, dtypes, numbers
+and the set of features in use: everything by which a backend accepts or refuses the call, and no
+tensor. `arguments_of` brings a call into the form of the operators, without expanding a tensor.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ MAX_FLOAT64 = int(torch.finfo(torch.float64).max)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Everything that a call may use beyond softmax(scale * q k^T) v, in the order of the printed table.
+# All that a call may use beyond softmax(scale * q k^T) v, in the order of the printed table.
 FEATURES = {
     "gradients": "gradients of query, key and value",
     "mask": "boolean mask, broadcast without being expanded",
@@ -72,12 +71,12 @@ FEATURES = {
 
 @assume_constant_result
 def has_autocast(device_type: str) -> bool:
-    """torch.amp.is_autocast_available, which the compiler of PyTorch 2.11 does not see through."""
+    """torch.amp.is_autocast_available, which the compiler of PyTorch 2.11 cannot trace."""
     return torch.amp.is_autocast_available(device_type)
 
 
 def cast_for_autocast(query: Any, *others: Any) -> tuple[Any, ...]:
-    """As PyTorch: where autocast is on, floating tensors except float64 get its dtype."""
+    """Casts as PyTorch does: under autocast, floating tensors except float64 get its dtype."""
     tensors = (query, *others)
     if not isinstance(query, Tensor) or not has_autocast(query.device.type):
         return tensors
@@ -93,14 +92,14 @@ def cast_for_autocast(query: Any, *others: Any) -> tuple[Any, ...]:
 
 
 def as_4d(x: Tensor | None) -> Tensor | None:
-    """A mask or bias with leading dimensions of size 1 up to four: a view."""
+    """Returns a view of a mask or bias with four dimensions, the new ones leading and of size 1."""
     if x is None or x.dim() == 4:
         return x
     return x.view((1,) * (4 - x.dim()) + x.shape)
 
 
 def as_vector(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """ALiBi slopes or sinks, dense."""
+    """Returns ALiBi slopes or sinks in `dtype`, contiguous."""
     return None if x is None else x.to(dtype).contiguous()
 
 
@@ -130,7 +129,7 @@ def check_dtype(name: str, x: Tensor, dtype: torch.dtype, hint: str = "") -> Non
 
 
 def check_shape(name: str, x: Tensor, meaning: str, *shapes: tuple[int, ...]) -> None:
-    """One of `shapes`, which `meaning` says in letters."""
+    """Raises unless x has one of `shapes`, which `meaning` gives in letters."""
     if not any(x.dim() == len(shape) and tuple(x.shape) == shape for shape in shapes):
         numbers = " or ".join(str(shape) for shape in shapes)
         wrong_value(name, f"shape {meaning} = {numbers}", shape_of(x))
@@ -153,7 +152,7 @@ def check_number(name: str, x: Any, hint: str = "") -> None:
 
 
 def check_query_key_value(query: Any, key: Any, value: Any) -> None:
-    """Kind, dtype and device; the shapes differ between dense, packed and paged calls."""
+    """Checks kind, dtype and device; the shapes differ between dense, packed and paged calls."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, x)
         if x.dtype not in DTYPES:
@@ -166,7 +165,7 @@ def check_query_key_value(query: Any, key: Any, value: Any) -> None:
 
 
 def check_dense_shapes(query: Tensor, key: Tensor, value: Tensor, paged: bool) -> None:
-    """All [B, H, S, D]; paged keys and values [pages, page_size, Hkv, D or Dv]."""
+    """Checks for [B, H, S, D], and paged keys and values for [pages, page_size, Hkv, D or Dv]."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             layout = "[pages, page_size, Hkv, D]" if paged and name != "query" else "[B, H, S, D]"
@@ -192,7 +191,7 @@ def check_key_value_shapes(query: Tensor, key: Tensor, value: Tensor, heads_dim:
         wrong_value("key", f"a number of heads that divides query's {heads_q}", heads_kv)
 
 
-# torch.nn.attention.bias.CausalVariant; importing that module takes a second.
+# The members of torch.nn.attention.bias.CausalVariant, a module that takes a second to import.
 _VARIANTS = {"UPPER_LEFT": "top_left", "LOWER_RIGHT": "bottom_right"}
 
 
@@ -219,12 +218,12 @@ def as_float(x: Any) -> Any:
 
 
 def as_int64(x: Any) -> Any:
-    """A number of tokens for the operators, which take no more than 64 bits."""
+    """Clamps a number of tokens to the 64 bits that the operators take."""
     return min(x, MAX_INT64) if isinstance(x, int) else x
 
 
 def window_numbers(window_size: Any) -> tuple[int, int]:
-    """A window wider than any sequence hides nothing."""
+    """Returns (left, right), clamped: a window wider than any sequence hides nothing."""
     if isinstance(window_size, Sequence) and len(window_size) == 2:
         left, right = window_size
         if all(isinstance(x, (int, torch.SymInt)) and x >= -1 for x in (left, right)):
@@ -241,7 +240,7 @@ def precision_number(precision: Any, dtype: torch.dtype) -> int:
 
 
 def check_lengths(name: str, x: Any, query: Tensor, dim: int) -> None:
-    """An int32 tensor of sequence lengths, offsets or page numbers."""
+    """Checks an int32 tensor of sequence lengths, offsets or page numbers."""
     check_tensor(name, x)
     check_dtype(name, x, torch.int32, "to(torch.int32)")
     check_same_device(name, x, query)
@@ -250,7 +249,7 @@ def check_lengths(name: str, x: Any, query: Tensor, dim: int) -> None:
 
 
 def check_philox_seed(philox_seed: Any, device: torch.device) -> Any:
-    """None, 64 bits as an int, or (seed, offset) as an int64 tensor; returned as it came."""
+    """Checks for None, 64 bits as an int, or (seed, offset) as an int64 tensor; returns it."""
     if isinstance(philox_seed, Tensor):
         check_dtype("philox_seed", philox_seed, torch.int64)
         check_shape("philox_seed", philox_seed, "[2] (seed, offset)", (2,))
@@ -268,7 +267,7 @@ def check_philox_seed(philox_seed: Any, device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class Problem:
-    """A valid call. Sizes as in the formulas; packed: seqlen_* are max_seqlen_* or all tokens."""
+    """A valid call. If packed, seqlen_* are max_seqlen_*, or the tokens of all sequences."""
 
     batch: int
     heads_q: int
@@ -279,7 +278,7 @@ class Problem:
     head_dim_v: int
     dtype: torch.dtype
     device: torch.device
-    numbers: Arguments  # but for the tensors, which are None
+    numbers: Arguments  # the tensors among them are None
     return_lse: bool
     features: frozenset[str]
     differentiable: bool  # goes through the autograd.Function: gradients or a transform are on
@@ -292,8 +291,8 @@ class Problem:
 
     @property
     def is_plain(self) -> bool:
-        """No optional tensor, no softcap, no dropout, no lse, the whole: served by the small
-        operator."""
+        """Whether attention_forward_plain serves it: no optional tensor, softcap, dropout or lse,
+        and not a part of a larger call."""
         small = {"gradients", "causal", "window_size", "gqa", "value_head_dim"}
         return self.features <= small and not any(self.numbers.starts())
 
@@ -416,10 +415,10 @@ class Problem:
         for name in ("q_start", "k_start", "head_start"):
             if not 0 <= getattr(o, name) < 2**30:
                 wrong_value(name, "0 to 2^30", getattr(o, name))
-        if o.dropout_p and o.k_start % 8 != 0:  # random bits come by eight keys
+        if o.dropout_p and o.k_start % 8 != 0:  # random bits are drawn for eight keys at once
             wrong_value("k_start", "a multiple of 8 with dropout", o.k_start)
 
-        # What is in use
+        # Features in use
         grad = torch.is_grad_enabled()
         bias_gradient = grad and o.bias is not None and o.bias.requires_grad
         sinks_gradient = grad and o.sinks is not None and o.sinks.requires_grad
@@ -491,9 +490,12 @@ _NOTHING = (None,) * (len(TENSORS) - len(SEQUENCES))
 def arguments_of(
     query: Tensor, key: Tensor, numbers: tuple[Any, ...], options: Options, check: bool = True
 ) -> tuple[Any, ...]:
-    """A valid call as the operators take it, behind query, key and value; without what is at its
-    default at the end. numbers: of its `Problem`, as `split` gives them. Draws the random state of
-    dropout; check: not before lengths and pages are looked at."""
+    """Returns the arguments of a valid call after query, key and value, as the operators take them;
+    trailing ones that have their defaults may be left out.
+
+    numbers: those of its `Problem`, as `split` returns them. Draws the random state of dropout; if
+    `check`, checks lengths and pages before.
+    """
     o = options
     sequences = (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k, o.block_table)
     packed = not (

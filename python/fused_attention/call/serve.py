@@ -1,4 +1,4 @@
-"""From what a caller says to a result: finds the plan of the call, or makes it, and runs it."""
+"""Serves calls: finds the plan of a call, or makes one, and runs it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COUNT = range(len(DEFAULTS))
 
 
 def said_by(options: Options, backend: str) -> tuple[Any, ...]:
-    """What the options of a call add to its kind."""
+    """Returns what the options of a call add to its kind."""
     kinds = [
         (i, kind_of_option(x))
         for i, x, default in zip(_COUNT, options, DEFAULTS, strict=True)
@@ -37,7 +37,7 @@ def said_by(options: Options, backend: str) -> tuple[Any, ...]:
 def serve(
     query: Tensor, key: Tensor, value: Tensor, options: Options, backend: str = "auto"
 ) -> Any:
-    """`attention`, and with the starts of `options` a part of it."""
+    """Serves a call of `attention`, or a part of a larger one if `options` has its starts."""
     kind = plan = None
     compiling = is_compiling()
     if not compiling:
@@ -62,7 +62,7 @@ def serve_new(
     options: Options,
     backend: str,
 ) -> Any:
-    """A call of a kind that was not seen before: validates, chooses, remembers, runs."""
+    """Serves a call of a kind that was not seen before: validates, chooses, remembers, runs."""
     problem = Problem.from_call(query, key, value, options)
     plan = choose(problem, backend).plan(problem)
     remember(kind, plan)
@@ -79,7 +79,7 @@ def refused(
     options: Options,
     backend: str,
 ) -> Exception:
-    """What to raise where an operator refused a call, its kind being known: validation says it
-    better. Nothing is run again."""
+    """Returns the error of an operator that refused a call of a known kind; validation raises a
+    better one if it can. Nothing is run again."""
     choose(Problem.from_call(query, key, value, options), backend)
     return argument_error(refusal)

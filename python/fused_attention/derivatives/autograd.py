@@ -2,9 +2,9 @@
 
 `Attention` works everywhere: eager, torch.compile, torch.func (its vmap rule follows from those of
 the operators). `AttentionPlain` is for the most frequent call, eager and with nothing optional,
-where overhead counts. The maths of backward: Dao 2023, FlashAttention-2, Alg. 2. Kept for it: the
-inputs, out and lse, so O(B·Hq·Sq) beyond inputs and outputs. Forward mode, and the gradients of
-gradients, are those of `tangents`.
+where overhead counts. The backward follows Dao 2023, FlashAttention-2, Alg. 2. It needs the inputs,
+out and lse, so O(B·Hq·Sq) are kept beyond inputs and outputs. `tangents` has forward mode and the
+gradients of gradients.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _REST = tuple(_DEFAULTS[name] for name in Arguments._fields)
 
 
 def _split_inputs(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The tensors of a call of `Attention`, and its numbers."""
+    """Returns the tensors of a call of `Attention`, and its numbers."""
     query, key, value, *given = inputs
     tensors, numbers = split((*given, *_REST[len(given) :]))
     return (query, key, value, *tensors), numbers
 
 
 class Attention(Function):
-    """(out, lse). Inputs: those of attention_forward; those of packed sequences only if in use."""
+    """Computes (out, lse). Inputs: those of attention_forward; trailing defaults may be absent."""
 
     generate_vmap_rule = True
 
@@ -65,7 +65,10 @@ def _gradients(
     grads: tuple[Tensor | None, ...],
     average: bool = False,
 ) -> Gradients:
-    """Of the inputs of `Attention`, which left `ctx`; grads: of out, lse and, if given, weights."""
+    """Returns the gradients of the inputs of `Attention`, whose forward filled `ctx`.
+
+    grads: those of out, lse and, if given, weights.
+    """
     grad_out, grad_lse, grad_weights = (*grads, None)[:3]
     if grad_out is None and grad_lse is None and grad_weights is None:  # as in a double backward
         return (None,) * len(needs)
@@ -89,7 +92,7 @@ traced_attention = ops.define_traced(
 
 
 class AttentionForwardMode(Attention):
-    """`Attention` where forward mode may be on. Apart, because Dynamo refuses a jvp."""
+    """`Attention` where forward mode may be on; a separate class because Dynamo refuses a jvp."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -110,7 +113,7 @@ class AttentionForwardMode(Attention):
 
 
 class AttentionDirect(Attention):
-    """`Attention` of direct calls: the operator without the Python around it."""
+    """`Attention` for direct calls: the operator without the Python around it."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -118,7 +121,7 @@ class AttentionDirect(Attention):
 
 
 class AttentionWithWeights(Function):
-    """(out, lse, weights). Inputs: whether the weights are averaged, then those of `Attention`."""
+    """Computes (out, lse, weights). Inputs: whether to average them, then those of `Attention`."""
 
     generate_vmap_rule = True
 
@@ -142,7 +145,7 @@ _OF_WEIGHTS = names_of(ops.weights)
 
 
 class AttentionWithWeightsForwardMode(AttentionWithWeights):
-    """`AttentionWithWeights` where forward mode may be on: it ends here."""
+    """`AttentionWithWeights` where forward mode may be on, which raises."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -150,7 +153,7 @@ class AttentionWithWeightsForwardMode(AttentionWithWeights):
 
 
 def forward_with_weights(average: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, weights), without gradients."""
+    """Returns (out, lse, weights), without gradients."""
     out, lse = ops.forward(*inputs)
     query, key, _, *arguments = inputs
     call = {"query": query, "key": key, "lse": lse, "average": average}
@@ -169,7 +172,7 @@ traced_attention_with_weights = ops.define_traced(
 
 
 class AttentionPlain(Function):
-    """out, from query, key, value and the five numbers; lse stays inside. Direct calls only."""
+    """Computes out from query, key, value and five numbers; keeps lse. For direct calls only."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, numbers: Any) -> Tensor:
@@ -237,7 +240,7 @@ class CudaAttentionPlain(AttentionPlain):
 
 
 class CudaAttentionGradients(Function):
-    """The gradients where they are part of a graph themselves: tells that it ends there."""
+    """Computes the gradients as part of a graph, and raises if they are differentiated again."""
 
     generate_vmap_rule = True
 
@@ -260,17 +263,17 @@ _ON_CUDA = " on the cuda backend; backend='reference' has them"
 
 
 def _cuda_gradients(*inputs: Any) -> Any:
-    # With create_graph=True, and always under torch.func, somebody may differentiate again.
+    # With create_graph=True, and always under torch.func, the gradients may be differentiated.
     if torch.is_grad_enabled() and not is_compiling():
         return CudaAttentionGradients.apply(*inputs)
     return torch.ops.fused_attention_cuda.attention_backward.default(*inputs)
 
 
-# -- The ways that a call may go -----------------------------------------------------------
+# -- The Functions of each library ---------------------------------------------------------
 
 
 class Functions(NamedTuple):
-    """The ways of one library. Compiled calls give each tensor once: Dynamo refuses it twice."""
+    """The Functions around the operators of one library, for each way to call them."""
 
     compiling: Callable[..., Any]
     forward_mode: Callable[..., Any]
@@ -302,7 +305,7 @@ CUDA_FUNCTIONS = Functions(
 
 
 def distinct(inputs: tuple[Any, ...]) -> list[Any]:
-    """Dynamo refuses the same tensor twice."""
+    """Returns the inputs, repeated tensors as views: Dynamo refuses the same tensor twice."""
     distinct: list[Any] = []
     for x in inputs:
         seen = isinstance(x, Tensor) and any(x is other for other in distinct)

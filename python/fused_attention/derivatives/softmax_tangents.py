@@ -1,20 +1,21 @@
 """Forward mode of masked softmax, and the second derivatives that follow from it.
 
-A row with its sink as one more element is P = softmax(S), S = (scale · x + bias, sink), of which
-P = (p, p_sink) and dropout gives out = z * p. Its Jacobian is symmetric: one function serves both
-modes, dS = B(P, G) is the gradient for G = (z * dout + dp, dp_sink), and Ṗ = B(P, Ṡ) the
+A row with its sink as one more element is P = (p, p_sink) = softmax(S), S = (scale · x + bias,
+sink), and dropout gives out = z * p. The Jacobian of softmax is symmetric, so one function serves
+both modes: dS = B(P, G) is the gradient for G = (z * dout + dp, dp_sink), and Ṗ = B(P, Ṡ) is the
 tangent, where
 
     B(P, G) = P * (G - ⟨P, G⟩)
 
-and its own derivatives, along (Ṗ, Ġ) and for H that arrives at it (the gradient in G is B(P, H)):
+The derivatives of B are the tangent Ḃ along (Ṗ, Ġ), and for a gradient H that arrives at B, C in P
+and B(P, H) in G:
 
     Ḃ = Ṗ * (G - ⟨P, G⟩) - P ⟨Ṗ, G⟩ + B(P, Ġ)
     C = H * (G - ⟨P, G⟩) - G ⟨P, H⟩                                     in P
 
-The operators here are PyTorch operations in float32 (float64 for float64), a block of rows at a
-time: any device; memory beyond the results O(block), with dropout one byte an element for what was
-kept. Where a weight is exactly 0, what arrives or changes there does not count.
+The operators here consist of PyTorch operations in float32 (float64 for float64) on one block of
+rows at a time, so they run on any device. Memory beyond the results is O(block), and with dropout
+one byte per element for the mask. Gradients and tangents at a weight of exactly 0 are ignored.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 def _part(x: Tensor, index: Index) -> Tensor:
-    """The part of `x`, which broadcasts to the rows, that belongs to a block of them."""
+    """Returns the part of `x`, which broadcasts to the rows, that belongs to a block of rows."""
     last = index[len(index) - x.dim() :]
     return x[tuple(slice(None) if n == 1 else i for n, i in zip(x.shape, last, strict=True))]
 
 
 class _Rows:
-    """The weights, by blocks. Vectors [..., 1] belong to rows."""
+    """The weights, block by block. Numbers that belong to rows are vectors [..., 1]."""
 
     def __init__(
         self, weights: Tensor, sink_weight: Tensor | None, keep: Tensor | None, kept_scale: float
@@ -57,7 +58,7 @@ class _Rows:
         self.dtype = torch.promote_types(weights.dtype, torch.float32)
 
     def blocks(self) -> Iterator[Index]:
-        """Whole rows: all indices of the first dimensions, and parts of the next one."""
+        """Yields blocks of whole rows: one index in the first dimensions, a range of the next."""
         sizes = self.weights.shape[:-1]
         cut = len(sizes) - 1
         while cut > 0 and math.prod(self.weights.shape[cut:]) <= _BLOCK:
@@ -118,12 +119,12 @@ class _Rows:
 
 
 def _inner(a: Any, b: Any) -> Any:
-    """⟨A, B⟩ of each row"""
+    """Returns ⟨A, B⟩ of each row."""
     return (a[0] * b[0]).sum(-1, keepdim=True) + a[1] * b[1]
 
 
 class _Sums:
-    """dinput, dbias, and of each row dsink, block by block; empty if not asked for."""
+    """Collects dinput, dbias and the dsink of each row by blocks; empty if not asked for."""
 
     def __init__(self, rows: _Rows, bias: Tensor | None, sinks_grad: bool) -> None:
         weights = rows.weights
@@ -150,7 +151,7 @@ class _Sums:
 
 # -- Operators ---------------------------------------------------------------------------
 
-# keep: what dropout keeps. It, biases and tangent_sinks [H, 1, 1] broadcast to the rows.
+# keep: the mask of dropout. keep, biases and tangent_sinks [H, 1, 1] broadcast to the rows.
 _WEIGHTS = "Tensor weights, Tensor? sink_weight, Tensor? keep, float kept_scale, float scale"
 _GRADIENT = "Tensor? grad_out, Tensor? grad_weights, Tensor? grad_sink_weight"
 _DIRECTION = "Tensor? tangent_input, Tensor? tangent_bias, Tensor? tangent_sinks"
@@ -165,7 +166,7 @@ def jvp_kernel(
     scale: float,
     *direction: Tensor | None,
 ) -> Three:
-    """B(P, Ṡ), of out, weights and sink_weight; the latter two where they are saved."""
+    """Returns B(P, Ṡ): tangents of out, weights and sink_weight, the latter two if saved."""
     rows = _Rows(weights, sink_weight, keep, kept_scale)
     t_out = torch.empty_like(weights, memory_format=torch.contiguous_format)
     t_weights = weights.new_empty(0) if keep is None else torch.empty_like(t_out)
@@ -196,7 +197,7 @@ def gradients_kernel(
     bias: Tensor | None,
     sinks_grad: bool,
 ) -> Three:
-    """B(P, G), of input, bias and sinks, for all that may arrive."""
+    """Returns B(P, G): gradients of input, bias and sinks, whichever gradients arrive."""
     rows = _Rows(weights, sink_weight, keep, kept_scale)
     sums = _Sums(rows, bias, sinks_grad)
     for index in rows.blocks():
@@ -214,7 +215,7 @@ def weights_grad_kernel(
     scale: float,
     *others: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """C, of weights and sink_weight."""
+    """Returns C: gradients of weights and sink_weight."""
     gradient, direction = others[:3], others[3:]
     rows = _Rows(weights, sink_weight, keep, kept_scale)
     d_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
@@ -239,7 +240,7 @@ def gradients_jvp_kernel(
     scale: float,
     *others: Any,
 ) -> Three:
-    """Ḃ, of input, bias and sinks."""
+    """Returns Ḃ: tangents of the gradients of input, bias and sinks."""
     gradient, changes = others[:3], others[3:6]
     t_weights, t_sink, bias, sinks_grad = others[6:]
     rows = _Rows(weights, sink_weight, keep, kept_scale)
@@ -259,7 +260,8 @@ def gradients_jvp_kernel(
     return sums.results()
 
 
-# Shapes: those of the rows, those of the rows without their last dimension; the others broadcast.
+# The arguments that have the shape of the rows, and those that have it without the last dimension.
+# The others broadcast to the rows.
 _FULL = (
     *("weights", "grad_out", "grad_weights", "tangent_input", "tangent_weights"),
     *("tangent_grad_out", "tangent_grad_weights"),
@@ -268,7 +270,7 @@ _OF_ROWS = ("sink_weight", "grad_sink_weight", "tangent_sink_weight", "tangent_g
 
 
 def _define(name: str, arguments: str, results: int, kernel: Any) -> tuple[Any, Any]:
-    """The operator and its rule of vmap."""
+    """Defines an operator; returns it and its vmap rule."""
     returns = ", ".join(["Tensor"] * results)
     handles.library.define(f"{name}({arguments}) -> ({returns})")
     handles.library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -276,7 +278,7 @@ def _define(name: str, arguments: str, results: int, kernel: Any) -> tuple[Any, 
     torch.library.register_fake(f"fused_attention::{name}")(kernel)
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        """The samples are one more dimension in front of the rows."""
+        """Adds the samples as a new first dimension of the rows."""
         call = ops.arguments(op, args, {})
         dims = dict(zip(call, in_dims, strict=False))
         rank = call["weights"].dim() - (dims["weights"] is not None)
@@ -299,7 +301,7 @@ def _define(name: str, arguments: str, results: int, kernel: Any) -> tuple[Any, 
         if bias is not None:
             shape = bias.shape if dims["bias"] is None else bias.movedim(dims["bias"], 0).shape[1:]
             values[1] = values[1].view(info.batch_size, *shape)
-        # What is not asked for is empty.
+        # Results that were not asked for are empty.
         return tuple(values), tuple(0 if x.dim() > 1 else None for x in values)
 
     torch.library.register_vmap(f"fused_attention::{name}", rule)
@@ -325,8 +327,8 @@ gradients_jvp, _ = _define(
 
 # -- Functions ---------------------------------------------------------------------------
 
-# Everything goes by name: a call is a dictionary of these. Of out there are the tangents and
-# gradients, of weights (if there is dropout) and sink_weight (if there are sinks).
+# A call is a dictionary of arguments by name. Tangents and gradients exist for out, for weights (if
+# there is dropout) and for sink_weight (if there are sinks).
 NamedArguments = dict[str, Any]
 _FIRST = ("weights", "sink_weight", "philox", "dropout_p", "scale")
 _OF_OUTPUTS = ("out", "weights", "sink_weight")
@@ -352,7 +354,7 @@ def _some(call: NamedArguments, names: tuple[str, ...]) -> list[Any]:
 
 
 def _operands(call: NamedArguments) -> tuple[Any, ...]:
-    """The first arguments of the operators."""
+    """Returns the first arguments of the operators."""
     weights, dropout_p = call["weights"], call["dropout_p"]
     keep = None
     if dropout_p:
@@ -362,7 +364,7 @@ def _operands(call: NamedArguments) -> tuple[Any, ...]:
 
 
 def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of a dropout mask: batch, heads, queries, keys."""
+    """Returns the sizes of a dropout mask: batch, heads, queries, keys."""
     shape = (1,) * (3 - len(shape)) + tuple(shape)
     return math.prod(shape[:-3]), *shape[-3:]
 
@@ -373,7 +375,7 @@ def _kept_scale(dropout_p: float) -> float:
 
 
 class SoftmaxGradients(Function):
-    """B(P, G), of input, bias (if given) and sinks. Inputs: _GRADIENTS_INPUTS."""
+    """Computes B(P, G): gradients of input, bias (if given) and sinks, from _GRADIENTS_INPUTS."""
 
     generate_vmap_rule = True
 
@@ -409,7 +411,7 @@ class SoftmaxGradients(Function):
 
 
 class SoftmaxTangents(Function):
-    """B(P, Ṡ), of out, weights and sink_weight. Inputs: _TANGENTS_INPUTS."""
+    """Computes B(P, Ṡ): tangents of out, weights and sink_weight, from _TANGENTS_INPUTS."""
 
     generate_vmap_rule = True
 
@@ -425,7 +427,7 @@ class SoftmaxTangents(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call, needed = _restore(ctx), _named(_TANGENTS_INPUTS, ctx.needs_input_grad)
-        # Without those of outputs that are empty.
+        # Gradients of outputs that are empty do not count.
         call |= _named(_GRADS, grads)
         if not call["dropout_p"]:
             call["grad_weights"] = None
@@ -449,7 +451,7 @@ class SoftmaxTangents(Function):
 
 
 class _Last(Function):
-    """Where the graph ends."""
+    """A Function where the graph ends: its derivatives raise."""
 
     generate_vmap_rule = True
 
@@ -468,7 +470,7 @@ class _Last(Function):
 
 
 class SoftmaxWeightsGradient(_Last):
-    """C, of weights and sink_weight. Inputs: _WEIGHTS_GRADIENT_INPUTS."""
+    """Computes C: gradients of weights and sink_weight, from _WEIGHTS_GRADIENT_INPUTS."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -477,7 +479,7 @@ class SoftmaxWeightsGradient(_Last):
 
 
 class SoftmaxGradientsTangents(_Last):
-    """Ḃ, of input, bias and sinks. Inputs: _GRADIENTS_TANGENTS_INPUTS."""
+    """Computes Ḃ for input, bias and sinks, from _GRADIENTS_TANGENTS_INPUTS."""
 
     @staticmethod
     def forward(*inputs: Any) -> Three:
@@ -508,14 +510,14 @@ def _restore(ctx: Any) -> NamedArguments:
 
 
 def _changes(call: NamedArguments) -> tuple[Tensor | None, ...]:
-    """The tangents of the inputs; a sink's is one for each row of its head."""
+    """Returns the tangents of the inputs; those of sinks broadcast to the rows of their heads."""
     sinks = call["tangent_sinks"]
     column = None if sinks is None else sinks.view(-1, 1, 1)
     return call["tangent_input"], call["tangent_bias"], column
 
 
 def _with_sums(results: Three, sinks_grad: bool) -> Three:
-    """dsinks [H] from those of rows [..., H, M]"""
+    """Sums the dsink of the rows, [..., H, M], to dsinks [H]."""
     dinput, dbias, dsink = results
     if sinks_grad:
         dsink = dsink.sum([d for d in range(dsink.dim()) if d != dsink.dim() - 2])
@@ -523,7 +525,7 @@ def _with_sums(results: Three, sinks_grad: bool) -> Three:
 
 
 def _gradients(call: NamedArguments) -> Three:
-    """By the fused kernel where only dout has arrived, as in every first derivative."""
+    """Runs the fused kernel if only dout has arrived, as in every first derivative."""
     only_out = call["grad_weights"] is None and call["grad_sink_weight"] is None
     if call["grad_out"] is None or not only_out:
         others = _some(call, (*_GRADS, "bias", "sinks_grad"))
@@ -535,7 +537,7 @@ def _gradients(call: NamedArguments) -> Three:
 def _gradients_of_samples(
     info: Any, call: dict[str, Any], dims: dict[str, int | None]
 ) -> tuple[Three, tuple[int | None, ...]]:
-    """The rule of vmap of masked_softmax_backward with sinks_grad, whose sums are a sample's."""
+    """The vmap rule of masked_softmax_backward with sinks_grad: sums dsinks for each sample."""
     weights, dropout_p, dim = call["weights"], call["dropout_p"], dims["weights"]
     shape = tuple(weights.shape if dim is None else weights.movedim(dim, 0).shape[1:])
     keep = None
@@ -572,8 +574,8 @@ def _backward_rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: An
 
 
 def softmax_gradients(*inputs: Any) -> Three:
-    """The gradients of input, bias and sinks, from _GRADIENTS_INPUTS. Part of a graph where
-    somebody may differentiate again: with create_graph=True, always under torch.func, and where
+    """Returns the gradients of input, bias and sinks, from _GRADIENTS_INPUTS. They are part of a
+    graph if they may be differentiated: with create_graph=True, always under torch.func, and where
     forward mode is on.
     """
     check_transforms("masked_softmax")
@@ -583,5 +585,5 @@ def softmax_gradients(*inputs: Any) -> Three:
 
 
 def softmax_tangents(*inputs: Any) -> Three:
-    """The tangents of out, weights and sink_weight, from _TANGENTS_INPUTS; part of a graph."""
+    """Returns the tangents that `SoftmaxTangents` computes, as part of a graph."""
     return SoftmaxTangents.apply(*inputs)

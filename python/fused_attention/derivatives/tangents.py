@@ -40,7 +40,7 @@ _DIRECTION = tuple(f"tangent_{name}" for name in DIFFERENTIABLE)
 
 
 class AttentionGradients(Function):
-    """The gradients where they are part of a graph. Inputs: those of attention_backward, all."""
+    """Computes the gradients, as part of a graph. Inputs: all arguments of attention_backward."""
 
     generate_vmap_rule = True
 
@@ -78,7 +78,7 @@ class AttentionGradients(Function):
 
 
 class AttentionTangents(Function):
-    """(ȯut, l̇se). Inputs: those of attention_jvp, all."""
+    """Computes (ȯut, l̇se). Inputs: all arguments of attention_jvp."""
 
     generate_vmap_rule = True
 
@@ -114,7 +114,7 @@ class AttentionTangents(Function):
 
 
 class AttentionGradientTangents(Function):
-    """The tangents of the gradients, where the graph ends."""
+    """Computes the tangents of the gradients. The graph ends here."""
 
     generate_vmap_rule = True
 
@@ -137,7 +137,7 @@ class AttentionGradientTangents(Function):
 
 
 def attention_gradients(*inputs: Any) -> Gradients:
-    """attention_backward, part of a graph where somebody may differentiate again: with
+    """Runs attention_backward, as part of a graph if it may be differentiated: with
     create_graph=True, always under torch.func, and where forward mode is on."""
     check_transforms("attention")
     if (torch.is_grad_enabled() or forward_mode_is_on()) and not is_compiling():
@@ -146,7 +146,7 @@ def attention_gradients(*inputs: Any) -> Gradients:
 
 
 def attention_tangents(call: NamedArguments) -> tuple[Tensor, Tensor]:
-    """attention_jvp, likewise. Everything in this module comes here first."""
+    """Runs attention_jvp, as part of a graph. Every derivative of this module comes here first."""
     if any(call[name] is not None for name in SEQUENCES):
         raise NotImplementedError(
             "attention: second derivatives and forward mode of packed sequences (cu_seqlens, "
@@ -156,7 +156,7 @@ def attention_tangents(call: NamedArguments) -> tuple[Tensor, Tensor]:
 
 
 def _gradient_tangents(call: NamedArguments, needed: dict[str, bool]) -> NamedArguments:
-    """∂L/∂x of the inputs that need it."""
+    """Returns ∂L/∂x of the inputs that need it."""
     if not any(needed[name] for name in DIFFERENTIABLE):
         return {}
     wanted = {f"{name}_grad": needed[name] for name in ("bias", "sinks")}
@@ -164,7 +164,7 @@ def _gradient_tangents(call: NamedArguments, needed: dict[str, bool]) -> NamedAr
     return dict(zip(DIFFERENTIABLE, gradients, strict=True))
 
 
-# -- By name -----------------------------------------------------------------------------
+# -- Arguments by name -------------------------------------------------------------------
 
 
 def _ordered(op: Any, call: NamedArguments) -> list[Any]:
@@ -172,7 +172,7 @@ def _ordered(op: Any, call: NamedArguments) -> list[Any]:
 
 
 def _apply(function: Any, op: Any, call: NamedArguments) -> Any:
-    """The Function around `op`, of all its arguments."""
+    """Applies the Function around `op` to all arguments of `op`."""
     return function.apply(*_ordered(op, call))
 
 
@@ -181,7 +181,7 @@ def _defaults() -> NamedArguments:
 
 
 def _tensors_of(op: Any) -> tuple[str, ...]:
-    """The arguments that are tensors: what they are saved as is the same for every call."""
+    """Returns the names of the arguments that are tensors, which are saved in this order."""
     return tuple(x.name for x in schema_of(op).arguments if "Tensor" in str(x.type))
 
 
@@ -195,7 +195,7 @@ def _save(ctx: Any, op: Any, inputs: tuple[Any, ...], results: tuple[Tensor, ...
 
 
 def _saved(ctx: Any, op: Any) -> NamedArguments:
-    """The arguments that `op` had, and `results`."""
+    """Returns the arguments that `op` had, and `results`."""
     names = _tensors_of(op)
     tensors = ctx.saved_tensors
     call = dict(zip(names, tensors, strict=False)) | ctx.numbers

@@ -1,1 +1,1 @@
-"""Doors that are others': what calls attention elsewhere comes to the kernels here."""
+"""Integrations: code that calls the attention of other libraries reaches the kernels here."""

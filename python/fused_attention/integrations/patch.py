@@ -1,12 +1,12 @@
-"""patch_sdpa: existing models on fused attention, without a change to their code.
+"""patch_sdpa: runs existing models on fused attention, without a change to their code.
 
-PyTorch's attention is reached by three ways, and a patch closes each: calls of
+PyTorch's attention is reached in three ways, and a patch covers each. Calls of
 `torch.nn.functional.scaled_dot_product_attention` (nn.MultiheadAttention, transformers, and
-torch.compile, which guards on the attribute) meet ours, because the attribute is replaced; names
-that were bound by `from torch.nn.functional import ...` before still lead to the native function,
-below which the fused CPU operator is replaced through PyTorch's registry of flash attention
-implementations; and the native path of nn.TransformerEncoderLayer in evaluation, which calls
-neither, is switched off.
+torch.compile, which guards on the attribute) reach ours, because the attribute is replaced. Names
+that were bound by `from torch.nn.functional import ...` before still lead to the native function;
+the fused CPU operator that it calls is replaced through PyTorch's registry of flash attention
+implementations. The native path of nn.TransformerEncoderLayer in evaluation, which calls neither,
+is switched off.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Ours where a kernel of ours serves the call, else what was there before."""
+    """Calls our attention if a kernel of ours serves the call, else the original function."""
     inputs = (query, key, value, attn_mask, dropout_p, is_causal)
     ours = isinstance(query, Tensor) and query.device.type in _state.devices
     if _state.on and ours and not query.is_nested:
@@ -59,7 +59,7 @@ def _sdpa(
 
 
 class _FlashHandle:
-    """The CPU's fused operators are ours until `remove()`."""
+    """Replaces PyTorch's fused operators for the CPU by ours until `remove()`."""
 
     def __init__(self) -> None:
         forward = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -89,7 +89,8 @@ class _FlashHandle:
 
 
 def _is_served(query: Tensor) -> bool:
-    """Of the values, PyTorch's operator knows that they are as wide as the keys."""
+    """Whether our CPU kernels serve the call. PyTorch only calls its operator with values that are
+    as wide as the keys."""
     return not CPU.refuses(Request(query.device, query.dtype, {"query": query.shape[-1]}))
 
 
@@ -106,7 +107,7 @@ def _arguments(query: Tensor, is_causal: bool, scale: float | None, mask: Any) -
 
 
 def _sequence_first(x: Tensor) -> Tensor:
-    """[B, H, S, ...] in BSH... memory, as PyTorch's fake kernels promise it."""
+    """Returns x, [B, H, S, ...], in BSH... memory, as PyTorch's fake kernels promise it."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -120,10 +121,10 @@ def _flash(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    # PyTorch only comes here without dropout
+    # PyTorch calls this operator only without dropout.
     arguments = _arguments(query, is_causal, scale, attn_mask)
     out, lse = ops.forward(query, key, value, *arguments)
-    # PyTorch's lse of a row without a visible key; its backward may follow, after an undo
+    # PyTorch's lse of a fully masked row is 0, and its own backward may follow after an undo.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     return out, _sequence_first(lse)
 
@@ -147,7 +148,7 @@ def _flash_backward(
     return _sequence_first(dq), _sequence_first(dk), _sequence_first(dv)
 
 
-# PyTorch 2.10 has a registry from which nothing can be taken back.
+# PyTorch 2.10 has a registry that cannot restore the original.
 _HAS_REGISTRY = hasattr(torch.nn.attention, "restore_flash_attention_impl")
 if _HAS_REGISTRY:
     torch.nn.attention.register_flash_attention_impl(NAME, register_fn=_FlashHandle)
@@ -158,22 +159,22 @@ if _HAS_REGISTRY:
 
 @dataclass
 class _Replaced:
-    """An attribute of a module that is ours for a while."""
+    """An attribute of a module that patches replaced by ours."""
 
     module: ModuleType
     name: str
     original: Any
-    patches: int = 1  # that asked for it
+    patches: int = 1  # how many patches replaced it
 
 
 class _State:
-    """What is patched in this process, by all patches together."""
+    """The state of this process that all patches share."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         fast = [row for row in BACKENDS if not row.missing() and row is not REFERENCE]
         self.devices = {device for row in fast for device in row.devices}
-        self.on = False  # not read off `patches`: compiled code guards on it
+        self.on = False  # apart from `patches`, because compiled code guards on it
         self.patches = 0
         self.original: Any = F.scaled_dot_product_attention
         self.replaced: dict[tuple[int, str], _Replaced] = {}
@@ -225,7 +226,7 @@ _state = _State()
 
 
 class SdpaPatch:
-    """What `patch_sdpa` returns: a context manager, and a handle with `undo()`."""
+    """The result of `patch_sdpa`: a context manager, and a handle with `undo()`."""
 
     def __init__(self, places: list[tuple[ModuleType, str]]) -> None:
         self._places = places
@@ -238,10 +239,10 @@ class SdpaPatch:
         return self._depth > 0
 
     def undo(self) -> None:
-        """Takes this patch back, however often it was entered; nothing if it was taken back before.
+        """Undoes this patch, however often it was entered; does nothing if it was undone before.
 
-        Others that are active keep theirs, in whatever order they are undone. RuntimeError, and
-        nothing is changed, if somebody else has replaced the function since and not put it back.
+        Other patches stay active, in whatever order they are undone. Raises RuntimeError and
+        changes nothing if other code has replaced the function since and not put it back.
         """
         while self._depth:
             self._undo()
@@ -273,7 +274,7 @@ class SdpaPatch:
 
 
 def patch_sdpa(modules: Iterable[ModuleType] = ()) -> SdpaPatch:
-    """Puts fused attention in the place of PyTorch's scaled_dot_product_attention, at once.
+    """Replaces PyTorch's scaled_dot_product_attention by fused attention, at once.
 
         with patch_sdpa():
             model(x)
@@ -282,28 +283,30 @@ def patch_sdpa(modules: Iterable[ModuleType] = ()) -> SdpaPatch:
         model(x)
         patch.undo()
 
-    modules: others that say `from torch.nn.functional import scaled_dot_product_attention`, under
-        whatever name: their own attribute is replaced as well.
+    modules: other modules that hold the function after `from torch.nn.functional import
+        scaled_dot_product_attention`, under any name; their attribute is replaced as well.
 
-    Reached: everything that calls `torch.nn.functional.scaled_dot_product_attention`: models of
-    transformers with attn_implementation="sdpa", nn.MultiheadAttention with need_weights=False
+    A patch reaches everything that calls `torch.nn.functional.scaled_dot_product_attention`: models
+    of transformers with attn_implementation="sdpa", nn.MultiheadAttention with need_weights=False
     (`replace_multihead_attention` serves the rest, with less memory), and compiled code, which is
-    compiled again when it meets the other function; nn.TransformerEncoderLayer in evaluation, since
-    `torch.backends.mha` is told to leave its fast path; and, from PyTorch 2.11 on, whose registry
-    of flash attention implementations can take one back, and if no other one is active there, the
-    fused CPU operator, which all other calls end in (from-imports, exported programs), unless
-    they use what makes PyTorch leave it: dropout, a mask with a gradient, Ev != E, or tensors that
-    are not 4-D. For those name the module in `modules`.
+    compiled again when it meets the other function. It reaches nn.TransformerEncoderLayer in
+    evaluation, by switching off the fast path of `torch.backends.mha`. All other calls
+    (from-imports, exported programs) end in PyTorch's fused CPU operator. A patch replaces that
+    operator from PyTorch 2.11 on, whose registry of flash attention implementations can restore the
+    original, if no other implementation is active there. PyTorch does not use the operator for
+    dropout, a mask with a gradient, Ev != E, or tensors that are not 4-D; for such calls name the
+    module in `modules`.
 
-    Not touched: nested tensors, and what no kernel here serves (a head_dim above 512, other dtypes
-    or devices). It goes where it went before, and so do wrong calls, which get PyTorch's errors.
+    Nested tensors, and calls that no kernel here serves (a head_dim above 512, other dtypes or
+    devices), go where they went before. So do wrong calls, which get PyTorch's errors.
 
-    Patches nest, and may be undone in any order: what was there comes back when the last is undone.
-    The function is an attribute of a module, so that a patch holds for every thread of the process:
+    Patches nest, and may be undone in any order: the original comes back when the last is undone.
+    The function is an attribute of a module, so a patch holds for every thread of the process:
     apply and undo it where no other thread is in the middle of a model. Applying and undoing
     themselves are thread-safe.
 
-    Raises ArgumentValueError for a module without the function, ArgumentTypeError for no module.
+    Raises ArgumentValueError for a module without the function, ArgumentTypeError for anything that
+    is not a module.
     """
     places: list[tuple[ModuleType, str]] = [(F, "scaled_dot_product_attention")]
     targets = (F.scaled_dot_product_attention, native_sdpa(), _sdpa)

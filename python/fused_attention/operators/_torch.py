@@ -1,7 +1,7 @@
-"""PyTorch's private names: all that this package uses, each with what stands in where it is gone.
+"""All private names of PyTorch that this package uses, each with a substitute if it is gone.
 
-What stands in is right and may be slow: where a question cannot be asked, the answer is the one
-that leads to the careful way.
+A substitute is correct and may be slow: a question that cannot be asked gets the answer that leads
+to the slower, safe path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _C = torch._C
 
 
 def _private(name: str, instead: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch._C.<name>`, bound once: looking it up costs as much as calling it."""
+    """Returns `torch._C.<name>`, bound once: looking it up costs as much as calling it."""
     found: Callable[..., Any] = getattr(_C, name, instead)
     return found
 
@@ -49,19 +49,19 @@ def assume_constant_result(function: _F) -> _F:
     return function
 
 
-# -- What is going on --------------------------------------------------------------------
+# -- Transforms, modes and settings ------------------------------------------------------
 
 
 def transform_is_active() -> bool:
-    """torch.func or a forward-mode level, in which a bare operator would have no derivative."""
-    if is_compiling():  # maybe of this function alone, in a frame of its own
+    """Whether torch.func or forward mode is on, where a bare operator would have no derivative."""
+    if is_compiling():  # Dynamo may compile this function alone, in a frame of its own
         return _loses_gradients(torch.is_grad_enabled())
     return are_transforms_active() or forward_mode_is_on()
 
 
 def check_transforms(name: str) -> None:
     """Raises while compiling under a transform or a forward-mode level, where gradients and
-    tangents would be lost without a word."""
+    tangents would be lost silently."""
     if is_compiling() and _loses_gradients(torch.is_grad_enabled()):
         raise NotImplementedError(
             f"{name}: gradients of or inside torch.func transforms, and forward mode, inside "
@@ -72,8 +72,8 @@ def check_transforms(name: str) -> None:
 
 @assume_constant_result
 def _loses_gradients(grad_enabled: bool) -> bool:
-    # Under a transform Dynamo takes no Function, and an operator alone has zeros for its gradients.
-    # Whether what vmap maps requires any, it does not see.
+    # Under a transform Dynamo takes no Function, and a bare operator has zeros for its gradients.
+    # Under vmap it does not see whether a mapped tensor requires a gradient.
     if forward_mode_is_on():
         return True
     try:
@@ -85,7 +85,7 @@ def _loses_gradients(grad_enabled: bool) -> bool:
 
 
 def is_direct(*tensors: Tensor | None) -> bool:
-    """Eager, and nothing but the dispatcher wants to see what happens to these tensors."""
+    """Whether a call with these tensors is eager and seen by nothing but the dispatcher."""
     return (
         not is_compiling()
         and not transform_is_active()
@@ -96,9 +96,10 @@ def is_direct(*tensors: Tensor | None) -> bool:
 
 @assume_constant_result
 def float32_matmul_precision() -> str:
-    """The process-wide setting; "highest" once PyTorch refuses to tell it as one word.
+    """Returns the process-wide setting, or "highest" if PyTorch refuses to tell it as one word.
 
-    It refuses after `torch.backends.*.fp32_precision` was set. While compiling it is a constant.
+    PyTorch refuses after `torch.backends.*.fp32_precision` was set. While compiling, the setting is
+    a constant.
     """
     try:
         return torch.get_float32_matmul_precision()
@@ -110,21 +111,21 @@ def float32_matmul_precision() -> str:
 
 
 def is_tracing() -> bool:
-    """Whether torch.jit.trace is at work, or the ONNX exporter that is built on it."""
+    """Whether torch.jit.trace runs, or the ONNX exporter that is built on it."""
     return not is_compiling() and is_jit_tracing()
 
 
 def exports_onnx() -> bool:
-    """Whether the exporter built on torch.jit.trace is at work: it knows PyTorch's operators only,
-    which the reference is made of."""
+    """Whether the ONNX exporter built on torch.jit.trace runs. It knows only PyTorch's operators;
+    the reference consists of them."""
     return not is_compiling() and torch.onnx.is_in_onnx_export()
 
 
 def looks_at_sizes(function: _F) -> _F:
-    """For functions that decide by sizes and run no operator.
+    """Decorates functions that decide by sizes and run no operator.
 
-    While torch.jit.trace runs, sizes are tensors; inside such a function they are numbers, and what
-    it decides holds for the sizes that were traced.
+    While torch.jit.trace runs, sizes are tensors. Inside a decorated function they are numbers, and
+    its decisions hold for the sizes that were traced.
     """
 
     @functools.wraps(function)
@@ -152,7 +153,7 @@ def _tracer_paused() -> Iterator[None]:
 
 @looks_at_sizes
 def int_sizes(x: Tensor) -> tuple[int, ...]:
-    """x.shape as numbers, also while torch.jit.trace runs."""
+    """Returns x.shape as numbers, also while torch.jit.trace runs."""
     return x.shape
 
 
@@ -160,12 +161,12 @@ def int_sizes(x: Tensor) -> tuple[int, ...]:
 
 
 def schema_of(op: Any) -> Any:
-    """The schema of an operator: `arguments` (with `name` and `default_value`) and `returns`."""
+    """Returns an operator's schema: `arguments` (with `name`, `default_value`) and `returns`."""
     return op._schema
 
 
 def direct(op: Any) -> Callable[..., Any]:
-    """`op` straight into the dispatcher: saves 1 us, and __torch_function__ does not see it."""
+    """Returns `op` as a direct call of the dispatcher: saves 1 us, skips __torch_function__."""
     try:
         schema = schema_of(op)
         handle = _C._dispatch_find_schema_or_throw(schema.name, schema.overload_name)
@@ -175,9 +176,9 @@ def direct(op: Any) -> Callable[..., Any]:
 
 
 def after_writing(op: Any, then: Callable[..., None]) -> Callable[..., None] | None:
-    """A kernel for the dispatch key ADInplaceOrView: `op` below that key, then `then(*args)`.
+    """Returns a kernel for the key ADInplaceOrView: calls `op` below the key, then `then(*args)`.
 
-    None where PyTorch does not let Python go below the key.
+    Returns None if PyTorch does not let Python go below the key.
     """
     if not hasattr(_C, "_AutoDispatchBelowADInplaceOrView"):
         return None
@@ -191,12 +192,12 @@ def after_writing(op: Any, then: Callable[..., None]) -> Callable[..., None] | N
 
 
 def cpu_keys() -> Any:
-    """The dispatch keys with which a kernel of PyTorch's for the CPU is called."""
+    """Returns the dispatch keys with which a CPU kernel of PyTorch is called."""
     return _C.DispatchKeySet(_C.DispatchKey.CPU)
 
 
 def native_sdpa() -> Any:
-    """What torch.nn.functional.scaled_dot_product_attention is before anybody replaces it."""
+    """Returns PyTorch's own torch.nn.functional.scaled_dot_product_attention, or None."""
     return getattr(_C._nn, "scaled_dot_product_attention", None)
 
 
@@ -204,8 +205,8 @@ def native_sdpa() -> Any:
 
 
 def mapped_by_every_vmap(device: torch.device) -> Tensor | None:
-    """A tensor that every vmap in force maps, since a rule of vmap is only asked about an argument
-    that is mapped. None where this cannot be made."""
+    """Returns a tensor that every active vmap maps, or None if it cannot be made. PyTorch calls the
+    vmap rule of an operator only if one of its arguments is mapped."""
     try:
         from torch._functorch.pyfunctorch import (
             VmapInterpreter,
@@ -223,7 +224,7 @@ def mapped_by_every_vmap(device: torch.device) -> Tensor | None:
 
 
 def guard_or_false(condition: Any) -> bool:
-    """`condition` on sizes; False if it depends on what only a run can tell."""
+    """Returns a condition on sizes, or False if it depends on sizes known only at run time."""
     try:
         from torch.fx.experimental.symbolic_shapes import guard_or_false as guard
     except ImportError:
@@ -232,7 +233,7 @@ def guard_or_false(condition: Any) -> bool:
 
 
 def fake_tensors() -> Any:
-    """A mode in which tensors have shapes and no memory."""
+    """Returns a mode in which tensors have shapes and no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode()
@@ -240,7 +241,7 @@ def fake_tensors() -> Any:
 
 @contextlib.contextmanager
 def without_fake_tensors() -> Iterator[None]:
-    """Inside of it tensors are what they are, also where `fake_tensors` is on."""
+    """A context in which tensors are real even if `fake_tensors` is on outside."""
     try:
         from torch.fx.experimental.proxy_tensor import unset_fake_temporarily
     except ImportError:

@@ -1,6 +1,6 @@
 """The options of a call as every operator of attention takes them: one list.
 
-Behind its tensors, an operator (forward, backward, tangents) takes the fields of `Arguments`, under
+After its tensors, an operator (forward, backward, tangents) takes the fields of `Arguments`, under
 these names and in this order; csrc/arguments.h has the same list in C++, from which the schemas are
 made, and a test compares the two.
 """
@@ -16,7 +16,7 @@ from ._torch import is_compiling
 
 
 class Arguments(NamedTuple):
-    """Numbers and tensors in the form that kernels want; `call.problem` makes it."""
+    """Numbers and tensors in the form that operators take; made by `call.problem.arguments_of`."""
 
     scale: float
     causal: int  # see CAUSAL
@@ -37,21 +37,21 @@ class Arguments(NamedTuple):
     max_seqlen_k: int | None = None
     seqused_k: Tensor | None = None  # int32 [B]
     block_table: Tensor | None = None  # int32 [B, pages]
-    # Of a part of a larger call: the positions of the first query and key, for causal, window,
-    # ALiBi and dropout (k_start a multiple of 8 then), and the number of the first head.
+    # For a part of a larger call: the positions of its first query and key, for causal, window,
+    # ALiBi and dropout (then k_start is a multiple of 8), and the number of its first head.
     q_start: int = 0
     k_start: int = 0
     head_start: int = 0
 
     def plain(self) -> tuple[Any, ...]:
-        """What a call without options passes on, to operators that take no more."""
+        """Returns the numbers of a call without options, for operators that take no more."""
         return self[:_OPTIONS]
 
     def starts(self) -> tuple[int, int, int]:
         return self.q_start, self.k_start, self.head_start
 
 
-# The numbers that stand for these.
+# The numbers that stand for options that are words.
 CAUSAL: dict[Any, int] = {False: 0, "top_left": 1, "bottom_right": 2}
 PRECISION = {"highest": 0, "high": 1, "medium": 2}
 
@@ -63,7 +63,7 @@ TENSORS = ("mask", "bias", "key_padding_mask", "alibi_slopes", "sinks", "philox"
 _OPTIONS = Arguments._fields.index("mask")
 _PACKED = Arguments._fields.index("cu_seqlens_q")
 NUMBERS = tuple(name for name in Arguments._fields if name not in TENSORS)
-NAMES = (*INPUTS, *Arguments._fields)  # of the inputs of a forward
+NAMES = (*INPUTS, *Arguments._fields)  # the inputs of a forward
 
 
 def _places(names: tuple[str, ...], among: tuple[str, ...]) -> tuple[int, ...]:
@@ -80,15 +80,15 @@ _tensors_of, _numbers_of, _in_order, _dense_in_order = map(
 
 
 def split(arguments: tuple[Any, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    """The tensors, which autograd saves, and the numbers: what TENSORS and NUMBERS name."""
-    if is_compiling():  # Dynamo does not see through an itemgetter
+    """Returns the tensors, which autograd saves, and the numbers, as in TENSORS and NUMBERS."""
+    if is_compiling():  # Dynamo cannot trace an itemgetter
         numbers = tuple([arguments[i] for i in _NUMBERS_AT])
         return tuple([arguments[i] for i in _TENSORS_AT]), numbers
     return _tensors_of(arguments), _numbers_of(arguments)
 
 
 def joined(tensors: Any, numbers: Any) -> tuple[Any, ...]:
-    """What `split` took apart, in the order of the operators."""
+    """Joins what `split` took apart, in the order of the operators."""
     both = (*tensors, *numbers)
     if is_compiling():
         return tuple([both[i] for i in _FIELDS_AT])
@@ -96,8 +96,8 @@ def joined(tensors: Any, numbers: Any) -> tuple[Any, ...]:
 
 
 def joined_if_dense(tensors: Any, numbers: Any) -> tuple[Any, ...]:
-    """`joined` for a whole call of dense tensors: without the rest, which has its defaults, and of
-    which each would cost time."""
+    """`joined` for a whole call of dense tensors, without the arguments from cu_seqlens_q on: they
+    have their defaults, and passing each would cost time."""
     if is_compiling():
         return joined(tensors, numbers)[:_PACKED]
     return _dense_in_order((*tensors, *numbers))

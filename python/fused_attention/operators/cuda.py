@@ -1,7 +1,7 @@
-"""The library of the CUDA C++ kernels, `_cuda.so`, optional: torch.ops.fused_attention_cuda.
+"""The optional library of the CUDA C++ kernels, `_cuda.so`: torch.ops.fused_attention_cuda.
 
-Its operators take the arguments of those in torch.ops.fused_attention. It needs no CUDA to be
-loaded, so shapes and graphs can be traced with fake tensors anywhere.
+Its operators take the arguments of those in torch.ops.fused_attention. The library loads without
+CUDA, so shapes and graphs can be traced with fake tensors anywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPERATORS: handles.Operators | None = None  # once they are loaded
 
 @functools.cache
 def load() -> str:
-    """Defines the operators; the reason where that fails, else ""."""
+    """Defines the operators; returns the reason if that fails, else ""."""
     if not LIBRARY.exists():
         return "CUDA kernels not built: install with nvcc and FUSED_ATTENTION_CUDA=1"
     try:
@@ -37,7 +37,7 @@ def load() -> str:
 
 @assume_constant_result
 def missing() -> str:
-    """What keeps the kernels from running here, or ""."""
+    """Returns what keeps the kernels from running here, or ""."""
     if not LIBRARY.exists():
         return load()
     if not torch.cuda.is_available() or torch.version.hip:
@@ -49,7 +49,7 @@ def missing() -> str:
 
 
 def operators() -> handles.Operators:
-    """Raises RuntimeError where they cannot be loaded."""
+    """Returns the operators; raises RuntimeError if they cannot be loaded."""
     if OPERATORS is None and (reason := load()):
         raise RuntimeError(reason)
     assert OPERATORS is not None

@@ -41,7 +41,7 @@ def check_bits(philox_seed: int | torch.SymInt) -> None:
 
 
 def philox_state(query: Tensor, philox_seed: int | Tensor | None = None) -> Tensor:
-    """(seed, offset), int64 [2]: of `philox_seed`, else drawn from torch's generator of the device.
+    """Returns (seed, offset), int64 [2], from `philox_seed` or else from the device's generator.
 
     In a compiled graph independent branches may draw in another order than in eager mode; branches
     that depend on each other, as layers do, draw in the same.

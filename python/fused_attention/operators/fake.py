@@ -1,4 +1,4 @@
-"""Shapes, dtypes and strides of what the operators give, for tracing (fake kernels)."""
+"""Fake kernels for tracing: shapes, dtypes and strides of the operators' results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .handles import (
 
 
 def empty_like_format(like: Tensor, last: Any) -> Tensor:
-    """[B, H, S, last] in like's dtype: dense BSHD memory if that is how `like` lies, else BHSD."""
+    """Returns an empty [B, H, S, last] in like's dtype: in BSHD memory if `like` is, else BHSD."""
     batch, heads, seqlen, _ = like.shape
     if guard_or_false(like.stride(1) < like.stride(2)):
         return like.new_empty((batch, seqlen, heads, last)).transpose(1, 2)
@@ -100,7 +100,7 @@ def _fake_dropout_keep_mask(philox: Tensor, dropout_p: float, *sizes: Any) -> Te
 
 
 def _check_nothing(*args: Any) -> None:
-    """On a GPU lengths and pages are not looked at: that would wait for it."""
+    """Checks nothing: fake lengths have no values, and reading a GPU's would wait for it."""
 
 
 torch.library.register_fake("fused_attention::check_sequences", _check_nothing)

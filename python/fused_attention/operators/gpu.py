@@ -1,4 +1,4 @@
-"""CUDA and HIP tensors: which library serves an operator there."""
+"""CUDA and HIP tensors: the library that serves an operator on them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from . import cuda
 from .handles import library
 
-# Of attention itself, `backends.BACKENDS` chooses between Triton and the CUDA library, and calls
-# that one's operators.
+# The operators that the CUDA library serves in the place of Triton. Those of attention are not
+# listed: call/backends.py chooses between the two libraries, and calls the operators of that one.
 IN_CUDA_LIBRARY = ("masked_softmax_forward", "masked_softmax_", "masked_softmax_backward")
 
 
 @functools.cache
 def gpu_kernel(name: str) -> Callable[..., Any]:
-    """What serves the operator on a GPU: the CUDA library as far as it is there and can, else
-    Triton. They are imported by the first call."""
+    """Returns the kernel of an operator on a GPU: that of the CUDA library if it works here and has
+    one, else Triton's. The first call imports the library."""
     if name in IN_CUDA_LIBRARY and not cuda.missing():
         return getattr(getattr(torch.ops, cuda.NAMESPACE), name)
     from ..kernels import operators
@@ -49,7 +49,7 @@ for _name in (
 def _refuse_on_triton(name: str, what: str) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            f"attention: {what} on a GPU not built; backend='reference' has them"
+            f"attention: {what} not built on a GPU; backend='reference' has them"
         )
 
     library.impl(name, refuse, "CUDA")

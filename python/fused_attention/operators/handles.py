@@ -1,7 +1,7 @@
 """Handles of the operators, and their arguments by name.
 
 Importing `fused_attention._native` defines torch.ops.fused_attention.* and registers the kernels of
-the CPU. What every operator of attention takes after its tensors is in `arguments.py`.
+the CPU. `arguments.py` has the arguments that every operator of attention takes after its tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ softmax_forward = torch.ops.fused_attention.masked_softmax_forward.default
 softmax_in_place = torch.ops.fused_attention.masked_softmax_.default
 softmax_backward = torch.ops.fused_attention.masked_softmax_backward.default
 
-# Registrations in Python; those of other libraries: `library_of`.
+# For registrations in Python; `library_of` returns that of any namespace.
 library = torch.library.Library("fused_attention", "FRAGMENT")
 
 
@@ -41,7 +41,7 @@ def library_of(namespace: str) -> torch.library.Library:
 
 
 class Operators(NamedTuple):
-    """What serves attention on the backends of one library; `direct_*`: see `_torch.direct`."""
+    """The operators of attention in one library. For `direct_*` see `_torch.direct`."""
 
     forward_plain: Callable[..., Any]
     forward: Callable[..., Any]
@@ -69,7 +69,7 @@ OPERATORS = Operators.of("fused_attention")
 
 @functools.cache
 def names_of(op: Any) -> tuple[str, ...]:
-    """The names of an operator's arguments, in order."""
+    """Returns the names of an operator's arguments, in order."""
     return tuple(argument.name for argument in schema_of(op).arguments)
 
 
@@ -79,7 +79,7 @@ def _defaults_of(op: Any) -> dict[str, Any]:
 
 
 def arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of `op` by name, defaults included."""
+    """Returns the arguments of a call of `op` by name, defaults included."""
     named = dict(_defaults_of(op))
     named.update(zip(named, args, strict=False))
     named.update(kwargs)
@@ -87,7 +87,8 @@ def arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
 
 
 def check_devices(*inputs: Any) -> None:
-    """The dispatcher does not: it comes here with a mask on "meta" and a query on a CPU."""
+    """Raises unless all tensors are on one device. The dispatcher does not check: it calls kernels
+    with a mask on "meta" and a query on a CPU."""
     devices = {str(x.device) for x in inputs if isinstance(x, Tensor)}
     if len(devices) > 1:
         raise ArgumentValueError(

@@ -1,4 +1,4 @@
-"""Which tensors share memory: exact, for whatever writes to an argument (csrc/footprint.h)."""
+"""Tests for shared memory, for operators that write to an argument (csrc/footprint.h)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .. import _native
 
 
 def is_in_memory(x: Tensor) -> bool:
-    """Not fake, and not on "meta"."""
+    """Whether a tensor has memory: it is not fake, and not on "meta"."""
     return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
 
 
 def place(x: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    """Where the elements of a tensor lie, as `_native` takes it."""
+    """Returns where the elements of a tensor lie, as `_native` takes it."""
     return x.data_ptr(), x.element_size(), tuple(x.shape), tuple(x.stride())
 
 

@@ -1,4 +1,4 @@
-"""torch.jit.trace: operators with gradients, which a trace can keep."""
+"""Operators with gradients that a trace of torch.jit.trace can hold."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def signature_of(op: Any) -> str:
 def define_traced(
     name: str, schema: str, forward: Callable[..., Any], function: Any, defaults: dict[str, Any]
 ) -> Callable[..., Any]:
-    """The operator `traced_<name>`: `forward` with the gradients of a Function.
+    """Defines the operator `traced_<name>`: `forward` with the gradients of a Function.
 
-    What torch.jit.trace records must be an operator, for a Function cannot be saved; and the same
-    one with and without gradients, for it traces twice and compares. PyTorch's registration of
-    gradients costs 34 us a call, so only traces use it. It leaves out arguments that have their
-    defaults, so the operator has none: `defaults` are filled in here.
+    torch.jit.trace must record an operator, because a Function cannot be saved. It must be the same
+    operator with and without gradients, because the tracer traces twice and compares. PyTorch's
+    registration of gradients costs 34 us a call, so only traces use it. The registration leaves out
+    arguments that have their defaults, so the operator has no defaults: they are filled in here.
     """
     schema = re.sub(r"=[^,)]*", "", schema)
     library.define(f"traced_{name}{schema}", tags=torch.Tag.pt2_compliant_tag)

@@ -1,6 +1,6 @@
 """Rules of torch.vmap: the mapped dimension is folded into the batch.
 
-Of packed sequences, and on a GPU of dropout and mapped sinks, one call a sample.
+Packed sequences take one call per sample, and so do, on a GPU, dropout and mapped sinks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .handles import (
     weights,
 )
 
-# A row for each sample, where they differ or heads are numbered anew for each
+# They get a row for each sample if samples differ in one, or if each numbers its heads anew.
 ROWS = ("philox", "sinks", "tangent_sinks")
 _BIAS, _SINKS = map(DIFFERENTIABLE.index, ("bias", "sinks"))
 
@@ -31,9 +31,9 @@ _BIAS, _SINKS = map(DIFFERENTIABLE.index, ("bias", "sinks"))
 def _fold_batch(
     name: str, x: Any, dim: int | None, samples: int, batch: int, own: frozenset[str]
 ) -> Any:
-    """Argument `x`, mapped along `dim`, for a call whose batch is samples * batch.
+    """Returns argument `x`, mapped along `dim`, for a call whose batch is samples * batch.
 
-    own: the arguments of which each sample gets one of its own although all have the same.
+    own: the arguments of which each sample gets a copy even if all samples share one.
     """
     if not isinstance(x, Tensor):
         return x
@@ -57,7 +57,7 @@ def _fold_batch(
 
 
 def _vmap_rule(op: Any, batched_outputs: int) -> Callable[..., Any]:
-    """The rule for an attention operator, of whose outputs so many have the batch in front."""
+    """Returns the rule of an attention operator; its first outputs begin with the batch."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
         call = arguments(op, args, kwargs)
@@ -91,7 +91,7 @@ def _vmap_rule(op: Any, batched_outputs: int) -> Callable[..., Any]:
             for i, x in enumerate(result)
         ]
         mapped: list[int | None] = [0] * batched_outputs + [None] * (len(outputs) - batched_outputs)
-        if bias_grad:  # summed over the batch of a sample where that shares a bias
+        if bias_grad:  # summed over the batch of a sample if the batch shares one bias
             dbias = outputs[_BIAS].unflatten(0, (samples, batch))
             bias, dim = call["bias"], dims["bias"]
             shared = (bias if dim is None else bias.movedim(dim, 0)[0]).shape[0] == 1
@@ -106,7 +106,7 @@ def _vmap_rule(op: Any, batched_outputs: int) -> Callable[..., Any]:
 
 
 def _sample(call: dict[str, Any], dims: dict[str, Any], i: int) -> dict[str, Any]:
-    """The arguments of sample i; zeros where there are no samples, for the shapes."""
+    """Returns the arguments of sample i, or zeros of the same shapes if there are no samples."""
 
     def select(x: Tensor, dim: int) -> Tensor:
         return x.select(dim, i) if x.shape[dim] else x.sum(dim, dtype=x.dtype)
@@ -122,7 +122,7 @@ def _sample(call: dict[str, Any], dims: dict[str, Any], i: int) -> dict[str, Any
 
 @functools.cache
 def register_tracing(namespace: str) -> None:
-    """Fake kernels and rules of vmap, for the attention operators of a library; once."""
+    """Registers fake kernels and vmap rules for the attention operators of a library, once."""
     library = getattr(torch.ops, namespace)
     for name, fake, outputs in (
         ("attention_forward_plain", fake_forward_plain, 1),
@@ -148,7 +148,7 @@ torch.library.register_vmap(
 def dropout_keep_masks(
     info: Any, in_dims: tuple[Any, ...], philox: Tensor, dropout_p: float, batch: int, *sizes: int
 ) -> tuple[Tensor, int]:
-    """The rule of vmap: a mask for each sample, also where all have the same seed."""
+    """The vmap rule: returns a mask for each sample, even if all have the same seed."""
     samples = info.batch_size
     if samples == 0 or philox.device.type == "cuda":
         call, dims = {"philox": philox}, {"philox": in_dims[0]}
@@ -171,9 +171,9 @@ torch.library.register_vmap("fused_attention::dropout_keep_mask", dropout_keep_m
 def softmax_vmap_rule(
     op: Any, main: str, mapped: Callable[[dict[str, Any]], tuple[bool, bool, bool]]
 ) -> Callable[..., Any]:
-    """The rule for an operator on rows: the samples are one more dimension in front of them.
+    """Returns the rule of an operator on rows: the samples become a new first dimension.
 
-    main: the argument whose shape is that of the rows. mapped: which results there are for each
+    main: the argument that has the shape of the rows. mapped: returns which results exist for each
     sample; the others are empty.
     """
 
@@ -188,7 +188,7 @@ def softmax_vmap_rule(
             return stacked, (0, 0, 0)
         x, dim = call[main], dims[main]
         shape = x.shape if dim is None else x.movedim(dim, 0).shape[1:]
-        # The dimensions of a head and its queries, if they are counted
+        # If heads are numbered, rows have at least the dimensions of heads, queries and keys.
         padding = (1,) * (3 - len(shape)) if own_rows else ()
         rank = len(padding) + len(shape)
 

@@ -1,4 +1,4 @@
-"""Operators that write to an argument: autograd notices."""
+"""Operators that write to an argument, in a way that autograd notices."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def _counter(op: Any, name: str) -> Callable[..., None]:
 
 
 def count_versions(namespace: str, name: str) -> None:
-    """Autograd then notices if a tensor that it kept was written to, as after PyTorch's own
-    in-place operators, whose kernels for this dispatch key do the same."""
+    """Makes an operator increment the versions of the tensors that it writes to, so autograd
+    notices if it had saved one of them. PyTorch's own in-place operators have kernels for this
+    dispatch key that do the same."""
     op = getattr(getattr(torch.ops, namespace), name).default
     write = after_writing(op, _counter(op, name))
     if write is not None:
@@ -34,7 +35,7 @@ def count_versions(namespace: str, name: str) -> None:
 
 def noticed(op: Any, name: str) -> Callable[..., None]:
     """Returns `op`, or, where PyTorch does not let Python reach autograd's key, `op` followed by
-    the count of versions."""
+    an increment of the versions."""
     count = _counter(op, name)
     if after_writing(op, count) is not None:
         return op
