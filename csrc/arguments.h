@@ -1,6 +1,6 @@
-// The options of a call, as every operator of attention takes them behind its tensors: one list,
-// from which the schemas and the record in C++ are made. operators/arguments.py has the same list
-// in Python, and a test compares the two.
+// The options of a call, which every operator of attention takes behind its tensors: one list, from
+// which the schemas and the struct Options are made. operators/arguments.py has the same list in
+// Python, and a test compares the two.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;
 
-// X(type, name, what the schema says). A call without options has the numbers only.
+// X(type, name, schema). A plain call has the numbers only.
 #define FA_NUMBERS(X)                             \
   X(double, scale, "float scale")                 \
   X(int64_t, causal, "int causal")                \
@@ -52,8 +52,8 @@ struct Options {
 #undef FA_FIELD
 };
 
-// The arguments of a call, in the order of the operator's schema, and its results. All arguments
-// must be taken: who takes a tensor owns it.
+// The arguments of a call, in the order of the operator's schema, and its results. Every argument
+// must be taken, because whoever takes a tensor owns it.
 class Stack {
  public:
   explicit Stack(StableIValue* values) : values_(values) {}

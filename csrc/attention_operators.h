@@ -6,7 +6,7 @@
 
 namespace fused_attention {
 
-// What the library does: out and, unless null, *lse.
+// Each library implements this. Returns out and, unless lse is null, sets *lse.
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options,
                Tensor* lse);
 
@@ -40,7 +40,7 @@ struct BackwardArguments {
   OptionalTensor grad_weights;
   bool average_weights;
 };
-// What the library does.
+// Each library implements this.
 Gradients backward(const BackwardArguments& call);
 
 void attention_forward_plain(StableIValue* values, uint64_t, uint64_t);
@@ -50,13 +50,13 @@ void attention_backward(StableIValue* values, uint64_t, uint64_t);
 
 // -- dry runs -------------------------------------------------------------------------------------
 
-// What was noted last by this thread, as text in a tensor of bytes on the CPU; and, from now on,
-// whether calls that run are noted as well.
+// Returns the last notes of this thread, as text in a tensor of bytes on the CPU. `listen` says
+// whether calls that run are noted from now on.
 constexpr const char* kNotes = "notes(bool listen=False) -> Tensor";
 void take_notes(StableIValue* values, uint64_t, uint64_t);
 
 void tell(const std::string& text);
-// The operator, dry: any device, no memory, nothing is computed.
+// Runs the operator dry: tensors may be on any device, no memory is taken, nothing is computed.
 template <BoxedKernel kKernel>
 void run_dry(StableIValue* values, uint64_t inputs, uint64_t outputs) {
   const DryRun run;

@@ -176,7 +176,8 @@ int64_t count_samples(const OptionalTensor& philox, const OptionalTensor& sinks,
   STD_TORCH_CHECK(
       samples > 0 && batch % samples == 0 && (!philox || philox->dim() == 2) &&
           (!sinks || (sinks->dim() == 2 && sinks->size(0) == samples)),
-      "philox, sinks: expected a row for each of as many samples in both, a divisor of ", batch);
+      "philox, sinks: expected one row per sample in both, and a number of samples that divides ",
+      batch);
   return samples;
 }
 
@@ -232,9 +233,10 @@ void describe_inputs(AttentionParams& p, const Input& query, const Input& key, c
   p.value = value.view();
 }
 
-// A cap of 2^96 or more (float64: 2^992) is none: no softmax tells such scores apart, and cap *
-// tanh would overflow, or lose scale / cap to denormals. A cap so small that scale / cap would
-// overflow is raised until it does not: all logits remain 0 to an exponential.
+// Returns the softcap that kernels use. A cap of 2^96 or more (float64: 2^992) counts as none: no
+// softmax tells such scores apart, and cap * tanh would overflow, or scale / cap would be denormal.
+// A cap so small that scale / cap would overflow is raised until it does not: exp of all logits
+// remains 1.
 static double effective_softcap(double softcap, double scale, bool wide) {
   using Wide = std::numeric_limits<double>;
   using Narrow = std::numeric_limits<float>;
@@ -250,7 +252,7 @@ void describe_options(AttentionParams& p, const Options& o, Held& held) {
   STD_TORCH_CHECK(o.causal >= 0 && o.causal <= 2, "causal: expected 0, 1 or 2, got ", o.causal);
   STD_TORCH_CHECK(o.window_left >= -1 && o.window_right >= -1,
                   "window: expected tokens, or -1 for no limit");
-  // Positions fit 31 bits with lengths added; the random numbers of dropout come by eight columns.
+  // Positions plus lengths must fit 31 bits. The random numbers of dropout come by eight columns.
   for (const int64_t start : {o.q_start, o.k_start, o.head_start}) {
     STD_TORCH_CHECK(start >= 0 && start < (int64_t)1 << 30,
                     "q_start, k_start, head_start: expected 0 to 2^30, got ", start);
@@ -261,7 +263,8 @@ void describe_options(AttentionParams& p, const Options& o, Held& held) {
   p.dropout_row = (uint32_t)o.q_start;
   p.dropout_group = (uint32_t)(o.k_start / 8);
   p.dropout_head = (uint32_t)o.head_start;
-  // Beyond the sequence a window hides nothing; capped, index arithmetic cannot overflow.
+  // A window that reaches beyond the sequence hides nothing. It is dropped, so that index
+  // arithmetic cannot overflow.
   const int64_t longest = p.Sq + p.Sk + std::abs(p.diagonal_start);
   const auto window = [&](int64_t tokens) { return tokens > longest ? -1 : tokens; };
   p.window_left = window(o.window_left);
@@ -374,7 +377,7 @@ ScalarType lse_dtype(const AttentionParams& p) {
 
 void check_lse(const AttentionParams& p, const Tensor& tensor, const char* name) {
   const bool packed = p.cu_seqlens_q != nullptr;
-  const int64_t heads = packed ? 0 : 1;  // their dimension
+  const int64_t heads = packed ? 0 : 1;  // the dimension of the heads
   STD_TORCH_CHECK(is_here(tensor) && tensor.dim() == heads + 2 &&
                       (packed || tensor.size(0) == p.B) && tensor.size(heads) == p.Hq &&
                       tensor.size(heads + 1) == p.Sq && tensor.scalar_type() == lse_dtype(p),

@@ -1,4 +1,5 @@
-// What each of the two libraries says about its device: csrc/cpu/device.cpp, csrc/cuda/device.cpp.
+// The functions that each of the two libraries implements for its device, in csrc/cpu/device.cpp
+// and csrc/cuda/device.cpp.
 #pragma once
 
 #include <memory>
@@ -7,7 +8,7 @@
 
 namespace fused_attention {
 
-extern const char* const kDevice;  // in messages
+extern const char* const kDevice;  // its name in messages
 
 // Whether a tensor is on the device of the call.
 bool is_here(const Tensor& tensor);
@@ -15,11 +16,11 @@ bool is_here(const Tensor& tensor);
 AOTITorchError empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype,
                              AtenTensorHandle* handle);
 
-// The integers of a tensor of one or two dimensions as kernels read them, contiguous, for as long
-// as the result is held.
+// Returns the integers of a tensor of one or two dimensions as kernels read them, contiguous. They
+// live as long as the result is held.
 std::shared_ptr<const void> integers_of(const Tensor& tensor);
 
-// Makes the device of a tensor the device of the call, while it lives.
+// Makes the device of a tensor the current device while the object lives.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& tensor);
@@ -30,7 +31,7 @@ class OnDeviceOf {
   [[maybe_unused]] void* guard_ = nullptr;
 };
 
-// Into about how many tasks the gradient of a bias of masked softmax is divided.
+// Returns about how many tasks the bias gradient of masked softmax is divided into.
 int64_t bias_tasks();
 
 }  // namespace fused_attention

@@ -1,5 +1,6 @@
-// Which memory the elements of a tensor occupy, and whether two tensors share some of it: exact for
-// all that slicing, transposing and expanding makes of dense tensors, and on the safe side else.
+// The memory that the elements of a tensor occupy, and whether two tensors share some of it. The
+// answer is exact for everything that slicing, transposing and expanding makes of dense tensors;
+// otherwise it is on the safe side.
 #pragma once
 
 #include <stddef.h>
@@ -13,7 +14,7 @@ namespace fused_attention {
 
 class Footprint {
  public:
-  // `data` is where the first element lies, `width` its bytes; strides are in elements.
+  // `data` is the address of the first element, `width` its bytes; strides are in elements.
   Footprint(const void* data, int64_t width, const int64_t* sizes, const int64_t* strides,
             size_t dims)
       : begin_((uintptr_t)data), width_(width) {
@@ -45,7 +46,7 @@ class Footprint {
     for (const Steps& step : other.steps_) steps.push_back({step.stride, -step.high, 0});
     steps.push_back({1, 1 - other.width_, width_ - 1});  // the bytes of an element
     std::sort(steps.begin(), steps.end(), falls);
-    size_t count = 0;  // of different strides
+    size_t count = 0;  // the number of different strides
     for (const Steps& step : steps) {
       if (count > 0 && steps[count - 1].stride == step.stride) {
         steps[count - 1].low += step.low, steps[count - 1].high += step.high;
@@ -65,9 +66,9 @@ class Footprint {
   static bool falls(const Steps& a, const Steps& b) { return a.stride > b.stride; }
 
   // Whether some numbers of steps, not all of them 0 unless `moved`, lead to `distance`. The
-  // strides fall: where one is longer than all that the smaller ones reach, as in a slice of a
-  // dense tensor, at most two numbers of its steps are tried. A search beyond its budget counts as
-  // found.
+  // strides fall. If one is longer than the distance that the smaller ones reach together, as in a
+  // slice of a dense tensor, at most two numbers of its steps are tried. A search beyond its budget
+  // counts as found.
   static constexpr int kBudget = 1 << 16;
   static bool reaches(const Steps* steps, int count, int64_t distance, bool moved, int& budget) {
     if (--budget < 0) return true;

@@ -1,6 +1,6 @@
-// What a call runs and what memory that takes, noted line by line as JSON, for explain: by a dry
-// run, in which tensors are on "meta" and nothing is computed, or beside a real one, where somebody
-// listens. It is the operator itself that tells it, at the places where it decides.
+// Notes, for `explain`, what a call runs and what memory that takes, as one JSON object per line:
+// in a dry run, in which tensors are on "meta" and nothing is computed, or during a real call, if
+// the thread listens. The operator itself takes the notes, at the places where it decides.
 #pragma once
 
 #include <stdarg.h>
@@ -15,7 +15,7 @@ struct Notes {
   bool dry = false;
   std::string text;
 };
-// Of the calls of this thread; null if nobody asked.
+// The notes of this thread's calls; null if nobody asked.
 inline thread_local Notes* notes = nullptr;
 inline bool is_dry() { return notes != nullptr && notes->dry; }
 

@@ -7,8 +7,8 @@ ScalarType accumulation_dtype(const SoftmaxParams& p) {
   return p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// The rows of a tensor whose last stride is 1, numbered and visited in its order, in tasks of about
-// kTaskElements elements.
+// Describes the rows of a tensor whose last stride is 1. They are numbered and visited in its
+// order, in tasks of about kTaskElements elements.
 SoftmaxParams describe_rows(const Tensor& tensor, const char* name, int64_t causal) {
   constexpr int64_t kTaskElements = 65536;
   STD_TORCH_CHECK(is_here(tensor) && tensor.dim() >= 1, name, ": expected a ", kDevice,
@@ -39,8 +39,8 @@ SoftmaxParams describe_rows(const Tensor& tensor, const char* name, int64_t caus
   return p;
 }
 
-// The strides of a row in `tensor`, whose shape equals or broadcasts to the input's; returns the
-// stride along the columns. 0 where it is broadcast.
+// Sets the strides of the rows in `tensor`, whose shape equals or broadcasts to the input's.
+// Returns the stride along the columns. Strides are 0 where the tensor is broadcast.
 int64_t describe_operand(SoftmaxParams& p, SoftmaxParams::Operand operand, const Tensor& tensor,
                          const char* name, Sizes input, bool broadcast) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
@@ -62,14 +62,14 @@ int64_t describe_operand(SoftmaxParams& p, SoftmaxParams::Operand operand, const
   return last_stride;
 }
 
-// Where the result goes: a new contiguous tensor, visited in its order if `in_order`.
+// Describes the result: a new contiguous tensor, visited in its order if `in_order`.
 void describe_output(SoftmaxParams& p, const Tensor& out, Sizes sizes, bool in_order) {
   describe_operand(p, SoftmaxParams::kOutput, out, "out", sizes, false);
   p.output = out.data_ptr();
   if (in_order) expect_output(p, out);
 }
 
-// In place if its last stride is 1, else copied.
+// Returns the tensor itself if its last stride is 1, else a copy.
 Tensor dense_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   const bool dense = last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1;
@@ -96,7 +96,7 @@ int64_t describe_samples(SoftmaxParams& p, const OptionalTensor& philox,
   return samples;
 }
 
-// Everything but where the results go.
+// Describes everything but the result.
 SoftmaxParams describe_softmax(const Tensor& input, double scale, int64_t causal,
                                const OptionalTensor& mask, const OptionalTensor& bias,
                                const OptionalTensor& sinks, const OptionalTensor& philox,
@@ -185,12 +185,12 @@ void masked_softmax_(const Tensor& input, double scale, int64_t causal, const Op
 }
 
 namespace {
-// Visits first along the dimensions along which dbias is summed, so that a group is what is summed
-// into one of its rows; a long sum is cut into chunks, which are added up in the end.
+// Makes the dimensions along which dbias is summed the innermost, so that a group is the rows that
+// are summed into one row of dbias. A long sum is cut into chunks, which are added up in the end.
 void describe_bias_gradient(SoftmaxParams& p, const Tensor& bias, Sizes sizes) {
   constexpr int64_t kMinRows = 8;
   p.bias_dtype = dtype_of(bias, "bias");
-  // Where the shape is broadcast; an expanded bias has a gradient of full size.
+  // Its shape tells where the bias is broadcast; an expanded bias has a gradient of full size.
   Tensor shape = empty({"the gradient of the mask"}, bias.sizes(), bias.scalar_type());
   const int64_t columns = describe_operand(p, SoftmaxParams::kBias, shape, "bias", sizes, true);
   p.bias_width = p.columns == 1 || columns != 0 ? p.columns : 1;

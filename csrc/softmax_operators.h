@@ -5,14 +5,15 @@
 
 namespace fused_attention {
 
-// What the library does with a call that is described. held: the random state of dropout.
+// Each library implements these, for a call that is described. `held` has the random state of
+// dropout.
 void run_softmax(SoftmaxParams& p, const Held& held);
 void run_softmax_backward(SoftmaxParams& p, const Held& held);
-// A new output, which is written in its order.
+// Each library implements this: it is told of a new output, which will be written in its order.
 void expect_output(SoftmaxParams& p, const Tensor& out);
 
-// out, and for the backward, if `save`, where they are not the same or not in out: the weights
-// before dropout, and the weights of the sinks.
+// Returns (out, weights, sink_weight). The last two are for the backward, if `save`: the weights
+// before dropout, unless they are in `out`, and the weights of the sinks.
 std::tuple<Tensor, Tensor, Tensor> masked_softmax_forward(
     const Tensor& input, double scale, int64_t causal, bool save, const OptionalTensor& mask,
     const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& philox,

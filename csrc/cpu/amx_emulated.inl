@@ -1,5 +1,5 @@
-// The tile vocabulary in plain C++: what proves the AMX kernels on machines without AMX. Only as
-// fast as that needs.
+// The vocabulary of AMX tiles in plain C++, which tests the AMX kernels on machines without AMX. It
+// is only as fast as the tests need.
 #pragma once
 
 #include "simd_avx512.inl"
@@ -18,7 +18,7 @@ static __thread bool tiles_configured;
 FA_INLINE void begin_tiles() { tiles_configured = true; }
 FA_INLINE void end_tiles() { tiles_configured = false; }
 
-// The processor raises an exception where the tiles are not configured.
+// Traps if the AMX tiles are not configured, like the processor.
 FA_INLINE EmulatedTile& tile(int number) {
   if (!tiles_configured) __builtin_trap();
   return tiles[number];

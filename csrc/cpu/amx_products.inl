@@ -1,15 +1,16 @@
-// Attention's products on AMX tiles, which multiply bfloat16 and add up in float.
+// Attention's products on AMX tiles, which multiply bfloat16 and accumulate in float.
 //
-// A number is decomposed into kPlanes bfloat16 numbers: 1 rounds it, 2 hold a float16 exactly and a
-// float to 2^-17, 3 hold a float exactly. A product of numbers is then a sum of products of planes
-// i and j, the small ones first, those of order i + j >= kPlanes left out: 1, 3 or 6 remain. Three
-// planes are as accurate as float arithmetic. A plane below 1.2e-38 counts as 0.
+// A number is decomposed into kPlanes bfloat16 planes: one plane rounds the number, two hold a
+// float16 exactly and a float to 2^-17, three hold a float exactly. A product of numbers is then a
+// sum of products of planes i and j, the small ones first. Products of order i + j >= kPlanes are
+// left out: 1, 3 or 6 remain. Three planes are as accurate as float arithmetic. A plane below
+// 1.2e-38 counts as 0.
 //
-// s^T = K q^T takes K by rows, o^T = V^T p^T takes V by columns. Both are decomposed block by
-// block, padded with zeros to whole tiles, for every query and head that reads them: with many
-// heads by the task that has all queries of one, else by a phase of its own, into p.call_workspace.
-// Products with V wait until the weights of kPending tiles have come, for then the tiles of o are
-// loaded and stored less often.
+// s^T = K q^T reads K by rows, o^T = V^T p^T reads V by columns. Both are decomposed once for every
+// query and head that reads them, block by block, padded with zeros to whole AMX tiles: with many
+// heads by the task that has all queries of a key head, else by a phase of its own, into
+// p.call_workspace. Products with V wait until the weights of kPending tiles are there, so that the
+// AMX tiles of o are loaded and stored less often.
 #pragma once
 
 #ifndef FUSED_ATTENTION_SIMD  // the file is opened alone
@@ -22,12 +23,12 @@ namespace {
 
 constexpr int64_t kTileRows = 16, kTileDepth = 32;  // a [16][32] times b [32][16]
 
-// planes[i] + planes[i + 1] + ... = x, each with bfloat16 in its upper half; the last one rounded.
-// The first one is all there is of infinity and NaN.
+// planes[0] + planes[1] + ... = x. Each plane has a bfloat16 in its upper half; the last one is
+// rounded. An infinity or NaN is in the first plane, and the others are 0.
 template <int kPlanes>
 FA_INLINE void decompose(__m512 x, __m512i (&planes)[kPlanes]) {
   const __m512i upper = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
-  x = _mm512_add_ps(x, _mm512_setzero_ps());  // a NaN that survives the loss of its lower half
+  x = _mm512_add_ps(x, _mm512_setzero_ps());  // a quiet NaN survives the loss of its lower half
   const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(x), broadcast(kInf<float>), _CMP_LT_OQ);
   __m512 rest = x;
   for (int i = 0; i < kPlanes - 1; ++i) {
@@ -38,7 +39,7 @@ FA_INLINE void decompose(__m512 x, __m512i (&planes)[kPlanes]) {
   planes[kPlanes - 1] = _mm512_and_si512(_mm512_mask_add_epi32(bits, finite, bits, half), upper);
 }
 
-// The same for what is finite, or counts as NaN by other means.
+// Does the same for numbers that are finite, or whose NaN is kept elsewhere (in the row sum).
 template <int kPlanes>
 FA_INLINE void decompose_finite(__m512 x, __m512i (&planes)[kPlanes]) {
   const __m512i upper = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
@@ -49,7 +50,7 @@ FA_INLINE void decompose_finite(__m512 x, __m512i (&planes)[kPlanes]) {
   planes[kPlanes - 1] = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), upper);
 }
 
-// A matrix of bfloat16 in planes; `row` and `plane` are distances in elements of its type.
+// A matrix of bfloat16 in planes; `row` and `plane` are strides in elements.
 template <typename Element>
 struct PlanesOf {
   Element* data;
@@ -57,7 +58,7 @@ struct PlanesOf {
   PlanesOf at(int64_t r) const { return {data + r * row, row, plane}; }
 };
 
-// Of one row of `count` floats (a multiple of 16): each plane, narrowed.
+// Decomposes one row of `count` floats (a multiple of 16), each plane narrowed to bfloat16.
 template <int kPlanes>
 void decompose_row(const float* src, int64_t count, PlanesOf<uint16_t> dst) {
   for (int64_t i = 0; i < count; i += 16) {
@@ -80,7 +81,7 @@ FA_INLINE void store_pairs(const __m512i (&low)[kPlanes], const __m512i (&high)[
   }
 }
 
-// out[j / 2] <- rows j and j + 1 of `width` floats together; from row `rows` on, they are 0.
+// out[j / 2] <- rows j and j + 1 of `width` floats, paired; rows from `rows` on are 0.
 template <int kPlanes>
 void decompose_pairs(int64_t rows, int64_t padded_rows, int64_t width, const float* src,
                      int64_t row, PlanesOf<uint32_t> out) {
@@ -94,13 +95,14 @@ void decompose_pairs(int64_t rows, int64_t padded_rows, int64_t width, const flo
   }
 }
 
-// A part of a product's left factor: its columns, as many as `depth`.
+// A slice of `depth` columns of the left factor of a product.
 struct DepthSlice {
   PlanesOf<const uint16_t> a;
   int64_t depth;
 };
 
-// c [16 kA][16 kB] (or +=) a b, with a in parts from row `r` on, and b in pairs along the depth.
+// c [16 kA][16 kB] = (or +=) a b. The columns of a are those of `parts`, one part after another,
+// its rows begin at row r; b is in pairs along the depth.
 template <int kPlanes, int kOrders, int kA, int kB, bool kAccumulate>
 FA_INLINE void multiply_tile_block(const DepthSlice* parts, int count, int64_t r,
                                    PlanesOf<const uint32_t> b, float* c, int64_t c_row) {
@@ -143,7 +145,7 @@ FA_INLINE void multiply_tile_block(const DepthSlice* parts, int count, int64_t r
   if (kA == 2 && kB == 2) tile_store<3>(c_at[1][1], c_bytes);
 }
 
-// c [rows][16 kVectors] (or +=) a b; rows and depths are whole tiles.
+// c [rows][16 kVectors] = (or +=) a b; rows and depths are whole AMX tiles.
 template <int kPlanes, int kOrders, int kVectors, bool kAccumulate>
 void multiply_amx(int64_t rows, const DepthSlice* parts, int count, PlanesOf<const uint32_t> b,
                   float* c, int64_t c_row) {
@@ -160,8 +162,7 @@ void multiply_amx(int64_t rows, const DepthSlice* parts, int count, PlanesOf<con
 }
 
 bool all_finite(const float* x, int64_t count) {
-  Vec<float> top =
-      broadcast(0.0f);  // NaN if there is a NaN: 0 * x is NaN for all that is not finite
+  Vec<float> top = broadcast(0.0f);  // becomes NaN at a NaN or infinity x, where 0 * x is NaN
   for (int64_t i = 0; i < count; i += kLanes<float>) {
     top = fma(load(x + i), broadcast(0.0f), top);
   }
@@ -190,14 +191,15 @@ struct DecomposedBlock {
   static int64_t tile_size(const AttentionParams& p) {
     return kBlockN * max_of(depth(p), depth_v(p));
   }
-  // Those from key n_start on, by way of two tiles of scratch memory.
+  // Fills the block with the keys and values from n_start on, by way of two tiles of scratch
+  // memory.
   void fill(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
             float* tile, float* tile_t) const;
   void move(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
             Pair* pairs) const;
 };
 
-// out[j] <- tile[j], `width` floats, and zeros up to `depth`, for the rows of a tile
+// out[j] <- tile[j], `width` floats padded with zeros to `depth`, for each row of a tile
 template <int kPlanes>
 void split_rows(int64_t rows, int64_t width, int64_t depth, const float* tile,
                 PlanesOf<uint16_t> out) {
@@ -229,7 +231,7 @@ void DecomposedBlock<kPlanes>::fill(const AttentionParams& p, const Sequence& se
   *v_finite = all_finite(tile, kBlockN * depth_v(p));
   split_values<kPlanes>(depth_v(p), tile, tile_t, v_t);
 }
-// The same for bfloat16 in one plane: words are moved, nothing is rounded.
+// Does the same for bfloat16 in one plane: words are moved, nothing is rounded.
 template <int kPlanes>
 void DecomposedBlock<kPlanes>::move(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
                                     int64_t n_start, Pair* pairs) const {
@@ -246,12 +248,12 @@ void DecomposedBlock<kPlanes>::move(const AttentionParams& p, const Sequence& se
   transpose_tile(rows, depth_v(p), (const float*)pairs, row, (float*)v_t.data, kBlockN / 2);
 }
 
-// kScoreOrders: of the products of planes in q k. The lse of float16 numbers is a float, and needs
-// all.
+// kScoreOrders: how many orders i + j of products of planes are summed in q k. The lse of float16
+// inputs is a float, and needs all of them.
 //
-// What is not finite has products of its own, those of `VectorProducts`: planes of 0 would make NaN
-// of an infinity. Values of keys that nobody sees may be so too; they are 0 for whom they are
-// hidden from.
+// Queries, keys and values that are not finite are multiplied by `VectorProducts`, because planes
+// of 0 would turn an infinity into NaN. A hidden value that is not finite counts as 0 if no query
+// of the tile sees it.
 template <int kPlanes, int kScoreOrders = kPlanes>
 struct AmxProducts {
   using T = float;
@@ -260,16 +262,16 @@ struct AmxProducts {
   static constexpr int64_t M = kQueryVectors * kLanes<float>;
   static constexpr bool kRounds = kPlanes == 1;
   static constexpr int kPending = 4;
-  VectorProducts<float> on_vectors;  // with the queries as numbers
+  VectorProducts<float> on_vectors;  // holds the queries as floats
   PlanesOf<uint32_t> q_pairs;        // [depth / 2][queries]
-  PlanesOf<uint32_t> p_pairs;        // the weights that wait: [kPending * kBlockN / 2][queries]
-  uint64_t odd_queries;              // one bit for each that is not finite
+  PlanesOf<uint32_t> p_pairs;        // the pending weights: [kPending * kBlockN / 2][queries]
+  uint64_t odd_queries;              // a bit for each query that is not finite
   float* odd_scores;                 // [kBlockN][queries]
-  DepthSlice parts[kPending];        // the columns of v that they wait for
+  DepthSlice parts[kPending];        // the pending columns of v
   int pending = 0;
   int64_t pending_keys = 0;
   float *tile, *tile_t;         // [kBlockN][D or Dv], and transposed
-  PlanesOf<uint16_t> v_planes;  // [kPending][Dv][kBlockN] without values that are hidden
+  PlanesOf<uint16_t> v_planes;  // [kPending][Dv][kBlockN], hidden values are 0
   char* own_blocks;             // the keys and values of one head, in planes; see load_head
 
   static void begin() { begin_tiles(); }
@@ -367,7 +369,7 @@ struct AmxProducts {
     pending_keys = 0;
   }
 
-  // The columns of one tile of v, or false if a visible one is not finite.
+  // *out <- the columns of one tile of v. Returns false if a visible value is not finite.
   bool columns_of_v(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
                     int64_t columns, const uint64_t* visible, PlanesOf<uint16_t>* out) const {
     const Split split = split_of(p, seq, h_kv, n_start);
@@ -388,14 +390,14 @@ struct AmxProducts {
                   float* acc_t) {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
     if (pending == kPending) flush<kVectors>(p, acc_t);
-    __m512 sum[kVectors];  // of the weights as they are rounded
+    __m512 sum[kVectors];  // of the rounded weights
     for (int x = 0; x < kVectors; ++x) sum[x] = load(rows.rounded_sum + x * W);
     PlanesOf<uint16_t> values;
     if (columns_of_v(p, seq, h_kv, n_start, columns, visible, &values)) {
       uint32_t* waiting = p_pairs.data + pending_keys / 2 * kRow;
       const auto decompose_row = [&](int64_t j, int x, auto drops, __m512i(&planes)[kPlanes]) {
         decompose_finite(weights(s + j * kRow + x * W, x), planes);
-        // before dropout: the denominator is that of all weights
+        // before dropout, since the denominator counts all weights
         if (kRounds) sum[x] = add(sum[x], _mm512_castsi512_ps(planes[0]));
         if constexpr (drops.value) {
           for (__m512i& plane : planes) {
@@ -403,7 +405,7 @@ struct AmxProducts {
           }
         }
       };
-      // Keys j and j + 1, as many as count
+      // Decomposes the weights of `count` keys, from j on; the rest of the pair is 0.
       const auto split_rows = [&](int64_t j, auto count, auto drops) {
         for (int x = 0; x < kVectors; ++x) {
           __m512i low[kPlanes] = {}, high[kPlanes] = {};
@@ -437,7 +439,7 @@ struct AmxProducts {
 
 // -- backward -------------------------------------------------------------------------------------
 
-// c [rows][width] (or +=) a b, in as many tiles of b at once as there are registers for.
+// c [rows][width] = (or +=) a b, two AMX tiles of b at a time, as many as the registers hold.
 template <int kPlanes, int kOrders, bool kAccumulate>
 void multiply_amx_wide(int64_t rows, DepthSlice a, PlanesOf<const uint32_t> b, int64_t width,
                        float* c, int64_t c_row) {
@@ -452,40 +454,41 @@ void multiply_amx_wide(int64_t rows, DepthSlice a, PlanesOf<const uint32_t> b, i
   }
 }
 
-// kScoreOrders: as in the forward; 0 are scores of float numbers, in floats as those of the lse
-// were. p and ds are decomposed as all else is.
+// kScoreOrders is as in the forward; 0 means that scores of floats are computed in float, as those
+// of the lse were. p and ds are decomposed like the other operands.
 //
-// What is not finite is left to `on_vectors`: all of a tile for queries, since 0 * NaN would not be
-// 0, and for keys the rows of the scores that are theirs, and dq if somebody sees them. What a tile
-// of keys is decomposed into is kept, for the next queries, as far as kMostBytes goes.
+// `on_vectors` takes over where operands are not finite: for the whole tile if q or do is not,
+// since 0 * NaN is not 0; for the row of scores of a key or value that is not; and for dq if a
+// query sees such a key. The planes of tiles of keys are kept for the next queries, in up to
+// kMostBytes.
 template <int kPlanes, int kScoreOrders>
 struct AmxProductsBackward {
   using T = float;
-  static constexpr int kQueryVectors = 4;  // two deep in the products that add up over queries
+  static constexpr int kQueryVectors = 4;  // two AMX tiles deep in the sums over queries
   static constexpr int64_t M = kQueryVectors * kLanes<float>;
   static constexpr int64_t kMostBytes = 2 << 20, kMostKept = 64;
   static void begin() { begin_tiles(); }
   static void end() { end_tiles(); }
 
-  VectorProductsBackward<float, kQueryVectors> on_vectors;  // with the queries as numbers
+  VectorProductsBackward<float, kQueryVectors> on_vectors;  // holds the queries as floats
   PlanesOf<uint32_t> q_t, grad_out_t;  // pairs along head_dim [depth / 2][queries]
   PlanesOf<uint32_t> q, grad_out;      // pairs of queries [M / 2][D or Dv]
   PlanesOf<uint16_t> rows_of_keys;     // p or ds [kBlockN][M]
   PlanesOf<uint32_t> ds;               // pairs of keys [kBlockN / 2][queries]
   float *tile, *tile_t;                // [kBlockN][D or Dv], and transposed
-  bool queries_finite, odd;            // odd: `on_vectors` has the tile
+  bool queries_finite, odd;            // odd: `on_vectors` multiplies the tile
 
   // A tile of keys and values, in planes.
   struct Keys {
-    int64_t b = -1, h = -1, n = -1;  // which one it is
+    int64_t b = -1, h = -1, n = -1;  // the place of the tile
     PlanesOf<uint16_t> k, v, k_t;    // [kBlockN][depth], [D][kBlockN]
-    bool k_finite, all_rows_finite;  // all of k; of both
+    bool k_finite, all_rows_finite;  // all of k is finite; all of k and v is
     bool row_finite[kBlockN];
   };
   Keys kept[kMostKept];
-  PlanesOf<uint16_t> visible_k_t;  // without the keys that are hidden
+  PlanesOf<uint16_t> visible_k_t;  // hidden keys are 0
   int64_t num_kept;
-  Keys* keys;  // those of the tile at hand, and what `on_vectors` needs to load them
+  Keys* keys;  // of the current tile; then what `on_vectors` needs to load it
   Sequence seq;
   int64_t h_kv, n_start, columns;
   const uint64_t* visible;
@@ -540,7 +543,7 @@ struct AmxProductsBackward {
     decompose_pairs<kPlanes>(kRow, kDepth, width(p.Dv), on_vectors.grad_out, width(p.Dv), grad_out);
   }
 
-  // The first `count` keys or values of the tile, without those that are hidden.
+  // Loads the first `count` keys or values of the tile; hidden ones become 0.
   void load_tile_of_keys(const AttentionParams& p, const TensorView& view, int64_t D, int64_t count,
                          const uint64_t* visible) const {
     load_key_tile(tile, p, view, seq, h_kv, n_start, count, D, visible, kBlockN);
@@ -553,7 +556,7 @@ struct AmxProductsBackward {
     keys = kept + min_of(n_start / kBlockN, num_kept - 1);
     if (keys->b == seq.b && keys->h == h_kv && keys->n == n_start) return;
     keys->b = seq.b, keys->h = h_kv, keys->n = n_start;
-    // All keys that the sequence has there, whatever part of them is asked for.
+    // Loads all keys that the sequence has in the tile, even if fewer are asked for.
     const int64_t count = min_of(kBlockN, seq.Sk - n_start);
     keys->k_finite = keys->all_rows_finite = true;
     load_tile_of_keys(p, p.value, p.Dv, count, nullptr);
@@ -607,7 +610,7 @@ struct AmxProductsBackward {
     if (odd) on_vectors.select_queries(p, rows, selected);
   }
 
-  // sums [key][d] += over the queries, left [key][query] factor [query][d]
+  // sums [key][d] += left [key][query] factor [query][d]
   template <int kVectors>
   void add_to_keys(int64_t columns_, int64_t D, const float* left, PlanesOf<uint32_t> factor,
                    float* sums) const {
@@ -628,7 +631,8 @@ struct AmxProductsBackward {
     if (odd) return on_vectors.template add_to_dv<kVectors>(p, rows, columns_, weights, dv);
     add_to_keys<kVectors>(columns_, p.Dv, weights, grad_out, dv);
   }
-  // An infinite delta, of an infinite value in another tile, makes ds infinite.
+  // Leaves the tile to `on_vectors` if ds is not finite: an infinite value in another tile makes
+  // delta infinite, and so ds.
   template <int kVectors>
   void check_gradients(const AttentionParams& p, int64_t columns_, const float* gradients) {
     constexpr int64_t kRow = kVectors * kLanes<float>;

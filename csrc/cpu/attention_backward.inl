@@ -1,5 +1,5 @@
-// Attention backward from the saved log-sum-exp (FlashAttention-2, Dao 2023, Algorithm 2), without
-// ever holding more than kBlockM x kBlockN scores and without a float that two threads add to:
+// Attention backward from the saved log-sum-exp (FlashAttention-2, Dao 2023, Algorithm 2). It never
+// holds more than kBlockM x kBlockN scores, and no two threads add to one float:
 //
 //   delta = rowsum(do * o) - dlse          phase 1, a block of queries
 //   p  = exp(s * scale - lse)
@@ -8,20 +8,22 @@
 //   dv = p^T do,  dk = scale ds^T q
 //   dq = scale ds k
 //
-// One phase more does the rest, five products a tile: a task is the queries of a key head against
-// its keys, and adds up dk and dv of the head. With few heads a task has a part of the queries, and
-// a phase adds up the parts, in order. Where those sums would take too much memory there are two
-// phases, seven products: dk and dv of a block of keys, against the queries that see it; dq of a
-// block of queries, against the keys that it sees. Which it is depends on the shape.
+// The rest is one pass, with five products per tile: a task is the queries of a key head against
+// its keys, and sums up dk and dv of the head. With few heads a task is a query split, and a
+// further phase combines the query splits, in order. Where these sums would take too much memory
+// there are two passes, with seven products per tile: one for dk and dv of a block of keys, against
+// the queries that see it; one for dq of a block of queries, against the keys that it sees. The
+// shape decides between one pass and two.
 //
-// Dropout replaces p by z * p in dv and dp by z * dp in ds, z the kept weights' scale (delta is
-// unchanged, for do * o already holds it). dbias = ds, summed where the bias is broadcast: by the
-// owner of the queries, or by the owner of the keys if it is broadcast over the queries. An owner
-// takes all heads and batches that share its part of the bias, in order. Keys in pages have their
-// gradients in one piece for each sequence first; a page gets the sum of those it serves, in order.
+// Dropout replaces p by z * p in dv and dp by z * dp in ds, where z is the scale of kept weights,
+// else 0 (delta is unchanged, since do * o already contains z). dbias = ds, summed where the bias
+// is broadcast: by the task that owns the queries, or, if it is broadcast over the queries, by the
+// task that owns the keys. An owner takes all heads and batches that share its part of the bias, in
+// order. For paged keys, the gradients of each sequence are first computed in one piece; a page
+// then gets the sum over the sequences that it serves, in order.
 //
-// Where the weights w = z * p were returned too, their gradient dw adds to do v^T, and
-// rowsum(w * dw) to delta (attention_weights.inl).
+// If the weights w = z * p were returned too, their gradient dw adds to do v^T, and rowsum(w * dw)
+// to delta (attention_weights.inl).
 #pragma once
 
 #include "attention_weights.inl"
@@ -41,17 +43,17 @@ template <typename Products>
 struct BackwardTile {
   using T = typename Products::T;
   static constexpr int kBlockM = Products::kQueryVectors * kLanes<T>;
-  Products products;         // with q and do of the queries, k and v of the keys
+  Products products;         // holds q and do of the queries, k and v of the keys
   T *lse, *delta;            // [kBlockM]
-  uint64_t counted;          // a bit for each query, but those that saw nothing
+  uint64_t counted;          // a bit for each query that saw something
   T *p, *ds;                 // weights and score gradients [kBlockN][kBlockM]
-  T* slope;                  // of the logits, [kBlockN][kBlockM]
+  T* slope;                  // cap slopes [kBlockN][kBlockM]
   T* unseen;                 // [kBlockN][D or Dv], see add_for_seen_keys
-  T *bias, *bias_t;          // then dw [kBlockM][kBlockN] and transposed
+  T *bias, *bias_t;          // bias, then dw [kBlockM][kBlockN], and transposed
   uint64_t *visible, *keep;  // [kBlockN]
   T *dk, *dv;                // [kBlockN][D or Dv]
   T *dq_t, *dq;              // [D][kBlockM] and transposed
-  T* dbias;  // for the owner of keys [heads of a group][kBlockN], of queries [kBlockM][Sk]
+  T* dbias;  // of an owner of keys [heads of a group][kBlockN], of queries [kBlockM][Sk]
 
   size_t place(const AttentionParams& p_, void* workspace) {
     constexpr int M = kBlockM;
@@ -83,8 +85,8 @@ struct BackwardTile {
   }
 };
 
-// A block of queries with lse and delta. Queries past the end and queries that saw nothing, no key
-// or logits of -inf only, count as zero, whatever they held.
+// Loads a block of queries with lse and delta. Queries past the end and queries that saw nothing
+// (no key, or logits of -inf only) count as 0, whatever they held.
 template <int kVectors, typename Products>
 void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                   int64_t rows, BackwardTile<Products>& t) {
@@ -101,7 +103,7 @@ void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int6
   t.products.template load_queries<kVectors>(p, seq, h, m_start, rows, t.counted);
 }
 
-// t.p <- the weights as dv meets them, t.ds <- the gradient of the logits, both [key][query].
+// t.p <- z * p, t.ds <- the gradient of the logits, both [key][query].
 template <int kVectors, typename Products>
 void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                      int64_t rows, int64_t n_start, int64_t columns, Visible seen,
@@ -125,7 +127,7 @@ void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, i
   const Vec<T> scale = broadcast((T)factor), zero = broadcast((T)0);
   const Vec<T> kept_scale = broadcast((T)p.dropout_scale), log2e = broadcast(kLog2e<T>);
   for (int64_t j = 0; j < columns; ++j) {
-    // Nothing in lanes that do not count: what the sums over queries read there must be 0.
+    // Lanes that do not count become 0, since the sums over queries read them.
     const uint64_t visible = t.counted & (seen == Visible::kSome ? t.visible[j] : ~(uint64_t)0);
     for (int x = 0; x < kVectors; ++x) {
       T *at_p = t.p + j * kRow + x * W, *at_ds = t.ds + j * kRow + x * W;
@@ -140,11 +142,11 @@ void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, i
         dp = select_bits(keep, mul(dp, kept_scale), zero);
         dropped = select_bits(keep, mul(weight, kept_scale), zero);
       }
-      // ds <- p * (dp - delta); hidden again after it, for dp may be NaN there
+      // ds <- p * (dp - delta), then 0 again where hidden, since dp may be NaN there
       const Vec<T> ds = mul(weight, sub(dp, delta));
       store(at_ds, select_bits(visible >> (x * W), ds, zero));
       store(at_p, dropped);
-      if (p.bends_scores()) {  // so may the slope be
+      if (p.bends_scores()) {  // the cap slope may be NaN there, too
         T* slope = t.slope + j * kRow + x * W;
         store(slope, select_bits(visible >> (x * W), load(slope), zero));
       }
@@ -152,7 +154,7 @@ void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, i
   }
 }
 
-// ds <- ds * d logit / d (scale q.k), once dbias has taken what it needs.
+// ds <- ds * d logit / d score, after dbias was summed.
 template <int kVectors, typename Products>
 void apply_slope(const AttentionParams& p, int64_t columns, const BackwardTile<Products>& t) {
   using T = typename Products::T;
@@ -162,7 +164,7 @@ void apply_slope(const AttentionParams& p, int64_t columns, const BackwardTile<P
   }
 }
 
-// A bit for each query that sees some key of the tile.
+// Returns a bit for each query that sees some key of the tile.
 uint64_t seeing_queries(int64_t rows, int64_t columns, Visible seen, const uint64_t* visible) {
   if (seen == Visible::kAll) return low_bits(rows);
   uint64_t seeing = 0;
@@ -187,13 +189,14 @@ void add_for_seen_keys(const uint64_t* visible, int64_t columns, int64_t width, 
   for_each_unseen([&](T* sum, T* kept) { __builtin_memcpy(sum, kept, bytes); });
 }
 
-// One task owns all of a key head (of several where they share a part of dbias), or its blocks of
-// queries m with m % parts == part: how they split.
+// Divides the one-pass backward into tasks. A task owns a key head, or all key heads that share a
+// art of dbias. If parts > 1 it is query split `part` of a key head: the blocks of queries m with
+//  % parts == part.
 struct HeadTasks {
-  // A task's accumulators may take so much; that many tasks keep the threads busy; and those of all
-  // parts may take so much.
+  // The most bytes of dk and dv of one task; the fewest tasks that keep the threads busy; and the
+  // most bytes of dk and dv of all query splits together.
   static constexpr int64_t kMostBytes = 8 << 20, kFewest = 8, kMostSharedBytes = 16 << 20;
-  int64_t batches, heads, parts = 1;  // how many tasks there are along each
+  int64_t batches, heads, parts = 1;  // the number of tasks along each
   explicit HeadTasks(const AttentionParams& p)
       : batches(p.dbias.data != nullptr && p.dbias.stride_b == 0 ? 1 : p.B),
         heads(p.dbias.data != nullptr && p.dbias.stride_h == 0 ? 1 : p.Hkv) {
@@ -205,12 +208,12 @@ struct HeadTasks {
     }
   }
   int64_t count() const { return batches * heads * parts; }
-  // Key heads of one task; none of an empty batch, which has no task.
+  // Returns the number of key heads of one task; 0 for an empty batch, which has no task.
   int64_t heads_of_each(const AttentionParams& p) const {
     return p.B * p.Hkv / max_of(batches * heads, 1);
   }
 };
-// Elements of dk and dv of one key head, as they are added up.
+// Returns the number of elements of dk and dv of one key head, padded as in the sums.
 template <typename T>
 int64_t head_gradients_size(const AttentionParams& p) {
   const int64_t W = kLanes<T>;
@@ -230,8 +233,9 @@ bool in_one_pass(const AttentionParams& p) {
 
 // -- phase 1: delta. Task: kBlockM queries of one head -------------------------------------------
 
-// do where o is not 0: a row that saw nothing has o = 0, and no part in the gradient of a sink
-// whatever do holds. Where a row sees something, a NaN in do reaches it through dp.
+// Returns do where o is not 0, else 0. A row that saw nothing has o = 0 and adds nothing to the
+// gradient of a sink, whatever do holds. If a row sees something, a NaN in do reaches the gradients
+// through dp.
 template <typename T>
 FA_INLINE Vec<T> where_not_zero(Vec<T> out, Vec<T> grad_out) {
   const Vec<T> zero = broadcast((T)0);
@@ -294,7 +298,7 @@ struct AttentionBackwardSinks {
         for (int64_t i = 0; i < seq.Sq; ++i) {
           const int64_t row = row_number(p, seq, h, i);
           const double lse = ((const T*)p.lse)[row];
-          if (lse == -__builtin_inf()) continue;  // and so is the sink: it has no weight
+          if (lse == -__builtin_inf()) continue;  // the sink is -inf, too, and has no weight
           sum -= __builtin_exp(sink - lse) * (double)((const T*)p.delta)[row];
         }
       }
@@ -305,7 +309,8 @@ struct AttentionBackwardSinks {
 
 // -- two passes: dk, dv. Task: kBlockN keys of one key head --------------------------------------
 
-// The part of dbias that one task owns when the bias is broadcast over the queries.
+// sums[key] += ds, summed over the queries: a part of dbias, if the bias is broadcast over the
+// queries.
 template <typename T, int kVectors>
 void add_key_sums(int64_t rows, int64_t columns, const T* ds, T* sums) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
@@ -321,7 +326,8 @@ void add_key_sums(int64_t rows, int64_t columns, const T* ds, T* sums) {
   }
 }
 
-// Keys [n_start, n_start + columns) of one key head: dk [columns][D], dv [columns][Dv].
+// Stores dk [columns][D] and dv [columns][Dv] of the keys [n_start, n_start + columns) of one key
+// head.
 template <typename T>
 void store_key_gradients(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
                          int64_t n_start, int64_t columns, const T* dk, const T* dv) {
@@ -381,7 +387,8 @@ void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, 
 template <typename Products>
 struct AttentionBackwardKeys {
   using T = typename Products::T;
-  // How far the work splits: all of it, or less where tasks would share a part of dbias.
+  // The dimensions along which the work is divided into tasks: all, except those along which tasks
+  // would share a part of dbias.
   struct Split {
     bool by_batch, by_head, by_block;
     bool is_full() const { return by_batch && by_head && by_block; }
@@ -439,7 +446,8 @@ struct AttentionBackwardKeys {
   }
 };
 
-// Pages <- the gradients of the sequences they serve. Task: one key head.
+// Adds the gradients of each sequence to the pages that hold its keys, in order. Task: one key
+// head.
 template <typename T>
 struct AttentionBackwardPages {
   static int64_t num_tasks(const AttentionParams& p) {
@@ -472,11 +480,11 @@ struct AttentionBackwardPages {
 
 // -- two passes: dq. Task: kBlockM queries of one head -------------------------------------------
 
-// What a task adds up beside dq in one pass, of the whole key head; in two passes null.
+// The sums of a whole key head that a task of one pass has beside dq; null in two passes.
 template <typename T>
 struct HeadGradients {
   T *dk = nullptr, *dv = nullptr;  // [Sk][D or Dv]
-  T* key_sums = nullptr;           // dbias that is broadcast over the queries, [Sk]
+  T* key_sums = nullptr;           // dbias, if the bias is broadcast over the queries, [Sk]
 };
 
 template <int kVectors, typename Products>
@@ -533,7 +541,7 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
   }
   transpose_tile(width, kRow, t.dq_t, kRow, t.dq, width);
   for (int64_t i = 0; i < rows; ++i) {
-    // A query that saw nothing has no gradient even beside a NaN in a key that others see.
+    // A query that saw nothing has gradient 0, even beside a NaN in a key that others see.
     T* dq = t.dq + i * width;
     if (!(sighted >> i & 1)) fill(dq, p.D, (T)0);
     store_row(row_of(p.dq, p.dtype, seq.b, h, seq.q_start + m_start + i), p.dtype, dq, p.D,
@@ -556,7 +564,8 @@ void run_query_block(const AttentionParams& p, const Block& block, BackwardTile<
   });
 }
 
-// A block of dbias of at most `size` queries, from its first batch and head on.
+// A block of dbias, of at most `size` queries, which is stored at the first batch and head that
+// share it.
 template <typename T>
 struct QueryBias {
   int64_t rows, row, columns;
@@ -622,8 +631,8 @@ struct AttentionBackwardHeads {
   static int64_t num_tasks(const AttentionParams& p) {
     return in_one_pass<T>(p) ? HeadTasks(p).count() : 0;
   }
-  // Tiles, and behind them dk and dv of the task's heads, unless they are a part of many in
-  // p.call_workspace, and, for each dbias of its own, key sums.
+  // The tile; behind it dk and dv of the task's heads, unless they are those of a query split, in
+  // p.call_workspace; and the key sums of each dbias that the task owns.
   struct Memory {
     BackwardTile<Products> tile;
     T *dk, *dv, *key_sums;
@@ -666,7 +675,8 @@ struct AttentionBackwardHeads {
     const int64_t keys = round_up(p.Sk, kBlockN), group = p.Hq / p.Hkv;
     const int64_t heads = hs.end - hs.begin, all_keys = (bs.end - bs.begin) * heads * keys;
     const bool shared = p.dbias.data != nullptr && p.dbias.stride_h == 0;
-    // Query heads [first, first + count) of `groups` such ranges have one dbias together.
+    // The query heads are `groups` ranges [first, first + count). The heads of a range share one
+    // dbias.
     const int64_t groups = shared ? 1 : heads * group, count = shared ? heads * group : 1;
     fill(memory.dk, all_keys * width, (T)0);
     fill(memory.dv, all_keys * width_v, (T)0);
@@ -709,7 +719,7 @@ struct AttentionBackwardHeads {
   }
 };
 
-// dk, dv <- their parts, in order. Task: kBlockN keys of one key head.
+// dk, dv <- the sums of the query splits, in order. Task: kBlockN keys of one key head.
 template <typename T>
 struct AttentionBackwardCombine {
   static size_t call_workspace_bytes(const AttentionParams& p) {
@@ -746,7 +756,7 @@ struct AttentionBackwardCombine {
   }
 };
 
-// -- which arithmetic ----------------------------------------------------------------------------
+// -- which products ------------------------------------------------------------------------------
 
 template <typename Arithmetic_>
 struct ProductsAre {
@@ -761,8 +771,9 @@ struct WithProducts {
 #ifdef FUSED_ATTENTION_AMX_PRODUCTS
     if (p.dtype == DType::kBFloat16) return f(ProductsAre<AmxProductsBackward<1, 1>>());
     if (p.dtype == DType::kFloat16) return f(ProductsAre<AmxProductsBackward<2, 3>>());
-    // Enough queries to make up for splitting the keys. Exact floats are as fast on vectors: six
-    // products of planes for each of theirs, and the splitting.
+    // On AMX tiles, if there are enough queries to make up for decomposing the keys. Exact products
+    // of floats are as fast on vectors, since each takes six products of planes, and the
+    // decomposition.
     if (p.Sq >= 64 && p.Sk >= 64) {
       if (p.precision == 2) return f(ProductsAre<AmxProductsBackward<1, 0>>());
       if (p.precision == 1) return f(ProductsAre<AmxProductsBackward<2, 0>>());

@@ -1,11 +1,12 @@
-// Attention forward for few queries against many keys, such as one new token against a cache. The
-// keys are cut into splits, whose results are combined in a fixed order (Flash-Decoding, Dao et al.
-// 2023). Every key and value is read once for all queries of all heads that share it, where it
-// lies: the time is that of reading them. Time O(Sq Sk D); memory O(splits Sq Dv).
+// Attention forward for few queries against many keys, such as one new token against a cache:
+// split-KV decoding. The keys are cut into splits, whose partials are combined in a fixed order
+// (Flash-Decoding, Dao et al. 2023). Every key and value is read once, in place, for all queries of
+// all heads that share it, so that the time is that of reading them. Time O(Sq Sk D); memory
+// O(splits Sq Dv).
 //
-// Task of the first phase: one split of the keys of one key head; of the second: one key head. Row
-// r = g * Sq + i is query i of the group's head g. Keys are taken a word (64) at a time. The vector
-// lanes run over head_dim in both products, and over keys in between.
+// A task of the first phase is one split of the keys of one key head, a task of the second is one
+// key head. Row r = g * Sq + i is query i of the group's head g. Keys are taken a word (64) at a
+// time. The vector lanes run over head_dim in both products, and over keys in between.
 #pragma once
 
 #include "masking.inl"
@@ -17,12 +18,12 @@
 namespace fused_attention {
 namespace {
 
-// Most rows of a task: two vectors. The ordinary kernel, whose lanes run over the queries of one
-// head, is as fast from about there on where heads share nothing.
+// The most rows of a task: two vectors. With more rows, the ordinary kernel, whose lanes run over
+// the queries of one head, is about as fast if query heads share no keys.
 constexpr int64_t kMaxDecodeRows = 2 * kLanes<float>;
 
-// A split is worth its result being kept and read again from about so many bytes of keys and values
-// on; more tasks than these serve no machine.
+// A split makes up for storing and combining its partial from about kSplitBytes of keys and values
+// on. More than kDecodeTasks tasks serve no machine.
 constexpr int64_t kSplitBytes = 1 << 18, kDecodeTasks = 128;
 
 FA_INLINE int64_t decode_rows(const AttentionParams& p) { return p.Hq / p.Hkv * p.Sq; }
@@ -38,7 +39,7 @@ FA_INLINE int64_t decode_splits(const AttentionParams& p) {
   return max_of(1, min_of(wanted, bytes / kSplitBytes));
 }
 
-// What a split leaves: for each row its maximum, its sum and its unnormalised output.
+// The partial of a split: for each row its maximum, its sum and its accumulator.
 template <typename T>
 struct DecodeResult {
   T *row_max, *row_sum;  // [rows]
@@ -64,12 +65,12 @@ struct DecodeTile {
   T* alpha;                   // [rows]
   T* bias;                    // [kWord]
   T *k, *v;                   // staged keys and values [kWord][width or width_v], or null
-  const char **k_at, **v_at;  // where the rows of the word lie,
-  const char** next_k_at;     // and those of the next one
-  int64_t* seen;              // the keys that a row sees
+  const char **k_at, **v_at;  // the addresses of the rows of this word,
+  const char** next_k_at;     // and of the keys of the next word
+  int64_t* seen;              // the keys that a head sees
   uint64_t* visible;          // [rows]
   uint64_t* keep;             // [1 + kKeepSlack]
-  void* result;               // of the only split
+  void* result;               // the partial, if there is only one split
 
   size_t place(const AttentionParams& p, void* workspace) {
     constexpr int W = kLanes<T>;
@@ -86,7 +87,7 @@ struct DecodeTile {
     visible = arena.take<uint64_t>(rows);
     keep = arena.take<uint64_t>(1 + kKeepSlack);
     result = arena.take<char>((int64_t)decode_result_bytes<T>(p));
-    // Whole vectors are read in place; where a row is none, from a copy padded with zeros.
+    // Rows of whole vectors are read in place; other rows are copied and padded with zeros.
     k = p.D % W != 0 ? arena.take<T>(kWord * round_up(p.D, W)) : nullptr;
     v = p.Dv % W != 0 ? arena.take<T>(kWord * round_up(p.Dv, W)) : nullptr;
     return arena.used;
@@ -95,12 +96,12 @@ struct DecodeTile {
 
 // -- products -------------------------------------------------------------------------------------
 
-// The hardware's prefetchers lose track at the end of a row or page. So each product asks for what
-// the other one reads next, at the place where it is itself. Into the second-level cache: a word of
-// keys and values is too much for the first.
+// The hardware's prefetchers lose track at the end of a row or page. So each product prefetches
+// what the other one reads next, at its own position. Data goes into the second-level cache: a word
+// of keys and values is too much for the first.
 FA_INLINE void fetch_ahead(const char* at) { __builtin_prefetch(at, 0, 2); }
 
-// s[r][j] <- q[r] . k[j] for kRows rows and as many keys as one vector holds scores of.
+// s[r][j] <- q[r] . k[j] for kRows rows and W / kRows keys, whose scores fill one vector.
 template <typename T, typename Stored, int kRows>
 FA_INLINE void score_block(Stored storage, int64_t width, const T* q, const char* const* k_at,
                            const char* const* v_at, T* s) {
@@ -125,7 +126,7 @@ FA_INLINE void score_block(Stored storage, int64_t width, const T* q, const char
     __builtin_memcpy(s + r * kWord, sums + r * kKeys, kKeys * sizeof(T));
   }
 }
-// For the rows [row, rows): blocks of kRows, then of half as many, and so on.
+// Computes the scores of rows [row, rows): in blocks of kRows, then of half as many, and so on.
 template <typename T, typename Stored, int kRows>
 void scores(Stored storage, int64_t row, int64_t rows, int64_t columns, int64_t width,
             const DecodeTile<T>& t) {
@@ -142,7 +143,7 @@ void scores(Stored storage, int64_t row, int64_t rows, int64_t columns, int64_t 
 }
 
 // acc[r] <- alpha[r] acc[r] + sum over the keys in t.seen of p[r][j] v[j], for kRows rows and
-// kVectors vectors. What acc held is added last: sums of sums stay accurate over long rows.
+// kVectors vectors. The old acc is added last: sums of sums stay accurate over long rows.
 template <typename T, typename Stored, int kRows, int kVectors>
 FA_INLINE void value_block(Stored storage, int64_t row, int64_t d, int64_t count, int64_t width,
                            const DecodeTile<T>& t, T* acc) {
@@ -202,7 +203,8 @@ constexpr int kDecodeBlockRows = kLanes<T> < 4 ? kLanes<T> : 4;
 
 // -- between the products -------------------------------------------------------------------------
 
-// Bit j: query i of head h may attend to key n + j. `unpadded`: what key padding leaves.
+// Sets bit j if query i of head h may attend to key n + j. `unpadded` has the keys that key padding
+// leaves.
 uint64_t decode_visible(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i,
                         int64_t n, int64_t columns, uint64_t unpadded) {
   const Range keys = visible_keys(p, seq, i, i + 1);
@@ -218,7 +220,7 @@ uint64_t decode_visible(const AttentionParams& p, const Sequence& seq, int64_t h
 }
 
 // s <- logits of query i of head h for the keys [n, n + columns); -inf where hidden. Returns their
-// maximum, or anything if a visible one is NaN.
+// maximum, which is unspecified if a visible logit is NaN.
 template <typename T>
 T decode_logits(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i, int64_t n,
                 int64_t columns, uint64_t visible, T* bias, T* s) {
@@ -250,12 +252,12 @@ T decode_logits(const AttentionParams& p, const Sequence& seq, int64_t h, int64_
   return reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
-// s <- p = exp(s - row_max), with row_max and row_sum brought up to date. Returns what was
-// accumulated before must be multiplied by.
+// Updates row_max and row_sum; s <- p = exp(s - row_max). Returns alpha, the factor that rescales
+// the accumulator.
 template <typename T>
 T decode_softmax(T block_max, T* s, T* row_max, T* row_sum) {
   const T before = *row_max, after = before < block_max ? block_max : before;
-  // -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0.
+  // A row that saw nothing yet is measured from 0, since -inf - (-inf) is NaN; all p are then 0.
   const Vec<T> top = broadcast(after == -kInf<T> ? (T)0 : after), log2e = broadcast(kLog2e<T>);
   const Vec<T> zero = broadcast((T)0);
   Vec<T> sum[kChains] = {zero, zero, zero, zero};
@@ -274,7 +276,7 @@ T decode_softmax(T block_max, T* s, T* row_max, T* row_sum) {
   return alpha;
 }
 
-// t.seen <- the keys of the set; returns how many.
+// list <- the indices of the bits that are set. Returns how many there are.
 FA_INLINE int64_t list_bits(uint64_t set, int64_t* list) {
   int64_t count = 0;
   for (; set != 0; set &= set - 1) list[count++] = __builtin_ctzll(set);
@@ -283,8 +285,8 @@ FA_INLINE int64_t list_bits(uint64_t set, int64_t* list) {
 
 // -- phases ---------------------------------------------------------------------------------------
 
-// at[j] <- where the row of key n + j lies; past the end of the keys, to that of the word, the
-// last.
+// at[j] <- the address of the row of key n + j; past the last key, up to the end of the word, that
+// of the last key.
 void decode_addresses(const AttentionParams& p, const TensorView& view, const Sequence& seq,
                       int64_t h, int64_t n, int64_t n_end, const char** at) {
   const int64_t columns = min_of(kWord, n_end - n);
@@ -292,7 +294,7 @@ void decode_addresses(const AttentionParams& p, const TensorView& view, const Se
   for (int64_t j = columns; j < kWord; ++j) at[j] = at[columns - 1];
 }
 
-// Rows that are not whole vectors: converted, padded with zeros, and at[j] <- where they are now.
+// Converts rows that are not whole vectors, pads them with zeros, and points at[j] to the copies.
 template <typename T>
 void decode_stage(DType dtype, int64_t columns, int64_t width, T* staged, const char** at) {
   const int64_t padded = round_up(width, kLanes<T>);
@@ -306,7 +308,7 @@ void decode_stage(DType dtype, int64_t columns, int64_t width, T* staged, const 
   }
 }
 
-// The keys [n, n + columns) of a word, for all rows of the task, whose keys end at n_end.
+// Takes one word of keys, from n on, for all rows of the task, whose keys end at n_end.
 template <typename T>
 void decode_word(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n,
                  int64_t n_end, const DecodeTile<T>& t, const DecodeResult<T>& result) {
@@ -347,7 +349,7 @@ void decode_word(const AttentionParams& p, const Sequence& seq, int64_t h_kv, in
     T* s = t.s + r * kWord;
     const T top = decode_logits(p, seq, h, i, n, columns, t.visible[r], t.bias, s);
     t.alpha[r] = decode_softmax(top, s, result.row_max + r, result.row_sum + r);
-    if (p.dropout_threshold > 0) {  // after the sum: the denominator is that of all weights
+    if (p.dropout_threshold > 0) {  // after the sum, since the denominator counts all weights
       dropout_keep_row(attention_stream(p, seq.b, h), p.dropout_threshold,
                        (uint32_t)i + p.dropout_row, n + 8 * (int64_t)p.dropout_group, columns,
                        t.keep);
@@ -374,7 +376,7 @@ void decode_word(const AttentionParams& p, const Sequence& seq, int64_t h_kv, in
   }
 }
 
-// One row's result, from its maximum, sum and unnormalised output.
+// Stores the output and lse of one row, from its maximum, sum and accumulator.
 template <typename T>
 void decode_finish(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i, T row_max,
                    T row_sum, T* acc) {
@@ -384,7 +386,7 @@ void decode_finish(const AttentionParams& p, const Sequence& seq, int64_t h, int
   }
   T weight = row_normalizer(row_max, row_sum, sink);
   if (p.dropout_threshold > 0) weight *= (T)p.dropout_scale;
-  // A row that saw nothing is zero even beside a visible NaN, which 0 * NaN would not be.
+  // A row that saw nothing is 0, even beside a NaN that another query sees: 0 * NaN is not 0.
   if (saw_nothing(row_sum)) fill(acc, p.Dv, (T)0);
   store_row(row_of(p.out, p.dtype, seq.b, h, seq.q_start + i), p.dtype, acc, p.Dv, weight);
 }
@@ -485,14 +487,13 @@ struct DecodeCombine {
   }
 };
 
-// -- the table's entry ----------------------------------------------------------------------------
+// -- the kernel's entry in the table --------------------------------------------------------------
 
 bool decode_serves(const AttentionParams& p) {
   if (p.Hkv == 0 || p.Sq == 0) return false;
   int64_t most = kMaxDecodeRows;
 #if defined(FUSED_ATTENTION_PAIR_PRODUCTS) || defined(FUSED_ATTENTION_AMX_PRODUCTS)
-  // The ordinary kernel multiplies bfloat16 at more than the rate of floats, which this one does
-  // not.
+  // The ordinary kernel multiplies bfloat16 faster than float; this one does not.
   if (p.dtype == DType::kBFloat16 && p.Hq == p.Hkv) most = p.Sk <= 64 ? 12 : 28;
 #endif
   return decode_rows(p) <= most;

@@ -1,6 +1,6 @@
 // Attention forward: o = softmax(scale q k^T + bias, masked) v and its log-sum-exp, tile by tile,
-// never holding more than kBlockM x kBlockN scores (FlashAttention-2, Dao 2023, Algorithm 1).
-// Time O(Sq Sk D) over the tiles that somebody sees; memory O(tile) a thread.
+// never holding more than kBlockM x kBlockN scores (FlashAttention-2, Dao 2023, Algorithm 1). Time
+// O(Sq Sk D) over the tiles that some query sees; memory O(tile) per thread.
 //
 // Task: one block of kBlockM queries of one head, against its keys kBlockN at a time.
 #pragma once
@@ -21,8 +21,8 @@ template <typename Products>
 struct ForwardTile {
   using T = typename Products::T;
   static constexpr int kBlockM = Products::kQueryVectors * kLanes<T>;
-  Products products;         // with the queries, keys and values as it wants them
-  T* acc_t;                  // unnormalised output, transposed [Dv][kBlockM]
+  Products products;         // holds queries, keys and values in its own form
+  T* acc_t;                  // accumulator, transposed [Dv][kBlockM]
   T* out;                    // its transpose [kBlockM][Dv]
   T* s;                      // scores, then weights [kBlockN][kBlockM]
   T *bias, *bias_t;          // [kBlockM][kBlockN] and transposed
@@ -72,7 +72,8 @@ void attention_forward_block(const AttentionParams& p, const Sequence& seq, int6
   t.products.template load_queries<kVectors>(p, seq, h, m_start, rows);
   fill(t.acc_t, width_v * kRow, (T)0);
   start(t.rows, kRow);
-  // Weights that are rounded may well be as large as 2^8.
+  // Lazy rescaling, if weights are rounded: the accumulator is left alone while the row maximum has
+  // grown by less than 8 in log2. Weights then reach at most 2^8.
   const T rescale_threshold = Products::kRounds ? (T)(8 / kLog2e<T>) : (T)0;
 
   const Range keys = visible_keys(p, seq, m_start, m_start + rows);
@@ -109,18 +110,20 @@ void attention_forward_block(const AttentionParams& p, const Sequence& seq, int6
     if (p.lse != nullptr) {
       *lse_of<T>(p, seq, h, m_start + i) = log_sum_exp(max, sum, sink);
     }
-    // o is divided by the sum of what it is made of; rounding loses a NaN.
+    // Rounded weights went into o, so it is divided by their sum. Rounding loses a NaN, hence a sum
+    // that is NaN is used itself.
     const bool rounded = Products::kRounds && sum == sum;
     T weight = row_normalizer(max, rounded ? t.rows.rounded_sum[i] : sum, sink);
     if (p.dropout_threshold > 0) weight *= (T)p.dropout_scale;
-    // A row that saw nothing is zero even beside a visible NaN, which 0 * NaN would not be.
+    // A row that saw nothing is 0, even if its tile has a NaN that another query sees: 0 * NaN is
+    // not 0.
     if (saw_nothing(sum)) fill(t.out + i * width_v, p.Dv, (T)0);
     store_row(row_of(p.out, p.dtype, seq.b, h, seq.q_start + m_start + i), p.dtype,
               t.out + i * width_v, p.Dv, weight);
   }
 }
 
-// The block that starts at query m_start, if there is one.
+// Computes the block that starts at query m_start, if there is one.
 template <typename Products>
 FA_INLINE void attention_forward_rows(const AttentionParams& p, const Sequence& seq, int64_t h,
                                       int64_t m_start, ForwardTile<Products>& tile) {
@@ -162,8 +165,8 @@ struct AttentionForward {
 template <typename T>
 using VectorForward = AttentionForward<VectorProducts<T>>;
 
-// With many heads a task is all queries of one key head, whose keys and values the arithmetic loads
-// once, into its own memory.
+// With many heads a task is all queries of one key head. The products load its keys and values
+// once, into the workspace.
 template <typename Products>
 struct ForwardByHeads : AttentionForward<Products> {
   using ByBlocks = AttentionForward<Products>;
@@ -191,7 +194,8 @@ struct ForwardByHeads : AttentionForward<Products> {
 };
 
 #ifdef FUSED_ATTENTION_AMX_PRODUCTS
-// The phase before, unless that goes by heads. Task: kBlockN keys of one key head.
+// Decomposes keys and values into planes, in the phase before the products; unless their tasks are
+// key heads. Task: kBlockN keys of one key head.
 template <int kPlanes>
 struct DecomposeKeysAndValues {
   using Split = DecomposedBlock<kPlanes>;

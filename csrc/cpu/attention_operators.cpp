@@ -1,4 +1,5 @@
-// attention_forward, attention_backward, attention_weights, dropout_keep_mask and check_sequences.
+// The CPU operators attention_forward, attention_backward, attention_weights, dropout_keep_mask and
+// check_sequences.
 #include <string.h>
 
 #include <algorithm>
@@ -8,7 +9,8 @@
 namespace fused_attention {
 namespace {
 
-// The weights or their gradient: [B, Sq, Sk], averaged over the heads, or [B, Hq, Sq, Sk].
+// Describes the weights or their gradient: [B, Sq, Sk] if averaged over the heads, else
+// B, Hq, Sq, Sk].
 void describe_weights(AttentionParams& p, const Tensor& tensor, const char* name, bool average) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const size_t rows = average ? 1 : 2;  // the dimension of the queries
@@ -22,7 +24,8 @@ void describe_weights(AttentionParams& p, const Tensor& tensor, const char* name
                average ? 0 : strides[1], strides[rows], strides[rows + 1]};
 }
 
-// Notes once what a mask does that several heads share. The memory is the caller's to keep.
+// Notes for each block what the mask does, if several heads share it. The caller must keep the
+// memory while kernels run.
 std::optional<CallWorkspace> note_mask_blocks(AttentionParams& p) {
   const KernelTable& kernels = kernel_table();
   const size_t bytes = kernels.mask_blocks_bytes(p);
@@ -43,7 +46,7 @@ void run_forward(AttentionParams& p) {
   std::optional<CallWorkspace> shared;
   if (call_workspace_bytes > 0) p.call_workspace = shared.emplace(call_workspace_bytes).data();
   for (const Phase& phase : kernel.phases) {
-    // Tasks of whole heads read nothing that the next one reads.
+    // Tasks of whole heads share few keys, so that each thread may have a range of its own.
     if (phase.run != nullptr) run(phase, p, phase.num_tasks(p) <= p.B * p.Hq);
   }
 }
@@ -53,7 +56,7 @@ constexpr Buffer kLse = {"the log-sum-exp [B, Hq, Sq]",
                          "a call without gradients and without return_lse keeps none",
                          Owner::kKept};
 
-// Tokens behind the last packed sequence: out 0, lse -inf.
+// Sets tokens behind the last packed sequence: out 0, lse -inf.
 template <typename T>
 void clear_rest(const AttentionParams& p, int64_t Tq, T* lse) {
   if (is_dry()) return;
@@ -128,7 +131,7 @@ Gradients backward(const BackwardArguments& call) {
     torch::stable::zero_(dk);
     torch::stable::zero_(dv);
   }
-  Tensor whole_dk = dk, whole_dv = dv;  // of each sequence
+  Tensor whole_dk = dk, whole_dv = dv;  // in one piece for each sequence
   if (options.block_table) {
     const Buffer buffer = {"the gradients of the sequences' keys and values [B, Hkv, Sk, D]",
                            "a block_table of fewer pages, or packed keys, need less"};
@@ -167,7 +170,7 @@ Gradients backward(const BackwardArguments& call) {
 }
 
 namespace {
-// [B, Sq, Sk], averaged over the heads, or [B, Hq, Sq, Sk].
+// Returns [B, Sq, Sk] if averaged over the heads, else [B, Hq, Sq, Sk].
 Tensor weights(const Tensor& query, const Tensor& key, const Tensor& lse, bool average,
                const Options& options) {
   note_operator("attention_weights");
@@ -208,7 +211,7 @@ void attention_weights(StableIValue* values, uint64_t, uint64_t) {
   const Tensor query = stack.tensor(), key = stack.tensor(), lse = stack.tensor();
   const bool average = stack.flag();
   Options options = stack.options();
-  options.sinks.reset();  // lse has them
+  options.sinks.reset();  // lse contains them
   options.precision = 0;  // "highest"
   stack.give(weights(query, key, lse, average, options));
 }

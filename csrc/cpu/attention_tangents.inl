@@ -1,13 +1,13 @@
-// Attention along a direction: t_x is the tangent of x, what x changes by when the inputs change by
-// t_q, t_k, t_v, t_bias and t_sink. By the rules of differentiation, with the names of
-// attention_backward.inl (u = scale q k^T, f of map_scores in scores.inl, z the scale of the
-// weights that dropout keeps, else 0):
+// Forward-mode derivatives of attention and of its backward. t_x, the tangent of x, is what x
+// changes by when the inputs change by t_q, t_k, t_v, t_bias and t_sink. By the rules of
+// differentiation, with the names of attention_backward.inl (u = scale q k^T, f of map_scores in
+// scores.inl, z the scale of the weights that dropout keeps, else 0):
 //
 //   t_u = scale (t_q k^T + q t_k^T),  t_s = f'(u) t_u + t_bias
 //   t_lse = rowsum(p * t_s) + p_sink t_sink
 //   t_out = (z * p * t_s) v + (z * p) t_v - t_lse * out                       attention_jvp
 //
-// and of the gradients, with ds = p * (z * dp - delta) and e = f'(u) * ds:
+// and for the gradients, with ds = p * (z * dp - delta) and e = f'(u) * ds:
 //
 //   t_delta = rowsum(t_do * out + do * t_out) - t_dlse,  t_dp = t_do v^T + do t_v^T
 //   t_p  = p * (t_s - t_lse)
@@ -19,11 +19,11 @@
 //   t_dsink = -sum over rows of p_sink * ((t_sink - t_lse) * delta + t_delta)
 //   attention_backward_jvp
 //
-// As in the backward everything is recomputed tile by tile from the saved lse (FlashAttention-2,
-// Dao 2023, Algorithm 2), so memory beyond the results is O(B Hq Sq), and each result has one
-// owner: no float that two threads add to. A tangent that is null is zero, and so are its products.
-// Products per tile: 5 of attention_jvp; of attention_backward_jvp, without t_do, 8 for a block of
-// keys and 7 for a block of queries; beside 2 of the forward and 7 of the backward.
+// As in the backward, everything is recomputed tile by tile from the saved lse (FlashAttention-2,
+// Dao 2023, Algorithm 2), so memory beyond the results is O(B Hq Sq). Each result has one owner: no
+// two threads add to one float. A tangent that is null is zero, and its products are skipped.
+// attention_jvp takes 5 products per tile; attention_backward_jvp without t_do takes 8 for a block
+// of keys and 7 for a block of queries. The forward takes 2, the backward in two passes 7.
 #pragma once
 
 #include "attention_backward.inl"
@@ -33,14 +33,14 @@ namespace {
 
 template <typename T>
 struct TangentTile {
-  // Of the queries: rows [kBlockM][D or Dv], transposed, and numbers of a row [kBlockM].
+  // Queries: rows [kBlockM][D or Dv], the same transposed, and numbers of a row [kBlockM].
   T *q, *tq, *grad_out, *t_grad_out;
   T *q_t, *tq_t, *grad_out_t, *t_grad_out_t;
   T *lse, *t_lse, *delta, *t_delta;
-  uint64_t* counted;  // one word: a bit for each query, but those that saw nothing
-  // Of the keys [kBlockN][D or Dv], where they are converted.
+  uint64_t* counted;  // one word: a bit for each query that saw something
+  // Keys and values [kBlockN][D or Dv], if they are converted.
   T *k, *tk, *v, *tv;
-  // Of the scores [kBlockN][kBlockM]: each of the pairs at first (s, t_s) and (dp, t_dp).
+  // Scores [kBlockN][kBlockM]: (p, tp) holds (s, t_s) first, (ds, tds) holds (dp, t_dp).
   T *p, *tp, *ds, *tds;
   T *slope, *bend;           // f'(u) and f''(u) * t_u
   T *bias, *bias_t;          // [kBlockM][kBlockN] and transposed
@@ -81,7 +81,7 @@ FA_INLINE int64_t row_number(const AttentionParams& p, int64_t b, int64_t h, int
   return (b * p.Hq + h) * p.Sq + i;
 }
 
-// Rows of one head as they are and transposed, if there are any.
+// Loads rows of one head as they are and transposed, if there are any.
 template <typename T>
 void load_transposed(const AttentionParams& p, const TensorView& view, int64_t b, int64_t h,
                      int64_t m_start, int64_t rows, int64_t columns, int64_t padded, T* tile,
@@ -92,7 +92,7 @@ void load_transposed(const AttentionParams& p, const TensorView& view, int64_t b
   transpose_tile(padded, width, tile, width, transposed, padded);
 }
 
-// A block of queries. Those past the end and those that saw nothing do not count.
+// Loads a block of queries. Queries past the end and queries that saw nothing do not count.
 template <typename T, int kVectors>
 void load_tangent_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
                           int64_t rows, const TangentTile<T>& t) {
@@ -116,7 +116,7 @@ void load_tangent_queries(const AttentionParams& p, int64_t b, int64_t h, int64_
   }
 }
 
-// t.visible <- the words of one tile. Returns whether somebody sees something in it.
+// t.visible <- the words of one tile. Returns whether some query sees a key of it.
 template <typename T>
 bool tangent_visibility(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                         int64_t rows, int64_t n_start, int64_t columns, const TangentTile<T>& t) {
@@ -125,7 +125,8 @@ bool tangent_visibility(const AttentionParams& p, const Sequence& seq, int64_t h
   return seen != Visible::kNone;
 }
 
-// The keys and values of one tile, and their tangents; rows that nobody sees are zero if `visible`.
+// The keys and values of one tile, and their tangents. Rows that no query sees are 0, unless
+// `visible` is null.
 template <typename T>
 struct TangentKeys {
   Scalars<T> k, tk, v, tv;
@@ -156,7 +157,7 @@ void multiply_pair(int64_t columns, int64_t depth, Scalars<T> a, const T* b_t, b
   if (a2.data != nullptr) multiply<kVectors, true>(columns, depth, a2, b2_t, kRow, c, kRow);
 }
 
-// t.p <- s, of which logits are `factor` times as much; t.tp <- t_s, t.slope and t.bend.
+// t.p <- s, t.tp <- t_s; computes t.slope and t.bend. Returns the factor that turns s into logits.
 template <typename T, int kVectors>
 double tangent_scores(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                       int64_t rows, int64_t n_start, int64_t columns, const TangentKeys<T>& keys,
@@ -224,7 +225,7 @@ void attention_jvp_block(const AttentionParams& p, int64_t b, int64_t h, int64_t
         const Vec<T> distance = fma_once(load(at_p), scale, sub(zero, load(t.lse + x * W)));
         Vec<T> weight = exp2<T>(mul(distance, log2e));
         weight = select_bits(seen, weight, zero);
-        // p * t_s; hidden again after it, for t_s may be NaN there
+        // p * t_s, then 0 again where hidden, since t_s may be NaN there
         Vec<T> changed = select_bits(seen, mul(weight, load(at_tp)), zero);
         t_lse[x] = add(t_lse[x], changed);
         if (dropout) {
@@ -264,8 +265,8 @@ void attention_jvp_block(const AttentionParams& p, int64_t b, int64_t h, int64_t
   }
 }
 
-// f(b, h, m_start, rows) for each task out of [begin, end): blocks of queries, of each head the
-// last first.
+// Calls f(b, h, m_start, rows) for each task of [begin, end): the blocks of queries, the last block
+// of each head first.
 template <typename T, typename F>
 void for_each_query_block(const AttentionParams& p, int64_t begin, int64_t end, F f) {
   const int64_t blocks = ceil_div(p.Sq, kBlockM<T>);
@@ -359,7 +360,7 @@ struct TangentSinks {
         for (int64_t i = 0; i < p.Sq; ++i) {
           const int64_t row = row_number(p, b, h, i);
           const double lse = ((const T*)p.lse)[row];
-          if (lse == -__builtin_inf()) continue;  // and so is the sink: it has no weight
+          if (lse == -__builtin_inf()) continue;  // the sink is -inf, too, and has no weight
           const double delta = ((const T*)p.delta)[row], t_delta = ((const T*)d.delta)[row];
           const double change = t_sink - (double)((const T*)d.lse)[row];
           sum -= __builtin_exp(sink - lse) * (change * delta + t_delta);
@@ -406,8 +407,8 @@ void tangent_gradients(const AttentionParams& p, const Sequence& seq, int64_t h,
       }
       const Vec<T> change = sub(load(t.tp + i), load(t.t_lse + x * W));  // t_p / p
       const Vec<T> above = sub(dp, load(t.delta + x * W));               // ds / p
-      // t_ds <- p * ((t_s - t_lse) * (dp - delta) + t_dp - t_delta); hidden again after it, for the
-      // factors of p may be NaN there
+      // t_ds <- p * ((t_s - t_lse) * (dp - delta) + t_dp - t_delta), then 0 again where hidden,
+      // since the factors of p may be NaN there
       const Vec<T> tds = mul(weight, fma(change, above, sub(t_dp, load(t.t_delta + x * W))));
       store(t.p + i, kept);
       store(t.tp + i, select_bits(seen, mul(kept, change), zero));
@@ -426,7 +427,7 @@ void apply_tangent_slope(const AttentionParams& p, int64_t columns, const Tangen
   for (int64_t j = 0; j < columns; ++j) {
     for (int x = 0; x < kVectors; ++x) {
       const int64_t i = (j * kVectors + x) * W;
-      const uint64_t seen = t.visible[j] >> (x * W);  // where hidden the slope may be NaN
+      const uint64_t seen = t.visible[j] >> (x * W);  // where hidden the cap slope may be NaN
       const Vec<T> ds = load(t.ds + i), slope = select_bits(seen, load(t.slope + i), zero);
       const Vec<T> bend = select_bits(seen, load(t.bend + i), zero);
       store(t.tds + i, fma(slope, load(t.tds + i), mul(bend, ds)));
@@ -437,7 +438,7 @@ void apply_tangent_slope(const AttentionParams& p, int64_t columns, const Tangen
 
 // -- phase 2: t_dk, t_dv. Task: kBlockN keys of one key head -------------------------------------
 
-// Queries that see no key of the tile are zero, whatever they held, since 0 * NaN would not be.
+// Sets queries that see no key of the tile to 0, since 0 * NaN is not 0.
 template <typename T>
 void clear_blind_tangents(int64_t rows, int64_t columns, int64_t width, int64_t width_v,
                           const TangentTile<T>& t) {
@@ -561,11 +562,11 @@ struct AttentionTangentQueries : TangentQueriesPhase<T> {
   }
 };
 
-// -- phase 4: t_dbias. Task: one tile of it, of all that are summed into it ----------------------
+// -- phase 4: t_dbias. Task: one tile of t_dbias, from all tiles that are summed into it ---------
 
 template <typename T>
 struct AttentionTangentBias : TangentPhase<T> {
-  // How many parts there are along each dimension: one where the bias is broadcast.
+  // The number of tasks along each dimension: one where the bias is broadcast.
   struct Parts {
     int64_t b, h, m, n;
   };
@@ -581,7 +582,7 @@ struct AttentionTangentBias : TangentPhase<T> {
     return n.b * n.h * n.m * n.n;
   }
 
-  // t.dbias[key][query] <- += t_ds of one tile
+  // t.dbias[key][query] += t_ds of one tile
   static void add_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t m, int64_t n,
                        const TangentTile<T>& t) {
     const int64_t rows = min_of(kBlockM<T>, p.Sq - m), columns = min_of(kBlockN, p.Sk - n);

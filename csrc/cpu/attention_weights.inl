@@ -1,13 +1,14 @@
-// The attention weights themselves, from the saved log-sum-exp, for those who ask to see them:
+// Computes the attention weights themselves from the saved log-sum-exp, for callers who ask for
+// them:
 //
-//   w = dropout(exp(s * scale - lse)), 0 where hidden; of each head, or averaged over the heads
+//   w = dropout(exp(s * scale - lse)), 0 where hidden; for each head, or averaged over the heads
 //
-// Given lse each tile stands alone (FlashAttention-2, Dao 2023, Algorithm 2, line 11), so that the
-// average is taken tile by tile and no more than a task's tiles are held. Time O(Hq Sq Sk D) over
-// the tiles that somebody sees; memory O(tile) a thread. Their gradient dw takes part in
-// attention_backward, to which belongs the second phase here: delta <- delta + rowsum(w * dw).
-// That sum is divided by the row's actual total, which the rounding of lse moves away from 1 (as
-// the forward divides by row_sum): ds then sums to 0 over a row as exactly as without w.
+// Given lse, a tile needs no other (FlashAttention-2, Dao 2023, Algorithm 2, line 11): the average
+// is taken tile by tile, and a task holds its own tiles only. Time O(Hq Sq Sk D) over the tiles
+// that some query sees; memory O(tile) per thread. The gradient dw of the weights takes part in
+// attention_backward, which runs the second phase here: delta <- delta + rowsum(w * dw). This sum
+// is divided by the row's actual total, which the rounding of lse moves away from 1 (as the forward
+// divides by row_sum). ds then sums to 0 over a row as exactly as without w.
 #pragma once
 
 #include "masking.inl"
@@ -18,14 +19,14 @@
 namespace fused_attention {
 namespace {
 
-constexpr int64_t kWeightTiles = 8;  // of one task: so often the queries of a head are used
+constexpr int64_t kWeightTiles = 8;  // tiles of one task, which share the loaded queries of a head
 
 template <typename T>
 struct WeightsTile {
   T *q, *q_t;                // queries [kBlockM][D], transposed [D][kBlockM]
   T* lse;                    // [kBlockM]
   T* s;                      // scores [kBlockN][kBlockM]
-  T* sum;                    // weights, over the heads [kWeightTiles * kBlockN][kBlockM]
+  T* sum;                    // weights, summed over the heads [kWeightTiles * kBlockN][kBlockM]
   T *rows, *rows_t;          // weights or dw of one tile [kBlockM][kBlockN], dw transposed
   T *delta, *total;          // [kBlockM]
   T* k;                      // converted keys [kBlockN][D]
@@ -55,13 +56,13 @@ struct WeightsTile {
   }
 };
 
-// What the weights of one head count for in those returned.
+// Returns the factor of one head's weights in the result: 1 / Hq if it is an average.
 template <typename T>
 T head_share(const AttentionParams& p) {
   return p.average_weights ? (T)(1.0 / (double)p.Hq) : (T)1;
 }
 
-// The queries of one head, transposed, and their lse.
+// Loads the queries of one head, transposed, and their lse.
 template <typename T, int kVectors>
 void load_weights_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
                           int64_t rows, const WeightsTile<T>& t) {
@@ -76,9 +77,9 @@ void load_weights_queries(const AttentionParams& p, int64_t b, int64_t h, int64_
   }
 }
 
-// f(i, visible, kept, p): one vector of the weights of one tile of one head before dropout, the
-// i-th element of [columns][kRow] and those behind it. They hold anything where the bit is not in
-// `visible`; `kept` are those that are visible and not dropped.
+// Calls f(i, visible, kept, p) for each vector p of the weights of one tile of one head, before
+// dropout; p begins at element i of [columns][kRow]. A lane without a bit in `visible` holds
+// anything; `kept` has a bit for each lane that is visible and not dropped.
 template <typename T, int kVectors, typename F>
 FA_INLINE void for_each_weight(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
                                int64_t rows, int64_t n_start, int64_t columns,
@@ -114,7 +115,7 @@ FA_INLINE void for_each_weight(const AttentionParams& p, int64_t b, int64_t h, i
 // -- the weights. Task: one block of kBlockM queries against kWeightTiles tiles of keys, of one
 //    head, or of all heads in order if averaged -------------------------------------------------
 
-// The sum over the heads [h_begin, h_end), stored where head h_begin has its place.
+// Stores the weights, summed over the heads [h_begin, h_end), in the place of head h_begin.
 template <typename T, int kVectors>
 void attention_weights_block(const AttentionParams& p, int64_t b, int64_t h_begin, int64_t h_end,
                              int64_t m_start, int64_t rows, int64_t n_begin, int64_t n_end,

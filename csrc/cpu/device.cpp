@@ -16,8 +16,8 @@ AOTITorchError empty_strided(Sizes sizes, const int64_t* strides, ScalarType dty
                                   aoti_torch_device_type_cpu(), 0, handle);
 }
 
-// A copy: each integer is read once, and what is checked is what is used, even if somebody writes
-// to the tensor during the call.
+// Copies the integers of a tensor. Each is read once, so that the value that is checked is the
+// value that is used, even if another thread writes to the tensor during the call.
 namespace {
 template <typename Int>
 std::shared_ptr<const void> copied(const Tensor& tensor) {

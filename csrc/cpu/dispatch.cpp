@@ -19,16 +19,16 @@ namespace {
 
 struct Isa {
   const KernelTable* kernels;
-  bool (*offered)();  // by the machine
-  bool (*fast)();     // taken without being named
+  bool (*offered)();  // whether the machine has it
+  bool (*fast)();     // whether "auto" may take it
   bool usable() const { return offered() && kernels->works(); }
 };
 
 bool always() { return true; }
 
 #ifdef __x86_64__
-// What the processor has, and the operating system saves the registers of (XCR0). By cpuid, because
-// compilers differ in the names that their builtins know.
+// The instruction sets that the processor has and whose registers the operating system saves
+// (XCR0). They come from cpuid, because compilers differ in the names that their builtins know.
 struct Processor {
   Processor() {
     uint32_t a, b, c, d;
@@ -55,8 +55,8 @@ struct Processor {
   return found;
 }
 
-// The kernel lets this process use tiles: it asks once, before the first tile instruction of any
-// thread, or that is SIGILL.
+// Whether the processor has AMX and Linux lets this process use it. The process asks once, before
+// the first AMX instruction of any thread, which would otherwise raise SIGILL.
 [[maybe_unused]] bool has_amx() {
   if (!processor().amx) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA

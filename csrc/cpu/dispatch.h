@@ -1,4 +1,4 @@
-// Which instruction sets this machine offers, and the kernels of the one in force.
+// The instruction sets that this machine offers, and the kernels of the one in force.
 #pragma once
 
 #include "../attention_params.h"
@@ -15,10 +15,10 @@ struct TileConfig {
 constexpr int kMaxPhases = 3;
 
 // One way to compute attention forward. Its phases run one after the other (unused ones are null)
-// and hand on what they have in p.call_workspace.
+// and hand results on in p.call_workspace.
 struct ForwardKernel {
   const char* name;
-  const char* reason;  // for its place in the table, as measured
+  const char* reason;  // why it has its place in the table, as measured
   bool (*serves)(const AttentionParams&);
   TileConfig (*tiles)(const AttentionParams&);
   size_t (*call_workspace_bytes)(const AttentionParams&);  // null: the phases share nothing
@@ -34,16 +34,17 @@ enum class MathFunction { kExp2, kTanh };
 // The kernels of one instruction set. One constant table per isa_*.cpp.
 struct KernelTable {
   const char* isa;
-  bool (*works)();  // on a machine that claims to have it
-  // What a mask hides block by block, into p.mask_blocks; of 0 bytes it is null and the phase
-  // unused.
+  bool (*works)();  // whether the ISA works on a machine that claims to have it
+  // Notes for each block whether the mask hides or shows some of it, in p.mask_blocks (if its size
+  // is 0 it is null and the phase does not run).
   Phase mask_blocks;
   size_t (*mask_blocks_bytes)(const AttentionParams&);
   ForwardKernel attention_forward[kMaxForwardKernels];  // best first, the last serves every call
   Phase attention_backward_delta;
   Phase attention_backward_sinks;
-  // Two passes, over keys and then over queries, or one over heads, whose parts are then added up
-  // and which shares so much memory. Those of the other way have no tasks.
+  // Either two passes, over keys and then over queries, or one pass over heads, whose query splits
+  // are then combined and whose call workspace has the given size. The phases of the other way have
+  // no tasks.
   Phase attention_backward_keys, attention_backward_queries;
   Phase attention_backward_heads, attention_backward_combine;
   size_t (*attention_backward_call_workspace_bytes)(const AttentionParams&);
@@ -54,8 +55,8 @@ struct KernelTable {
   SoftmaxPhase masked_softmax_backward_bias;
   SoftmaxPhase masked_softmax_backward_sinks;
   void (*apply_math)(MathFunction, DType, const void* in, void* out, int64_t count);
-  // Does nothing but multiply and add on registers, in the fastest way that kernels of the type
-  // have: what no kernel exceeds. Returns how many operations `rounds` of it were.
+  // Only multiplies and adds on registers, in the fastest way that kernels of the dtype have, so
+  // that no kernel exceeds its rate. Returns the number of operations in `rounds` rounds.
   double (*multiply_registers)(DType, int64_t rounds);
   Phase attention_weights;
   Phase attention_weights_delta;

@@ -1,5 +1,5 @@
-// fused_attention._native: what was built and which instruction set is in force. Importing it also
-// registers the operators of ops.cpp, which live in the same shared object.
+// fused_attention._native says what was built and which instruction set is in force. Importing it
+// also registers the operators of operators.cpp, which live in the same shared object.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -61,7 +61,7 @@ Footprint footprint_of(const Place& place) {
   return Footprint((const void*)address, width, sizes.data(), strides.data(), sizes.size());
 }
 
-// buffers of float or double, as array.array, numpy or memoryview give them
+// Takes buffers of float or double, as array.array, numpy or memoryview give them.
 void apply_math(const std::string& function, const py::buffer& in, const py::buffer& out) {
   const py::buffer_info source = in.request(), target = out.request(/*writable=*/true);
   const bool wide = source.format == py::format_descriptor<double>::format();

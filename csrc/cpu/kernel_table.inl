@@ -1,5 +1,5 @@
 // The kernel table of one instruction set: each phase for the two types that kernels compute in.
-// 16-bit tensors compute in float.
+// 16-bit tensors are computed in float.
 #pragma once
 
 #include "attention_backward.inl"
@@ -49,13 +49,14 @@ void apply_math_by_type(MathFunction function, DType dtype, const void* in, void
                            : apply_math(function, (const float*)in, (float*)out, count);
 }
 
-// Independent chains of fma(F, F, T), as many as `multiply` has. Every chain counts its products; a
-// float counts to 2^24. The compiler must take neither the chains for one nor an fma for an add.
+// Runs independent chains of fma(F, F, T), as many as `multiply` has. Every chain counts its
+// products; a float counts to 2^24. The compiler must not merge the chains, nor turn an fma into an
+// add.
 template <typename T, typename F>
 double multiply_vectors(F one, int64_t rounds) {
   constexpr int kRows = kRowsInRegisters<kMaxVectors>;
   constexpr int64_t kCounted = 1 << 19;
-  __asm__ volatile("" : "+m"(one));  // any value, for all it knows
+  __asm__ volatile("" : "+m"(one));  // hides the value from the compiler
   double total = 0;
   for (int64_t done = 0; done < rounds; done += kCounted) {
     Vec<T> sums[kRows][kMaxVectors];
@@ -97,7 +98,8 @@ double multiply_registers(DType dtype, int64_t rounds) {
 }
 
 #ifdef FUSED_ATTENTION_AMX_PRODUCTS
-// Whether tiles multiply as they should: small integers, whose sums are exact in any order.
+// Whether AMX tiles multiply correctly. The test is of small integers, whose sums are exact in any
+// order.
 bool amx_multiplies() {
   constexpr int64_t kSize = 2 * kTileRows, kDepth = 2 * kTileDepth;
   const auto number = [](int64_t i) { return (float)(i * 7919 % 17 - 8); };
@@ -132,8 +134,8 @@ bool amx_multiplies() {
   return right;
 }
 
-// Enough keys to make up for splitting them, and no lse: what follows from it computes the scores
-// again, in float, whose rounding is another.
+// Whether there are enough keys to make up for decomposing them, and no lse is asked for: kernels
+// that read lse compute the scores again, in float, which rounds differently.
 bool many_keys(const AttentionParams& p) { return p.Sk >= 128 && p.lse == nullptr; }
 template <int kPlanes, int kScoreOrders = kPlanes>
 constexpr ForwardKernel amx_forward(const char* reason, bool (*serves)(const AttentionParams&)) {

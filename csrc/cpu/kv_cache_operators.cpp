@@ -1,4 +1,4 @@
-// kv_cache_append_: new tokens into a cache, contiguous or in pages.
+// kv_cache_append_ writes new tokens into a cache, contiguous or in pages.
 #include <string.h>
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace fused_attention {
 namespace {
 
-// A cache to write to, or what goes into it.
+// A cache to write to, or the new tokens that go into it.
 struct CacheView {
   CacheView(const Tensor& tensor, const char* name, Layout layout)
       : data((char*)tensor.data_ptr()), shape(shape_of(tensor, name, layout)) {}
@@ -34,7 +34,7 @@ void copy_row(const CacheView& to, char* to_row, const CacheView& from, const ch
   }
 }
 
-// The rows of pages that new tokens are written to: those of one sequence, at most one a page.
+// The rows [begin, end) of one page that new tokens of sequence b are written to.
 struct PageRows {
   int32_t page;
   int64_t begin, end, b;

@@ -1,13 +1,14 @@
 // Softmax of rows, p_j = e^(s_j) / (e^sink + sum_k e^(s_k)) over the visible columns of
-// s = scale * x + bias, and its gradient ds = p * (dp - sum_k p_k dp_k). The vector lanes run along
-// the row, 64 columns (one word of visibility bits) at a time. A row is taken in blocks, each
-// measured from a maximum of its own; what the blocks are multiplied by in the end makes up for
-// that (online softmax, Milakov & Gimelshein 2018). A row of up to kSoftmaxRow columns is read
-// once; the weights of a longer one are computed twice. Time O(rows * columns), memory
-// O(kSoftmaxRow) a thread, plus two bits a column.
+//  = scale * x + bias, and its gradient ds = p * (dp - sum_k p_k dp_k). The vector lanes run along
+// he row, 64 columns (one word of visibility bits) at a time. A row is taken in blocks, each
+// easured from its own maximum; the final factor of each block makes up for that (online softmax,
+// ilakov & Gimelshein 2018). A row of up to kSoftmaxRow columns is read once; the weights of a
+// onger one are computed twice. Time O(rows * columns), memory O(kSoftmaxRow) per thread, plus two
+// its per column.
 //
-// Task: some rows, about as many elements as make it worth while (ops.cpp); for the gradient of a
-// broadcast bias, the rows, or a part of them, that share one row of that gradient.
+// Task: some rows, as many as make a task worth while (softmax_operators.cpp). For the gradient of
+// a broadcast bias: whole groups of rows that share one row of that gradient, or a chunk of a
+// group.
 #pragma once
 
 #include "philox.inl"
@@ -48,14 +49,14 @@ struct SoftmaxRows {
     const int64_t sample = p.sample_heads == 0 ? 0 : matrix() / p.sample_heads;
     return sample * p.heads + matrix() % p.heads;
   }
-  // Columns that the diagonal leaves.
+  // Returns the number of columns that the diagonal leaves.
   int64_t visible_columns() const {
     if (!p.causal) return p.columns;
     return max_of(0, min_of(p.columns, number() % p.queries + p.diagonal_offset + 1));
   }
 };
 
-// Rows [begin, end) of a task.
+// Returns the rows of a task.
 FA_INLINE Range softmax_task(const SoftmaxParams& p, int64_t task) {
   if (p.chunks == 1) {
     const int64_t group = task * p.groups_per_task;
@@ -77,7 +78,7 @@ FA_INLINE void map_output(const SoftmaxParams& p, Range rows) {
 // -- forward --------------------------------------------------------------------------------------
 
 // s <- scale * x + bias, -inf where hidden and from `count` to the end of the word. Returns max(s),
-// or anything if a visible s is NaN.
+// which is unspecified if a visible s is NaN.
 template <typename T, typename Stored, bool kBias>
 T softmax_logits(Stored storage, const typename Stored::Element* x, const T* bias,
                  const uint64_t* visible, int64_t count, T scale, T* s) {
@@ -113,19 +114,19 @@ T softmax_logits(Stored storage, const typename Stored::Element* x, const T* bia
   return reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
-// What a block's weights are relative to: they are 2^(s * log2 e - reference), with log2 e as T
-// holds it. -inf if the block sees nothing.
+// The reference and the sum of the weights of a block. Weights are 2^(s * log2 e - reference), with
+// log2 e as T holds it. The reference is -inf if the block sees nothing.
 struct SoftmaxBlock {
   double reference, sum;
 };
-// 2^(x - top), also where both are infinite.
+// Returns 2^(x - top), also where both are infinite.
 FA_INLINE double power_from(double top, double x) {
   return x == top ? 1.0 : __builtin_exp2(x - top);
 }
 
-// s <- p, returns their sum. Meanwhile the lines at `next`, `next_bytes` a word, come into the
-// cache (addresses need not be valid). kFused saves an operation: top is already in units of log2
-// e.
+// s <- p. Returns the sum of p. Meanwhile the lines at `next`, `next_bytes` per word, are
+// prefetched (addresses need not be valid). kFused saves an operation: top is already in units of
+// log2 e.
 template <typename T, bool kFused>
 T softmax_weights(const uint64_t* visible, int64_t count, T top, T* s, const char* next,
                   int64_t next_bytes) {
@@ -152,22 +153,22 @@ T softmax_weights(const uint64_t* visible, int64_t count, T top, T* s, const cha
 template <typename T>
 SoftmaxBlock softmax_block(const uint64_t* visible, int64_t count, T block_max, T* s,
                            const char* next, int64_t next_bytes) {
-  // s * log2 e - top is rounded once, after the subtraction. But top is a rounded product: where
-  // the logits are so large (the most negative number as a mask, say) that it is far off, or
-  // overflows, the difference is taken of s itself.
+  // The fused form rounds s * log2 e - top once, after the subtraction. But top is a rounded
+  // product: if the logits are so large (the most negative number as a mask, say) that top is far
+  // off or overflows, the maximum is subtracted from s itself.
   constexpr T kFusedMax = 1 << 20;
   if (kFusedMultiplyAdd && block_max > -kFusedMax && block_max < kFusedMax) {
     const T top = block_max * kLog2e<T>;
     return {(double)top,
             (double)softmax_weights<T, true>(visible, count, top, s, next, next_bytes)};
   }
-  // -inf - (-inf) is NaN: a block that saw nothing is measured from 0, where all p are 0.
+  // A block that saw nothing is measured from 0, since -inf - (-inf) is NaN; all p are then 0.
   const T top = block_max == -kInf<T> ? (T)0 : block_max;
   const T sum = softmax_weights<T, false>(visible, count, top, s, next, next_bytes);
   return {(double)block_max * (double)kLog2e<T>, (double)sum};
 }
 
-// dst <- factor * s, 0 where `keep` says so.
+// dst <- factor * s, 0 where `keep` has no bit.
 template <typename T, typename Stored>
 void softmax_store(Stored storage, typename Stored::Element* dst, const T* s, const uint64_t* keep,
                    int64_t count, T factor) {
@@ -192,8 +193,8 @@ struct MaskedSoftmax {
   struct Scratch {
     T* s;                      // [kSoftmaxRow]
     T* bias;                   // [kSoftmaxBlock]
-    SoftmaxBlock* blocks;      // of the row
-    uint64_t *visible, *keep;  // a bit a column
+    SoftmaxBlock* blocks;      // the blocks of the row
+    uint64_t *visible, *keep;  // a bit per column
 
     size_t place(const SoftmaxParams& p, void* workspace) {
       Arena arena{(char*)workspace, 0};
@@ -223,7 +224,8 @@ struct MaskedSoftmax {
     }
   }
 
-  // s <- weights of the `count` columns from j on. `ahead`: bytes from there to what is read next.
+  // s <- weights of the `count` columns from j on. `ahead`: bytes from there to what is read next;
+  // 0 prefetches nothing.
   static SoftmaxBlock weights(const SoftmaxParams& p, const SoftmaxRows& row, const Scratch& t,
                               const uint64_t* visible, int64_t j, int64_t count, int64_t ahead,
                               T* s) {
@@ -281,7 +283,7 @@ struct MaskedSoftmax {
       T* s = in_cache ? t.s + j : t.s;
       if (!in_cache) weights(p, row, t, seen, j, count, 0, s);
       T block_factor = (T)(factor * power_from(top, t.blocks[b].reference));
-      if (!(factor == factor)) {  // a visible NaN or infinity: all that is visible is NaN
+      if (!(factor == factor)) {  // a visible NaN or +inf makes all visible weights NaN
         for (int64_t i = 0; i < count; ++i) {
           s[i] = word_bits(seen, i / kWord * kWord, count) >> (i % kWord) & 1 ? (T)factor : (T)0;
         }
@@ -293,8 +295,8 @@ struct MaskedSoftmax {
     clear(p, p.weights, row.number() * p.columns, columns);
   }
 
-  // What weights relative to `top`, which a sink may raise, are multiplied by: 1 over their sum and
-  // the sink's weight; 0 for a row that saw nothing.
+  // Returns the normalizer of weights relative to `top`, which a sink may raise: 1 over the sum of
+  // the weights and the sink's weight; 0 for a row that saw nothing.
   static double normalise(const SoftmaxParams& p, const SoftmaxRows& row,
                           const SoftmaxBlock* blocks, int64_t count, double* top) {
     const bool has_sink = p.sinks != nullptr;
@@ -313,7 +315,7 @@ struct MaskedSoftmax {
     return sum == 0 ? 0 : 1 / sum;
   }
 
-  // The weights of a block, and what dropout leaves of them.
+  // Stores the weights of a block, before dropout if the backward needs them and after it.
   static void emit(const SoftmaxParams& p, const SoftmaxRows& row, const T* s, const uint64_t* keep,
                    int64_t j, int64_t count, T factor) {
     with_storage<T>(p.dtype, [&](auto storage) {
@@ -327,7 +329,7 @@ struct MaskedSoftmax {
     });
   }
 
-  // Zeros from column `first` of a row on.
+  // Sets a row to 0 from column `first` on.
   static void clear(const SoftmaxParams& p, void* data, int64_t offset, int64_t first) {
     if (data == nullptr || first == p.columns) return;
     __builtin_memset(element(data, p.dtype, offset + first), 0,
@@ -337,7 +339,7 @@ struct MaskedSoftmax {
 
 // -- backward -------------------------------------------------------------------------------------
 
-// dp, the gradient of the weights: what arrived, 0 where dropped, scaled where kept.
+// Returns dp, the gradient of the weights: grad_out, scaled where kept and 0 where dropped.
 template <typename T, typename Stored>
 FA_INLINE Vec<T> weight_gradient(Stored storage, const typename Stored::Element* grad,
                                  const uint64_t* keep, int64_t j, int i, Vec<T> dropout_scale) {
@@ -366,7 +368,7 @@ T softmax_delta(Stored storage, const typename Stored::Element* weights,
   return reduce_add(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
 }
 
-// ds = p * (dp - delta); dx <- scale * ds; row of dbias <- or += ds.
+// ds = p * (dp - delta); dx <- scale * ds; the row of dbias <- or += ds.
 enum class DBias { kNone, kSet, kAdd };
 template <typename T, typename Stored, DBias kDBias>
 void softmax_gradient(Stored storage, const typename Stored::Element* weights,
@@ -394,8 +396,8 @@ void softmax_gradient(Stored storage, const typename Stored::Element* weights,
 template <typename T>
 struct MaskedSoftmaxBackward {
   struct Scratch {
-    uint64_t* keep;  // a bit a column
-    T* dbias;        // a row of it, whole words
+    uint64_t* keep;  // a bit per column
+    T* dbias;        // a row of dbias, in whole words
 
     size_t place(const SoftmaxParams& p, void* workspace) {
       Arena arena{(char*)workspace, 0};
@@ -415,7 +417,7 @@ struct MaskedSoftmaxBackward {
       const Range range = softmax_task(p, task);
       map_output(p, range);
       SoftmaxRows row(p, range.begin);
-      double total = 0;  // of ds, where the bias is broadcast along the columns
+      double total = 0;  // of ds, if the bias is broadcast along the columns
       for (int64_t i = range.begin; i < range.end; ++i, row.next()) {
         const bool first = i == range.begin || i % p.group_rows == 0;
         const bool last = i + 1 == range.end || (i + 1) % p.group_rows == 0;
@@ -475,14 +477,14 @@ struct MaskedSoftmaxBackward {
       if (p.dbias != nullptr && first && padded < end) fill(t.dbias + padded, end - padded, (T)0);
     }
     if (p.sink_terms != nullptr) {
-      // dsink = p_sink * (0 - delta); 0 weight: whatever delta is
+      // dsink = p_sink * (0 - delta); 0 if the sink has no weight, whatever delta is
       const T share = ((const T*)p.sink_weight)[row.number()];
       ((T*)p.sink_terms)[row.number()] = share == 0 ? (T)0 : -share * delta;
     }
   }
 
-  // The same, element by element, for a row with a NaN or infinity: where the weight is 0, which it
-  // is wherever the mask hides, what arrived does not count. Returns delta.
+  // Does the same, element by element, for a row with a NaN or infinity: grad_out does not count
+  // where the weight is 0, as it is wherever the mask hides. Returns delta.
   template <typename Element>
   static T careful(const SoftmaxParams& p, const Element* weights, const Element* grad,
                    const uint64_t* keep, int64_t columns, Element* dx, bool first, T* dbias) {
@@ -509,7 +511,7 @@ struct MaskedSoftmaxBackward {
   }
 };
 
-// dbias <- the sum of the parts of its groups. Task: kSoftmaxBlock columns of one group.
+// dbias <- the sums of the chunks of each group. Task: kSoftmaxBlock columns of one group.
 template <typename T>
 struct MaskedSoftmaxBackwardBias {
   static int64_t blocks(const SoftmaxParams& p) { return ceil_div(p.bias_width, kSoftmaxBlock); }
@@ -533,7 +535,7 @@ struct MaskedSoftmaxBackwardBias {
   }
 };
 
-// dsinks[h] <- the sum of what the rows of head h add. Task: one head.
+// dsinks[h] <- the sum of the terms of head h's rows. Task: one head.
 template <typename T>
 struct MaskedSoftmaxBackwardSinks {
   static int64_t num_tasks(const SoftmaxParams& p) { return p.heads; }

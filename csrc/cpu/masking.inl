@@ -1,5 +1,5 @@
-// Who sees whom: the tiles that somebody sees, and inside a tile one word per key, bit i set where
-// query m_start + i may attend to it.
+// Visibility: which tiles some query sees, and inside a tile one word per key, whose bit i is set
+// if query m_start + i may attend to the key.
 #pragma once
 
 #include "sequence.inl"
@@ -11,21 +11,22 @@ namespace {
 struct Range {
   int64_t begin, end;
 };
-// Empty is {0, 0}: rounded down to a tile's start it stays empty, and nothing past an end is read.
+// Returns {0, 0} if the intersection is empty: its begin, rounded down to the start of a tile, is
+// then no less than its end, and nothing is read past an end.
 FA_INLINE Range intersect(Range a, Range b) {
   const int64_t begin = max_of(a.begin, b.begin), end = min_of(a.end, b.end);
   return begin < end ? Range{begin, end} : Range{0, 0};
 }
 
-// Key j is in the window of query i iff i + off - left <= j <= i + off + right.
-// The keys that the queries [m_start, m_end) may see, before masks.
+// Key j is in the window of query i iff i + off - left <= j <= i + off + right. Returns the keys
+// that the queries [m_start, m_end) may see, before masks.
 FA_INLINE Range visible_keys(const AttentionParams& p, const Sequence& seq, int64_t m_start,
                              int64_t m_end) {
   const int64_t first = p.window_left < 0 ? 0 : m_start + seq.diagonal_offset - p.window_left;
   const int64_t last = p.window_right < 0 ? seq.Sk : m_end + seq.diagonal_offset + p.window_right;
   return intersect({0, seq.Sk}, {first, last});
 }
-// The queries that may see one of the keys [n_start, n_end), before masks.
+// Returns the queries that may see one of the keys [n_start, n_end), before masks.
 FA_INLINE Range visible_queries(const AttentionParams& p, const Sequence& seq, int64_t n_start,
                                 int64_t n_end) {
   const int64_t first = p.window_right < 0 ? 0 : n_start - seq.diagonal_offset - p.window_right;
@@ -40,12 +41,12 @@ FA_INLINE uint64_t low_bits(int64_t count) {
 enum class Visible { kNone, kSome, kAll };
 
 // -- blocks of a mask -----------------------------------------------------------------------------
-// What a mask does to kMaskRows queries and kBlockN keys: found once a call where several heads
-// share it, so that tiles that it hides cost nothing, and those that it leaves alone no more than
-// without it.
+// Notes for each block of kMaskRows queries and kBlockN keys whether the mask shows or hides some
+// of it. If several heads share the mask, notes are taken once per call. Tiles that the mask hides
+// then cost nothing, and tiles that it shows cost no more than without a mask.
 
 constexpr int64_t kMaskRows = 16;
-constexpr uint8_t kShows = 1, kHides = 2;  // some of the block
+constexpr uint8_t kShows = 1, kHides = 2;  // bits: the mask shows (hides) some of the block
 
 FA_INLINE int64_t mask_blocks_of_a_head(const AttentionParams& p) {
   return ceil_div(p.Sq, kMaskRows) * ceil_div(p.Sk, kBlockN);
@@ -58,8 +59,9 @@ FA_INLINE uint8_t* mask_blocks_at(const AttentionParams& p, int64_t b, int64_t h
 
 // Task: kMaskRows queries of one matrix of the mask.
 struct MaskBlocks {
-  // What p.mask_blocks must hold; 0 where every head has a mask of its own, which is looked at but
-  // once anyway, where it is the same for all queries, or there are few of them.
+  // Returns the bytes of p.mask_blocks. There are none if every head has a mask of its own (which
+  // is read only once anyway), if the mask is the same for all queries, or if there are few
+  // queries.
   static size_t bytes(const AttentionParams& p) {
     const bool shared = matrices(p) < p.B * p.Hq && p.mask.stride_q != 0 && p.Sq > kMaskRows;
     return p.mask.data != nullptr && shared ? (size_t)(matrices(p) * mask_blocks_of_a_head(p)) : 0;
@@ -99,7 +101,8 @@ struct MaskBlocks {
   }
 };
 
-// Of the blocks that a tile touches together; kShows | kHides where nothing was noted.
+// Returns the notes of all blocks that a tile touches, combined: kShows without a mask, and kShows
+// | kHides if no notes were taken.
 FA_INLINE uint8_t mask_on_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
                                int64_t rows, int64_t n_start) {
   if (p.mask.data == nullptr) return kShows;
@@ -113,8 +116,8 @@ FA_INLINE uint8_t mask_on_tile(const AttentionParams& p, int64_t b, int64_t h, i
 
 // -- tiles ----------------------------------------------------------------------------------------
 
-// visible[j] for one tile, whose first key is a multiple of kBlockN; left unwritten unless the
-// answer is kSome.
+// Computes visible[j] for one tile, whose first key is a multiple of kBlockN. `visible` is valid
+// only if the result is kSome.
 Visible tile_visibility(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                         int64_t rows, int64_t n_start, int64_t columns, uint64_t* visible) {
   const uint64_t everybody = low_bits(rows);

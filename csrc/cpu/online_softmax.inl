@@ -1,7 +1,7 @@
 // Online softmax (Milakov & Gimelshein 2018; FlashAttention-2, Dao 2023, Algorithm 1) on a
-// transposed tile s[key][query]: every quantity is one vector lane per query, so nothing is reduced
-// across lanes. row_max is m_i in the papers, row_sum l_i. Differences of logits are taken before
-// they are multiplied by log2 e: a logit of -FLT_MAX, which hides keys in many models, would
+// transposed tile s[key][query]: every quantity has one vector lane per query, so nothing is
+// reduced across lanes. row_max is m_i in the papers, row_sum l_i. Logits are subtracted before the
+// difference is multiplied by log2 e: a logit of -FLT_MAX, which hides keys in many models, would
 // overflow.
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace fused_attention {
 namespace {
 
-// Hidden scores become -inf.
+// Sets hidden scores to -inf.
 template <typename T, int kVectors>
 void hide(const uint64_t* visible, int64_t columns, T* s) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
@@ -22,21 +22,22 @@ void hide(const uint64_t* visible, int64_t columns, T* s) {
   }
 }
 
-// The state of each query's row.
+// The online softmax state of each query.
 template <typename T>
 struct RowState {
   T *max, *sum;
-  T* rounded_sum;  // of the weights as an arithmetic rounds them for the product with v, if it does
-  T* alpha;        // what was accumulated before the last tile shrinks by this
+  T* rounded_sum;  // the sum of the rounded weights, if the products round them for p v
+  T* alpha;        // rescales the accumulator for the last tile
 };
 // Whether a finished row saw nothing: no visible key, or logits of -inf only. Its weights add up to
 // exactly 0. Any other row has a weight of about 1 at its maximum, or a sum that is NaN. The
-// maximum itself cannot tell: it misses a NaN that hidden keys follow.
+// maximum itself cannot tell: it loses a NaN that hidden keys follow.
 template <typename T>
 FA_INLINE bool saw_nothing(T row_sum) {
   return row_sum == 0;
 }
-// -inf - (-inf) is NaN: a row that saw nothing yet is measured from 0, where all p are 0.
+// Returns the maximum from which a row is measured. For a row that saw nothing yet it is 0, since
+// -inf - (-inf) is NaN; all p are then 0.
 template <typename T>
 FA_INLINE Vec<T> finite_max(Vec<T> max) {
   return select_lt(max, broadcast(kLowest<T>), broadcast((T)0), max);
@@ -48,9 +49,9 @@ void start(const RowState<T>& rows, int64_t count) {
   fill(rows.rounded_sum, count, (T)0);
 }
 
-// row_max and row_sum with one more tile of scores s * factor; the sum without its weights yet.
-// Returns whether a maximum grew: then what else was accumulated before must be multiplied by
-// alpha. A maximum may lag behind by less than `rescale_threshold`.
+// Raises row_max for one more tile of scores s * factor, and rescales row_sum, which does not
+// include the tile's weights yet. Returns whether a maximum grew: the accumulator and rounded_sum
+// must then be rescaled by alpha. A maximum may lag behind by at most `rescale_threshold`.
 template <typename T, int kVectors>
 bool raise_max(int64_t columns, double factor, T rescale_threshold, const T* s,
                const RowState<T>& rows) {
@@ -65,8 +66,9 @@ bool raise_max(int64_t columns, double factor, T rescale_threshold, const T* s,
     const Vec<T> before = load(rows.max + x * W), scaled = mul(top[x], broadcast((T)factor));
     const Vec<T> limit = add(before, broadcast(rescale_threshold));
     grew |= any_gt(scaled, limit);
-    // m <- max(m, rowmax(s)); a NaN of the tile is no smaller than the limit, and stays
-    const Vec<T> after = select_lt(scaled, limit, before, scaled);
+    // m <- max(m, rowmax(s)) where a maximum grew, and nowhere else: alpha is 1 for the other rows.
+    // A NaN of the tile does not raise the maximum, but row_sum gets it.
+    const Vec<T> after = select_lt(limit, scaled, scaled, before);
     store(rows.max + x * W, after);
     // alpha <- exp(m_old - m_new), l <- alpha l
     const Vec<T> alpha = exp2<T>(mul(sub(before, finite_max<T>(after)), broadcast(kLog2e<T>)));
@@ -76,8 +78,8 @@ bool raise_max(int64_t columns, double factor, T rescale_threshold, const T* s,
   return grew;
 }
 
-// The weights p = exp(s * factor - row_max) of a tile, one vector at a time, added up to row_sum as
-// they come.
+// Computes the weights p = exp(s * factor - row_max) of a tile, one vector at a time, and adds each
+// to row_sum.
 template <typename T, int kVectors>
 class Probabilities {
  public:
@@ -87,14 +89,14 @@ class Probabilities {
       sum_[x] = load(rows.sum + x * kLanes<T>);
     }
   }
-  // Of the scores of vector x of queries
+  // Returns the weights of the scores at s, which belong to vector x of queries.
   FA_INLINE Vec<T> operator()(const T* s, int x) {
     const Vec<T> distance = fma_once(load(s), factor_, sub(broadcast((T)0), max_[x]));
     const Vec<T> weight = exp2<T>(mul(distance, broadcast(kLog2e<T>)));
     sum_[x] = add(sum_[x], weight);
     return weight;
   }
-  // All of them, where the scores were
+  // Overwrites the scores of the tile by their weights.
   void replace(int64_t columns, T* s) {
     for (int64_t j = 0; j < columns; ++j) {
       for (int x = 0; x < kVectors; ++x) {
@@ -111,7 +113,7 @@ class Probabilities {
   Vec<T> factor_, max_[kVectors], sum_[kVectors];
 };
 
-// The sink of one head, or null.
+// Returns the sink of one head, or null.
 template <typename T>
 FA_INLINE const T* sink_of(const AttentionParams& p, int64_t b, int64_t h) {
   if (p.sinks == nullptr) return nullptr;
@@ -127,7 +129,7 @@ FA_INLINE int64_t batch_of_a_sample(const AttentionParams& p) {
 
 // The sink is one more logit, without a value: it only joins the denominator.
 struct Denominator {
-  double top, sum;  // sum * exp(top)
+  double top, sum;  // the denominator is sum * exp(top)
 };
 template <typename T>
 Denominator denominator(T row_max, T row_sum, const T* sink) {
@@ -138,7 +140,7 @@ Denominator denominator(T row_max, T row_sum, const T* sink) {
                    (logit == top ? 1 : __builtin_exp(logit - top))};
 }
 
-// -inf if there is neither a visible key nor a sink.
+// Returns the lse of a row, -inf if there is neither a visible key nor a sink.
 template <typename T>
 T log_sum_exp(T row_max, T row_sum, const T* sink) {
   const Denominator all = denominator(row_max, row_sum, sink);
@@ -146,7 +148,7 @@ T log_sum_exp(T row_max, T row_sum, const T* sink) {
   return (T)(all.top + __builtin_log(all.sum));
 }
 
-// The factor that normalises a finished row: 0 if it saw nothing.
+// Returns the normalizer of a finished row, 0 if the row saw nothing.
 template <typename T>
 T row_normalizer(T row_max, T row_sum, const T* sink) {
   if (saw_nothing(row_sum)) return 0;

@@ -1,4 +1,4 @@
-// What the operators of attention on the CPU have in common.
+// Helpers that the CPU operators of attention share.
 #pragma once
 
 #include "../attention_operators.h"
@@ -14,10 +14,10 @@ struct CallWorkspace {
   Tensor tensor;
 };
 
-// The random state of dropout, if there is any, where kernels read it.
+// Copies the random state of dropout, if there is any, to where kernels read it.
 void read_philox(AttentionParams& p, const Held& held);
 void read_philox(SoftmaxParams& p, const Held& held);
-// describe_sequences and describe_options, with the random state of dropout where kernels read it.
+// Runs describe_sequences, describe_options and read_philox.
 void describe_call(AttentionParams& p, const Options& o, const Shape& key, Held& held);
 
 void note_kernel(const char* kernel, const char* reason, TileConfig tiles);
@@ -31,19 +31,18 @@ constexpr Buffer kDbias = {"the gradient of the bias",
                            Owner::kResult};
 constexpr Buffer kDsinks = {"the gradient of the sinks [Hq]", "", Owner::kResult};
 
-// In the memory order of the input, dense.
+// Returns an uninitialized dense gradient in the memory format of the input.
 Tensor empty_gradient(const char* what, const Tensor& tensor, const Input& input, Layout layout);
-// `dtype` is that of a result which is not asked for.
+// Returns an uninitialized gradient like `tensor` if it is wanted, else no_result(dtype).
 Tensor gradient_if(bool wanted, Buffer buffer, const OptionalTensor& tensor, ScalarType dtype);
 Gradients zeros(Tensor& dq, Tensor& dk, Tensor& dv, Tensor& dbias, Tensor& dsinks);
 
-// -- the operators, beside those of attention_operators.h
-// ------------------------------------------
+// -- the operators, beside those of attention_operators.h -----------------------------------------
 
 void attention_weights(StableIValue* values, uint64_t, uint64_t);
 void attention_jvp(StableIValue* values, uint64_t, uint64_t);
 void attention_backward_jvp(StableIValue* values, uint64_t, uint64_t);
-// bool [batch, heads, seqlen_q, seqlen_k]: what dropout keeps.
+// Returns bool [batch, heads, seqlen_q, seqlen_k]: True where dropout keeps the weight.
 Tensor dropout_keep_mask(const Tensor& philox, double dropout_p, int64_t batch, int64_t heads,
                          int64_t seqlen_q, int64_t seqlen_k);
 // Refuses the lengths and pages that attention_forward would refuse. A call with dropout asks

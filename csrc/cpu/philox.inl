@@ -2,9 +2,9 @@
 // pure function of (seed, offset, head, row, column), so any tile is drawn on its own, in any
 // order.
 //
-// counter = (column // 8, row, batch * Hq + head, offset), key = seed, where columns, rows and
-// heads are numbered from where a call starts. The 128 bits of one call are the 16-bit values of
-// eight neighbouring columns, low bits first.
+// counter = (column // 8, row, batch * Hq + head, offset), key = seed. A call may start to number
+// its columns, rows and heads elsewhere than at 0 (dropout_group, dropout_row, dropout_head). The
+// 128 bits of one Philox call are the 16-bit values of eight neighbouring columns, low bits first.
 #pragma once
 
 #include "tiles.inl"
@@ -28,7 +28,7 @@ FA_INLINE void philox4x32(VecU32* x, uint64_t seed) {
   }
 }
 
-// What the weights of one head are drawn from; heads are numbered through the batch of a sample.
+// The random stream of the weights of one head. Heads are numbered through the batch of a sample.
 struct PhiloxStream {
   uint64_t seed;
   uint32_t offset, head;
@@ -46,8 +46,8 @@ FA_INLINE PhiloxStream attention_stream(const AttentionParams& p, int64_t b, int
   return stream;
 }
 
-// keep[j], bit i: is the weight of query m_start + i and key n_start + j kept? n_start is a
-// multiple of 8; whole groups of 8 columns are written.
+// Sets bit i of keep[j] if dropout keeps the weight of query m_start + i and key n_start + j.
+// n_start is a multiple of 8; whole groups of 8 columns are written.
 void dropout_keep_bits(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
                        int64_t rows, int64_t n_start, int64_t columns, uint64_t* keep) {
   const PhiloxStream stream = attention_stream(p, b, h);
@@ -66,7 +66,7 @@ void dropout_keep_bits(const AttentionParams& p, int64_t b, int64_t h, int64_t m
   }
 }
 
-// A matrix of 8 x 8 bits, transposed: bit 8 i + j <-> bit 8 j + i (Warren, Hacker's Delight, 7-3).
+// Transposes a matrix of 8 x 8 bits: bit 8 i + j <-> bit 8 j + i (Warren, Hacker's Delight, 7-3).
 FA_INLINE uint64_t transpose_bits(uint64_t x) {
   uint64_t t = (x ^ x >> 7) & 0x00aa00aa00aa00aau;
   x ^= t ^ t << 7;
@@ -76,9 +76,9 @@ FA_INLINE uint64_t transpose_bits(uint64_t x) {
   return x ^ t ^ t << 28;
 }
 
-// For one row from column `first` (a multiple of 8) on, with the lanes over its groups of 8
-// columns: bit i of keep[w] says whether the weight in column first + 64 w + i is kept. Written are
-// whole vectors of groups, at most kKeepSlack words too many.
+// Draws one row from column `first` (a multiple of 8) on; the lanes run over its groups of 8
+// columns. Bit i of keep[w] says whether the weight in column first + 64 w + i is kept. Whole
+// vectors of groups are written, at most kKeepSlack words more than the columns need.
 constexpr int64_t kKeepSlack = 2;
 void dropout_keep_row(PhiloxStream stream, uint32_t threshold, uint32_t row, int64_t first,
                       int64_t columns, uint64_t* keep) {
@@ -113,7 +113,7 @@ void drop(const uint64_t* keep, int64_t columns, T* s) {
   }
 }
 
-// The mask itself, one byte a weight. Task: one row of one head.
+// Writes the dropout mask itself, one byte per weight. Task: one row of one head.
 struct DropoutKeepMask {
   static int64_t num_tasks(const AttentionParams& p) { return p.B * p.Hq * p.Sq; }
   static size_t workspace_bytes(const AttentionParams&) { return kBlockN * sizeof(uint64_t); }

@@ -39,15 +39,16 @@ class Workspace {
   size_t size_ = 0;
 };
 
-// Tasks [next, end), drawn by whoever comes.
+// Tasks [next, end), which threads draw one by one.
 struct alignas(64) TaskRange {
   std::atomic<int64_t> next{0};
   int64_t end = 0;
 };
 constexpr int64_t kMaxShares = 16;
 
-// The tasks of share `first`, then what others left of theirs. Returns false, without having drawn
-// a task, if there is no memory for the workspace: other threads may have theirs.
+// Runs the tasks of share `first`, then those that are left in the other shares. Returns false,
+// without having drawn a task, if there is no memory for the workspace: other threads may have
+// theirs.
 template <typename Params>
 bool run_tasks(const PhaseOf<Params>& phase, const Params& params, TaskRange* shares, int64_t count,
                int64_t first) {
@@ -108,7 +109,7 @@ void run_phase(const PhaseOf<Params>& phase, const Params& params, bool own_rang
     shares[i].next = tasks * i / count;
     shares[i].end = tasks * (i + 1) / count;
   }
-  std::atomic<bool> served = false;  // by one thread at least, which then ran every task
+  std::atomic<bool> served = false;  // whether a thread had its workspace: every task was then run
   torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     if (run_tasks(phase, params, shares, count, thread % count)) served = true;
   });

@@ -1,5 +1,5 @@
-// From q.k to the logits the softmax sees: softcap, bias and ALiBi, for one transposed tile
-// s[key][query] (kVectors vectors of queries a row).
+// Computes logits from q.k: scale, softcap, bias and ALiBi, for one transposed tile s[key][query]
+// (kVectors vectors of queries per row).
 #pragma once
 
 #include "sequence.inl"
@@ -7,7 +7,8 @@
 namespace fused_attention {
 namespace {
 
-// Rows [m_start, m_start + rows), keys [n_start, n_start + columns): [rows][kBlockN].
+// Loads rows [m_start, m_start + rows) and keys [n_start, n_start + columns) of a bias, or of
+// another tensor that broadcasts against the scores: [rows][kBlockN].
 template <typename T>
 void load_scores(const ScoreView& view, int64_t b, int64_t h, int64_t m_start, int64_t rows,
                  int64_t n_start, int64_t columns, T* staged) {
@@ -19,8 +20,9 @@ void load_scores(const ScoreView& view, int64_t b, int64_t h, int64_t m_start, i
   }
 }
 
-// s <- f(u), u = scale s, for `count` values of q.k, whole vectors. f(u) = u, or with softcap
-// cap tanh(u / cap). slope and bend, if given, get f'(u) and f''(u) where scores bend.
+// s <- f(u), u = scale s, for `count` values of q.k, whole vectors. f(u) = u, or with softcap cap
+// tanh(u / cap). With softcap, `slope` gets f'(u), the cap slope, and `bend` gets f''(u), unless
+// they are null.
 template <typename T>
 FA_INLINE void map_scores(const AttentionParams& p, int64_t count, T* s, T* slope, T* bend) {
   constexpr int W = kLanes<T>;
@@ -39,9 +41,9 @@ FA_INLINE void map_scores(const AttentionParams& p, int64_t count, T* s, T* slop
   }
 }
 
-// s <- logits where a feature asks for it. Returns the factor that still turns s into logits: scale
-// for plain scores, else 1. It is positive, so that maxima may be taken before it is applied.
-// slope and bend: see map_scores.
+// s <- logits if softcap, bias, ALiBi or a scale that is not positive asks for it. Returns the
+// factor that still turns s into logits: scale if s is left as q.k, else 1. The factor is positive,
+// so that maxima may be taken before it is applied. slope and bend: see map_scores.
 template <typename T, int kVectors>
 double finish_scores(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
                      int64_t rows, int64_t n_start, int64_t columns, T* s, T* bias_staged,
@@ -50,7 +52,7 @@ double finish_scores(const AttentionParams& p, const Sequence& seq, int64_t h, i
   const bool bias = p.bias.data != nullptr, alibi = p.alibi_slopes != nullptr;
   if (!p.bends_scores() && !bias && !alibi && p.scale > 0) return p.scale;
   map_scores(p, columns * kRow, s, slope, bend);
-  if (bias && p.bias.stride_q == 0) {  // one value a key
+  if (bias && p.bias.stride_q == 0) {  // one value per key
     load_scores(p.bias, seq.b, h, m_start, 1, n_start, columns, bias_staged);
     for (int64_t j = 0; j < columns; ++j) {
       const Vec<T> value = broadcast(bias_staged[j]);

@@ -1,6 +1,5 @@
-// One sequence of a call: how long it is, and where its tokens lie. Everything that may differ
-// between the entries of a batch (packed sequences, used lengths, pages) is decided here, once a
-// task.
+// One sequence of a call: its lengths, and where its tokens lie. Everything that may differ between
+// the entries of a batch (packed sequences, used lengths, pages) is decided here, once per task.
 #pragma once
 
 #include "tiles.inl"
@@ -9,8 +8,8 @@ namespace fused_attention {
 namespace {
 
 struct Sequence {
-  int64_t b;                 // its number, in what has a batch dimension
-  int64_t Sq, Sk;            // its queries; its keys, those in use
+  int64_t b;                 // its index along a batch dimension
+  int64_t Sq, Sk;            // the number of its queries, and of its keys in use
   int64_t q_start, k_start;  // its first token among all tokens, 0 unless they are packed
   int64_t diagonal_offset;   // key j meets query i at j = i + diagonal_offset
   const int32_t* pages;      // the numbers of the pages its keys lie in, or null
@@ -35,13 +34,14 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
   return seq;
 }
 
-// A block of at most `size` tokens of one head of one sequence. Those of packed sequences may be
-// empty: `start` is beyond the last token then.
+// A block of at most `size` tokens of one head of one sequence. A block of a packed sequence may be
+// empty: its `start` is then beyond the last token.
 struct Block {
   int64_t b, h, start;
 };
-// Packed: the blocks of sequence b, which starts at token t, are those from t / size + b on. That
-// is room for all, since ceil(n / size) <= (t + n) / size - t / size + 1.
+// Returns the number of blocks of one head, over all sequences. If sequences are packed, the blocks
+// of sequence b, which starts at token t, are numbered from t / size + b on. These numbers suffice,
+// since ceil(n / size) <= (t + n) / size - t / size + 1.
 FA_INLINE int64_t blocks_of_a_head(const AttentionParams& p, const int32_t* cu_seqlens,
                                    int64_t length, int64_t size) {
   if (cu_seqlens == nullptr) return p.B * ceil_div(length, size);
@@ -64,18 +64,20 @@ FA_INLINE Block block_of(const AttentionParams& p, const int32_t* cu_seqlens, in
 FA_INLINE int64_t count_query_blocks(const AttentionParams& p, int64_t size) {
   return p.Hq * blocks_of_a_head(p, p.cu_seqlens_q, p.Sq, size);
 }
-// The last queries first: under a causal mask they have the most keys.
+// The last queries come first: under a causal mask they see the most keys.
 FA_INLINE Block query_block(const AttentionParams& p, int64_t number, int64_t size) {
   number = count_query_blocks(p, size) - 1 - number;
   return block_of(p, p.cu_seqlens_q, p.Hq, p.Sq, number, size);
 }
-// Are there key heads enough for every thread, each small enough for a cache? Then a task may be
-// all queries of one of them. Of packed sequences it takes more, for they differ in length.
+// Whether there are enough key heads to keep every thread busy, and each fits in a cache. A task
+// may then be all queries of one key head. Packed sequences need more heads, because their lengths
+// differ.
 FA_INLINE bool many_heads(const AttentionParams& p, int64_t bytes_of_a_head) {
   const int64_t heads_a_thread = p.cu_seqlens_q == nullptr ? 4 : 32;
   return p.B * p.Hkv >= heads_a_thread * p.threads && bytes_of_a_head <= 2 << 20;
 }
-// Of keys; in pages there are as many of each sequence.
+// Returns the offsets of packed keys, or null. Paged keys have none: every sequence has the same
+// capacity of keys, which are divided into blocks as in a dense batch.
 FA_INLINE const int32_t* key_offsets(const AttentionParams& p) {
   return p.block_table == nullptr ? p.cu_seqlens_k : nullptr;
 }
@@ -86,7 +88,7 @@ FA_INLINE Block key_block(const AttentionParams& p, int64_t number, int64_t size
   return block_of(p, key_offsets(p), p.Hkv, p.Sk, number, size);
 }
 
-// The number of the block in which key n of head h lies.
+// Returns the number of the block in which key n of head h lies.
 FA_INLINE int64_t key_block_number(const AttentionParams& p, int64_t b, int64_t h, int64_t n,
                                    int64_t size) {
   const int32_t* offsets = key_offsets(p);
@@ -94,7 +96,7 @@ FA_INLINE int64_t key_block_number(const AttentionParams& p, int64_t b, int64_t 
   return h * blocks_of_a_head(p, offsets, p.Sk, size) + offsets[b] / size + b + n / size;
 }
 
-// Where lse and delta have query i of head h.
+// Returns the index of query i of head h in lse and delta.
 FA_INLINE int64_t row_number(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i) {
   return seq.b * p.lse_stride_b + h * p.lse_stride_h + seq.q_start + i;
 }
@@ -102,18 +104,18 @@ template <typename T>
 FA_INLINE T* lse_of(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t i) {
   return (T*)p.lse + row_number(p, seq, h, i);
 }
-// Where the row of key n of head h lies.
+// Returns the address of the row of key n of head h.
 FA_INLINE const char* key_row(const AttentionParams& p, const TensorView& view, const Sequence& seq,
                               int64_t h, int64_t n) {
   if (seq.pages == nullptr) return (char*)row_of(view, p.dtype, seq.b, h, seq.k_start + n);
   return (char*)row_of(view, p.dtype, seq.pages[n / p.page_size], h, n % p.page_size);
 }
-// How many keys from n on, at most `columns`, lie at one distance from each other.
+// Returns how many keys from n on, at most `columns`, lie at a constant stride.
 FA_INLINE int64_t keys_in_a_row(const AttentionParams& p, const Sequence& seq, int64_t n,
                                 int64_t columns) {
   return seq.pages == nullptr ? columns : min_of(columns, p.page_size - n % p.page_size);
 }
-// at[j] <- where the row of key n + j lies, for j < columns.
+// at[j] <- the address of the row of key n + j, for j < columns.
 void key_addresses(const AttentionParams& p, const TensorView& view, const Sequence& seq, int64_t h,
                    int64_t n, int64_t columns, const char** at) {
   const int64_t step = view.stride_s * element_size(p.dtype);
@@ -124,9 +126,10 @@ void key_addresses(const AttentionParams& p, const TensorView& view, const Seque
   }
 }
 
-// The rows of K or V of one head, for reading scalars: in place where they are of type T already,
-// else converted; rows whose visibility word is 0 (nobody may see them) are zero, whatever they
-// held, since 0 * NaN would not be. `visible` is null when every row is seen.
+// Returns the rows of K or V of one head, for reading scalars: in place if they are of type T, none
+// is hidden and they lie at a constant stride, else converted in `scratch`. Rows whose visibility
+// word is 0 (no query sees them) become 0, whatever they held, since 0 * NaN is not 0. `visible` is
+// null if every row is seen.
 template <typename T>
 Scalars<T> key_rows(const AttentionParams& p, const TensorView& view, const Sequence& seq,
                     int64_t h, int64_t start, int64_t rows, int64_t columns,
@@ -148,7 +151,7 @@ Scalars<T> key_rows(const AttentionParams& p, const TensorView& view, const Sequ
   return {scratch, columns, 1};
 }
 
-// The same as a tile [padded_rows][round_up(columns)], zero-padded.
+// Loads the same rows as a tile [padded_rows][round_up(columns)], padded with zeros.
 template <typename T>
 void load_key_tile(T* dst, const AttentionParams& p, const TensorView& view, const Sequence& seq,
                    int64_t h, int64_t start, int64_t rows, int64_t columns, const uint64_t* visible,

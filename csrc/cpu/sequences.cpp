@@ -5,7 +5,8 @@
 namespace fused_attention {
 namespace {
 
-// Offsets of packed sequences: 0, ... rising to at most `total`.
+// Refuses offsets of packed sequences, unless they begin with 0, do not fall, and are at most
+// `total`.
 void check_offsets(const char* name, const int32_t* offsets, int64_t B, int64_t total) {
   STD_TORCH_CHECK(offsets[0] == 0, name, ": expected 0 first, got ", offsets[0]);
   for (int64_t b = 0; b < B; ++b) {
@@ -16,7 +17,7 @@ void check_offsets(const char* name, const int32_t* offsets, int64_t B, int64_t 
                   " tokens, got ", offsets[B]);
 }
 
-// The pages that `used` keys need are there.
+// Refuses the pages that hold `used` keys if one of them does not exist.
 void check_pages(const int32_t* pages, int64_t used, int64_t page_size, int64_t num_pages) {
   for (int64_t n = 0; n * page_size < used; ++n) {
     STD_TORCH_CHECK(pages[n] >= 0 && pages[n] < num_pages, "block_table: expected pages in [0, ",
@@ -33,7 +34,7 @@ void check_places(const AttentionParams& p, int64_t Tq, int64_t num_pages) {
   if (!has_sequences(p)) return;
   if (p.cu_seqlens_q != nullptr) check_offsets("cu_seqlens_q", p.cu_seqlens_q, p.B, Tq);
   if (p.cu_seqlens_k != nullptr) {
-    // Of paged keys they tell the lengths only.
+    // With paged keys, cu_seqlens_k gives the lengths only.
     const int64_t total = p.block_table != nullptr ? std::numeric_limits<int32_t>::max() : p.Sk;
     check_offsets("cu_seqlens_k", p.cu_seqlens_k, p.B, total);
   }

@@ -1,5 +1,6 @@
-// The vector vocabulary of the instruction set that a unit is compiled for (isa_*.cpp names it):
-// the algorithms are written in its words. A file that is opened alone has the baseline's.
+// Includes the vector vocabulary of the instruction set that a translation unit is compiled for
+// (isa_*.cpp names it). The kernels are written in this vocabulary. A file that is opened alone
+// gets the baseline's.
 #pragma once
 
 #ifndef FUSED_ATTENTION_SIMD

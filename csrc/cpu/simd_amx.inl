@@ -1,5 +1,6 @@
-// The tile vocabulary on AMX: 8 registers, each a matrix of 16 rows of 64 bytes. GCC 12's own
-// intrinsics neither declare what ldtilecfg reads nor that loads and stores touch memory.
+// The vocabulary of AMX tiles: 8 registers, each a matrix of 16 rows of 64 bytes. It is inline
+// assembly, because GCC 12's intrinsics declare neither what ldtilecfg reads nor that loads and
+// stores touch memory.
 #pragma once
 
 #include "simd_avx512.inl"
@@ -14,7 +15,8 @@ struct alignas(64) TileConfiguration {
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-// The configuration belongs to a thread, and other libraries change it: once around every task.
+// The configuration belongs to a thread, and other libraries change it. So it is loaded before
+// every task and released after it.
 FA_INLINE void begin_tiles() {
   static const TileConfiguration configuration;
   asm volatile("ldtilecfg %0" ::"m"(configuration));
@@ -25,7 +27,7 @@ template <int kTile>
 FA_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
 }
-// Row r of the tile at p + r * row_bytes.
+// Row r of the AMX tile lies at p + r * row_bytes.
 template <int kTile>
 FA_INLINE void tile_load(const void* p, int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(kTile) : "memory");

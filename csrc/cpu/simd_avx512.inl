@@ -9,7 +9,7 @@ namespace fused_attention {
 namespace {
 
 constexpr int kVectorRegisters = 32;
-constexpr bool kFusedMultiplyAdd = true;  // fma rounds once
+constexpr bool kFusedMultiplyAdd = true;  // whether fma rounds once
 
 template <typename T>
 struct Simd;
@@ -47,20 +47,20 @@ FA_INLINE __m512 fma_once(__m512 a, __m512 b, __m512 c) { return fma(a, b, c); }
 FA_INLINE __m512d fma_once(__m512d a, __m512d b, __m512d c) { return fma(a, b, c); }
 FA_INLINE __m512 abs(__m512 a) { return _mm512_abs_ps(a); }
 FA_INLINE __m512d abs(__m512d a) { return _mm512_abs_pd(a); }
-// max, min: the second operand where either is NaN.
+// max and min return the second operand if either is NaN.
 FA_INLINE __m512 max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 FA_INLINE __m512d max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 FA_INLINE __m512 min(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
 FA_INLINE __m512d min(__m512d a, __m512d b) { return _mm512_min_pd(a, b); }
 
-// Lane i of a where bit i is set, of b elsewhere.
+// Returns lane i of a where bit i is set, and of b elsewhere.
 FA_INLINE __m512 select_bits(uint64_t bits, __m512 a, __m512 b) {
   return _mm512_mask_blend_ps((__mmask16)bits, b, a);
 }
 FA_INLINE __m512d select_bits(uint64_t bits, __m512d a, __m512d b) {
   return _mm512_mask_blend_pd((__mmask8)bits, b, a);
 }
-// a where x < y (false for NaN), b elsewhere.
+// Returns a where x < y (false for NaN), and b elsewhere.
 FA_INLINE __m512 select_lt(__m512 x, __m512 y, __m512 a, __m512 b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), b, a);
 }
@@ -70,12 +70,12 @@ FA_INLINE __m512d select_lt(__m512d x, __m512d y, __m512d a, __m512d b) {
 FA_INLINE bool any_gt(__m512 x, __m512 y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ) != 0; }
 FA_INLINE bool any_gt(__m512d x, __m512d y) { return _mm512_cmp_pd_mask(x, y, _CMP_GT_OQ) != 0; }
 
-// Over the lanes. reduce_max: unspecified if a lane is NaN.
+// Reductions over the lanes. The result of reduce_max is unspecified if a lane is NaN.
 FA_INLINE float reduce_max(__m512 a) { return _mm512_reduce_max_ps(a); }
 FA_INLINE double reduce_max(__m512d a) { return _mm512_reduce_max_pd(a); }
 FA_INLINE float reduce_add(__m512 a) { return _mm512_reduce_add_ps(a); }
 FA_INLINE double reduce_add(__m512d a) { return _mm512_reduce_add_pd(a); }
-// Bit i: byte i of 64 is not 0.
+// Sets bit i if byte i of 64 is not 0.
 FA_INLINE uint64_t nonzero_bytes(const uint8_t* p) {
   const __m512i bytes = _mm512_loadu_si512(p);
   return _mm512_test_epi8_mask(bytes, bytes);
@@ -86,7 +86,7 @@ FA_INLINE __m512 iota(float) {
 }
 FA_INLINE __m512d iota(double) { return _mm512_set_pd(7, 6, 5, 4, 3, 2, 1, 0); }
 
-// x - n, in [-0.5, 0.5], n the integer next to x; 0 for infinities
+// Returns x - n, in [-0.5, 0.5], for the integer n nearest to x; 0 for infinities.
 FA_INLINE __m512 split_integer(__m512 x, __m512* n) {
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   *n = _mm512_sub_ps(x, f);
@@ -97,7 +97,7 @@ FA_INLINE __m512d split_integer(__m512d x, __m512d* n) {
   *n = _mm512_sub_pd(x, f);
   return f;
 }
-// p * 2^n, 0 where that underflows; n is integer or -inf
+// Returns p * 2^n, or 0 where that underflows; n is an integer or -inf.
 FA_INLINE __m512 scale_exp2(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
 FA_INLINE __m512d scale_exp2(__m512d p, __m512d n) { return _mm512_scalef_pd(p, n); }
 
@@ -105,9 +105,9 @@ FA_INLINE VecU32 iota_u32() {
   return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
 }
 
-// kLanes 16-bit elements, widened; and float rounded to nearest-even, narrowed.
+// Load kLanes 16-bit elements, widened to float, and store floats rounded to nearest-even.
 FA_INLINE __m512 load_bfloat16(const uint16_t* p) {
-  // Word i becomes the upper half of lane i, 0 the lower one.
+  // Word i becomes the upper half of lane i; the lower half is 0.
   const __m512i word = _mm512_mullo_epi32(iota_u32(), _mm512_set1_epi32(1 << 16));
   const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
   return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, word, words));
@@ -116,7 +116,8 @@ FA_INLINE __m512 load_float16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
 FA_INLINE void store_bfloat16(uint16_t* p, __m512 a) {
-  // + 0x7fff, and + 1 where the last bit that stays is odd. Not a NaN, which could become infinite.
+  // Adds 0x7fff, and 1 more where the last bit that stays is odd. A NaN is replaced, because the
+  // addition could make it infinite.
   const __m512i bits = _mm512_castps_si512(a), nan = _mm512_set1_epi32(0x7fc00000);
   const __mmask16 number = _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q);
   const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(1 << 16));
@@ -133,7 +134,7 @@ FA_INLINE void store_float16(uint16_t* p, __m512 a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// In place: r[i][j] <-> r[j][i].
+// Transposes in place: r[i][j] <-> r[j][i].
 FA_INLINE void transpose(__m512* r) {
   __m512 t[16];
   for (int i = 0; i < 8; ++i) {
@@ -177,7 +178,7 @@ FA_INLINE void transpose(__m512d* r) {
   }
 }
 
-// Lane i: the sum of the lanes of r[i].
+// Lane i becomes the sum of the lanes of r[i].
 FA_INLINE __m512 sum_lanes(const __m512* r) {
   __m512 pairs[8], fours[4];
   for (int i = 0; i < 8; ++i) {  // in each quarter: sums of r[2 i], r[2 i + 1], r[2 i], r[2 i + 1]
@@ -213,14 +214,14 @@ FA_INLINE __m512d sum_lanes(const __m512d* r) {
 FA_INLINE VecU32 broadcast_u32(uint32_t x) { return _mm512_set1_epi32((int)x); }
 FA_INLINE VecU32 add_u32(VecU32 a, VecU32 b) { return _mm512_add_epi32(a, b); }
 FA_INLINE VecU32 xor_u32(VecU32 a, VecU32 b) { return _mm512_xor_si512(a, b); }
-// The 64-bit products a * b, as high and low words.
+// Computes the 64-bit products a * b, as high and low words.
 FA_INLINE void mul_wide_u32(VecU32 a, VecU32 b, VecU32* high, VecU32* low) {
   const __m512i even = _mm512_mul_epu32(a, b);
   const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
   *low = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
   *high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
 }
-// Bit i: the low (high) 16 bits of lane i are >= threshold.
+// Set bit i if the low (high) 16 bits of lane i are >= threshold.
 FA_INLINE uint64_t low16_ge(VecU32 a, uint32_t threshold) {
   return _mm512_cmpge_epu32_mask(_mm512_and_si512(a, _mm512_set1_epi32(0xffff)),
                                  broadcast_u32(threshold));
@@ -233,12 +234,13 @@ FA_INLINE uint64_t high16_ge(VecU32 a, uint32_t threshold) {
 struct Pair {
   uint16_t low, high;
 };
-// pairs[i] = (low[i], high[i]) for i < 32; where a bit is not set nothing is read, and it is 0.
+// pairs[i] = (low[i], high[i]) for i < 32. Where a bit of low_bits (high_bits) is not set, nothing
+// is read and that half is 0.
 FA_INLINE void pair_rows(const uint16_t* low, uint64_t low_bits, const uint16_t* high,
                          uint64_t high_bits, Pair* pairs) {
   const __m512i a = _mm512_maskz_loadu_epi16((__mmask32)low_bits, low);
   const __m512i b = _mm512_maskz_loadu_epi16((__mmask32)high_bits, high);
-  // Words of a and b in turn: word 2 i of the first vector is a[i], word 2 i + 1 is b[i].
+  // Interleaves the words of a and b: word 2 i of the first vector is a[i], word 2 i + 1 is b[i].
   const __m512i both = _mm512_set1_epi32(1 << 16 | 1);
   const __m512i first =
       _mm512_add_epi32(_mm512_mullo_epi32(iota_u32(), both), _mm512_set1_epi32(32 << 16));

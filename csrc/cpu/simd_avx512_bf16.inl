@@ -24,15 +24,15 @@ FA_INLINE __m512 fma(PairVec a, PairVec b, __m512 c) { return _mm512_dpbf16_ps(c
 
 constexpr Pair kOnes = {0x3f80, 0x3f80};
 
-// Lane i: (low[i], high[i]), each the next bfloat16 (of two, the larger in magnitude). Not for NaN,
-// which the addition may turn into a number.
+// Lane i becomes (low[i], high[i]), each rounded to the nearest bfloat16 (ties away from 0). Not
+// for NaN, which the addition may turn into a number.
 FA_INLINE PairVec round_to_pair(__m512 low, __m512 high) {
   const __m512i half = _mm512_set1_epi32(0x8000);
   const __m512i a = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(low), half), 16);
   const __m512i b = _mm512_add_epi32(_mm512_castps_si512(high), half);
   return {(__m512bh)_mm512_mask_mov_epi16(a, 0xaaaaaaaa, b)};
 }
-// Each the nearest bfloat16, NaN for NaN.
+// Stores each number as the nearest bfloat16, and NaN as NaN.
 FA_INLINE void store_rounded(uint16_t* dst, __m512 x) {
   _mm256_storeu_si256((__m256i*)dst, (__m256i)_mm512_cvtneps_pbh(x));
 }

@@ -8,7 +8,7 @@ namespace fused_attention {
 namespace {
 
 constexpr int kVectorRegisters = 16;
-constexpr bool kFusedMultiplyAdd = false;  // fma rounds once
+constexpr bool kFusedMultiplyAdd = false;  // whether fma rounds once
 
 template <typename T, int N>
 struct Lanes {
@@ -73,7 +73,7 @@ FA_LANEWISE(add, x + y)
 FA_LANEWISE(sub, x - y)
 FA_LANEWISE(mul, x* y)
 FA_LANEWISE(div, x / y)
-// max, min: the second operand where either is NaN.
+// max and min return the second operand if either is NaN.
 FA_LANEWISE(max, x > y ? x : y)
 FA_LANEWISE(min, x < y ? x : y)
 #undef FA_LANEWISE
@@ -81,7 +81,7 @@ template <typename T, int N>
 FA_INLINE Lanes<T, N> fma(Lanes<T, N> a, Lanes<T, N> b, Lanes<T, N> c) {
   return map([](T x, T y, T z) { return x * y + z; }, a, b, c);
 }
-// The same, rounded once: float through double.
+// Does the same with one rounding for float (through double).
 template <int N>
 FA_INLINE Lanes<float, N> fma_once(Lanes<float, N> a, Lanes<float, N> b, Lanes<float, N> c) {
   return map([](float x, float y, float z) { return (float)((double)x * y + z); }, a, b, c);
@@ -95,13 +95,13 @@ FA_INLINE Lanes<T, N> abs(Lanes<T, N> a) {
   return map([](T x) { return x < 0 ? -x : x; }, a);
 }
 
-// Lane i of a where bit i is set, of b elsewhere.
+// Returns lane i of a where bit i is set, and of b elsewhere.
 template <typename T, int N>
 FA_INLINE Lanes<T, N> select_bits(uint64_t bits, Lanes<T, N> a, Lanes<T, N> b) {
   for (int i = 0; i < N; ++i) a.lane[i] = (bits >> i & 1) ? a.lane[i] : b.lane[i];
   return a;
 }
-// a where x < y (false for NaN), b elsewhere.
+// Returns a where x < y (false for NaN), and b elsewhere.
 template <typename T, int N>
 FA_INLINE Lanes<T, N> select_lt(Lanes<T, N> x, Lanes<T, N> y, Lanes<T, N> a, Lanes<T, N> b) {
   return map([](T p, T q, T r, T s) { return p < q ? r : s; }, x, y, a, b);
@@ -113,7 +113,7 @@ FA_INLINE bool any_gt(Lanes<T, N> x, Lanes<T, N> y) {
   return any;
 }
 
-// Over the lanes. reduce_max: unspecified if a lane is NaN.
+// Reductions over the lanes. The result of reduce_max is unspecified if a lane is NaN.
 template <typename T, int N>
 FA_INLINE T reduce_max(Lanes<T, N> a) {
   T top = a.lane[0];
@@ -126,7 +126,7 @@ FA_INLINE T reduce_add(Lanes<T, N> a) {
   for (int i = 1; i < N; ++i) sum += a.lane[i];
   return sum;
 }
-// Bit i: byte i of 64 is not 0.
+// Sets bit i if byte i of 64 is not 0.
 FA_INLINE uint64_t nonzero_bytes(const uint8_t* p) {
   uint64_t bits = 0;
   for (int i = 0; i < 64; ++i) bits |= (uint64_t)(p[i] != 0) << i;
@@ -140,8 +140,8 @@ FA_INLINE typename Simd<T>::Vec iota(T) {
   return out;
 }
 
-// x - n, n the integer next to x: f in [-0.5, 0.5] for |x| <= 2000. Beyond 2^(digits - 1) there are
-// only integers.
+// Returns x - n for the integer n nearest to x: in [-0.5, 0.5] for |x| <= 2000. Adding kIntegers
+// rounds to an integer, because numbers of that size have no fraction.
 template <typename T, int N>
 FA_INLINE Lanes<T, N> split_integer(Lanes<T, N> x, Lanes<T, N>* n) {
   constexpr T kIntegers = sizeof(T) == 4 ? (T)12582912.0 : (T)6755399441055744.0;  // 1.5 2^23, 2^52
@@ -152,9 +152,9 @@ FA_INLINE Lanes<T, N> split_integer(Lanes<T, N> x, Lanes<T, N>* n) {
   *n = map(nearest, x);
   return sub(x, *n);
 }
-// p * 2^n, 0 where that underflows, whatever p is. The power is built in the exponent field, which
-// holds it for n in [-126, 127] ([-1022, 1023]); the clamp keeps the conversion to an integer
-// defined for NaN and infinities.
+// Returns p * 2^n, or 0 where that underflows, whatever p is. The power is built in the exponent
+// field, which holds it for n in [-126, 127] ([-1022, 1023]); the clamp keeps the conversion to an
+// integer defined for NaN and infinities.
 FA_INLINE float times_power(float p, float n) {
   if (n < -126.0f) return 0.0f;
   return p * bits_to_float((uint32_t)((n < 127.0f ? (int)n : 127) + 127) << 23);
@@ -171,7 +171,7 @@ FA_INLINE Lanes<T, N> scale_exp2(Lanes<T, N> p, Lanes<T, N> n) {
   return map([](T a, T b) { return times_power(a, b); }, p, n);
 }
 
-// kLanes 16-bit elements, widened; and float rounded to nearest-even, narrowed.
+// Load kLanes 16-bit elements, widened to float, and store floats rounded to nearest-even.
 FA_INLINE Simd<float>::Vec load_bfloat16(const uint16_t* p) {
   Simd<float>::Vec out;
   for (int i = 0; i < 4; ++i) out.lane[i] = bits_to_float((uint32_t)p[i] << 16);
@@ -214,7 +214,7 @@ FA_INLINE void store_float16(uint16_t* p, Simd<float>::Vec a) {
   }
 }
 
-// In place: r[i][j] <-> r[j][i].
+// Transposes in place: r[i][j] <-> r[j][i].
 template <typename T, int N>
 FA_INLINE void transpose(Lanes<T, N>* r) {
   for (int i = 0; i < N; ++i) {
@@ -226,7 +226,7 @@ FA_INLINE void transpose(Lanes<T, N>* r) {
   }
 }
 
-// Lane i: the sum of the lanes of r[i].
+// Lane i becomes the sum of the lanes of r[i].
 template <typename T, int N>
 FA_INLINE Lanes<T, N> sum_lanes(const Lanes<T, N>* r) {
   Lanes<T, N> out;
@@ -240,7 +240,7 @@ FA_INLINE VecU32 add_u32(VecU32 a, VecU32 b) { return add(a, b); }
 FA_INLINE VecU32 xor_u32(VecU32 a, VecU32 b) {
   return map([](uint32_t x, uint32_t y) { return x ^ y; }, a, b);
 }
-// The 64-bit products a * b, as high and low words.
+// Computes the 64-bit products a * b, as high and low words.
 FA_INLINE void mul_wide_u32(VecU32 a, VecU32 b, VecU32* high, VecU32* low) {
   for (int i = 0; i < 4; ++i) {
     const uint64_t product = (uint64_t)a.lane[i] * b.lane[i];
@@ -248,7 +248,7 @@ FA_INLINE void mul_wide_u32(VecU32 a, VecU32 b, VecU32* high, VecU32* low) {
     high->lane[i] = (uint32_t)(product >> 32);
   }
 }
-// Bit i: the low (high) 16 bits of lane i are >= threshold.
+// Set bit i if the low (high) 16 bits of lane i are >= threshold.
 FA_INLINE uint64_t low16_ge(VecU32 a, uint32_t threshold) {
   uint64_t bits = 0;
   for (int i = 0; i < 4; ++i) bits |= (uint64_t)((a.lane[i] & 0xffff) >= threshold) << i;

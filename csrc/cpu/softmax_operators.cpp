@@ -1,4 +1,4 @@
-// How masked softmax runs on the CPU.
+// Runs masked softmax on the CPU.
 #include "../softmax_operators.h"
 
 #include <sys/mman.h>
@@ -8,9 +8,9 @@
 namespace fused_attention {
 namespace {
 
-// The first write to each page of new memory costs more than computing what is in it: most of it is
-// the trap, so the kernel is asked for many pages at once. No matter if it cannot (before
-// Linux 5.14).
+// The first write to each page of new memory costs more than computing what is in it, mostly for
+// the trap. So Linux is asked to map many pages at once; if it cannot (before 5.14), nothing is
+// lost.
 void map_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
   constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which old headers lack
@@ -23,7 +23,7 @@ void map_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 
 }  // namespace
 
-// Outputs that are small lie in memory that malloc has had before.
+// Small outputs lie in memory that malloc has had before, whose pages are mapped.
 void expect_output(SoftmaxParams& p, const Tensor& out) {
   constexpr int64_t kNewMemory = 1 << 20;  // elements
   if (out.numel() >= kNewMemory) p.map_pages = map_pages;

@@ -1,4 +1,4 @@
-// attention_jvp and attention_backward_jvp.
+// The CPU operators attention_jvp and attention_backward_jvp.
 #include <algorithm>
 
 #include "operators.h"
@@ -6,7 +6,7 @@
 namespace fused_attention {
 namespace {
 
-// A tangent as kernels read it: in place, or in a copy that is held here.
+// Tangents as kernels read them: in place, or in a copy that is held here.
 struct TangentInputs {
   explicit TangentInputs(ScalarType type) : dtype(type) {}
   TensorView view(const OptionalTensor& tensor, const Shape& like, const char* name) {
@@ -67,7 +67,7 @@ void refuse_sequences(const Options& o) {
 
 }  // namespace
 
-// (tangent_out, tangent_lse)
+// Returns (tangent_out, tangent_lse).
 void attention_jvp(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   const Tensor query = stack.tensor(), key = stack.tensor(), value = stack.tensor();
@@ -102,8 +102,7 @@ void attention_jvp(StableIValue* values, uint64_t, uint64_t) {
 }
 
 namespace {
-// The tangents of what attention_backward returns. `rest`: what follows the arguments of a
-// backward up to lse.
+// Returns the tangents of the results of attention_backward. `rest` has the arguments behind lse.
 Gradients backward_jvp(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
                        const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
                        Stack& rest) {

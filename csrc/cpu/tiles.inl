@@ -2,7 +2,7 @@
 // conversions between them and the tensors. Everything an attention kernel does to more than one
 // number at a time is here, so that the kernels read like the paper.
 //
-// The layout that serves every product: the vector lanes run over queries. A tile of scores is held
+// The vector lanes run over queries, which serves every product. A tile of scores is held
 // transposed, s[key][query], so that softmax runs down the rows with no horizontal operation, and
 // in each product one operand is read a scalar at a time (broadcast), the other by whole vectors.
 #pragma once
@@ -12,11 +12,12 @@
 namespace fused_attention {
 namespace {
 
-// Queries a tile: three vectors, which with 8 rows of accumulators fill the register file.
+// Queries per tile: three vectors. With three, 8 rows of accumulators fill the 32 registers of
+// AVX-512.
 constexpr int kMaxVectors = 3;
 template <typename T>
 constexpr int kBlockM = kMaxVectors * kLanes<T>;
-// Keys a tile: a multiple of 8 (a Philox group) and of every row block of `multiply`.
+// Keys per tile: a multiple of 8 (a Philox group) and of every row block of `multiply`.
 constexpr int kBlockN = 96;
 static_assert(kBlockM<float> <= 64, "one visibility word holds the queries of a tile");
 
@@ -24,12 +25,13 @@ template <int N>
 struct Constant {
   static constexpr int value = N;
 };
-// f(Constant<flag>)
+// Calls f(Constant<flag>()).
 template <typename F>
 FA_INLINE void with_flag(bool flag, F f) {
   flag ? f(Constant<1>()) : f(Constant<0>());
 }
-// f(Constant<n>) with as few vectors of queries as hold the rows.
+// Calls f(Constant<n>()) with n = 1, 2 or kMost, the smallest number of vectors that holds the
+// rows.
 template <typename T, int kMost = kMaxVectors, typename F>
 FA_INLINE void with_vectors(int64_t rows, F f) {
   if (rows <= kLanes<T>) return f(Constant<1>());
@@ -61,9 +63,9 @@ struct Scalars {
   int64_t row, column;
 };
 
-// c[r][x] (+)= sum_k a(r, k) * b[k][x] for kRows rows r and kVectors vectors x, in registers. What
-// c held is added last: sums of sums stay accurate over long rows. The factors F are numbers of
-// type T, or what else the vocabulary can load, broadcast and fma into a vector of T.
+// c[r][x] (+)= sum_k a(r, k) * b[k][x] for kRows rows r and kVectors vectors x, in registers. The
+// old c is added last: sums of sums stay accurate over long rows. The factors F are numbers of type
+// T, or another type that the vocabulary can load, broadcast and fma into a vector of T.
 template <int kRows, int kVectors, bool kAccumulate, typename F, typename T>
 FA_INLINE void multiply_block(int64_t depth, Scalars<F> a, const F* b, int64_t b_row, T* c,
                               int64_t c_row) {
@@ -88,7 +90,7 @@ FA_INLINE void multiply_block(int64_t depth, Scalars<F> a, const F* b, int64_t b
   }
 }
 
-// The same for any number of rows: blocks of kRows, then of half as many, and so on.
+// Does the same for any number of rows: in blocks of kRows, then of half as many, and so on.
 template <int kRows, int kVectors, bool kAccumulate, typename F, typename T>
 FA_INLINE void multiply_rows(int64_t rows, int64_t depth, Scalars<F> a, const F* b, int64_t b_row,
                              T* c, int64_t c_row) {
@@ -111,7 +113,8 @@ template <int kVectors>
 constexpr int kRowsInRegisters =
     kVectorRegisters * 3 / 4 / kVectors < 12 ? kVectorRegisters * 3 / 4 / kVectors : 12;
 
-// c[rows][kVectors] = (or +=) a [rows][depth] @ b [depth][kVectors], kMaxDepth terms a sum.
+// c[rows][kVectors] = (or +=) a [rows][depth] @ b [depth][kVectors], at most kMaxDepth terms per
+// sum.
 constexpr int64_t kMaxDepth = 128;
 template <int kVectors, bool kAccumulate, typename F, typename T>
 void multiply(int64_t rows, int64_t depth, Scalars<F> a, const F* b, int64_t b_row, T* c,
@@ -162,7 +165,8 @@ FA_INLINE void* element(void* data, DType dtype, int64_t index) {
   return (char*)data + index * element_size(dtype);
 }
 
-// One element of any type. The 16-bit types go through a vector: the vocabulary's only converters.
+// Load and store one element of any type. The 16-bit types go through a vector, because the
+// vocabulary converts only vectors.
 template <typename T>
 FA_INLINE T load_element(const void* src, DType dtype) {
   if (dtype == DType::kFloat64) return (T) * (const double*)src;
@@ -186,7 +190,7 @@ FA_INLINE void store_element(void* dst, DType dtype, T value) {
   }
 }
 
-// How elements of one type are read and written, a vector at a time.
+// Reads and writes elements of one type, a vector at a time.
 template <DType kDType>
 struct Storage;
 template <>
@@ -213,7 +217,7 @@ struct Storage<DType::kFloat64> {
   static FA_INLINE Vec<double> read(const double* p) { return load(p); }
   static FA_INLINE void write(double* p, Vec<double> a) { store(p, a); }
 };
-// f(Storage<dtype>()), unless vectors of T are not what that type is read into.
+// Calls f(Storage<dtype>()) if elements of dtype are read into vectors of T.
 template <typename T, typename F>
 FA_INLINE void with_storage(DType dtype, F f) {
   if constexpr (sizeof(T) == 8) {
@@ -225,7 +229,7 @@ FA_INLINE void with_storage(DType dtype, F f) {
   }
 }
 
-// dst[0..count) = src[0..count) converted to T; `step` is the distance of two elements in src.
+// dst[0..count) = src[0..count) converted to T; `step` is the stride of src in elements.
 template <typename T>
 void load_row(T* dst, const void* src, DType dtype, int64_t count, int64_t step = 1) {
   constexpr int W = kLanes<T>;
@@ -260,7 +264,8 @@ FA_INLINE void* row_of(const TensorView& view, DType dtype, int64_t b, int64_t h
   return element(view.data, dtype, b * view.stride_b + h * view.stride_h + s * view.stride_s);
 }
 
-// Rows [start, start + rows) of one head as a tile [padded_rows][round_up(columns)], zero-padded.
+// Loads rows [start, start + rows) of one head as a tile [padded_rows][round_up(columns)], padded
+// with zeros.
 template <typename T>
 void load_tile(T* dst, const TensorView& view, DType dtype, int64_t b, int64_t h, int64_t start,
                int64_t rows, int64_t columns, int64_t padded_rows) {

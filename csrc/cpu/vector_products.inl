@@ -1,15 +1,15 @@
-// What the two products of attention, s = k q^T and o^T = v^T p^T, are computed in: how the
-// operands are laid out, and how far the weights are rounded. The algorithm (attention_forward.inl)
-// is the same for each:
+// The two products of attention, s = k q^T and o^T = v^T p^T, on vectors. A class of products
+// decides how its operands lie in memory and how far it rounds the weights; the algorithm
+// (attention_forward.inl) is the same for every class. A class has:
 //
-//   begin, end             around a task
-//   place, load_queries    scratch memory, and the queries of one tile
+//   begin, end             called around a task
+//   place, load_queries    take scratch memory, load the queries of one tile
 //   scores                 s[key][query] <- k q^T for one tile
 //   accumulate             p <- exp(s - m), l <- l + rowsum(p), o^T[d][query] <- o^T + v^T p^T for
-//                          one tile, the product now or by the next flush
-//   flush                  before o^T is read or written by others
+//                          one tile; the product may wait until the next flush
+//   flush                  called before others read or write o^T
 //
-// accumulate gets the words of the tile, visible and keep, or null, and overwrites the scores.
+// accumulate takes the words `visible` and `keep` of the tile, or null, and overwrites the scores.
 #pragma once
 
 #include "masking.inl"
@@ -21,14 +21,14 @@ namespace fused_attention {
 namespace {
 
 struct OnVectors {
-  static constexpr int kQueryVectors = kMaxVectors;  // of a tile
+  static constexpr int kQueryVectors = kMaxVectors;  // per tile
   static void begin() {}
   static void end() {}
   template <int kVectors, typename T>
   void flush(const AttentionParams&, T*) const {}
 };
 
-// Numbers of type T on the vector lanes.
+// Products of numbers of type T.
 template <typename T_>
 struct VectorProducts : OnVectors {
   using T = T_;
@@ -85,11 +85,11 @@ struct VectorProducts : OnVectors {
 // -- pairs ----------------------------------------------------------------------------------------
 
 #if defined(FUSED_ATTENTION_PAIR_PRODUCTS) || defined(FUSED_ATTENTION_AMX_PRODUCTS)
-// Of a row of D bfloat16 numbers: with neighbouring rows in pairs.
+// The width of a row of D bfloat16 numbers that is paired with its neighbour, in pairs.
 FA_INLINE int64_t paired_rows_width(int64_t D) { return round_up(D, 32); }
 
-// Rows 2 j and 2 j + 1 of keys or values together, [ceil(rows / 2)][paired_rows_width(D)]. A key
-// that nobody sees, or that is past the end, counts as 0, whatever it held.
+// dst[j] <- rows 2 j and 2 j + 1 of keys or values, paired: [ceil(rows / 2)][paired_rows_width(D)].
+// A key that no query sees, or that is past the end, counts as 0, whatever it held.
 void pair_rows_of_keys(const AttentionParams& p, const TensorView& view, const Sequence& seq,
                        int64_t h_kv, int64_t n_start, int64_t rows, int64_t D,
                        const uint64_t* visible, Pair* dst) {
@@ -118,20 +118,20 @@ bool all_finite(const Pair* x, int64_t count) {
 #endif
 
 #ifdef FUSED_ATTENTION_PAIR_PRODUCTS
-// Of a row of D bfloat16 numbers: in pairs, to whole vectors.
+// The width of a row of D bfloat16 numbers in pairs, rounded up to whole vectors.
 FA_INLINE int64_t pair_width(int64_t D) { return round_up(ceil_div(D, 2), kLanes<float>); }
 
-// dst <- D elements, zero to whole vectors; with none of them, all zero.
+// dst <- D elements, padded with zeros to whole vectors; only zeros unless `counts`.
 FA_INLINE void copy_row_of_pairs(Pair* dst, const void* src, int64_t D, bool counts) {
   copy_words((const uint16_t*)src, counts ? D : 0, 2 * pair_width(D), (uint16_t*)dst);
 }
 
-// Do rows lie in pairs, one after the other?
+// Whether rows can be read in place as pairs.
 FA_INLINE bool rows_in_pairs(const AttentionParams& p, const TensorView& view, int64_t D) {
   return D % 2 == 0 && view.stride_s % 2 == 0 && p.block_table == nullptr;
 }
 
-// Rows of keys or values, in place or in scratch [rows][pair_width(D)].
+// Returns rows of keys or values as pairs: in place, or copied to scratch [rows][pair_width(D)].
 Scalars<Pair> rows_of_pairs(const AttentionParams& p, const TensorView& view, const Sequence& seq,
                             int64_t h_kv, int64_t n_start, int64_t rows, int64_t D, Pair* scratch) {
   if (rows_in_pairs(p, view, D) && keys_in_a_row(p, seq, n_start, rows) >= rows) {
@@ -144,19 +144,20 @@ Scalars<Pair> rows_of_pairs(const AttentionParams& p, const TensorView& view, co
   return {scratch, pair_width(D), 1};
 }
 
-// bfloat16 numbers, two at a time on each float lane: pairs along head_dim in the first product,
-// along the keys in the second. Keys are read as they lie in memory.
+// Products of bfloat16 numbers, two at a time on each float lane: pairs lie along head_dim in the
+// first product, along the keys in the second. Keys are read in place if possible, unless a task
+// takes a whole key head.
 struct PairProducts : OnVectors {
   using T = float;
   static constexpr bool kRounds = true;
   Pair *q, *q_t;        // queries [kBlockM][D / 2], transposed [D / 2][kBlockM]
-  Pair* k;              // keys [kBlockN][D / 2], where they do not lie in pairs, or in one page
+  Pair* k;              // keys [kBlockN][D / 2], if they are not read in place
   Pair* v;              // values, rows 2 j and 2 j + 1 together: [kBlockN / 2][Dv]
-  Pair *own_k, *own_v;  // the same of a whole head, and
-  bool* own_finite;     // whether the values of a tile are finite; see load_head
+  Pair *own_k, *own_v;  // k and v of a whole head, see load_head
+  bool* own_finite;     // whether the values of each of its tiles are finite
 
   static int64_t tiles_of_a_head(const AttentionParams& p) { return ceil_div(p.Sk, kBlockN); }
-  // For one block of queries it would not pay.
+  // Whether a task is all queries of one key head. That would not pay for one block of queries.
   static bool by_heads(const AttentionParams& p) {
     const int64_t pairs = pair_width(p.D) + paired_rows_width(p.Dv) / 2;
     return p.Sq * (p.Hq / p.Hkv) > kBlockM<float> &&
@@ -187,7 +188,8 @@ struct PairProducts : OnVectors {
       own_finite[n / kBlockN] = all_finite(values, ceil_div(columns, 2) * width);
     }
   }
-  // Without those that are hidden, unless 0 times all of them is 0.
+  // Returns the values of a tile. Hidden values may stay if they were loaded with the head and all
+  // are finite, since 0 times a finite value is 0. Otherwise they count as 0.
   const Pair* values_of_tile(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
                              int64_t n_start, int64_t columns, const uint64_t* visible) const {
     if (by_heads(p) && own_finite[n_start / kBlockN]) {
@@ -232,13 +234,13 @@ struct PairProducts : OnVectors {
     const Vec<float> zero = broadcast(0.0f);
     Vec<float> sum[kVectors];
     for (int x = 0; x < kVectors; ++x) sum[x] = load(rows.rounded_sum + x * W);
-    // Keys j and j + 1, as many as count
+    // Rounds the weights of `count` keys, from j on.
     const auto round_rows = [&](int64_t j, auto count, auto drops) {
       constexpr bool kOdd = count.value == 1;
       for (int x = 0; x < kVectors; ++x) {
         const float* at = s + j * kRow + x * W;
         Vec<float> low = weights(at, x), high = kOdd ? zero : weights(at + kRow, x);
-        // before dropout: the denominator is that of all weights
+        // before dropout, since the denominator counts all weights
         sum[x] = fma(round_to_pair(low, high), broadcast(kOnes), sum[x]);
         if constexpr (drops.value) {
           low = select_bits(keep[j] >> (x * W), low, zero);
@@ -261,14 +263,15 @@ struct PairProducts : OnVectors {
 
 // -- backward -------------------------------------------------------------------------------------
 
-// What its five products are computed in, for one tile; the algorithm (attention_backward.inl) is
-// the same for each:
+// The five products of the backward, for one tile. The algorithm (attention_backward.inl) is the
+// same for every class of products:
 //
-//   begin, end             around a task
-//   place, load_queries    scratch memory; q and do of a block, 0 where `counted` has no bit
-//   load_keys              k and v of a tile
+//   begin, end             called around a task
+//   place, load_queries    take scratch memory; load q and do of a block, 0 without a bit in
+//                          `counted`
+//   load_keys              loads k and v of a tile
 //   scores                 s[key][query] <- k q^T, dp[key][query] <- v do^T
-//   select_queries         before the next two: the queries that see some key of the tile
+//   select_queries         called before the next two with the queries that see a key of the tile
 //   add_to_dv, add_to_dk   dv <- dv + p^T do, dk <- dk + ds^T q
 //   add_to_dq              dq^T[d][query] <- dq^T + k^T ds^T
 //
@@ -279,9 +282,9 @@ template <typename T_, int kVectorsOfQueries = kMaxVectors>
 struct VectorProductsBackward : OnVectors {
   using T = T_;
   T *q, *q_t, *grad_out, *grad_out_t;   // [kBlockM][D or Dv], and transposed
-  T *selected_q, *selected_grad_out;    // with 0 where they are not selected
+  T *selected_q, *selected_grad_out;    // 0 in queries that are not selected
   T *k_tile, *v_tile;                   // converted [kBlockN][D or Dv]
-  const T *q_to_add, *grad_out_to_add;  // either of the first two
+  const T *q_to_add, *grad_out_to_add;  // with or without selection
   Scalars<T> k, v;
 
   static int64_t width(int64_t D) { return round_up(D, kLanes<T>); }
@@ -367,12 +370,13 @@ struct VectorProductsBackward : OnVectors {
 };
 
 #ifdef FUSED_ATTENTION_PAIR_PRODUCTS
-// Pairs along head_dim, along the queries, along the keys; p and ds rounded to bfloat16.
+// Products of pairs, which lie along head_dim (scores), the queries (dv, dk) or the keys (dq). p
+// and ds are rounded to bfloat16.
 struct PairProductsBackward : OnVectors {
   using T = float;
   Pair *q, *q_t, *grad_out, *grad_out_t;  // [kBlockM][D / 2 or Dv / 2], and transposed
   Pair *q_rows, *grad_out_rows;           // rows 2 i and 2 i + 1 together: [kBlockM / 2][D or Dv]
-  Pair *k_tile, *v_tile;  // [kBlockN][D / 2 or Dv / 2], where they do not lie in pairs
+  Pair *k_tile, *v_tile;  // [kBlockN][D / 2 or Dv / 2], if they are not read in place
   Pair* k_rows;           // [kBlockN / 2][D]
   uint16_t* rounded;      // p or ds [kBlockN][kBlockM]
   Pair* ds_rows;          // [kBlockN / 2][kBlockM]
@@ -421,7 +425,7 @@ struct PairProductsBackward : OnVectors {
     multiply<kVectors, false>(columns, ceil_div(p.Dv, 2), v, grad_out_t, kRow, dp, kRow);
   }
   void select_queries(const AttentionParams& p, int64_t rows, uint64_t selected) {
-    if (selected == selected_) return;  // as for the tile before
+    if (selected == selected_) return;  // the pairs of the tile before serve
     selected_ = selected;
     pair_selected(q, p.D, rows, q_rows);
     pair_selected(grad_out, p.Dv, rows, grad_out_rows);
@@ -442,7 +446,7 @@ struct PairProductsBackward : OnVectors {
       store_rounded(rounded + i, load(src + i));
     }
   }
-  // Sums over the queries, of `rounded`.
+  // sums [key][d] += rounded [key][query] factor [query][d]
   template <int kVectors>
   void add_to_keys(int64_t rows, int64_t columns, int64_t D, const Pair* factor,
                    float* sums) const {
@@ -485,7 +489,7 @@ struct PairProductsBackward : OnVectors {
 
  private:
   static constexpr uint64_t kNone = ~(uint64_t)0;  // no tile has 64 queries
-  uint64_t selected_ = kNone;                      // whose rows are in pairs
+  uint64_t selected_ = kNone;                      // the queries whose rows are paired
 };
 #endif
 

@@ -1,4 +1,5 @@
-// Rows along the vector lanes, one word of 64 columns at a time: its visibility is a 64-bit word.
+// Helpers for kernels whose vector lanes run along a row. They take a row one word, 64 columns, at
+// a time: 64 bits hold the visibility of a word.
 #pragma once
 
 #include "masking.inl"
@@ -7,10 +8,11 @@ namespace fused_attention {
 namespace {
 
 constexpr int kWord = 64;
-// Accumulators of a reduction: enough to hide the latency of an addition.
+// The accumulators of a reduction: enough to hide the latency of an addition.
 constexpr int kChains = 4;
 
-// Elements [j, j + kWord) of a row of `count`: in place, or from its end a copy padded with zeros.
+// Returns elements [j, j + kWord) of a row of `count`: in place, or at the ragged edge in `staged`,
+// padded with zeros.
 template <typename Element>
 FA_INLINE const Element* whole_word(const Element* row, int64_t j, int64_t count, Element* staged) {
   if (j + kWord <= count) return row + j;
@@ -18,7 +20,8 @@ FA_INLINE const Element* whole_word(const Element* row, int64_t j, int64_t count
   __builtin_memcpy(staged, row + j, (size_t)(count - j) * sizeof(Element));
   return staged;
 }
-// Where to write elements [j, j + kWord), and after that: past the end they go into the copy.
+// begin_word returns where to write elements [j, j + kWord): in place, or at the ragged edge in
+// `staged`. end_word then copies the valid part of `staged` to the row.
 template <typename Element>
 FA_INLINE Element* begin_word(Element* row, int64_t j, int64_t count, Element* staged) {
   return j + kWord <= count ? row + j : staged;
@@ -29,7 +32,7 @@ FA_INLINE void end_word(Element* row, int64_t j, int64_t count, const Element* s
     __builtin_memcpy(row + j, staged, (size_t)(count - j) * sizeof(Element));
   }
 }
-// f(i, chain) for each vector of a word, i its first column.
+// Calls f(i, chain) for each vector of a word; i is the first column of the vector.
 template <typename T, typename F>
 FA_INLINE void each_vector(F f) {
   constexpr int W = kLanes<T>;
@@ -38,12 +41,13 @@ FA_INLINE void each_vector(F f) {
     for (int chain = 0; chain < kChains; ++chain) f(i + chain * W, chain);
   }
 }
-// Bits of word j / kWord of a row of `count` columns: all where there are none.
+// Returns the bits of word j / kWord of a row of `count` columns: all are set if `bits` is null,
+// and none past the end.
 FA_INLINE uint64_t word_bits(const uint64_t* bits, int64_t j, int64_t count) {
   return (bits == nullptr ? ~(uint64_t)0 : bits[j / kWord]) & low_bits(count - j);
 }
 
-// Bit i of visible[w]: column 64 w + i is not hidden by the mask.
+// Sets bit i of visible[w] if element 64 w + i of the mask is not 0.
 void mask_row_bits(const uint8_t* mask, int64_t step, int64_t columns, uint64_t* visible) {
   uint8_t staged[kWord];
   for (int64_t j = 0; j < columns; j += kWord) {

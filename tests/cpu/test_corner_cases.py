@@ -1,5 +1,7 @@
 """Tests corner cases: NaN, infinities, fully masked rows, hidden keys, empty and huge tensors."""
 
+import math
+
 import pytest
 import torch
 
@@ -81,6 +83,33 @@ def test_large_scores_do_not_overflow(isa):
     out = attention(query * 1e4, key * 1e4, value, backend="cpu")
     exact = attention(query.double() * 1e4, key.double() * 1e4, value.double(), backend="reference")
     torch.testing.assert_close(out, exact.float(), atol=1e-4, rtol=1e-4)
+
+
+# By how much a row maximum may grow before the accumulator is rescaled: 2^8 as a logit. There, the
+# next number below and the next above, since the comparison must be the same for all accumulators.
+RESCALE_THRESHOLD = torch.tensor(8 * math.log(2))
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("direction", [-math.inf, 0.0, math.inf])
+def test_a_maximum_that_grows_by_the_rescale_threshold(isa, direction, dtype):
+    growth = (
+        RESCALE_THRESHOLD.nextafter(torch.tensor(direction)) if direction else RESCALE_THRESHOLD
+    )
+    query, key, value = (
+        torch.ones(1, 1, 64, 1),
+        torch.zeros(1, 1, 192, 1),
+        torch.zeros(1, 1, 192, 1),
+    )
+    key[..., 96:, :], value[..., :96, :] = 1, 1
+    out, lse = attention(
+        *(x.to(dtype) for x in (query, key, value)), scale=growth.item(), return_lse=True
+    )
+    weight = 1 / (1 + growth.double().exp())
+    torch.testing.assert_close(out.double(), weight.expand(out.shape), rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(
+        lse.double(), (96 + 96 * growth.double().exp()).log().expand(lse.shape), rtol=1e-5, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
