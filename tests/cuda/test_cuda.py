@@ -1,7 +1,8 @@
-"""The CUDA kernels, as nvcc compiles them for sm_80, run by the PTX interpreter behind their real
-operators: numbers against the definition, no finding, and what is launched.
+"""Tests of the CUDA kernels without a GPU: the real operators launch them, and the PTX interpreter
+runs what nvcc compiles for sm_80 and sm_90a.
 
-No test needs a GPU. Without nvcc only the operators and their plans are tested.
+The tests compare results with the definition, expect no finding, and check which kernels are
+launched. Without nvcc only the operators and their plans are tested.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ from selection import quick
 needs_nvcc = pytest.mark.skipif(cuda_interpreter.NVCC is None, reason="nvcc not found")
 
 PAIRS = [case for case in testing.pairs_of_features() if case.dtype != torch.float64]
-# Of the cases that cover all pairs, these run each time.
+# One in OFTEN of the cases that cover all pairs runs each time; the others wait for --full.
 OFTEN = 20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -80,7 +81,7 @@ PLAIN = [
     [pytest.param(*x, marks=() if x is PLAIN[2] else pytest.mark.slow) for x in PLAIN],
 )
 def test_kernel_without_options(dtype, head_dim, features):
-    """Ragged tiles, and head sizes that are padded."""
+    """Covers ragged tiles, and head sizes with and without padding."""
     for D, Dv in ((head_dim, head_dim), (head_dim - 8, head_dim - 24)):
         case = Case(
             dtype=dtype, B=1, Hq=2, Hkv=1, Sq=140, Sk=200, D=D, Dv=Dv, **features, seed=D
@@ -126,7 +127,10 @@ def test_what_nobody_sees_may_be_nan(dtype):
 
 
 def on(capability, starts=True):
-    """As a backend of nothing_seen.py. starts: it always starts kernels."""
+    """Returns a backend for nothing_seen.py: a GPU of this compute capability.
+
+    starts: whether every call launches kernels, so that the first one can be checked.
+    """
 
     def results(inputs):
         got, runs = run(inputs, capability=capability)
@@ -164,7 +168,7 @@ def test_nan_stays_beside_hidden_keys(name, where):
 @pytest.mark.slow
 @pytest.mark.parametrize("sinks", [False, True])
 def test_logits_of_minus_infinity(sinks):
-    """Of 16-bit calls: an infinite float32 beside a term of 0 makes NaN, see `Terms`."""
+    """Only 16-bit calls: an infinite float32 beside a term of 0 makes NaN, see `Terms`."""
     nothing_seen.check_logits_of_minus_infinity(on(80), torch.float16, sinks=sinks)
 
 
@@ -184,7 +188,7 @@ def test_sizes_of_0(zero):
     "cu_seqlens", quick(nothing_seen.HOSTILE, nothing_seen.HOSTILE[0]), ids=str
 )
 def test_senseless_lengths_lead_nowhere(cu_seqlens, hint, capability):
-    """Nothing is read or written that is not the call's, forward and backward."""
+    """Forward and backward touch no memory outside the tensors of the call."""
     cuda_interpreter.library()
     lengths = torch.tensor(cu_seqlens, dtype=torch.int32)
     used = torch.tensor([-5, 2**31 - 1, 3, -(2**31)], dtype=torch.int32)
@@ -218,7 +222,7 @@ def test_dropout_is_that_of_every_backend():
     assert torch.equal(got["out"] != 0, kept)
 
 
-# -- Sequences, whose own tests know what is right --------------------------------------------
+# -- Sequences, by the checks of packed_sequences.py ------------------------------------------
 
 PACKINGS = {
     "packed": Packing([*sequences.LENGTHS, (70, 140)]),
@@ -367,7 +371,7 @@ def test_few_queries_of_sequences(monkeypatch, page_size):
 
 @needs_nvcc
 def test_a_wrong_hint_changes_no_result(monkeypatch):
-    """max_seqlen_q = 1 of sequences that are longer: attention_decode takes them row by row."""
+    """With max_seqlen_q = 1, attention_decode also serves longer sequences, 16 rows at a time."""
     cuda_interpreter.library()
     right = Packing.arguments
     hint = property(lambda self: (*right.fget(self)[:2], 1, 1, *right.fget(self)[4:]))
@@ -449,7 +453,7 @@ def test_sequences_on_hopper(monkeypatch, name):
 
 @needs_nvcc
 def test_what_nobody_sees_may_be_nan_on_hopper():
-    """Rows of a tile that TMA brings although no query of the block sees them."""
+    """TMA copies whole tiles, also rows that no query sees: NaN in these rows must not matter."""
     case = dataclasses.replace(
         ON_HOPPER["window"], Sq=64, Sk=500, D=64, window_size=(100, 0), dtype=torch.float16
     )
@@ -582,7 +586,7 @@ def test_a_stage_is_left_when_all_lanes_have_read_lse_and_delta():
 
 
 def test_what_hopper_serves(recorded_on_hopper):
-    """Calls without options of up to 128 columns; the others go to the kernels of sm_80."""
+    """The Hopper kernels serve only calls of the fast path with head sizes up to 128."""
     few = {"Sq": 1, "Sk": 4000}
     for call, kernel in (
         ({}, "attention_forward_hopper_kernel<Half, 64>"),
@@ -601,7 +605,7 @@ def test_what_hopper_serves(recorded_on_hopper):
     assert recorded_on_hopper[0][0] == "attention_forward_kernel<Half, 64, true>"
 
 
-# Each caught by a finding, or by the numbers where only they show it.
+# Planted faults: (edit of the PTX, what catches the fault: a finding, or only wrong numbers).
 FAULTS = {
     "no barrier before v is read": (faults.drop(faults.BAR, -1), "finding"),
     "no barrier before k is read": (faults.drop(faults.BAR, -2), "finding"),
@@ -629,7 +633,7 @@ def test_planted_faults_are_caught(name):
     assert findings(runs) if caught_by == "finding" else wrong
 
 
-# -- What needs no nvcc ----------------------------------------------------------------------
+# -- Operators and launches, mostly without nvcc ---------------------------------------------
 
 
 @pytest.fixture
@@ -658,7 +662,7 @@ def qkv(dtype=torch.float16, B=2, Hq=4, Hkv=2, Sq=130, Sk=200, D=64, Dv=None, de
 
 
 def registered() -> set[str]:
-    """The names that kernels are entered into the library's registry by, of some of its units."""
+    """Returns the names under which some of the library's units register their kernels."""
     names: set[str] = set()
     for source, flags, variant in cuda_interpreter.SETUP["CUDA"]["kernel_units"]():
         if variant in ("Half-64", "Half-32", "Half", "float-256", "float-32", "float"):
@@ -673,7 +677,7 @@ def registered() -> set[str]:
 
 @needs_nvcc
 def test_kernels_are_registered_by_the_names_they_are_launched_by(loaded):
-    """What the interpreter does not need: it knows the kernels by the launches."""
+    """Only a GPU needs the registry: the interpreter takes the names from the launches."""
     everything = {"bias": "1H1K", "sinks": True, "dropout_p": 0.2, "Sq": 70, "Sk": 300}
     calls = [
         dict(dtype=torch.float16, D=64, Dv=64, Sq=70, Sk=300),
@@ -723,7 +727,7 @@ def test_what_a_forward_launches(recorded, call, kernel, blocks, threads):
     OPS.attention_forward_plain(*qkv(**call), *PLAIN_NUMBERS)
     ((name, *sizes, shared_bytes),) = recorded
     assert name == f"attention_forward_kernel{kernel}" and sizes == [blocks, threads]
-    assert shared_bytes <= 99 * 1024  # what every GPU since Ampere has
+    assert shared_bytes <= 99 * 1024  # every GPU since Ampere has as much
 
 
 def test_an_offset_of_one_element_is_served_without_16_byte_copies(recorded):
@@ -749,7 +753,7 @@ def test_what_a_backward_launches(recorded, dtype, head_dim):
     assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape
     assert dbias.shape == (1, 2, 1, 300) and dsinks.shape == (2,)
     names = [name.split("_kernel")[0] for name, *_ in recorded]
-    passes = 2 if head_dim <= 128 else 3  # dk and dv apart
+    passes = 2 if head_dim <= 128 else 3  # dk and dv in separate passes
     attention = ["delta", *["backward"] * passes, "dbias", "dsinks"]
     assert names == [f"attention_{name}" for name in attention]
     assert all(shared_bytes <= 99 * 1024 for *_, shared_bytes in recorded)
@@ -838,7 +842,7 @@ def test_make_fx_and_export(loaded):
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("kind", ["eager", "create_graph", "compiled"])
 def test_gradients_go_through_autograd(kind, return_lse):
-    """The plan of the backend, on tensors that its row would refuse."""
+    """Runs the backend's plan on CPU tensors, which its row of the table would refuse."""
     cuda_interpreter.library()
     case = Case(dtype=torch.float16, B=1, Sq=20, Sk=30, D=32, Dv=32, causal="bottom_right")
     inputs = testing.make_inputs(case)
@@ -866,7 +870,7 @@ def test_gradients_go_through_autograd(kind, return_lse):
         assert (got - want).abs().max() < 5e-3
 
 
-# -- The row ---------------------------------------------------------------------------------
+# -- The row of the capability table ---------------------------------------------------------
 
 
 def test_the_row_gives_honest_reasons(loaded, monkeypatch):

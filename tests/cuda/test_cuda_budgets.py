@@ -1,6 +1,6 @@
-"""What nvcc makes of the CUDA kernels stays within the committed limits (cuda_budgets.py).
+"""The CUDA kernels that nvcc compiles stay within the committed limits (cuda_budgets.py).
 
-Counts say nothing about time, but a kernel that leaves its budget has lost something.
+Counts say nothing about time, but a kernel that exceeds its budget has become worse.
 """
 
 import re
@@ -18,7 +18,7 @@ needs_nvcc = pytest.mark.skipif(cuda_interpreter.NVCC is None, reason="nvcc not 
 
 
 def is_quick(name: str) -> bool:
-    """Those that need the most registers, and those that have but one size."""
+    """Whether the test runs each time: sm_80 and Hopper kernels, except those of head size 64."""
     return (name.startswith("sm_80") or "hopper" in name) and "64" not in name
 
 
@@ -59,8 +59,8 @@ def test_the_page_is_that_of_the_limits():
     "name", [n for n in LIMITS if n.startswith("sm_80") and "main" in LIMITS[n]]
 )
 def test_counted_products_are_those_of_the_formula(name):
-    """Two products a score forward, five and two more (s and dp again) backward: one m16n8k16 does
-    2048 multiply-adds, and nothing else is multiplied."""
+    """The forward has two products per score. The backward has seven in its two kernels: five, and
+    s and dp a second time. One m16n8k16 does 2048 multiply-adds, and nothing else is multiplied."""
     products = 4 if "kKeyValue" in name else 3 if "kQuery" in name else 2
     head_dim = int(re.search(r"BFloat16, (\d+)", name)[1])
     assert LIMITS[name]["main"]["matrix"] == products * head_dim / 2

@@ -1,12 +1,12 @@
-"""The CUDA kernels of masked softmax, as nvcc compiles them for sm_80, run by the PTX interpreter
-behind the public functions. What is right, softmax_checks.py and
-softmax_suite.py know.
+"""Tests of the CUDA kernels of masked softmax: the public functions launch them, and the PTX
+interpreter runs what nvcc compiles for sm_80. The checks are those of softmax_checks.py and
+softmax_suite.py.
 """
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the tests are those of the Triton kernels")
+pytest.importorskip("triton", reason="softmax_suite.py imports the Triton kernels")
 
 import cuda_interpreter
 import fused_attention as fa
@@ -35,7 +35,7 @@ OPS = torch.ops.fused_attention_cuda
 
 @pytest.fixture(autouse=True)
 def runs(monkeypatch):
-    """The launches; nothing is found in any of them."""
+    """Yields the launches of a test, and fails the test if one of them has a finding."""
     cuda_interpreter.library()
     monkeypatch.setattr(ops, "softmax_forward", OPS.masked_softmax_forward)
     monkeypatch.setattr(ops, "softmax_backward", OPS.masked_softmax_backward)
@@ -48,10 +48,11 @@ def runs(monkeypatch):
 
 @pytest.fixture(params=["one block"])
 def blocks(request):
-    """Of the Triton tests; how long rows are computed is a matter of their length here."""
+    """The fixture that softmax_suite.py needs. It has one value: these kernels divide a row by its
+    length alone."""
 
 
-# columns: the variant that serves them
+# Number of columns: the variant of the kernel that serves it.
 LENGTHS = {
     1: "32, true", 17: "32, true", 1024: "32, true", 1025: "256, true", 8192: "256, true",
     8200: "256, false", 20001: "256, false",
@@ -75,14 +76,14 @@ def test_row_lengths(runs, N, dtype):
 
 @pytest.mark.parametrize("N", quick([40, 2000, 9000], 9000))
 def test_rows_at_any_address(N):
-    """Rows that do not start at a multiple of 16 bytes, and strided ones."""
+    """Covers rows that do not start at a multiple of 16 bytes, and strided rows."""
     whole = randn(4, N + 3, dtype=torch.float16)
     for x in (whole[:, 3:], whole[:, 1 : N - 5], whole[::2, :N]):
         assert not check(x, torch.rand(x.shape[-1]) > 0.3)
 
 
 def test_what_serves_a_gpu(monkeypatch):
-    """The library where it can, else Triton; which has the other operators."""
+    """The CUDA library serves its operators if it is installed; Triton serves all others."""
     from fused_attention.kernels import operators
 
     gpu.gpu_kernel.cache_clear()

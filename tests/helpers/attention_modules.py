@@ -1,4 +1,4 @@
-"""torch.nn.MultiheadAttention and ours, with the same parameters."""
+"""Pairs of torch.nn.MultiheadAttention and our module, with the same parameters."""
 
 import torch
 from torch import nn
@@ -9,10 +9,10 @@ N, L, S, E, HEADS = 3, 5, 7, 24, 4  # batch, queries, keys, width, heads
 
 
 def pair(dtype=torch.float64, **options):
-    """The original, and ours with the same parameters."""
+    """Returns torch.nn.MultiheadAttention, and our module with the same parameters."""
     theirs = nn.MultiheadAttention(E, HEADS, dtype=dtype, **options)
     with torch.no_grad():
-        for parameter in theirs.parameters():  # biases are 0 at first
+        for parameter in theirs.parameters():  # biases start as 0
             parameter.normal_(std=0.3)
     ours = MultiheadAttention(E, HEADS, dtype=dtype, **options)
     ours.load_state_dict(theirs.state_dict())

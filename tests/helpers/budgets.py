@@ -1,14 +1,14 @@
-"""What the compiler makes of the main configurations, as committed limits and as a page of tables.
+"""Measures the code of the main configurations: committed limits, and a page of tables.
 
     python tests/helpers/budgets.py [--only TEXT] [--missing]   writes the two files below
     python tests/helpers/budgets.py --page                      writes the page, from known limits
 
-data/triton_budgets.json has, for {target, kernel, head size, causal or not, feature}, with the
-pinned Triton: tiles, registers, bytes of stack, shared memory, instructions that must be there, and
-the mix of the main loop per 1024 scores (main_loop.py), measured for bfloat16. They hold for
-float16 as well. test_budgets.py compares a selection, and with --full all of it.
-docs/triton_code.md shows the mixes beside a plain kernel's, and every figure that misses its goal,
-with the cause.
+data/triton_budgets.json has, for each {target, kernel, head size, causal or not, feature} that the
+pinned Triton compiles: tiles, registers, bytes of stack, shared memory, the counts of instructions
+that must be there, and the mix of the main loop per 1024 scores (main_loop.py). The limits are
+measured for bfloat16 and hold for float16 as well. test_budgets.py compares a selection of them,
+and all of them with --full. docs/triton_code.md shows the mixes beside those of a plain kernel, and
+every figure that misses its goal, with the cause.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ CONFIGURATIONS: dict[str, tuple[Any, ...]] = {
 
 
 def measure(name: str, dtype: str = "bfloat16") -> dict[str, Any]:
-    """The entry of a configuration. The loop over unmasked tiles, or the only one, is the main
-    one; masked: instructions of the others. RuntimeError if the kernel does not compile."""
+    """Returns the entry of a configuration; raises RuntimeError if the kernel does not compile.
+
+    "main" is the mix of the shortest loop over tiles: the main loop, or the only loop. "masked" has
+    the totals of the other loops.
+    """
     target, kernel, D, causal, feature = CONFIGURATIONS[name]
     function = f"attention_{kernel}_kernel"
     options = {"causal": int(causal), **FEATURES[feature]}
@@ -68,7 +71,7 @@ def measure(name: str, dtype: str = "bfloat16") -> dict[str, Any]:
 
 
 def entry_of(target: str, code: CompiledLaunch, tile: int, num_warps: int) -> dict[str, Any]:
-    """tile: scores of one, by num_warps warps."""
+    """Returns the entry of compiled code. tile: scores of a tile, which num_warps warps share."""
     is_amd = target.startswith("gfx")
     if is_amd:
         instructions, resources = (
@@ -94,7 +97,7 @@ def entry_of(target: str, code: CompiledLaunch, tile: int, num_warps: int) -> di
     return entry
 
 
-# The tiles that Triton's tutorial has for them.
+# As in Triton's tutorial: (tile sizes, num_warps, num_stages).
 PLAIN_TILES = {
     "plain forward": ({"BLOCK_M": 128, "BLOCK_N": 64}, 4, 3),
     "plain backward": ({"BLOCK": 128, "STEP": 32}, 4, 2),
@@ -102,7 +105,7 @@ PLAIN_TILES = {
 
 
 def measure_plain(name: str, target: str, D: int) -> list[dict[str, Any]]:
-    """The loops of a kernel of plain_kernels.py in bfloat16, in order, as entries."""
+    """Returns an entry for each loop, in order, of a kernel of plain_kernels.py in bfloat16."""
     import torch
 
     import plain_kernels
@@ -129,12 +132,15 @@ def measure_plain(name: str, target: str, D: int) -> list[dict[str, Any]]:
 
 
 def load() -> dict[str, Any]:
-    """{"triton": version, "limits": {name: entry}, "plain": {"sm_80 plain forward 64": loops}}"""
+    """Returns {"triton": version, "limits": {name: entry}, "plain": {name: entries of its loops}}.
+
+    A name in "plain" is for example "sm_80 plain forward 64".
+    """
     return json.loads(LIMITS.read_text()) if LIMITS.exists() else {"limits": {}, "plain": {}}
 
 
 def excesses(entry: dict[str, Any], limit: dict[str, Any]) -> list[str]:
-    """In what a measured entry breaks a committed one. Fewer instructions are no fault."""
+    """Lists the limits that a measured entry exceeds. Fewer instructions are no fault."""
     wrong = []
     for what, slack in (("registers", 8), ("stack", 16), ("shared", 0)):
         if entry[what] > limit[what] + slack:
@@ -154,10 +160,11 @@ def excesses(entry: dict[str, Any], limit: dict[str, Any]) -> list[str]:
 
 # -- Goals ---------------------------------------------------------------------------------
 
-# Per 1024 scores of the unmasked main loop: what the best known kernels of each kind need when they
-# are compiled the same way, and about 10 % on top. A backward in two kernels on sm_90, and at 128
-# on sm_80: the best of a plain Triton backward over its tile sizes, and as much on top.
-# "int+move": instructions that are neither products nor softmax; "shared": cycles.
+# Goals per 1024 scores of the main loop: what the best known kernels of each kind need when they
+# are compiled the same way, and about 10 % on top. The goals of the backward in two kernels on
+# sm_90, and on sm_80 at head size 128, are the best of a plain Triton backward over its tile sizes,
+# and as much on top. "int+move" counts instructions that are neither products nor softmax, and
+# "shared" counts cycles.
 GOALS: dict[tuple[str, str, int], dict[str, float]] = {
     ("sm_80", "forward", 64): {"total": 330, "int+move": 40, "shared": 450, "exposed": 0.64},
     ("sm_80", "forward", 128): {"total": 520, "int+move": 60, "shared": 850, "exposed": 0.71},
@@ -172,13 +179,13 @@ GOALS: dict[tuple[str, str, int], dict[str, float]] = {
     ("sm_90", "dq", 64): {"total": 288, "shared": 488},
     ("sm_90", "dq", 128): {"total": 382, "shared": 915},
 }
-ACCEPTED_STACK = 64  # bytes: what lives across the loops and is not used in them
+ACCEPTED_STACK = 64  # bytes: values that live across the loops and are not used in them
 ACCEPTED_SPILLS = 20.0  # loads and stores per 1024 scores in a main loop, as in FlashAttention-2's
 
 
 def misses(name: str, entry: dict[str, Any]) -> list[str]:
-    """The goals that a configuration misses: stack, spills and the target's own matrix instructions
-    for any; the rest where there is neither bias, mask nor dropout."""
+    """Lists the goals that a configuration misses. Goals for stack, spills and the target's own
+    matrix instructions hold for every configuration, the others without bias, mask and dropout."""
     target, kernel, D, _, feature = CONFIGURATIONS[name]
     missed = []
     if entry["stack"] > ACCEPTED_STACK:
@@ -199,7 +206,7 @@ ALL_GOALS = ("total", "int+move", "shared", "exposed")
 
 
 def figure(entry: dict[str, Any], what: str) -> float:
-    """What a goal is about."""
+    """Returns the figure of an entry that a goal limits."""
     main = entry["main"]
     if what == "int+move":
         return round(main.get("integer", 0.0) + main.get("move", 0.0), 1)
@@ -220,20 +227,20 @@ CAUSES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         r"^sm_90 \w+ (64|128) \w+ plain",
         ("total", "int+move", "shared", "exposed"),
-        "tiles of at most 64 queries, of which several blocks share a multiprocessor: on an H200 "
-        "they take a tenth to a third less time than those that these goals were set with",
+        "tiles of at most 64 queries, so that several blocks share a multiprocessor: on an H200 "
+        "they take a tenth to a third less time than the tiles with which the goals were set",
     ),
     (
         r"^sm_90 forward 64 causal plain",
         ("int+move",),
-        "stages and phases of the barriers at which TMA's copies arrive are counted in the loop, "
-        "and what the loop over masked blocks needs is kept meanwhile",
+        "the loop counts the stages and phases of the barriers at which TMA's copies arrive, and "
+        "keeps the values that the loop over masked blocks needs",
     ),
     (
         r" (bias|mask|dropout)$",
         ("stack", "spill"),
-        "what each score has of its own (addresses, random words) beside accumulators that fill "
-        "the registers",
+        "values that each score needs for itself (addresses, random words), beside accumulators "
+        "that fill the registers",
     ),
     (
         r"^sm_90 dkdv 256 ",
@@ -256,7 +263,7 @@ CAUSES: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 
 def cause(name: str, what: str) -> str:
-    """KeyError if nobody has named one."""
+    """Returns the cause in CAUSES; raises KeyError if CAUSES names none."""
     for pattern, goals, text in CAUSES:
         if what in goals and re.search(pattern, name):
             return text
@@ -267,7 +274,7 @@ def cause(name: str, what: str) -> str:
 
 
 def write(document: dict[str, Any]) -> None:
-    """A line an entry."""
+    """Writes the limits as JSON, one line per entry."""
 
     def lines(entries: dict[str, Any]) -> str:
         return ",\n".join(f"  {json.dumps(k)}: {json.dumps(x)}" for k, x in entries.items())
@@ -283,7 +290,7 @@ def write(document: dict[str, Any]) -> None:
 
 
 def write_limits(names: Sequence[str]) -> None:
-    """Measures those configurations anew, one after another, and keeps the others."""
+    """Measures these configurations again, one after another, and keeps the other limits."""
     document = load()
     for number, name in enumerate(names, 1):
         document["limits"][name] = measure(name)
@@ -299,7 +306,7 @@ def write_plain() -> None:
 
 
 def table(rows: list[list[Any]]) -> Iterator[str]:
-    """Markdown; the first row is the head."""
+    """Yields the lines of a Markdown table; the first row is its header."""
     yield "| " + " | ".join(map(str, rows[0])) + " |"
     yield "| --- " * len(rows[0]) + "|"
     for row in rows[1:]:
@@ -308,15 +315,16 @@ def table(rows: list[list[Any]]) -> Iterator[str]:
 
 PAGE_HEAD = """# What the Triton kernels compile to
 
-Generated by `python tests/helpers/budgets.py`; see there, and `main_loop.py` beside it for how it
-is counted.
-No time is on this page: it is what the compiler of the pinned Triton emits.
+Generated by `python tests/helpers/budgets.py`; `main_loop.py` beside it tells how
+instructions are counted.
+This page has no times: it shows what the compiler of the pinned Triton emits.
 
 Counts are warp instructions of the main loop, the one over tiles that no mask touches, per 1024
 scores (a quarter of a 64 x 64 tile), in bfloat16 with a causal mask. *shared / tensor cycles* is
 how long one scheduler's share of the shared memory and of the tensor cores is busy by the
 documented throughputs, and *exposed* an estimate of the tensor cores' utilisation if data movement
-overlaps with them and the softmax does not. Both compare variants of one kernel; they are no speed.
+overlaps with them and the softmax does not. Both compare variants of one kernel; they say nothing
+of time.
 
 *plain* is attention as a Triton tutorial writes it (`tests/helpers/plain_kernels.py`: even
 sizes, one layout, no features, a backward of two passes in one kernel), with the tutorial's tile
@@ -326,13 +334,13 @@ sizes.
 """
 PAGE_GOALS = """## Goals
 
-What the best known kernels need when they are compiled the same way, and about 10 % on top. For
-orientation, all of forward: FlashAttention-2 on sm_80 takes 296 instructions at head size 64 and
-470 at 128, and Triton's tutorial 324 and 540 to 587; on sm_90, FlashAttention-3 takes 205 to 210
-and 209 to 229, and a Triton kernel with tensor descriptors 262 and 262. A backward in one kernel
-with atomic additions takes 564 and 891 on sm_80 (FlashAttention-2), 354 and 406 to 484 on sm_90
-(FlashAttention-3), for five products a score where ours, in two kernels and without atomics, does
-seven.
+The goals are what the best known kernels need when they are compiled the same way, and about 10 %
+on top. For comparison, the totals of the forward: FlashAttention-2 on sm_80 takes 296 instructions
+at head size 64 and 470 at 128, and Triton's tutorial 324 and 540 to 587; on sm_90, FlashAttention-3
+takes 205 to 210 and 209 to 229, and a Triton kernel with tensor descriptors 262 and 262. A backward
+in one kernel with atomic additions takes 564 and 891 on sm_80 (FlashAttention-2), 354 and 406 to
+484 on sm_90 (FlashAttention-3), for five products per score; ours does seven, in two kernels
+without atomics.
 """
 PAGE_MISSES = """A stack of up to 64 bytes, and up to 20 spills per 1024 scores in the main loop (as
 in FlashAttention-2's), are accepted. The goals above are those of calls without bias, mask and
@@ -341,7 +349,7 @@ dropout.
 ## What misses a goal, and why
 """
 
-# The columns of the comparison: kinds of instructions, together.
+# Columns of the comparison, and the kinds of instructions that each of them adds up.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "matrix": ("matrix",),
     "exp2": ("exp2",),
@@ -402,9 +410,16 @@ def page(document: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help="names that contain it")
-    parser.add_argument("--missing", action="store_true", help="only those without a limit")
-    parser.add_argument("--page", action="store_true", help="only the page")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="measure only configurations whose name contains TEXT",
+    )
+    parser.add_argument(
+        "--missing", action="store_true", help="measure only configurations without a limit"
+    )
+    parser.add_argument("--page", action="store_true", help="measure nothing, only write the page")
     arguments = parser.parse_args()
     if not arguments.page:
         write_plain()

@@ -1,4 +1,4 @@
-"""Calls of kv_cache_append_, and what must have become of the caches.
+"""Checks of kv_cache_append_: calls, and what the caches must hold afterwards.
 
 test_gpu.py puts functions that compute on a GPU in place of `attention` and `kv_cache_append_`.
 """
@@ -15,7 +15,8 @@ def tokens(dtype=torch.float32, B=3, H=2, S=4, D=5, Dv=7):
 
 
 def pages_for(B, page_size, room):
-    """Pages in random order, more than are needed, and the table that hands them out."""
+    """Returns a number of pages, more than needed, and a block table that hands them out in random
+    order."""
     max_pages = -(-room // page_size)
     table = torch.randperm(B * max_pages + 3)[: B * max_pages].view(B, max_pages)
     return B * max_pages + 3, table.to(int32)
@@ -62,7 +63,7 @@ def check_paged(page_size, seqlen):
 
 
 def check_generation(paged):
-    """Token by token through a cache that is full of NaN, and all at once."""
+    """Compares generation token by token, with caches full of NaN at first, with a single call."""
     query, key, value = (torch.randn(2, heads, 37, 16) for heads in (4, 2, 2))
     want = attention(query, key, value, causal=True)
     table = None

@@ -1,6 +1,6 @@
 """Compiles Triton kernels ahead of time, without a GPU, as the JIT would for a call.
 
-`measured(request)` tells what the compiler made of it: registers, spills, shared memory,
+`measured(request)` returns figures of the compiled code: registers, spills, shared memory,
 instructions.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import main_loop
 from compile_launch import CompiledLaunch, compile_launch
 
-# Of the assembly, by what is counted.
+# Patterns that are counted in the assembly.
 INSTRUCTIONS = {
     "mma": r"\bmma\.sync",
     "wgmma": r"\bwgmma\.mma_async",
@@ -55,7 +55,7 @@ class Request:
 
 
 def launches(request: Request) -> list[Any]:
-    """What a call like this would start, from tensors without memory."""
+    """Returns the launches of such a call, made from tensors without memory."""
     import torch
 
     from fused_attention.kernels import launch, operators, tiles
@@ -169,7 +169,7 @@ def launches(request: Request) -> list[Any]:
 
 
 def compiled(request: Request) -> tuple[Any, CompiledLaunch]:
-    """The launch, and what it is compiled to. RuntimeError if it cannot be."""
+    """Returns the launch and its compiled code; raises RuntimeError if it does not compile."""
     one = next(x for x in launches(request) if x.kernel.fn.__name__ == request.kernel)
     return one, compile_launch(request.target, one)
 
@@ -179,7 +179,10 @@ def instruction_counts(assembly: str) -> dict[str, int]:
 
 
 def measured(request: Request) -> dict[str, Any]:
-    """Of the kernel as the JIT would compile it at the launch. RuntimeError if it cannot."""
+    """Returns figures of the kernel as the JIT would compile it at the launch.
+
+    Raises RuntimeError if it does not compile.
+    """
     one, code = compiled(request)
     is_amd = request.target.startswith("gfx")
     resources = (

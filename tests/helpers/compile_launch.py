@@ -15,7 +15,7 @@ from triton_process import compiling
 
 @dataclass(frozen=True)
 class Pointer:
-    """What the JIT looks at of a tensor."""
+    """The properties of a tensor that the JIT looks at."""
 
     dtype: torch.dtype
     address: int
@@ -26,9 +26,12 @@ class Pointer:
 
 @dataclass(frozen=True)
 class CompiledLaunch:
-    """parameters: where in `Launch.args` the arguments lie that are not compiled in, in order.
-    shared: bytes of dynamic shared memory a block; scratch: of global memory a block. threads: of a
-    block. binary: a cubin or hsaco."""
+    """Compiled code of a launch.
+
+    parameters: the paths in `Launch.args` to the arguments that are not compiled in, in order.
+    shared: bytes of dynamic shared memory per block. threads: per block. scratch: bytes of global
+    memory per block. binary: a cubin or hsaco.
+    """
 
     name: str
     assembly: str
@@ -40,14 +43,17 @@ class CompiledLaunch:
     descriptors: tuple[dict[str, Any], ...]
 
     def arguments(self, args: tuple[Any, ...]) -> list[Any]:
-        """Those that the compiled kernel takes; its last two are scratch memory and a profile. A
-        `TensorDescriptor` stands for several parameters, see `tests/ptx/triton_compile.py`."""
+        """Returns the arguments of the compiled kernel, without its last two: scratch memory and a
+        profile. A `TensorDescriptor` stands for several parameters, see `ptx/triton_compile.py`."""
         return [_at(args, path) for path in self.parameters]
 
 
 def compile_launch(target: str, launch: Any) -> CompiledLaunch:
-    """launch: a `fused_attention.kernels.launch.Launch` with tensors of any device; target: a key
-    of `tiles.ARCHS`. RuntimeError if it does not compile."""
+    """Compiles a launch; raises RuntimeError if it does not compile.
+
+    target: a key of `tiles.ARCHS`. launch: a `fused_attention.kernels.launch.Launch` with tensors
+    on any device.
+    """
     function = launch.kernel.fn
     return compiling(
         _compile,

@@ -1,4 +1,4 @@
-"""Keys that nobody sees, and queries that see nothing, beside NaN and infinity.
+"""Checks of keys that no query sees, and of queries that see no key, beside NaN and infinity.
 
 test_gpu.py puts a function that computes on a GPU in place of `attention`.
 """
@@ -79,7 +79,7 @@ def check_blind_rows(dtype, sinks):
     mask[:, :, blind] = False
     sink = torch.randn(2, dtype=torch.promote_types(dtype, torch.float32)) if sinks else None
     with torch.no_grad():
-        query[:, :, blind] = NAN  # nor may they reach what others compute
+        query[:, :, blind] = NAN  # must not reach the results of other rows
     out, lse = attention(query, key, value, mask=mask, sinks=sink, return_lse=True, backend="cpu")
     assert (out[:, :, blind] == 0).all()
     expected = torch.full_like(lse[:, :, blind], -INF) if sink is None else sink.view(1, 2, 1)

@@ -1,6 +1,6 @@
-"""The operators of the CUDA library on `testing.Inputs`, without a GPU.
+"""Calls of the CUDA library's operators with `testing.Inputs`, without a GPU.
 
-What they launch is run by the PTX interpreter, or only noted.
+The PTX interpreter runs the launches, or they are only recorded.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ PLAIN_NUMBERS = (0.125, 0, -1, -1, 0)
 
 
 def run(inputs, precision=0, gradients=True, schedule="lockstep", edit=None, capability=80):
-    """Results by name, as `testing.run` gives them, and the launches."""
+    """Returns results by name, as `testing.run` does, and the launches."""
     cuda_interpreter.library()
     q, k, v = (inputs.tensors[name] for name in ("query", "key", "value"))
     call = arguments(inputs, precision)
@@ -37,7 +37,7 @@ def run(inputs, precision=0, gradients=True, schedule="lockstep", edit=None, cap
 
 
 def start(inputs):
-    """What `run` starts."""
+    """Calls the operators that `run` calls, under the substitute of the caller."""
     q, k, v = (inputs.tensors[name] for name in ("query", "key", "value"))
     call = (*arguments(inputs), *(None,) * 6, 0, 0, 0)
     out, lse = OPS.attention_forward(q, k, v, *call)
@@ -50,7 +50,8 @@ def findings(runs):
 
 
 def small(case):
-    """Two blocks of queries and keys at most: the interpreter takes 0.1 s and more a block."""
+    """Returns the case with at most two blocks of queries and of keys: the interpreter takes at
+    least 0.1 s per block."""
     Hkv, group = min(case.Hkv, 2), min(case.Hq // case.Hkv, 2)
     return dataclasses.replace(
         case, B=1, Hq=Hkv * group, Hkv=Hkv, Sq=min(case.Sq, 70), Sk=min(case.Sk, 140)
@@ -59,7 +60,7 @@ def small(case):
 
 @contextlib.contextmanager
 def recording(compute_capability):
-    """Launches, none of which is run: kernel, blocks, threads, bytes of shared memory."""
+    """Records launches as (kernel, blocks, threads, bytes of shared memory), and runs none."""
     launches = []
 
     @cuda_interpreter.SUBSTITUTE

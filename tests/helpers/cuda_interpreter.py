@@ -1,11 +1,11 @@
-"""The CUDA library without a GPU: its operators take CPU tensors, and what they would launch is run
-by the PTX interpreter, from what nvcc makes of the kernel.
+"""The CUDA library without a GPU: its operators take CPU tensors, nvcc compiles the kernels that
+they launch to PTX, and the PTX interpreter runs them.
 
     with interpreted() as launches:
         out = torch.ops.fused_attention_cuda.attention_forward_plain(q, k, v, 0.125, 0, -1, -1, 0)
     assert launches[0].kernel == "attention_forward_kernel<Half, 64, true>"
 
-What is compiled is kept in .cache, by the hash of all it is made from.
+Compiled files are kept in .cache, by the hash of everything that they are made from.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ptx import Report, TensorMap, launch
 
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
 NVCC = SETUP["CUDA"]["find_nvcc"]()
-# Where a kernel is defined.
+# The header that defines each kernel.
 HEADERS = {
     "attention_forward": "attention_forward",
     **{name: name for name in ("attention_forward_hopper", "attention_backward_hopper")},
@@ -57,14 +57,14 @@ OPERATORS = ("*.cpp", "*.h", "cuda/*.cpp", "cuda/*.h")
 
 
 def kept(name: str, sources: tuple[str, ...], extra: str, make: Callable[[Path], None]) -> Path:
-    """A file made from the sources (patterns in csrc), unless it is there."""
+    """Returns a file made from the sources (patterns in csrc), and makes it if it is missing."""
     files = sorted(path for pattern in sources for path in (ROOT / "csrc").glob(pattern))
     text = b"".join(path.name.encode() + path.read_bytes() for path in files)
     digest = hashlib.sha256(text + extra.encode()).hexdigest()[:16]
     path = CACHE / "cuda" / digest / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{os.getpid()}-{name}")  # others may make it too
+        partial = path.with_name(f"{os.getpid()}-{name}")  # other processes may make it too
         make(partial)
         partial.rename(path)
     return path
@@ -72,13 +72,13 @@ def kept(name: str, sources: tuple[str, ...], extra: str, make: Callable[[Path],
 
 @functools.cache
 def nvcc_version() -> str:
-    """As in "13.0"."""
+    """Returns the version of nvcc, such as "13.0"."""
     text = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
     return text.split("release ")[1].split(",")[0]
 
 
 def compile_kernel(kernel: str, arch: str, *options: str) -> Path:
-    """What nvcc makes of a template-id such as "attention_forward_kernel<Half, 64, true>"."""
+    """Compiles a template-id such as "attention_forward_kernel<Half, 64, true>" with nvcc."""
     header = HEADERS[kernel.split("_kernel")[0]]
     types = [params_of(kernel).__name__, *["TensorMap"] * len(boxes_of(kernel))]
     parameters = [f"const __grid_constant__ {type_}" for type_ in types]
@@ -117,7 +117,7 @@ def ptx_of(kernel: str) -> str:
 
 
 def boxes_of(kernel: str) -> list[tuple[str, int]]:
-    """The tensors of its maps, and the rows of a box, as the .cu files encode them."""
+    """Lists (tensor, rows of a box) for each tensor map of a kernel, as the .cu files encode it."""
     if kernel.startswith("attention_forward_hopper"):
         return [("query", 128), ("key", 128), ("value", 128)]
     if not is_hopper(kernel):
@@ -140,7 +140,7 @@ def cubin_of(kernel: str, arch: str) -> bytes:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The operators alone, in torch.ops.fused_attention_cuda, in place of what was built."""
+    """Builds and loads the operators without kernels, in place of the library that was built."""
     where = SETUP["find_torch"]()
     units = SETUP["operator_units"](where, "csrc/cuda")
 
@@ -159,7 +159,7 @@ def library() -> ctypes.CDLL:
 
 @dataclass
 class Run:
-    """A launch, and what the interpreter reports. `edit` plants a fault."""
+    """A launch, and the report of the interpreter."""
 
     kernel: str
     blocks: int
@@ -170,6 +170,8 @@ class Run:
 
 @dataclass
 class Interpreter:
+    """The substitute for a launch. edit: changes the PTX, to plant a fault."""
+
     schedule: str = "lockstep"
     edit: Callable[[str], str] | None = None
     runs: list[Run] = field(default_factory=list)
@@ -189,8 +191,8 @@ class Interpreter:
                 shared_bytes, self.schedule,
             )  # fmt: skip
             self.runs.append(Run(name, blocks, threads, shared_bytes, report))
-        except Exception as error:  # it must not pass through C++
-            self.error = repr(error).encode()  # kept: the caller reads it
+        except Exception as error:  # no exception may pass through C++
+            self.error = repr(error).encode()  # kept alive for the caller
             return self.error
         return None
 
@@ -201,8 +203,10 @@ def interpreted(
     edit: Callable[[str], str] | None = None,
     compute_capability: int = 80,
 ) -> Iterator[list[Run]]:
-    """Launches of torch.ops.fused_attention_cuda are interpreted, and listed. compute_capability:
-    of the GPU that is played."""
+    """Interprets the launches of torch.ops.fused_attention_cuda, and lists them.
+
+    compute_capability: of the GPU that the operators believe to run on.
+    """
     interpreter = Interpreter(schedule, edit)
     substitute = SUBSTITUTE(interpreter)
     set_substitute = library().fused_attention_cuda_substitute

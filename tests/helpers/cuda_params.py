@@ -25,7 +25,7 @@ ITEM_BYTES = (4, 2, 2, 8)
 
 # The layouts come from the headers: a program that includes them prints where each field lies, what
 # type it has and how big it is. The fields are named here, because C++ cannot list them; together
-# with what alignment leaves free they must fill the struct.
+# with the gaps of alignment they must fill the struct.
 STRUCTS = {
     "TensorView": "data stride_b stride_h stride_s",
     "ScoreView": "data dtype stride_b stride_h stride_q stride_k",
@@ -85,7 +85,8 @@ def program() -> str:
 
 
 def printed() -> list[list[str]]:
-    """What the program prints, line by line; kept by the hash of all it is made from."""
+    """Returns the words of each line that the program prints. The output is kept in .cache by the
+    hash of the program and the headers."""
     text = program()
     headers = b"".join((ROOT / "csrc" / name).read_bytes() for name in HEADERS)
     digest = hashlib.sha256(text.encode() + headers).hexdigest()[:16]
@@ -119,7 +120,7 @@ TYPES: dict[str, Any] = dict(_SCALARS)
 def _type(name: str) -> Any:
     element, *extents = name.split("*")
     found = TYPES[element]
-    for extent in extents:  # the last one first, as C++ nests them
+    for extent in extents:  # the innermost one first, as C++ nests arrays
         found = found * int(extent)
     return found
 
@@ -147,7 +148,7 @@ TensorView, ScoreView = TYPES["TensorView"], TYPES["ScoreView"]
 
 
 def view(address: int, shape: list[int], strides: list[int], item: int) -> np.ndarray:
-    """Elements of `item` bytes at a host address; strides in elements."""
+    """Returns the elements of `item` bytes at a host address; strides are in elements."""
     last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else -1
     memory = (ctypes.c_uint8 * ((last + 1) * item)).from_address(address)
     flat = np.frombuffer(memory, dtype=f"V{item}") if last >= 0 else np.zeros(0, f"V{item}")
@@ -157,7 +158,7 @@ def view(address: int, shape: list[int], strides: list[int], item: int) -> np.nd
 
 
 def encode(params: Any, memory: Any) -> bytes:
-    """The bytes of the kernel's parameter, with the addresses of the interpreter's memory."""
+    """Returns the bytes of the kernel's parameter, with addresses in the interpreter's memory."""
     copy = type(params).from_buffer_copy(params)
     for name, array in params.operands().items():
         address = memory.bind(array) if array.size else 0
@@ -174,7 +175,7 @@ class KernelParams(ctypes.Structure):
     _fields_ = LAYOUTS["KernelParams"]
 
     def operands(self) -> dict[str, np.ndarray]:
-        """What each pointer may be used for, by its field's name."""
+        """Returns the elements that each pointer may touch, by the name of its field."""
         B, Hq, Hkv, Sq, Sk, D, Dv = (
             getattr(self, name) for name in ("B", "Hq", "Hkv", "Sq", "Sk", "D", "Dv")
         )
@@ -236,7 +237,7 @@ class SoftmaxKernelParams(ctypes.Structure):
     _fields_ = LAYOUTS["SoftmaxKernelParams"]
 
     def operands(self) -> dict[str, np.ndarray]:
-        """What each pointer may be used for, by its field's name."""
+        """Returns the elements that each pointer may touch, by the name of its field."""
         item, bias_item = ITEM_BYTES[self.dtype], ITEM_BYTES[self.bias_dtype]
         rows, sizes = self.groups * self.group_rows, self.size[: self.dims]
         found: dict[str, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""Calls of few queries against many keys, which attention_decode serves, and the rule for them.
+"""Checks of calls with few queries and many keys, which attention_decode serves.
 
 test_gpu.py puts a function that computes on a GPU in place of `attention`.
 """
@@ -13,7 +13,7 @@ from fused_attention.tools.testing import Case
 
 DECODE = Case(B=1, Hq=8, Hkv=2, Sq=1, Sk=1100, D=64, Dv=64)
 
-# 1100 keys and values of 64 floats are two splits; of 300 numbers, seven.
+# 1100 keys and values make two splits at head size 64, and seven at 300.
 CASES = {
     "one query": DECODE,
     "one head a group": dataclasses.replace(DECODE, Hq=2),
@@ -39,7 +39,7 @@ CASES = {
 
 
 def check_forward(case: Case) -> None:
-    """The correctness rule for out and lse, of the kernel that is meant."""
+    """Checks out and lse by the correctness rule, and that attention_decode serves the case."""
     inputs = testing.make_inputs(case)
     tensors = {name: x.detach() for name, x in inputs.tensors.items()}
     details = explain(**tensors, **inputs.keywords, return_lse=True).details
@@ -51,7 +51,7 @@ def check_forward(case: Case) -> None:
 
 
 def rows_served() -> int:
-    """How many rows the kernel takes at most: for one key head, the number of query heads."""
+    """Returns how many rows the kernel takes at most, found with query heads of one key head."""
 
     def kernel(heads: int) -> str:
         query, key = torch.empty(1, heads, 1, 8), torch.empty(1, 1, 100, 8)
@@ -61,7 +61,7 @@ def rows_served() -> int:
 
 
 def check_case(name: str, dtype: torch.dtype) -> None:
-    """With as many queries as the kernel takes at most."""
+    """Checks a case, with fewer queries if the kernel does not take all of them."""
     case = dataclasses.replace(CASES[name], dtype=dtype)
     if case.Hq // case.Hkv * case.Sq > rows_served():
         case = dataclasses.replace(case, Sq=rows_served() // (case.Hq // case.Hkv))

@@ -50,7 +50,7 @@ def _offsets(*starts):
 
 
 def _sequences(keys, **options):
-    """query, key and value, keys of this shape, and the other keywords."""
+    """Returns query, key and value (the latter two of shape `keys` x width), and the options."""
     draw = torch.Generator().manual_seed(5)
 
     def randn(*shape):
@@ -86,7 +86,7 @@ SEQUENCES = {
 
 
 def case_id(case: Case) -> str:
-    """What tells this case from the default one, as the id of a parameter."""
+    """Returns the fields that differ from the default case, as the id of a parameter."""
     defaults = Case()
     changed = {
         field.name: getattr(case, field.name)
@@ -98,25 +98,26 @@ def case_id(case: Case) -> str:
 
 
 def problem_of(query, key, value, **options) -> Problem:
-    """As `attention` describes a call with these arguments."""
+    """Returns the problem that `attention` makes of a call with these arguments."""
     return Problem.from_call(query, key, value, Options(**options))
 
 
 def features_of_sequences(name: str, **options) -> frozenset[str]:
-    """The same of a call of SEQUENCES."""
+    """Returns the names in `problem.FEATURES` that a call of SEQUENCES uses."""
     tensors, given = SEQUENCES[name]
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     return problem_of(**leaves, **given, **options).features
 
 
 def features_of(case: Case, **options) -> frozenset[str]:
-    """The names in `problem.FEATURES` that a call of this case uses."""
+    """Returns the names in `problem.FEATURES` that a call of this case uses."""
     inputs = testing.make_inputs(case)
     return problem_of(**inputs.differentiable(), **inputs.keywords, **options).features
 
 
 def finite(results):
-    """lse is -inf where a row sees nothing, and differences of it have no meaning."""
+    """Replaces an infinite lse by 0: fully masked rows have -inf, whose differences have no
+    meaning."""
     if isinstance(results, torch.Tensor):
         return results
     out, lse = results

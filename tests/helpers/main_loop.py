@@ -1,14 +1,14 @@
-"""What a kernel issues in its loops over tiles of scores, read from its machine code.
+"""Counts the instructions of a kernel's loops over tiles of scores, from its machine code.
 
 A kernel is disassembled (NVIDIA: nvdisasm, which comes with Triton; AMD: the compiler's assembly),
 cut into basic blocks, and searched for natural loops (Aho, Sethi, Ullman 1986, "Compilers", section
-10.4) that hold matrix instructions and no loop that does. The instructions of such a loop are
-counted by kind, per 1024 scores of a warp: one sub-partition's share of a tile of 64 x 64. A
-conditional block is counted in full; out-of-line retries of a wait are left out.
+10.4) that hold matrix instructions, and no inner loop with such instructions. The instructions of
+such a loop are counted by kind, per 1024 scores of a warp: one sub-partition's share of a tile of
+64 x 64. A conditional block is counted in full; out-of-line retries of a wait are left out.
 
 `cycles` estimates from the counts how long each unit of a sub-partition is busy. The throughputs
-are those of the vendor's documents; nothing here was measured, and latencies, barriers and the
-clock are not in it. It compares variants of one kernel and says nothing about time.
+are those of the vendor's documents; nothing here was measured, and the estimate leaves out
+latencies, barriers and the clock. It compares variants of one kernel and says nothing about time.
 """
 
 from __future__ import annotations
@@ -40,19 +40,23 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """instructions: of one iteration. scores: of one warp in it."""
+    """A loop over tiles.
+
+    instructions: of one iteration. scores: those that one warp computes in an iteration.
+    """
 
     instructions: tuple[Instruction, ...]
     scores: int
 
     def per_1024_scores(self) -> dict[str, float]:
-        """By kind, those that occur; "total" at the end."""
+        """Returns the count of each kind that occurs, and at the end the "total"."""
         counts = Counter(kind(x) for x in self.instructions)
         mix = {k: round(1024 * counts[k] / self.scores, 1) for k in KINDS if counts[k]}
         return mix | {"total": round(1024 * len(self.instructions) / self.scores, 1)}
 
     def cycles(self, target: str) -> dict[str, float]:
-        """By unit, busy cycles of a sub-partition per 1024 scores; only for MODELLED targets."""
+        """Returns the busy cycles of each unit of a sub-partition per 1024 scores, for MODELLED
+        targets only."""
         busy: Counter[str] = Counter()
         for x in self.instructions:
             busy["issue"] += 1
@@ -61,8 +65,8 @@ class Loop:
         return {unit: round(1024 * n / self.scores, 1) for unit, n in busy.items()}
 
     def softmax_exposed(self, target: str) -> float:
-        """The share of the tensor cores' time if data movement overlaps them and nothing else does:
-        tensor / (max(tensor, shared) + the busiest of the rest)."""
+        """Estimates the utilisation of the tensor cores if only data movement overlaps with them:
+        tensor / (max(tensor, shared) + the busiest of the other units)."""
         busy = self.cycles(target)
         tensor, shared = busy.pop("tensor", 0.0), busy.pop("shared", 0.0)
         matrix = self.per_1024_scores().get("matrix", 0.0)
@@ -139,15 +143,16 @@ def kind(x: Instruction) -> str:
 
 # -- Cost ----------------------------------------------------------------------------------
 
-# FMAs a clock of the tensor cores of a sub-partition (16-bit operands), and float32 lanes.
+# Per clock and sub-partition: FMAs of the tensor cores (16-bit operands), and float32 lanes.
 _TENSOR, _LANES = {"sm_80": 256, "sm_90": 512}, {"sm_80": 16, "sm_90": 32}
 MODELLED = tuple(_TENSOR)
-_SHARED_BYTES = 32  # a clock and sub-partition: 128 of the whole multiprocessor
+_SHARED_BYTES = 32  # per clock and sub-partition; the whole multiprocessor has 128
 _HMMA_FMAS = {"16816": 2048, "1688": 1024}
 
 
 def _matrix_fmas(x: Instruction) -> int:
-    """Multiply-adds of one warp by one instruction; a warpgroup's four warps share a wgmma."""
+    """Returns the multiply-adds that one instruction does per warp; the four warps of a warpgroup
+    share a wgmma."""
     shape = re.search(r"\.(\d+)x(\d+)x(\d+)", x.modifiers)
     if shape:
         m, n, k = map(int, shape.groups())
@@ -156,7 +161,7 @@ def _matrix_fmas(x: Instruction) -> int:
 
 
 def _cost(x: Instruction, target: str) -> Iterator[tuple[str, float]]:
-    """Units and cycles of a warp's instruction, on sm_80 and sm_90."""
+    """Yields the units that an instruction of a warp uses, with cycles, on sm_80 and sm_90."""
     name, what = x.opcode, kind(x)
     width = 16 if ".128" in x.modifiers else 8 if ".64" in x.modifiers else 4
     if what == "matrix":
@@ -216,7 +221,7 @@ class Code:
 
 
 def sass(cubin: bytes) -> Code:
-    """Of the one kernel in a cubin."""
+    """Disassembles the one kernel in a cubin."""
     code = Code([], {})
     for line in run_on_cubin(cubin, "nvdisasm", "-c").splitlines():
         if label := re.match(r"^(\.L_[\w.]+):", line):
@@ -230,7 +235,7 @@ def sass(cubin: bytes) -> Code:
 
 
 def gcn(assembly: str) -> Code:
-    """Of the one kernel in the assembly."""
+    """Reads the one kernel in the assembly."""
     code = Code([], {})
     body = assembly[: assembly.index(".section\t.rodata")]
     for line in body.splitlines():
@@ -245,7 +250,8 @@ def gcn(assembly: str) -> Code:
 
 
 def _jump(code: Code, i: int) -> tuple[list[int], bool] | None:
-    """Where instruction i may go, and whether it never goes on; None: only on."""
+    """Returns the jump targets of instruction i, and whether it never falls through; None if it is
+    no jump."""
     x = code.instructions[i]
     targets = [
         code.labels[name]
@@ -257,7 +263,7 @@ def _jump(code: Code, i: int) -> tuple[list[int], bool] | None:
         return targets, always and ".DIV" not in x.modifiers
     if x.opcode in ("EXIT", "RET", "BRX", "CALL"):
         return [], not x.guard and x.opcode != "CALL"
-    if x.opcode == "BSYNC":  # goes to the point that its BSSY named: the nearest one ahead
+    if x.opcode == "BSYNC":  # jumps to the point that its BSSY named: the nearest one ahead
         barrier = x.operands.split(",")[0].strip()
         named = [
             code.labels[name]
@@ -302,7 +308,7 @@ def graph(code: Code) -> Graph:
 
 
 def _dominators(flow: Graph) -> list[int]:
-    """Of each block a bit set of the blocks that every way to it passes."""
+    """Returns for each block a bit set of the blocks that every path to it passes."""
     count = len(flow.blocks)
     before: list[list[int]] = [[] for _ in range(count)]
     for a, successors in enumerate(flow.successors):
@@ -324,7 +330,7 @@ def _dominators(flow: Graph) -> list[int]:
 
 
 def natural_loops(flow: Graph) -> list[set[int]]:
-    """The blocks of each loop; loops with one head count as one."""
+    """Returns the blocks of each loop; loops with the same head count as one."""
     dominators = _dominators(flow)
     reachable, ahead = {0}, [0]
     while ahead:
@@ -346,9 +352,9 @@ def natural_loops(flow: Graph) -> list[set[int]]:
 
 
 def score_loops(code: Code, tile_scores: int) -> list[Loop]:
-    """The innermost loops with matrix instructions and exponentials, as they follow one another.
+    """Returns the innermost loops with matrix instructions and exponentials, in code order.
 
-    tile_scores: those of a tile that fall to one warp; an iteration is a tile.
+    tile_scores: the scores of a tile that one warp computes; an iteration handles one tile.
     """
     flow = graph(code)
 
@@ -359,7 +365,7 @@ def score_loops(code: Code, tile_scores: int) -> list[Loop]:
         return sum(kind(x) == what for x in instructions(blocks))
 
     def waits(block: int) -> bool:
-        """Retries of a wait, out of line."""
+        """Whether the block is an out-of-line retry of a wait."""
         own = instructions({block})
         return len(own) <= 6 and any(x.opcode == "SYNCS" for x in own)
 
@@ -379,13 +385,13 @@ def score_loops(code: Code, tile_scores: int) -> list[Loop]:
 
 
 def gcn_resources(assembly: str) -> dict[str, int]:
-    """registers: vector ones of a lane; stack: those that were spilled."""
+    """Returns the vector registers of a lane, and as "stack" how many of them were spilled."""
     names = {"registers": "vgpr_count", "stack": "vgpr_spill_count"}
     return {k: int(re.search(rf"\.{x}:\s*(\d+)", assembly)[1]) for k, x in names.items()}  # type: ignore[index]
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """registers of a thread and bytes of its stack (STACK and LOCAL)."""
+    """Returns the registers of a thread and the bytes of its stack (STACK and LOCAL)."""
     usage = run_on_cubin(cubin, "cuobjdump", "--dump-resource-usage")
     read: Sequence[int] = [
         int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK", "LOCAL")

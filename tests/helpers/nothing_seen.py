@@ -1,7 +1,8 @@
-"""Cases for the kernels of both GPU backends: NaN and infinity beside what sees nothing, or what
-nobody sees.
+"""Checks for the kernels of both GPU backends: NaN and infinity beside queries that see no key and
+beside keys that no query sees, and sizes of 0.
 
-A backend is a function that takes `testing.Inputs` and returns results by name, as `testing.run`.
+A backend is a function that takes `testing.Inputs` and returns results by name, as `testing.run`
+does.
 """
 
 import dataclasses
@@ -34,13 +35,14 @@ HIDING = {
 }
 
 
-# Those where some keys are seen by no query, and those where some queries see no key.
+# UNSEEN: cases with keys that no query sees. BLIND: cases with queries that see no key.
 UNSEEN = [name for name in HIDING if name != "causal, longer queries"]
 BLIND = ["mask", "mask, float16", "causal, longer queries"]
 
 
 def make(name: str) -> testing.Inputs:
-    """A third of the keys hidden from all where the case has a mask, and a fifth of the queries."""
+    """Returns inputs in which key padding or the mask hides a third of the keys from all queries,
+    and the mask hides all keys from a fifth of the queries."""
     case = HIDING[name]
     inputs = testing.make_inputs(case)
     options = inputs.options
@@ -54,7 +56,7 @@ def make(name: str) -> testing.Inputs:
 
 
 def seen_of(inputs: testing.Inputs) -> torch.Tensor:
-    """Who sees whom, bool [B, Hq, Sq, Sk]."""
+    """Returns which query sees which key, bool [B, Hq, Sq, Sk]."""
     query, key = inputs.tensors["query"], inputs.tensors["key"]
     B, Hq, Sq, _ = query.shape
     Sk = key.shape[2]
@@ -66,14 +68,15 @@ def seen_of(inputs: testing.Inputs) -> torch.Tensor:
 
 
 def parts_of(inputs: testing.Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which queries see some key, [B, Hq, Sq], and which keys some query sees, [B, Hkv, Sk]."""
+    """Returns which queries see a key, bool [B, Hq, Sq], and which keys a query sees, bool
+    [B, Hkv, Sk]."""
     seen = seen_of(inputs)
     B, Hkv, Sk, _ = inputs.tensors["key"].shape
     return seen.any(3), seen.any(2).view(B, Hkv, -1, Sk).any(2)
 
 
 def check_gradients_of_unseen_keys(run: Run, name: str, bad: float) -> None:
-    """They are 0 beside a NaN or an infinity in queries that see other keys."""
+    """Gradients of unseen keys are 0 beside NaN or infinity in queries that see other keys."""
     inputs = make(name)
     sees, seen = parts_of(inputs)
     assert seen.any() and not seen.all()
@@ -89,17 +92,18 @@ def check_gradients_of_unseen_keys(run: Run, name: str, bad: float) -> None:
 
 
 def check_results_of_blind_queries(run: Run, name: str, bad: float) -> None:
-    """They are 0 beside a NaN or an infinity in a key that others see, and whatever they hold."""
+    """Results of queries that see no key are 0 whatever these queries hold, also beside NaN or
+    infinity in a key that other queries see."""
     inputs = make(name)
     sees, seen = parts_of(inputs)
     want = testing.exact(inputs)
     blind = ~sees
     assert blind.any() and not blind.all()
     inputs.tensors["query"][blind] = bad
-    if "sinks" not in inputs.tensors:  # else it reaches their gradient
+    if "sinks" not in inputs.tensors:  # the gradient of sinks has a test of its own
         inputs.grad_out[blind] = bad
     got = run(inputs)
-    for key in got:  # theirs is without influence
+    for key in got:  # the values of blind queries have no influence
         tolerance = {"rtol": 0, "atol": 64 * torch.finfo(inputs.grad_out.dtype).eps}
         torch.testing.assert_close(got[key].double(), want[key], msg=key, **tolerance)
     column = seen.all(0).all(0).nonzero().flatten()[-1]
@@ -118,8 +122,8 @@ PLACES = ("query", "key", "value", "row of a bias", "slope")
 
 
 def check_nan_stays(run: Run, name: str, where: str) -> None:
-    """Every row that sees a NaN gives NaN, also beside keys that it does not see; in the other rows
-    it shows in nothing but the gradients of what they share. As in the definition."""
+    """As in the definition, every row that sees a NaN gives NaN, also beside keys that it does not
+    see. Other rows show the NaN only in the gradients of keys and values that they share."""
     case = HIDING[name]
     if where == "row of a bias":
         case = dataclasses.replace(case, bias="BHQK")
@@ -131,14 +135,14 @@ def check_nan_stays(run: Run, name: str, where: str) -> None:
     if where == "query":
         tensors["query"].fill_(NAN)
     elif where in ("key", "value"):
-        tensors[where][:, :, first] = NAN  # of the first row that sees something, its first key
+        tensors[where][:, :, first] = NAN  # the first key of the first row that sees any
     elif where == "slope":
         options["alibi_slopes"] = torch.full((case.Hq,), NAN)
     else:
         tensors["bias"] = testing.make_inputs(case).tensors["bias"]
         tensors["bias"][:, :, row] = NAN
     got, want = run(inputs), testing.exact(inputs)
-    # The queries that a non-finite key or value is hidden from are unspecified.
+    # Results of queries from which a non-finite key or value is hidden are unspecified.
     specified = sees if where not in ("key", "value") else seen_of(inputs)[..., first] | ~sees
     for key in ("out", "lse", "dquery"):
         mine, theirs = got[key][specified], want[key][specified]
@@ -178,14 +182,14 @@ EMPTY = [
     for zero in itertools.combinations(SIZES, count)
     if "Hkv" not in zero or "Hq" in zero
 ]
-# Of them, these run each time.
+# The sizes that run each time; the others wait for --full.
 OFTEN = [("Hq",), ("D",), ("Dv",), ("Sk",), ("B", "Sk"), ("Sq", "D"), tuple(SIZES)]
 
 
 def check_empty(run: Run, zero: tuple[str, ...], **fields) -> None:
-    """Whatever is of size 0, results are as defined, and nothing is left as it was allocated."""
+    """With sizes of 0, results match the definition, and none of them stays uninitialised."""
     inputs = testing.make_inputs(Case(**SIZES | dict.fromkeys(zero, 0), scale=0.3, **fields))
-    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    torch.use_deterministic_algorithms(True)  # this fills new memory with NaN
     try:
         got = run(inputs)
     finally:
@@ -195,11 +199,11 @@ def check_empty(run: Run, zero: tuple[str, ...], **fields) -> None:
         torch.testing.assert_close(x, want[name].to(x.dtype), msg=name, rtol=1e-2, atol=1e-2)
 
 
-HUGE = 2**50  # of an expanded batch without elements
+HUGE = 2**50  # batch size of expanded tensors without elements
 
 
 def check_huge(operators: Any) -> None:
-    """The operators answer at once. What they start the caller sees."""
+    """Checks that the operators answer at once. The caller checks what they launch."""
 
     def empty(seqlen: int) -> torch.Tensor:
         return torch.empty(1, 2, seqlen, 8).half().expand(HUGE, 2, seqlen, 8)
@@ -219,7 +223,7 @@ def check_huge(operators: Any) -> None:
     assert operators.masked_softmax_backward(rows, rows, 1.0, 0)[0].shape == rows.shape
 
 
-# Lengths that make no sense, of packed sequences: [5], for 40 tokens.
+# Senseless cu_seqlens of four packed sequences, for 40 tokens.
 HOSTILE = [
     [-(2**31), 2**31 - 1, 7, -9, 40],
     [0, -(2**31), -(2**31), 2**31 - 1, 2**31 - 1],

@@ -4,7 +4,7 @@ from fused_attention.tools import testing
 
 
 def arguments(inputs: testing.Inputs, precision: int = 0):
-    """Of the operators attention_forward and attention_backward, after query, key and value."""
+    """Returns the numbers and options that attention_forward and attention_backward both take."""
     tensors, options = inputs.tensors, inputs.options
     scale = options["scale"]
     numbers = (

@@ -1,4 +1,4 @@
-"""Sequences that do not look alike, and what operators must make of them, packed or in pages.
+"""Sequences of different lengths, packed or in pages, and the check of operators on them.
 
 Each sequence is a call of its own, whatever lies beside it: the correctness rule is applied to the
 sequences one by one, forward and backward.
@@ -17,7 +17,7 @@ from operator_calls import arguments
 NAN = math.nan
 int32 = torch.int32
 
-# Queries and keys: none, one, fewer queries than keys and more, none seen.
+# (queries, keys): none, one, fewer queries than keys and more, and queries without keys.
 LENGTHS = [(5, 7), (0, 3), (33, 20), (1, 34), (18, 0), (0, 0), (2, 50)]
 
 DECODED = [(1, 7), (1, 0), (0, 5), (1, 50), (1, 16), (1, 1)]
@@ -45,8 +45,8 @@ class Packing:
     lengths: list[tuple[int, int]]
     packed: bool = True
     page_size: int | None = None
-    used: bool = False  # there are more keys than are in use
-    rest: int = 3  # tokens of none, behind the last sequence
+    used: bool = False  # whether there are more keys than are used
+    rest: int = 3  # tokens behind the last sequence, which belong to none
 
     def __post_init__(self):
         Sq, self.Sk = zip(*self.lengths, strict=True)
@@ -57,11 +57,11 @@ class Packing:
             B, width = len(self.lengths), -(-ROOM // self.page_size)
             self.table = torch.randperm(B * width + 1)[: B * width].view(B, width).to(int32)
             for b, n in enumerate(self.Sk):
-                self.table[b, -(-n // self.page_size) :] = 2**31 - 1  # not in use: anything
+                self.table[b, -(-n // self.page_size) :] = 2**31 - 1  # unused: may be anything
 
     @property
     def arguments(self):
-        """cu_seqlens_q ... block_table"""
+        """Returns the operators' arguments from cu_seqlens_q to block_table."""
         cu_q = torch.tensor(self.q_starts, dtype=int32) if self.packed else None
         cu_k = torch.tensor(self.k_starts, dtype=int32) if self.packed else None
         used = self.used or (self.page_size and not self.packed) or not self.packed
@@ -70,7 +70,7 @@ class Packing:
         return cu_q, cu_k, *longest, seqused, self.table if self.page_size else None
 
     def queries(self, each):
-        """[1, H, S, D] of each sequence as the operator takes them, NaN elsewhere."""
+        """Lays out [1, H, S, D] of each sequence as the operator takes query, NaN elsewhere."""
         if not self.packed:
             return torch.cat(each)
         tokens = [x[0].transpose(0, 1) for x in each]
@@ -95,7 +95,7 @@ class Packing:
         return result
 
     def of_queries(self, x, b):
-        """Back: [1, H, S, D]."""
+        """Returns the part of sequence b, [1, H, S, D], of a tensor laid out like query."""
         if not self.packed:
             return x[b : b + 1]
         return x[self.q_starts[b] : self.q_starts[b + 1]].transpose(0, 1)[None]
@@ -112,14 +112,14 @@ class Packing:
         return x[b : b + 1, :, :n]
 
     def of_rows(self, x, b):
-        """Of lse: [1, H, S]."""
+        """Returns the part of sequence b, [1, H, S], of a tensor laid out like lse."""
         if not self.packed:
             return x[b : b + 1]
         return x[None, :, self.q_starts[b] : self.q_starts[b + 1]]
 
 
 def options_together(each):
-    """Of the operators, in order, for all sequences at once."""
+    """Returns the operators' numbers and options, in order, for all sequences at once."""
     call = list(arguments(each[0]))
     if call[8] is not None:  # alibi_slopes
         call[8] = torch.cat([x.options["alibi_slopes"] for x in each])
@@ -127,7 +127,7 @@ def options_together(each):
 
 
 def check(operators, case: Case, packing: Packing) -> None:
-    """Forward and backward, by the operators of a backend."""
+    """Checks forward and backward by the operators of a backend."""
     each = [
         testing.make_inputs(dataclasses.replace(case, Sq=Sq, Sk=Sk, seed=seed))
         for seed, (Sq, Sk) in enumerate(packing.lengths)
@@ -170,7 +170,7 @@ def check(operators, case: Case, packing: Packing) -> None:
             torch.testing.assert_close(got["lse"], want)
     if case.sinks:
         torch.testing.assert_close(dsinks.double(), exact_dsinks, atol=1e-2, rtol=1e-2)
-    # What belongs to no sequence, or is not in use
+    # Tokens that belong to no sequence, or are not in use
     if packing.packed:
         end = packing.q_starts[-1]
         assert (out[end:] == 0).all() and (dq[end:] == 0).all()

@@ -1,8 +1,8 @@
-"""Philox4x32-10 a second time: the oracle for every dropout mask, sharing no code with the package.
+"""A second Philox4x32-10: the oracle for every dropout mask, which shares no code with the package.
 
-Written for one counter at a time after Salmon et al. 2011, "Parallel Random Numbers: As Easy as
-1, 2, 3", section 3.3 and table 2, in numpy's unsigned integers. Checked against the known answers
-that the authors publish with Random123 (`KNOWN_ANSWERS`, from its file kat_vectors).
+It computes one counter at a time after Salmon et al. 2011, "Parallel Random Numbers: As Easy as
+1, 2, 3", section 3.3 and table 2, in numpy's unsigned integers. It is checked against the known
+answers that the authors publish with Random123 (`KNOWN_ANSWERS`, from its file kat_vectors).
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ KNOWN_ANSWERS = [
 
 
 def philox4x32(counter, key):
-    """Four 32-bit integers from a counter of four and a key of two."""
+    """Returns four 32-bit integers from a counter of four and a key of two."""
     x = [np.uint64(word) for word in counter]
     k = [np.uint32(word) for word in key]
     with np.errstate(over="ignore"):  # 32-bit sums wrap on purpose
@@ -47,7 +47,7 @@ def philox4x32(counter, key):
 
 
 def dropout_values(seed, offset, batch, heads, seqlen_q, seqlen_k):
-    """The 16-bit value of every element, uint16 [batch, heads, seqlen_q, seqlen_k], in plain loops.
+    """Returns the 16-bit value of every element, uint16 [batch, heads, seqlen_q, seqlen_k].
 
     Element (b, h, row, column) is value column % 8 (low bits first) of the 128 bits that belong to
     the counter (column // 8, row, b * heads + h, offset) and the key (low, high) of a 64-bit seed.
@@ -63,6 +63,6 @@ def dropout_values(seed, offset, batch, heads, seqlen_q, seqlen_k):
 
 
 def keep_mask(seed, offset, dropout_p, batch, heads, seqlen_q, seqlen_k):
-    """True where dropout keeps an element: its value is at least round(dropout_p * 65536)."""
+    """Returns True where dropout keeps an element: its value is >= round(dropout_p * 65536)."""
     values = dropout_values(seed, offset, batch, heads, seqlen_q, seqlen_k).astype(np.int64)
     return values >= round(dropout_p * 65536)

@@ -1,5 +1,5 @@
 """Attention as a Triton tutorial would write it, to compare our compiled kernels with: even sizes,
-one layout, no features, a backward in one kernel of two passes. Only compiled, never run."""
+one layout, no features, a backward in one kernel of two passes. The kernels are never run."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""masked_softmax against its definition, whatever computes it: inputs, cases, the comparison."""
+"""Compares masked_softmax of any backend with its definition: inputs, cases, the comparison."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ def randn(*shape, dtype=torch.float32):
 
 
 def results(function, input, bias, sinks, grad):
-    """out and the gradients of sum(out * grad), by name."""
+    """Returns out and the gradients of sum(out * grad), by name."""
     leaves = {"input": input, "bias": bias, "sinks": sinks}
     leaves = {k: x.detach().requires_grad_() for k, x in leaves.items() if x is not None}
     out = function(leaves["input"], leaves.get("bias"), leaves.get("sinks"))
@@ -28,7 +28,8 @@ def results(function, input, bias, sinks, grad):
 
 
 def naive(input, mask, bias, sinks, grad, options):
-    """Whole tensors; the softmax in float32 for 16-bit inputs, the weights rounded once."""
+    """Computes whole tensors, with the softmax of 16-bit inputs in float32 and the weights rounded
+    once."""
     dtype, wide = input.dtype, torch.promote_types(input.dtype, torch.float32)
     seen = torch.ones(input.shape, dtype=torch.bool) if mask is None else mask.expand(input.shape)
     if options.get("causal"):
@@ -62,13 +63,13 @@ def naive(input, mask, bias, sinks, grad, options):
 
 
 def check(input, mask=None, bias=None, sinks=None, grad=None, **options):
-    """Ours against the definition by the correctness rule: the list of what breaks it."""
+    """Compares ours with the definition, and lists what breaks the correctness rule."""
     grad = torch.randn_like(input) if grad is None else grad
     seed = {"philox_seed": PHILOX} if options.get("dropout_p") else {}
     exact_options = options | ({"philox": PHILOX} if seed else {})
 
     def ours(x, b, s):
-        # both kinds of mask at once: only the operators take them
+        # only the operators take both a boolean mask and a bias
         if mask is not None and b is not None:
             call = {"scale": options.get("scale", 1.0), "causal": options.get("causal", False)}
             causal = {False: 0, "top_left": 1, "bottom_right": 2}[call["causal"]]

@@ -1,4 +1,4 @@
-"""The symbols of PyTorch that the built library needs.
+"""Prints the symbols of PyTorch that the built library needs.
 
 python tests/helpers/torch_symbols.py > tests/data/torch_symbols.txt
 """
@@ -11,7 +11,7 @@ from paths import ROOT
 
 
 def torch_symbols(library: Path) -> set[str]:
-    """The undefined symbols that belong neither to Python nor to the C and C++ runtimes."""
+    """Returns the undefined symbols that belong neither to Python nor to the C and C++ runtimes."""
     command = ["nm", "-D", "--undefined-only", str(library)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     names = {line.split()[-1] for line in lines}

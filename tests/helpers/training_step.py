@@ -1,6 +1,6 @@
 """Training steps of a small torch.nn.Transformer with our attention, in one process or in two.
 
-`worker` is what a process that torch.multiprocessing spawns imports and calls.
+A process that torch.multiprocessing spawns imports this module and calls `worker`.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The operators of the Triton kernels on `testing.Inputs`: attention, weights, caches."""
+"""Calls of the Triton kernels' operators with `testing.Inputs`: attention, weights, caches."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 SMALL = tiles.Tiles(block_m=16, block_n=16, num_warps=4, num_stages=1)
 
-# In place of the CPU's sizes: 16 x 16 tiles need fewer queries and keys to be many.
+# Sizes in place of the CPU's: with 16 x 16 tiles, fewer queries and keys make several blocks.
 SIZES = {
     "tiny": (1, 1, 1, 1, 1, 1, 1),
     "decode": (2, 2, 1, 1, 45, 32, 32),
@@ -40,7 +40,7 @@ PAIRS = [smaller(case) for case in testing.pairs_of_features()]
 
 
 def run(inputs: testing.Inputs) -> testing.Results:
-    """Forward and backward, as `testing.run`."""
+    """Runs forward and backward, and returns results by name as `testing.run` does."""
     call = arguments(inputs)
     query, key, value = (inputs.tensors[name] for name in ("query", "key", "value"))
     out, lse = operators.attention_forward(query, key, value, *call)
@@ -70,7 +70,7 @@ def run(inputs: testing.Inputs) -> testing.Results:
 
 
 def run_weights(inputs, average):
-    """The weights, forward and backward; of the output nothing is asked."""
+    """Runs the weights forward and backward; the gradient of the output is 0."""
     tensors, call = inputs.tensors, arguments(inputs)
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
     out, lse = operators.attention_forward(query, key, value, *call)
@@ -101,7 +101,7 @@ def weights_mismatches(case, average):
 
 
 def check_append(caches, *rest):
-    """As the operator of the CPU."""
+    """Compares the operator with that of the CPU."""
     want = [x.clone() for x in caches]
     kv_cache_append_(*want, *rest)
     operators.kv_cache_append_(*caches, *rest)

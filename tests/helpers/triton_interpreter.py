@@ -1,9 +1,9 @@
 """Triton 3.9's interpreter, with bfloat16 repaired, and a third faster.
 
-It keeps bfloat16 as uint16 and multiplies, adds and rounds those as integers (or truncates).
-Here a bfloat16 tensor holds float32 numbers that bfloat16 can represent: rounded (to nearest even)
-where they come from float32, and converted from and to 16 bits where memory is read or written.
-`test_triton.py` has a test that fails when Triton needs none of this any more.
+Triton's own keeps bfloat16 as uint16, and multiplies, adds and rounds these as integers (or
+truncates). Here a bfloat16 tensor holds float32 numbers that bfloat16 can represent: they are
+rounded (to nearest even) when they come from float32, and converted from and to 16 bits when memory
+is read or written. `test_triton.py` has a test that fails when Triton needs no repair any more.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
 
 def round_bits(x):
-    """float32 to the upper 16 bits of the nearest bfloat16."""
+    """Rounds float32 to the nearest bfloat16, and returns its 16 bits."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint32(0x7FC0), nearest).astype(np.uint16)
@@ -45,7 +45,7 @@ def repaired_bfloat16():
         bits = interpreter._interpreter.load(pointers.data, mask.data, filler, np.dtype(np.uint16))
         return Handle(widen(bits), tl.bfloat16)
 
-    def masked_store(self, pointers, value, mask, *policy):  # as many as this Triton has
+    def masked_store(self, pointers, value, mask, *policy):  # policy: what this Triton passes
         if is_bfloat16(value.dtype):
             value = Handle(round_bits(value.data), tl.uint16)
         return store(self, pointers, value, mask, *policy)
@@ -88,7 +88,7 @@ def repaired_bfloat16():
 
 @contextlib.contextmanager
 def quick_calls():
-    """Calls between device functions patch the language each time: once a launch will do."""
+    """Patches the language once per launch instead of at every call of a device function."""
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched = set()
 
@@ -110,8 +110,8 @@ def quick_calls():
 
 
 def use_tiles(monkeypatch, own):
-    """These for every launch: with small ones, small problems have several blocks in each
-    direction. None: those of the tables."""
+    """Uses these tiles for every launch: with small tiles, small problems have several blocks in
+    each direction. None stands for the tiles of the tables."""
     for name in ("attention_tiles", "decode_tiles"):
         found = getattr(tiles, name) if own is None else lambda *args, **kwargs: own
         monkeypatch.setattr(launch, name, found)

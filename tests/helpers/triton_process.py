@@ -19,7 +19,7 @@ from paths import CACHE
 
 
 def compiling(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in the process that compiles. RuntimeError with what was raised there."""
+    """Returns function(*args) of the compiling process; RuntimeError says what was raised there."""
     result, error = _process().submit(_call, function, args).result()
     if error:
         raise RuntimeError(error)
@@ -34,7 +34,7 @@ def _process() -> ProcessPoolExecutor:
 def _prepare() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
-    # The default of Triton 3.9, said explicitly because 3.10 changes it.
+    # This is the default of Triton 3.9; it is set because 3.10 changes the default.
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
 
 

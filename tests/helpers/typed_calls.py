@@ -1,5 +1,5 @@
-"""Calls as a typed program makes them. `make lint` checks them, and
-test_types.py by `mypy --strict`."""
+"""Calls as a typed program makes them. `make lint` checks them, and so does test_types.py with
+`mypy --strict`."""
 
 import torch
 from torch import Tensor

@@ -1,5 +1,5 @@
-"""Packed sequences, used lengths and pages: the correctness rule is applied to the sequences one by
-one, each of which is a call of its own, whatever lies beside it.
+"""Checks of packed sequences, used lengths and pages: the correctness rule is applied to each
+sequence as a call of its own, whatever lies beside it.
 
 test_gpu.py puts a function that computes on a GPU in place of `attention`.
 """
@@ -15,7 +15,7 @@ from fused_attention.tools.testing import Case
 
 int32 = torch.int32
 
-# Queries and keys of the sequences: none, one, fewer queries than keys and more, none seen.
+# (queries, keys): none, one, fewer queries than keys and more, and queries without keys.
 LENGTHS = [(5, 7), (0, 3), (130, 200), (1, 64), (48, 0), (49, 100), (96, 31), (0, 0), (2, 500)]
 
 DECODED = [(1, 7), (1, 0), (0, 5), (1, 200), (1, 2100), (1, 64), (1, 1)]
@@ -53,7 +53,7 @@ def offsets(lengths):
 
 
 def check_sequence(inputs, out, lse):
-    """`inputs`: the dense call of one sequence, [1, H, S, D]."""
+    """Checks one sequence. inputs: its dense call, [1, H, S, D]."""
     got = {"out": out, "lse": lse}
     if inputs.tensors["query"].shape[2] == 0:
         assert out.numel() == lse.numel() == 0
@@ -63,7 +63,7 @@ def check_sequence(inputs, out, lse):
 
 
 def to_pages(x, page_size, numbers):
-    """x [B, H, S, D] in the pages of table `numbers` [B, max_pages], NaN everywhere else."""
+    """Copies x [B, H, S, D] to the pages of table `numbers` [B, max_pages], NaN elsewhere."""
     B, H, S, D = x.shape
     pages = torch.full((int(numbers.max()) + 2, page_size, H, D), NAN, dtype=x.dtype)
     for b in range(B):
@@ -78,8 +78,8 @@ def table(B, page_size, room):
 
 
 def packed_call(case, lengths, page_size):
-    """The dense calls of the sequences, one by one, and the packed call of all, with NaN wherever
-    no sequence reads."""
+    """Returns the dense call of each sequence, and the packed call of all, with NaN wherever no
+    sequence reads."""
     each = [
         testing.make_inputs(dataclasses.replace(case, B=1, Sq=Sq, Sk=Sk, seed=seed))
         for seed, (Sq, Sk) in enumerate(lengths)
@@ -119,18 +119,18 @@ def lengths_k(lengths):
 
 
 def with_dirt(parts, dim=0):
-    """Along `dim`, with three tokens behind the last sequence, of none."""
+    """Concatenates along `dim`, with three tokens of NaN at the end that belong to no sequence."""
     shape = [3 if i == dim else size for i, size in enumerate(parts[0].shape)]
     return torch.cat([*parts, parts[0].new_full(shape, NAN)], dim)
 
 
 def from_pages(pages, numbers, room):
-    """[B, H, room, D], what `to_pages` took."""
+    """Returns what `to_pages` took, [B, H, room, D]."""
     return pages[numbers].flatten(1, 2)[:, :room].transpose(1, 2)
 
 
 def differentiate(call, grad_out, grad_lse):
-    """Gradients by name: NaN in grad_out reaches nothing that a sequence uses."""
+    """Returns gradients by name. grad_out and grad_lse may be NaN where no sequence lies."""
     names = ("query", "key", "value", "bias", "sinks")
     leaves = {x: call[x].detach().requires_grad_() for x in names if x in call}
     results = attention(**call | leaves, return_lse=True, backend="cpu")
@@ -139,7 +139,7 @@ def differentiate(call, grad_out, grad_lse):
 
 
 def check_gradients(each):
-    """Of the sequences together: [(the dense call of one, its gradients by name), ...]."""
+    """Checks sequences together: [(the dense call of one, its gradients by name), ...]."""
 
     def together(results):
         names = set.intersection(*map(set, results))
@@ -147,7 +147,7 @@ def check_gradients(each):
 
     want = [testing.exact(inputs) for inputs, _ in each]
     naive = [testing.naive(inputs) for inputs, _ in each]
-    dtype = each[0][0].grad_out.dtype  # that of out sets the floor
+    dtype = each[0][0].grad_out.dtype  # the dtype of out sets the floor of the rule
     got = together(
         [own | {"out": x["out"].to(dtype)} for (_, own), x in zip(each, want, strict=True)]
     )
@@ -157,13 +157,13 @@ def check_gradients(each):
 
 
 def pad(x, length):
-    """x [1, H, S, D] with NaN up to `length` tokens."""
+    """Pads x [1, H, S, D] with NaN to `length` tokens."""
     rest = torch.full((1, x.shape[1], length - x.shape[2], x.shape[3]), NAN, dtype=x.dtype)
     return torch.cat([x, rest], 2)
 
 
 def alone(inputs, b, used):
-    """The same call with this sequence alone, of a batch of 4, and with the keys it uses."""
+    """Returns the call of sequence b alone, of a batch of 4, with only the keys that it uses."""
     room = inputs.tensors["key"].shape[2]
 
     def own(name, x):
@@ -226,13 +226,13 @@ def check_gradients_of_packed(name, page_size):
         gradients.append((inputs, own))
     check_gradients(gradients)
     used = sum(got[part].abs().sum((-1, -2)).count_nonzero() for part in ("dkey", "dvalue"))
-    assert used <= 2 * cu_k[-1]  # and 0 everywhere else
+    assert used <= 2 * cu_k[-1]  # the gradients are 0 everywhere else
 
 
 def check_used_lengths_and_pages(name, Sq, page_size):
     used = [0, 1, 290, 333]
     room = 333 if page_size is None else -(-333 // page_size) * page_size
-    dtype = testing.DTYPES[(len(name) + Sq + (page_size or 0)) % 4]  # every one of them somewhere
+    dtype = testing.DTYPES[(len(name) + Sq + (page_size or 0)) % 4]  # every dtype occurs
     case = dataclasses.replace((OPTIONS | SCORES)[name], B=4, Sq=Sq, Sk=room, dtype=dtype)
     inputs = testing.make_inputs(case)
     tensors = inputs.tensors
@@ -244,7 +244,7 @@ def check_used_lengths_and_pages(name, Sq, page_size):
         numbers = table(4, page_size, room)
         key, value = (to_pages(x, page_size, numbers) for x in (key, value))
         for b, n in enumerate(used):
-            numbers[b, -(-n // page_size) :] = 2**31 - 1  # not in use: anything
+            numbers[b, -(-n // page_size) :] = 2**31 - 1  # unused entries may be anything
         places["block_table"] = numbers
     given = tensors | {"key": key, "value": value}
     out, lse = attention(**given, **inputs.keywords, **places, return_lse=True, backend="cpu")

@@ -9,7 +9,8 @@ def _gradient(f, x):
 
 
 def _of_grad_out_only(f, x):
-    """The gradient is linear in grad_out: a double backward even where the input needs none."""
+    """Differentiates the gradient by grad_out only, in which it is linear: a double backward
+    without a second derivative by x."""
     grad_out = torch.ones_like(f(x), requires_grad=True)
     (gradient,) = torch.autograd.grad(f(x), x, grad_out, create_graph=True)
     return torch.autograd.grad(gradient.sum(), grad_out)[0]

@@ -1,4 +1,4 @@
-"""Attention weights against the reference's, whose output for the values 1 they are.
+"""Compares attention weights with the reference's: its output if value is the identity.
 
 test_gpu.py puts a function that computes on a GPU in place of `attention_with_weights`.
 """
@@ -12,9 +12,10 @@ from fused_attention.tools import testing
 
 
 def weights_inputs(case, average):
-    """Inputs whose values are the identity, so that the output is the weights, and their gradient.
+    """Returns inputs whose value is the identity, so that the output is the weights.
 
-    [B, Hq, Sq, Sk] each; the mean over the heads hands each head its share of one gradient.
+    The weights and grad_out, their gradient, are [B, Hq, Sq, Sk]. average: the weights are averaged
+    over the heads, so that each head gets 1 / Hq of one gradient.
     """
     inputs = testing.make_inputs(dataclasses.replace(case, Dv=case.Sk))
     identity = torch.eye(case.Sk, dtype=case.dtype).expand(case.B, case.Hkv, case.Sk, case.Sk)
@@ -30,7 +31,7 @@ def weights_inputs(case, average):
 
 
 def as_weights(results, average):
-    """Of the results of attention to these inputs, those that weights have too."""
+    """Returns the results of attention to these inputs that weights have too, averaged if asked."""
     results = {name: x for name, x in results.items() if name not in ("lse", "dvalue")}
     if average:
         accumulated = torch.promote_types(results["out"].dtype, torch.float32)
@@ -39,7 +40,7 @@ def as_weights(results, average):
 
 
 def run(inputs, average):
-    """The weights, forward and backward; of the output nothing is asked."""
+    """Runs the weights forward and backward; the output gets no gradient."""
     leaves = inputs.differentiable()
     given = leaves | {"value": leaves.pop("value").detach()}
     _, weights = attention_with_weights(**given, average=average, **inputs.keywords)

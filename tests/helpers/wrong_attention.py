@@ -1,4 +1,4 @@
-"""Attention done wrong, one fault each, that `verify` must find and name: see test_verify."""
+"""Wrong versions of attention, with one fault each, which `verify` must find and name."""
 
 import math
 from functools import partial
@@ -21,7 +21,7 @@ def attention(
     dropout_p=0.0,
     fault="",
 ):
-    """Right if there is no fault: the definition, in float32 at least."""
+    """Computes the definition in float32 at least; `fault` names what is done wrong."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     Sq, Sk, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
 
@@ -38,7 +38,7 @@ def attention(
     if key_padding_mask is not None:
         seen = seen & ~key_padding_mask[:, None, None, :]
     k, v = heads(key), heads(value)
-    if fault != "padding":  # what nobody sees may be NaN
+    if fault != "padding":  # keys that no query sees may be NaN
         k, v = (torch.where(seen.any(-2).unsqueeze(-1), x, 0.0) for x in (k, v))
     s = query.to(dtype) @ k.mT
     if fault == "detached":
@@ -62,7 +62,7 @@ def attention(
         p = p * (torch.rand_like(p) >= dropout_p)
     elif dropout_p:
         p = F.dropout(p, dropout_p)
-    if fault == "gradient":  # of value: three times too large
+    if fault == "gradient":  # the gradient of value is three times too large
         v = 3 * v - 2 * v.detach()
     out = p @ v
     if fault == "swallow":
@@ -76,7 +76,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-# What is wrong, as `verify` says it, by the name of the function.
+# The message of `verify` for each fault, by the name of the function.
 FAULTS = {
     "alignment": "causal aligned bottom-right instead of top-left",
     "scale": "scale missing",
@@ -103,7 +103,7 @@ for _name in FAULTS:
 
 
 def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-    """PyTorch's signature, with the causal mask one too narrow."""
+    """Has PyTorch's signature, and a causal mask that is one key too narrow."""
     causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(-1)
     mask = causal[None, None] if is_causal else attn_mask
     boolean = mask is not None and mask.dtype == torch.bool

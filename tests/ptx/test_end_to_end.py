@@ -1,4 +1,4 @@
-"""Real kernels of two compilers, against float64, with no finding, under every warp schedule."""
+"""Runs kernels of two compilers under every schedule: results as in float64, and no finding."""
 
 import itertools
 
@@ -93,7 +93,7 @@ def test_tensor_copies_under_every_schedule(schedule):
     [pytest.param(True, id="host"), pytest.param(False, id="device", marks=pytest.mark.slow)],
 )
 def test_warp_specialisation(host, schedule):
-    """Triton 3.9 lets both consumer warpgroups make and store the same tile: one finding."""
+    """Triton 3.9 lets both consumer warpgroups compute and store the same tile: one finding."""
     example = examples.descriptors(90, host=host, specialized=True)
     report, error = example.run(example.ptx, schedule)
     assert error < 1
@@ -119,6 +119,6 @@ def test_cuda(target, causal, schedule):
     ],
 )
 def test_newer_targets(example):
-    """sm_120 has mma.sync and TMA; of sm_100 only what does not use tcgen05 runs."""
+    """sm_120 has mma.sync and TMA; on sm_100 only kernels without tcgen05 run."""
     report = check(example(), "lockstep")
     assert any("f32x2" in opcode for opcode in report.opcodes)

@@ -1,4 +1,4 @@
-"""The interpreter notices what it is there to notice: faults planted in real kernels."""
+"""The interpreter catches faults that are planted in real kernels."""
 
 import functools
 
@@ -24,7 +24,7 @@ EXAMPLES = {
 
 @functools.cache
 def caught(fault):
-    """The kinds of findings, with "numbers" if the result is wrong; None without nvcc."""
+    """Returns the kinds of findings, with "numbers" if the result is wrong; None without nvcc."""
     example = EXAMPLES[fault.kernel]()
     if example is None:
         return None
@@ -34,7 +34,7 @@ def caught(fault):
 
 @functools.cache
 def without_fault(kernel):
-    """What the kernel shows anyhow: the specialised one has a finding of its own."""
+    """Returns the findings without a fault: the specialised kernel has one of its own."""
     example = EXAMPLES[kernel]()
     report, error = example.run(example.ptx, "lockstep")
     assert error < 1
@@ -59,7 +59,7 @@ def test_fault_is_caught(fault):
 
 @pytest.mark.slow
 def test_table_of_faults(capsys):
-    """Print who caught what (pytest -s, or the report of a failure)."""
+    """Prints what caught each fault."""
     lines = ["", f"{'kernel':18} {'fault':38} caught by"]
     escaped = []
     for fault in FAULTS:
@@ -75,7 +75,7 @@ def test_table_of_faults(capsys):
 
 
 def test_numbers_alone_do_not_show_a_missing_barrier():
-    """In lockstep the result stays right: only the happens-before check sees these."""
+    """In lockstep the result stays right: only the happens-before check sees these faults."""
     barriers = [f for f in FAULTS if f.caught_by == "shared race" and f.kernel == "forward sm_80"]
     assert barriers and all("numbers" not in caught(fault) for fault in barriers)
 

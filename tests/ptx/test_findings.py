@@ -1,4 +1,4 @@
-"""What is reported, and what is not: the smallest PTX for each kind of finding, right and wrong."""
+"""The smallest PTX for each kind of finding: wrong PTX is reported, and right PTX is not."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from ptx import SCHEDULES, launch
 
 
 def run(body, arrays=(), grid=(1,), threads=64, shared=0, **options):
-    """Launch `body`; %p0, %p1, … point to the arrays, %s is shared memory, %t the thread."""
+    """Launches `body`; %p0, %p1, … point to the arrays, %s is shared memory, %t the thread."""
     parameters = ", ".join(f".param .u64 k_{n}" for n in range(len(arrays)))
     loads = " ".join(f"ld.param.u64 %p{n}, [k_{n}];" for n in range(len(arrays)))
     text = f"""
@@ -38,13 +38,13 @@ NEIGHBOUR = "xor.b32 %x, %t, 1; mad.lo.u32 %y, %x, 4, %s;"
     [
         (OTHER_WARP + "st.shared.u32 [%own], %t; ld.shared.u32 %x, [%y];", {"shared race"}),
         (OTHER_WARP + "st.shared.u32 [%own], %t; bar.sync 0; ld.shared.u32 %x, [%y];", set()),
-        # The write after the read of another warp
+        # A write after the read of another warp
         (
             OTHER_WARP + "st.shared.u32 [%own], %t; bar.sync 0; ld.shared.u32 %x, [%y];"
             "st.shared.u32 [%own], %x;",
             {"shared race"},
         ),
-        # Another barrier than the one that the others are at, of half of the block
+        # Each warp waits at a barrier of its own, for half of the block
         (
             OTHER_WARP + "st.shared.u32 [%own], %t; shr.u32 %x, %t, 5; add.u32 %x, %x, 1;"
             "bar.sync %x, 32; ld.shared.u32 %x, [%y];",
@@ -64,13 +64,13 @@ NEIGHBOUR = "xor.b32 %x, %t, 1; mad.lo.u32 %y, %x, 4, %s;"
 )  # fmt: skip
 def test_shared_memory(body, kinds, schedule):
     found = run(body, shared=256, schedule=schedule).kinds()
-    # Under a schedule a race may also show as a read of what is not there yet.
+    # Under some schedules a race also shows as a read of bytes that are not written yet.
     assert found - {"uninitialised shared memory"} == kinds - {"uninitialised shared memory"}
     assert kinds <= found
 
 
 def test_bytes_are_told_apart():
-    """Two warps write the two halves of one word; a third half stays unwritten."""
+    """Two warps may write the two halves of one word; reading an unwritten half is a finding."""
     body = (
         "shr.u32 %x, %t, 5; mad.lo.u32 %y, %lane, 4, %s; mad.lo.u32 %y, %x, 2, %y;"
         "st.shared.b16 [%y], %t; bar.sync 0; ld.shared.u32 %x, [%y];"
@@ -187,7 +187,7 @@ def test_one_lane_hands_over_what_the_others_did_before_a_barrier_of_the_warp(sc
 
     assert found("bar.warp.sync -1;") == set()
     assert found("") == {"shared race"}
-    # Nor does a barrier help of the warp's other half.
+    # A barrier of only half of the warp does not help either.
     half = "setp.lt.u32 %done, %lane, 16; @%done bar.warp.sync 65535;"
     assert found(half if lane == "5" else half.replace("lt", "ge").replace("65535", "-65536")) == {
         "shared race"

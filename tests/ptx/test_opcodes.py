@@ -1,7 +1,7 @@
-"""Each opcode in hand-written PTX against a truth computed another way.
+"""Compares each opcode, in hand-written PTX, with a truth computed another way.
 
-Integers against Python's unbounded ones, bf16 and fp8 against torch, matrix fragments and layouts
-element by element with the formulas of the PTX ISA.
+Integers are compared with Python's unbounded ones, bf16 and fp8 with torch, matrix fragments and
+layouts element by element with the formulas of the PTX ISA.
 """
 
 import math
@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 
 def kernel(body, parameters, registers="", target="sm_90a", shared=""):
-    """PTX text: `parameters` are pointers %p0, %p1, …; %t is the thread number."""
+    """Returns PTX text: `parameters` pointers are %p0, %p1, …; %t is the thread number."""
     declared = ", ".join(f".param .u64 k_{n}" for n in range(parameters))
     loads = "\n".join(f"ld.param.u64 %p{n}, [k_{n}];" for n in range(parameters))
     return f"""
@@ -41,7 +41,7 @@ ret;
 
 
 def evaluate(instruction, result, *inputs, registers=""):
-    """Run `instruction` (on %d and %a, %b, … or %q for a predicate) for each row of the inputs."""
+    """Runs `instruction` (on %d and %a, %b, … or %q for a predicate) for each row of the inputs."""
     rows = len(inputs[0])
     bits = {np.dtype(t).itemsize * 8: f"b{np.dtype(t).itemsize * 8}" for t in UNSIGNED.values()}
     result = np.dtype(result)
@@ -376,7 +376,7 @@ def test_packed_halves(kind):
 
 
 def test_packed_floats():
-    """sm_100 and later: two float32 in 64 bits."""
+    """sm_100 and later pack two float32 in 64 bits."""
     a, b, c = (random_floats(F32, 128) for _ in range(3))
     words = [x.view(U64) for x in (a, b, c)]
     cases = {
@@ -505,7 +505,7 @@ def test_atomics_return_the_old_value():
 
 
 def test_fields_of_a_parameter_by_its_address():
-    """As nvcc reads a struct that a kernel takes by value."""
+    """This is how nvcc reads a struct that a kernel takes by value."""
     text = kernel(
         "mov.b64 %at, k_1; ld.param.u32 %t, [%at+4]; st.global.u32 [%p0], %t;"
         "ld.param.u64 %wide, [%at+0]; st.global.u64 [%p0+8], %wide;",
@@ -540,7 +540,7 @@ def test_barrier_reduction_and_named_barriers():
     assert out.tolist() == [10] * 64
 
 
-# Matrices: `fragment(lane, i)` gives (row, column) of element i of a lane, as the PTX ISA says it.
+# Matrices: `fragment(lane, i)` gives (row, column) of element i of a lane, from the PTX ISA.
 
 
 def a_16bit(lane, i):  # m16n8k16, and k8 without the upper half
@@ -574,7 +574,7 @@ def c_32bit(lane, i):
 
 
 def gather(matrix, fragment, count):
-    """Registers [32, words] of a matrix."""
+    """Returns the registers [32, words] of a matrix."""
     rows = [[matrix[fragment(lane, i)] for i in range(count)] for lane in range(32)]
     return torch.stack([torch.stack(row) for row in rows]).contiguous().view(torch.int32).numpy()
 
@@ -679,7 +679,7 @@ fence.proxy.async.shared::cta; bar.sync 0;"""
 
 
 def swizzled(x, k, span, rows_of):
-    """Byte of element (x, k) of 16 bits where k runs along rows of `span` bytes, 8 rows an atom.
+    """Returns the byte of 16-bit element (x, k); k runs along rows of `span` bytes, 8 per atom.
 
     The 16-byte chunk c of row r is stored at chunk c ^ (r mod 8) for 128 bytes, c ^ (r / 2 mod 4)
     for 64, c ^ (r / 4 mod 2) for 32: tables of the PTX ISA, "Swizzling modes".
@@ -690,7 +690,7 @@ def swizzled(x, k, span, rows_of):
 
 
 def image(matrix, where, size):
-    """A piece of shared memory that holds matrix[x, k] at byte where(x, k)."""
+    """Returns a piece of shared memory that holds matrix[x, k] at byte where(x, k)."""
     halves = np.zeros(size // 2, U16)
     bits = matrix.view(torch.int16).numpy().view(U16)
     for x, k in np.ndindex(bits.shape):
@@ -700,13 +700,13 @@ def image(matrix, where, size):
 
 @pytest.mark.parametrize("layout", ["k128", "k64", "k32", "k0", "mn128", "mn64", "mn0"])
 def test_wgmma_layouts(layout):
-    """A from registers, B (16 x 64) from shared memory in each canonical layout."""
+    """Multiplies A in registers by B (16 x 64) in shared memory, in each canonical layout."""
     span = int("".join(c for c in layout if c.isdigit()))
     columns, mn_major = 64, layout.startswith("mn")
     a, b = torch.randint(-9, 9, (64, 16)).half(), torch.randint(-9, 9, (columns, 16)).half()
-    if mn_major:  # rows of k, along which x runs; swizzled, 16 of k are two atoms
+    if mn_major:  # a row for each k, along which x runs; swizzled, 16 rows are two atoms
         leading, stride = (16 * span, 8 * span) if span else (128, 256)
-    else:  # not swizzled: core matrices of 8 rows of 16 bytes, along k at 128, along x at 256
+    else:  # not swizzled: 8 rows of 16 bytes a core matrix, at 128 along k, 256 along x
         leading, stride = (0, 8 * span) if span else (128, 256)
 
     def where(x, k):
@@ -753,7 +753,7 @@ def test_wgmma_layouts(layout):
 
 @pytest.mark.parametrize("span", [0, 32, 64, 128])
 def test_tensor_copy_swizzles_and_clips(span):
-    """Load a tile that hangs over two edges, look at it raw, and store it elsewhere."""
+    """Loads a tile that hangs over two edges, looks at its bytes, and stores it elsewhere."""
     columns = (span or 128) // 2
     tensor = torch.randint(1, 1000, (21, columns + 8)).to(torch.int16)
     target = torch.zeros_like(tensor)
@@ -804,7 +804,7 @@ ret;
     assert target.equal(stored)
 
 
-# What is not known is named, never skipped
+# Unknown opcodes and names raise an error that names them, and are never skipped
 
 
 @pytest.mark.parametrize(

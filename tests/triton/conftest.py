@@ -1,6 +1,6 @@
-"""How the Triton kernels run where there is no GPU: in Triton's interpreter, by small tiles.
+"""Fixtures that run the Triton kernels without a GPU: in Triton's interpreter, with small tiles.
 
-Triton is imported by the fixtures only: where it is missing, each test module skips itself.
+Only the fixtures import Triton: if it is missing, each test module skips itself.
 """
 
 import pytest
@@ -17,7 +17,7 @@ def interpreter():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """And attention_forward also for few queries; attention_decode: test_triton_sequences.py."""
+    """Uses small tiles, and attention_forward in place of attention_decode for few queries."""
     from fused_attention.kernels import launch, tiles
     from triton_calls import SMALL
     from triton_interpreter import use_tiles

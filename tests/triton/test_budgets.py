@@ -1,8 +1,8 @@
-"""What the compiler makes of the main configurations stays within the committed limits.
+"""The code of the main configurations stays within the committed limits.
 
-A selection, in which every two values of two axes meet, alternately in bfloat16 and float16; with
---full every configuration in both. After a change in the kernels or their tiles: `python
-tests/helpers/budgets.py`.
+A selection, in which every two values of two axes meet, is compiled alternately in bfloat16 and
+float16; with --full every configuration is compiled in both. After a change of the kernels or their
+tiles, run `python tests/helpers/budgets.py`.
 """
 
 import itertools
@@ -19,11 +19,11 @@ pytest.importorskip("triton")
 
 pytestmark = pytest.mark.timeout(3600)  # a cold cache on a busy machine
 LIMITS = budgets.load()["limits"]
-PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}  # products a score
+PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}  # products per score
 
 
 def selection() -> list[str]:
-    """Names whose axes have all pairs of values that occur; greedy."""
+    """Returns names in which all pairs of axis values that occur meet; greedy."""
 
     def pairs(name):
         return set(itertools.combinations(enumerate(budgets.CONFIGURATIONS[name]), 2))
@@ -60,7 +60,7 @@ def test_limits_are_of_the_pinned_compiler_and_known_configurations():
 
 
 def test_the_page_is_that_of_the_limits():
-    """It names the cause of whatever misses a goal, or cannot be made."""
+    """The page names a cause for each missed goal; without a cause it cannot be made."""
     assert budgets.PAGE.read_text() == budgets.page(budgets.load())
 
 
@@ -101,11 +101,11 @@ def test_counted_products_are_those_of_the_formula(name):
     block_m, block_n, warps, _ = LIMITS[name]["tiles"]
     own = LIMITS[name]["main"]["matrix"]
     assert own == needed if D < 256 and warps == 4 else own >= needed
-    assert LIMITS[name]["main"]["exp2"] >= 32  # one a score, of 32 lanes
+    assert LIMITS[name]["main"]["exp2"] >= 32  # one per score, for 32 lanes
 
 
 def code(*lines: str) -> Code:
-    """ "name:" is a label; "@P0 BRA .L_1" has a guard."""
+    """Returns code from lines: "name:" is a label, "@P0 BRA .L_1" has a guard."""
     found = Code([], {})
     for line in lines:
         if line.endswith(":"):

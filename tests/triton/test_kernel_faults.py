@@ -1,4 +1,4 @@
-"""Faults planted in our kernels' PTX are noticed: by a finding, or by the numbers."""
+"""Faults planted in the PTX of our kernels are caught: by a finding, or by wrong numbers."""
 
 import functools
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ NAMES = {
 
 
 def tensors_of(x):
-    """Those in (nested) arguments, one of each storage."""
+    """Returns the tensors in (nested) arguments, one for each storage."""
     if isinstance(x, torch.Tensor):
         return {x.untyped_storage().data_ptr(): x}
     found = {}
@@ -50,7 +50,7 @@ def contents(launch):
 
 @dataclass(frozen=True)
 class Recorded:
-    """An execution, and what was in its tensors before and after it."""
+    """An execution, and the contents of its tensors before and after it."""
 
     execution: Execution
     before: dict
@@ -95,7 +95,7 @@ def recorded(target, name):
 
 @functools.cache
 def caught(fault):
-    """The kinds of findings, with "numbers" if the result is another."""
+    """Returns the kinds of findings, with "numbers" if the result differs."""
     name = NAMES.get(fault.kernel, f"attention_{fault.kernel}_kernel")
     sound = recorded(fault.target, WHERE[fault.kernel])[name]
     one = sound.execution
@@ -120,7 +120,7 @@ FAST = [("sm_80", "softmax"), ("sm_90", "keep mask")]
     ],
 )
 def test_table_of_faults(capsys, target, kernel):
-    """Each fault is caught by what should catch it; and the table of who caught what."""
+    """Each fault is caught by what should catch it; the test prints what caught each fault."""
     faults = [fault for fault in FAULTS if (fault.target, fault.kernel) == (target, kernel)]
     with capsys.disabled():
         for fault in faults:

@@ -1,7 +1,7 @@
-"""Our Triton kernels as compiled for sm_80 and sm_90, against the definition, with no finding.
+"""Compares our Triton kernels, compiled for sm_80 and sm_90, with the definition; nothing is found.
 
-The PTX that is executed is that of the launch which a GPU would get. Errors are judged by the
-project's own rule; products of float32 in TF32, which `precision="medium"` allows, by that of
+The PTX interpreter executes the launches that a GPU would get. Errors are judged by the project's
+correctness rule; products of float32 in TF32, which `precision="medium"` allows, by the rule for
 bfloat16.
 """
 
@@ -42,7 +42,7 @@ def no_findings(device: PTXDevice) -> None:
 
 
 def check(target: str, case: Case, schedule: str = "lockstep") -> PTXDevice:
-    """Forward and backward."""
+    """Checks forward and backward."""
 
     def answer(case: Case):
         inputs = testing.make_inputs(case)
@@ -57,7 +57,7 @@ def check(target: str, case: Case, schedule: str = "lockstep") -> PTXDevice:
 # -- Attention -----------------------------------------------------------------------------
 
 
-# The same kernels run in Triton's interpreter, case by case: here, these run each time.
+# The cases that run each time: Triton's interpreter runs the same kernels in many more.
 OFTEN = [("sm_80", "causal, gqa"), ("sm_90", "everything")]
 
 
@@ -104,7 +104,7 @@ def test_tiles_come_by_descriptor(name):
 
 @slow
 def test_the_same_tiles_come_by_pointers_where_they_must():
-    """Where an address is no multiple of 16: the same bits."""
+    """The results have the same bits if an address is no multiple of 16."""
     inputs = testing.make_inputs(TMA["causal"])
     with PTXDevice("sm_90") as device:
         expected = run(inputs)
@@ -114,7 +114,7 @@ def test_the_same_tiles_come_by_pointers_where_they_must():
     with PTXDevice("sm_90") as device:
         got = run(inputs)
     no_findings(device)
-    assert copied_by_tma(device) <= {"attention_dkdv_kernel"}  # for grad_out
+    assert copied_by_tma(device) <= {"attention_dkdv_kernel"}  # of grad_out
     assert all(torch.equal(x, expected[name]) for name, x in got.items())
 
 
@@ -132,7 +132,7 @@ FEATURES = [
 @slow
 @pytest.mark.parametrize("number", range(len(FEATURES)), ids=[case_id(x) for x in FEATURES])
 def test_every_feature_in_every_dtype(number):
-    """Each feature and dtype; the targets take turns."""
+    """Covers each feature in each dtype; the targets take turns."""
     check(("sm_80", "sm_90")[number % 2], FEATURES[number])
 
 
@@ -157,7 +157,7 @@ def test_every_order_of_the_warps(target, schedule):
 )
 @TARGETS
 def test_precision_of_float32(target, precision, rule):
-    """ "high": three products of TF32; "medium": one, judged as bfloat16."""
+    """Precision "high" computes three products of TF32, "medium" one, judged as bfloat16."""
     inputs = testing.make_inputs(case(dtype=torch.float32, Hq=1, Hkv=1, Sq=70, Sk=70))
     with PTXDevice(target) as device:
         query, key, value = (inputs.tensors[x] for x in ("query", "key", "value"))
@@ -191,7 +191,7 @@ def test_dropout_bits_are_those_of_the_cpu(target):
 
 @TARGETS
 def test_the_weights_that_attention_drops_are_those_of_the_cpu(target):
-    """value = 1 on the diagonal: out are the weights themselves."""
+    """With value = 1 on the diagonal, out is the weights themselves."""
     inputs = testing.make_inputs(case(dtype=torch.float16, Sk=64, dropout_p=0.3))
     query, key = inputs.tensors["query"] / 4, inputs.tensors["key"] / 4
     value = torch.eye(64).half().expand(1, 2, 64, 64)
@@ -205,7 +205,7 @@ def test_the_weights_that_attention_drops_are_those_of_the_cpu(target):
 @slow
 @TARGETS
 def test_hidden_keys_influence_nothing(target):
-    """NaN in the padding, forward and backward."""
+    """NaN in the padding changes neither forward nor backward."""
     inputs = testing.make_inputs(case(key_padding=True, Sq=70))
     hidden = inputs.options["key_padding_mask"].view(1, 1, -1, 1)
     results = []
@@ -218,7 +218,7 @@ def test_hidden_keys_influence_nothing(target):
     assert all(torch.equal(x, results[1][name]) for name, x in results[0].items())
 
 
-# -- Sequences, decoding, weights, caches: what their own tests check ----------------------
+# -- Sequences, decoding, weights, caches --------------------------------------------------
 
 
 def decode(case):
@@ -247,7 +247,7 @@ def options(name, dtype):
     return dataclasses.replace(sequences.OPTIONS[name], dtype=dtype)
 
 
-# name: what is checked, and the kernels that must have run
+# Name: (the check, the kernels that must have run).
 OTHERS = {
     "packed": (
         lambda: sequences.check(
@@ -342,7 +342,7 @@ def test_other_kernels(name, target):
 
 @pytest.fixture
 def softmax_on(monkeypatch):
-    """The public functions on a PTX device, and no finding at the end."""
+    """Returns a function that puts masked_softmax on a PTX device."""
 
     def on(target):
         monkeypatch.setattr(ops, "softmax_forward", operators.masked_softmax_forward)

@@ -1,7 +1,7 @@
-"""The Triton kernels in Triton's interpreter, against the definition.
+"""Compares the Triton kernels, in Triton's interpreter, with the definition.
 
-Small tiles, so that small problems have several blocks in each direction. What the interpreter
-cannot show (what the compiler accepts and generates) is in test_triton_compile.py.
+The tiles are small, so that small problems have several blocks in each direction.
+test_triton_compile.py tests what the interpreter cannot show: what the compiler accepts and emits.
 """
 
 import itertools
@@ -38,9 +38,9 @@ pytestmark = [
 ]
 
 
-# Of the naive error in float32, otherwise 2. The interpreter's products and exponentials are
-# numpy's, those of the naive computation PyTorch's: how they compare is a matter of the machine.
-# What a GPU would compute is held to 2 in test_kernels.py.
+# The multiple of the naive error that is allowed in float32; it is 2 otherwise. The interpreter's
+# products and exponentials are numpy's, those of the naive computation are PyTorch's, and how they
+# compare depends on the machine. test_kernels.py holds the compiled kernels to 2.
 FACTOR_FLOAT32 = 3.0
 
 
@@ -54,7 +54,7 @@ def check(case: Case) -> None:
 
 
 def forward(query, key, value, **options):
-    """(out, lse) of the operator, by the names of `attention`."""
+    """Calls the operator with the argument names of `attention`, and returns (out, lse)."""
     inputs = testing.Inputs(
         {"query": query, "key": key, "value": value}
         | {name: options.pop(name) for name in ("bias", "sinks") if name in options},
@@ -107,7 +107,7 @@ TILES = [(16, 32), (32, 16), (64, 64), (128, 32)]
     [pytest.param(*x, marks=() if x == (16, 32) else pytest.mark.slow) for x in TILES],
 )
 def test_tiles(monkeypatch, block_m, block_n):
-    """Any tile gives the answer, also where one block holds everything."""
+    """Every tile gives the right answer, also if one block holds everything."""
     use_tiles(monkeypatch, tiles.Tiles(block_m, block_n, 4, 1))
     for causal, window in (("bottom_right", (-1, -1)), (False, (9, 5)), (False, (-1, -1))):
         sizes = {"B": 1, "Hq": 2, "Hkv": 1, "Sq": 64, "Sk": 96}
@@ -132,7 +132,7 @@ def test_dropout_bits_are_those_of_the_cpu(seed, offset):
 
 
 def test_the_weights_that_attention_drops_are_those_of_the_mask():
-    """value = 1 on the diagonal: out are the weights themselves."""
+    """With value = 1 on the diagonal, out is the weights themselves."""
     philox = torch.tensor([7, 3])
     query, key = torch.randn(2, 2, 20, 8), torch.randn(2, 2, 40, 8)
     value = torch.eye(40).expand(2, 2, 40, 40)
@@ -140,7 +140,7 @@ def test_the_weights_that_attention_drops_are_those_of_the_mask():
     assert torch.equal(out != 0, ops.dropout_keep_mask(philox, 0.3, 2, 2, 20, 40))
 
 
-# -- What nobody sees ----------------------------------------------------------------------
+# -- Hidden keys and blind queries ---------------------------------------------------------
 
 Sq, Sk = 21, 43
 NOT_SEEN = {
@@ -184,7 +184,7 @@ def test_rows_that_see_nothing(dtype, sinks):
     query, key, value = (torch.randn(2, 2, S, 12).to(dtype) for S in (Sq, Sk, Sk))
     blind = torch.arange(Sq) % 5 == 2
     mask = (torch.rand(1, 1, Sq, Sk) < 0.8) & ~blind.view(Sq, 1)
-    query[:, :, blind] = NAN  # nor may they reach what others compute
+    query[:, :, blind] = NAN  # must not reach the results of other rows
     sink = torch.randn(2) if sinks else None
     options = {"mask": mask, "sinks": sink} if sinks else {"mask": mask}
     out, lse = forward(query, key, value, **options)
@@ -219,7 +219,7 @@ def test_results_of_blind_queries_are_zero_beside_nan(name, bad):
     nothing_seen.check_results_of_blind_queries(run, name, bad)
 
 
-# -- What somebody sees --------------------------------------------------------------------
+# -- Visible NaN, infinity and large numbers -----------------------------------------------
 
 
 @pytest.mark.parametrize("special", [NAN, INF, -INF])
@@ -294,7 +294,7 @@ def test_empty(shape, bias):
 @pytest.mark.parametrize("zero", quick(nothing_seen.EMPTY, *nothing_seen.OFTEN), ids="-".join)
 @pytest.mark.parametrize("few", quick([False, True], True))
 def test_sizes_of_0(monkeypatch, zero, few):
-    """few: by attention_decode, in two splits where there are keys."""
+    """few: attention_decode serves the call, in two splits if there are keys."""
     if few:
         monkeypatch.setattr(tiles, "MAX_DECODE_ROWS", 64)
         monkeypatch.setattr(tiles, "MIN_SPLIT_KEYS", 3)
@@ -325,7 +325,7 @@ def test_outputs_lie_in_memory_as_the_fake_kernels_say():
 
 
 def test_offsets_beyond_2_to_the_31():
-    """Between rows, and between the elements of one tile. Untouched pages cost nothing."""
+    """Offsets of rows, also of rows in one tile, exceed 2^31. Untouched pages cost nothing."""
     stride = 2**30
     pool = torch.empty(5 * stride + 64, dtype=torch.float16)
     key = pool.as_strided((1, 1, 5, 16), (0, 0, stride, 1))
@@ -428,7 +428,7 @@ BY_DESCRIPTOR = {
     "other layout": ({"layout": "BSHD", "dtype": torch.bfloat16}, True),
     "head size 40": ({"D": 40}, True),
     "one head": ({"H": 1, "B": 1, "D": 100}, False),  # rows of 200 bytes
-    "one row": ({"S": 1, "H": 1, "B": 1, "D": 100}, True),  # nobody asks for the next one
+    "one row": ({"S": 1, "H": 1, "B": 1, "D": 100}, True),  # the stride of rows is not used
     "head size 36": ({"D": 36}, False),
     "float32": ({"dtype": torch.float32}, False),
     "sm_80": ({"arch": "sm_80"}, False),
@@ -495,7 +495,7 @@ def test_strides_of_broadcast_operands_are_zero():
 
 @pytest.mark.parametrize("arch", sorted(tiles.ARCHS))
 def test_precision_of_float32_products(arch):
-    """ "highest" is never TF32."""
+    """Precision "highest" never uses TF32."""
     query = meta(1, 1, 64, 64, dtype=torch.float32)
     call = launch.describe(query, query, Arguments(0.125, 0, -1, -1, 0))
     names = [
@@ -509,7 +509,7 @@ def test_precision_of_float32_products(arch):
 
 
 def test_six_products_of_bfloat16_are_as_exact_as_float32():
-    """What "bf16x6" stands for, computed by hand."""
+    """Computes by hand what "bf16x6" stands for."""
     a, b = torch.randn(64, 256), torch.randn(256, 64)
 
     def parts(x):
@@ -541,7 +541,7 @@ def _range_kernel(start, end, offset, left, right, length, result, BLOCK: tl.con
 @pytest.mark.parametrize("left", [None, 0, 3, 20])
 @pytest.mark.parametrize("right", [None, 0, 2, 30])
 def test_visible_block_range(left, right):
-    """Against brute force: no visible key is left out, and every full block is full."""
+    """By brute force, no visible key is left out, and every full block is full."""
     result = torch.zeros(4, dtype=torch.int32)
     for start, length, offset in itertools.product((0, 8, 24), (1, 5, 16, 33), (-9, 0, 7)):
         end = start + 8
@@ -607,7 +607,7 @@ def test_bfloat16_is_repaired():
 
 
 def test_bfloat16_still_needs_repair(monkeypatch):
-    """Fails when Triton's own interpreter is right: then triton_interpreter.py can go."""
+    """Fails when Triton's own interpreter is right: then `repaired_bfloat16` can go."""
     import importlib
 
     repaired = {}

@@ -1,4 +1,4 @@
-"""The Triton kernel of kv_cache_append_, in the interpreter: against the operator of the CPU."""
+"""Compares the Triton kernel of kv_cache_append_, in the interpreter, with the CPU's operator."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ int32 = torch.int32
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("seqlen", [0, 1, 40])
 def test_dense(dtype, seqlen):
-    key, value = tokens(dtype, S=seqlen, Dv=150)  # two blocks of a row
+    key, value = tokens(dtype, S=seqlen, Dv=150)  # a row of value has two blocks
     caches = [torch.randn(3, 2, 60, x.shape[-1]).to(dtype) for x in (key, value)]
     check_append(caches, key, value, torch.tensor([0, 3, 17], dtype=int32))
 
@@ -47,7 +47,7 @@ def test_any_strides():
 @pytest.mark.parametrize("lengths", [[0, 6, 0], [-2, 0, 0], [2**31 - 1, 0, 0]])
 @pytest.mark.parametrize("valid", [arguments, paged_arguments])
 def test_tokens_without_room_are_left_out(valid, lengths):
-    """Those with room are written, and nothing else is touched."""
+    """Tokens with room are written, and nothing else is touched."""
     call = valid() | {"cache_seqlens": torch.tensor(lengths, dtype=int32)}
     paged = "block_table" in call
     operators.kv_cache_append_(**call)

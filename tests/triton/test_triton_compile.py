@@ -1,9 +1,10 @@
-"""The Triton kernels through the real compiler, for every target, without a GPU.
+"""Compiles the Triton kernels with the real compiler, for every target, without a GPU.
 
 The interpreter accepts what the compiler refuses, and knows nothing of registers and shared memory.
-Kernels for {target, kernel, dtype, head size, features} must compile and fit: with --full a
-covering set, in which every two values of two axes meet, else the part of it that covers most. The
-main configurations must not spill, and use the matrix and copy instructions of the target.
+Kernels for {target, kernel, dtype, head size, features} must compile and fit. With --full they are
+a covering set, in which every two values of two axes meet; otherwise the part of it that covers
+most. The main configurations must hardly spill, and must use the matrix and copy instructions of
+the target.
 """
 
 import itertools
@@ -58,7 +59,7 @@ def request_id(request: Request) -> str:
 
 @pytest.mark.parametrize("request_", MAIN, ids=request_id)
 def test_main_configurations(request_):
-    """Hardly a stack, and the instructions that make it fast."""
+    """Main configurations have hardly a stack, and the instructions that make them fast."""
     result = measured(request_)
     assert fits(request_.target, result), result
     assert result["stack"] <= 80, result
@@ -91,7 +92,7 @@ def specialized(monkeypatch, target: str, causal: int, D: int = 64, forced: bool
 
 @pytest.mark.parametrize("D", [64, 128])
 def test_warp_specialization(monkeypatch, D):
-    """More warps than asked for, no stack, and still the target's products and copies."""
+    """There are more warps than asked for, no stack, and still the target's instructions."""
     one, code = specialized(monkeypatch, "sm_100", 0, D)
     assert code.threads > 32 * one.num_warps
     assert code.shared <= tiles.ARCHS["sm_100"].shared_bytes
@@ -101,7 +102,7 @@ def test_warp_specialization(monkeypatch, D):
 
 
 def test_warp_specialization_is_still_refused_where_it_was(monkeypatch):
-    """When this fails, Triton has learned something: see `launch.can_specialize`."""
+    """When this fails, Triton compiles more than before: see `launch.can_specialize`."""
     with pytest.raises(RuntimeError, match="PassManager"):
         specialized(monkeypatch, "sm_100", 1, forced=True)
     one, code = specialized(monkeypatch, "sm_90", 0, forced=True)
@@ -173,7 +174,7 @@ def pairs(row: dict) -> set:
 
 
 def covering(axes: dict[str, list], seed: int) -> list[dict]:
-    """Rows such that every two values of two axes meet; greedy, deterministic."""
+    """Returns rows in which every two values of two axes meet; greedy, deterministic."""
     choose, names = random.Random(seed), list(axes)
     missing = {
         ((a, x), (b, y))
@@ -196,8 +197,8 @@ def covering(axes: dict[str, list], seed: int) -> list[dict]:
 
 def request_of(row: dict) -> Request:
     kernel, features = row["kernel"], FEATURES[row["features"]]
-    # There are no biases and no returned weights of packed sequences, nor weights of pages; in a
-    # window lie too few keys to be divided.
+    # Packed sequences have neither a bias nor returned weights, and used lengths and pages have no
+    # returned weights; a window has too few keys to be split.
     missing = {"dbias": ["packed"], "weights": ["packed", "used", "page_size"]}
     missing["combine"] = ["window"]
     without = next((names for part, names in missing.items() if part in kernel), [])
@@ -232,7 +233,7 @@ APPEND = [
 
 
 def is_cheap(request: Request) -> bool:
-    """Float32 with many products in a tile takes the compiler up to half a minute."""
+    """Whether it compiles fast: float32 with many products takes up to half a minute."""
     return request.dtype != "float32" or request.kernel not in (
         *ATTENTION,
         "attention_dbias_kernel",

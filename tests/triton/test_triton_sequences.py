@@ -1,4 +1,4 @@
-"""Decoding, packed sequences, used lengths and pages of the Triton kernels, in the interpreter."""
+"""Tests the Triton kernels on decoding, packed sequences, used lengths and pages, interpreted."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ def small_tiles(monkeypatch):
 
 @pytest.fixture
 def decode(monkeypatch):
-    """Few queries go to attention_decode, and the names of the kernels that ran are kept."""
+    """Sends few queries to attention_decode, and returns the names of the kernels that run."""
     monkeypatch.setattr(tiles, "MAX_DECODE_ROWS", 16)
     return launched(monkeypatch)
 
@@ -51,7 +51,7 @@ def launched(monkeypatch) -> list[str]:
     return names
 
 
-# -- Sequences that do not look alike ------------------------------------------------------
+# -- Sequences of different lengths --------------------------------------------------------
 
 PACKINGS = {
     "packed": Packing(LENGTHS),
@@ -64,7 +64,7 @@ PACKINGS = {
 }
 
 
-# Every one with every other; six in seven of them only with --full
+# Every packing with every option; six in seven of these run only with --full
 PAIRS = [
     pytest.param(
         *(packing, name, DTYPES[(x + y) % 3]),
@@ -126,7 +126,7 @@ def test_decode(monkeypatch, decode, name, splits):
 
 
 def test_any_number_of_splits(monkeypatch, decode):
-    """Some of them without keys, and a last one that is cut."""
+    """Some splits have no keys, and a last one is cut short."""
     results = []
     for splits in (1, 2, 5, 12):
         monkeypatch.setattr(tiles, "DECODE_PROGRAMS", 2 * splits)
@@ -157,7 +157,7 @@ def test_decode_of_used_lengths(monkeypatch, decode, page_size):
 
 @pytest.mark.parametrize("rows", quick([0, 16], 16))
 def test_a_wrong_hint_changes_no_result(monkeypatch, rows):
-    """max_seqlen_*: also where more queries come than attention_decode was told."""
+    """The hints max_seqlen_* are too small: attention_decode gets more queries than they say."""
     monkeypatch.setattr(tiles, "MAX_DECODE_ROWS", rows)
     monkeypatch.setattr(tiles, "DECODE_PROGRAMS", 2 * 2 * len(LENGTHS))
     wrong = Packing(LENGTHS)
@@ -197,7 +197,7 @@ def test_visible_nan_and_infinity_reach_the_result(decode, where):
 
 
 def test_nan_alone_in_a_split_of_hidden_keys(monkeypatch, decode):
-    """The maximum of its split is that of no key; the row must not pass for one that sees none."""
+    """The split's maximum is as if it had no key, but the row must not count as fully masked."""
     monkeypatch.setattr(tiles, "DECODE_PROGRAMS", 12)
     query, key, value = (torch.randn(1, 1, n, 16) for n in (1, 300, 300))
     mask = torch.zeros(1, 1, 1, 300, dtype=torch.bool)
@@ -221,7 +221,7 @@ def test_rows_that_see_nothing(monkeypatch, decode):
     assert (out[0, 2] == 0).all() and (lse[0, 2] == 3.0).all() and lse[0, 0, 1] == 1.0
 
 
-# -- What the sequences share --------------------------------------------------------------
+# -- Dropout and pages of several sequences ------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_rows_that_see_nothing(monkeypatch, decode):
     [pytest.param(20, 0, id="forward", marks=pytest.mark.slow), pytest.param(2, 16, id="decode")],
 )
 def test_packed_is_dense_where_all_lengths_are_equal(monkeypatch, Sq, rows):
-    """Bit for bit, so dropout counts sequences as it does the batch."""
+    """Results agree bit for bit, so dropout counts sequences as it counts the batch."""
     monkeypatch.setattr(tiles, "MAX_DECODE_ROWS", rows)
     query, key, value, grad = (
         torch.randn(3, heads, n, 16) for heads, n in ((4, Sq), (2, 40), (2, 40), (4, Sq))
@@ -253,7 +253,7 @@ def test_packed_is_dense_where_all_lengths_are_equal(monkeypatch, Sq, rows):
 
 @pytest.mark.parametrize("page_size, dropout_p", [(7, 0.3), (16, 0.0)])
 def test_pages_that_sequences_share(page_size, dropout_p):
-    """Their gradient is the sum over the sequences; the rest is as for dense keys."""
+    """The gradient of a page is the sum over the sequences; the rest is as for dense keys."""
     table = torch.tensor([[0, 1], [4, 0], [3, 5]], dtype=int32)
     B, Sq, room = 3, 18, 2 * page_size
     pages = [torch.randn(7, page_size, 1, D) for D in (12, 20)]
@@ -278,10 +278,10 @@ def test_pages_that_sequences_share(page_size, dropout_p):
         parts = ddense.transpose(1, 2).unflatten(1, (2, page_size)).flatten(0, 1)
         summed = torch.zeros_like(dpages).index_add(0, table.flatten(), parts)
         torch.testing.assert_close(dpages, summed)
-        assert (dpages[5:] == 0).all() and (dpages[2] == 0).all()  # not used, and in no table
+        assert (dpages[5:] == 0).all() and (dpages[2] == 0).all()  # 5: not used; 2, 6: in no table
 
 
-# -- Whatever the lengths hold -------------------------------------------------------------
+# -- Empty and senseless lengths -----------------------------------------------------------
 
 
 def test_no_sequences_and_no_tokens():
@@ -318,7 +318,7 @@ NONSENSE = {
 @pytest.mark.parametrize("rows", [0, 16])
 @pytest.mark.parametrize("name", NONSENSE)
 def test_lengths_that_make_no_sense_lead_nowhere(monkeypatch, name, rows):
-    """Nothing is read or written outside of the tensors: what lies around them is not touched."""
+    """No kernel reads or writes the memory around the tensors."""
     monkeypatch.setattr(tiles, "MAX_DECODE_ROWS", rows)
     values = {"cu_q": [0, 4, 6], "cu_k": [0, 5, 7], "used": None} | NONSENSE[name]
     cu_q, cu_k, used = (
@@ -327,7 +327,7 @@ def test_lengths_that_make_no_sense_lead_nowhere(monkeypatch, name, rows):
     guarded = []
 
     def guard(shape):
-        """Zeros between NaN that nobody may read."""
+        """Returns zeros between NaN that no kernel may read."""
         pool = torch.full((3 * math.prod(shape),), NAN)
         x = pool.view(3, *shape)[1]
         x.zero_()

@@ -1,4 +1,4 @@
-"""The Triton kernels of masked softmax in Triton's interpreter, through the public functions."""
+"""Tests the Triton kernels of masked softmax, interpreted, through the public functions."""
 
 import functools
 
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """In place of the operators."""
+    """Puts the operators of the Triton kernels in place of the CPU's."""
     monkeypatch.setattr(ops, "softmax_forward", operators.masked_softmax_forward)
     monkeypatch.setattr(ops, "softmax_backward", operators.masked_softmax_backward)
     monkeypatch.setattr(ops, "softmax_in_place", operators.masked_softmax_)
@@ -41,7 +41,7 @@ def kernels(monkeypatch):
 
 @pytest.fixture(params=["one block", "several blocks"])
 def blocks(request, monkeypatch):
-    """Rows in one block, or, of the same length, in several; and a proof that it was so."""
+    """Divides rows into one block or into several, and checks that the kernels did so."""
     several = request.param == "several blocks"
     if several:
         narrow = functools.partial(tiles.softmax_tiles, max_block=16)

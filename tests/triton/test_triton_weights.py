@@ -1,5 +1,5 @@
-"""The Triton kernels of attention weights in the interpreter: against the reference's, whose output
-for the values 1 they are."""
+"""Compares attention weights of the Triton kernels, interpreted, with the reference's: its output
+if value is the identity."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_every_dtype(dtype, average):
     assert weights_mismatches(case, average) == []
 
 
-# One in thirty of them runs each time
+# One case in thirty runs each time
 COVERING = [
     pytest.param(
         case, number % 2 == 0, id=case_id(case), marks=[pytest.mark.slow] if number % 30 else []
@@ -44,7 +44,7 @@ COVERING = [
 
 @pytest.mark.parametrize("case, average", COVERING)
 def test_pairs_of_features(case, average):
-    """Averaged or not, in turn."""
+    """The cases are averaged or not, in turn."""
     assert weights_mismatches(case, average) == []
 
 
@@ -66,7 +66,7 @@ def test_hidden_keys_and_blind_rows_may_hold_anything(average):
         q[:, :, 7] = filling  # sees nothing
         out, lse = operators.attention_forward(q, k, k, *numbers, 0, *options)
         weights = operators.attention_weights(q, k, lse, average, *numbers, 0, *options)
-        # What arrives for a weight that is 0 because nobody sees it may be anything, too
+        # The gradient of a weight that is 0 because it is hidden may be anything, too.
         grad = torch.linspace(-1, 1, weights.numel()).view_as(weights)
         grad = grad.masked_fill(weights == 0, filling)
         saved = (torch.zeros_like(out), None, q, k, k, out, lse, *numbers, 0, *options)

@@ -36,7 +36,7 @@ ROUNDING = ("rn", "ftz", "approx", "full")
 
 
 def divide_integers(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Towards zero; anything by zero gives all ones."""
+    """Divides towards zero; a division by zero gives all ones."""
     quotient = np.where(b == 0, np.array(-1).astype(a.dtype), a // np.where(b == 0, 1, b))
     exact = quotient * b == a
     if a.dtype.kind == "i":
@@ -49,7 +49,7 @@ def remainder_integers(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def multiply_high(a: Any, b: Any) -> np.ndarray:
-    """The upper half of the product."""
+    """Returns the upper half of the product."""
     a, b = np.asarray(a), np.asarray(b)
     if a.dtype.itemsize < 8:
         bits = 8 * a.dtype.itemsize
@@ -131,7 +131,7 @@ def arithmetic(program: Program, i: Instruction) -> Run:
     if "sat" in i.modifiers:
         function = saturated(function, type_)
     count = ARITY.get(i.base, 1)
-    if i.base in ("min", "max") and len(i.operands) == 4:  # of three, on sm_100 and later
+    if i.base in ("min", "max") and len(i.operands) == 4:  # three operands, on sm_100 and later
         of_two, count = function, 3
         function = lambda a, b, c: of_two(of_two(a, b), c)  # noqa: E731
     if "relu" in i.modifiers:
@@ -165,7 +165,7 @@ def _widen(wide: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fused(a: Any, b: Any, c: Any) -> Any:
-    """a * b + c with one rounding (in float64 the product of floats is exact)."""
+    """Returns a * b + c with one rounding (the product of floats is exact in float64)."""
     if a.dtype == np.float64:
         return a * b + c
     wide = np.asarray(a, np.float64) * np.asarray(b, np.float64) + np.asarray(c, np.float64)
@@ -199,7 +199,7 @@ def multiply_add(program: Program, i: Instruction) -> Run:
 
 @opcode("addc", "subc", "madc")
 def add_with_carry(program: Program, i: Instruction) -> Run:
-    """add.cc, addc, sub.cc, subc, mad.cc, madc: through the carry (or borrow) of each thread."""
+    """add.cc, addc, sub.cc, subc, mad.cc, madc: each thread has one carry (or borrow)."""
     allow(i, "cc", "lo", "hi")
     kind = f"u{TYPE_BITS[i.types[-1]]}"
     signed = i.types[-1] if i.base.startswith("mad") else kind
@@ -236,7 +236,7 @@ def shift(program: Program, i: Instruction) -> Run:
 
 @opcode("shf")
 def funnel_shift(program: Program, i: Instruction) -> Run:
-    """Shift the 64 bits b:a; .l gives the upper word, .r the lower."""
+    """Shifts the 64 bits b:a; .l gives the upper word, .r the lower."""
     allow(i, "l", "r", "wrap", "clamp")
     left, wrap = "l" in i.modifiers, "wrap" in i.modifiers
 
@@ -369,7 +369,7 @@ def dot_of_bytes(program: Program, i: Instruction) -> Run:
 
 COMPARE: dict[str, Callable[..., Any]] = {
     "eq": lambda a, b: a == b,
-    "ne": lambda a, b: (a < b) | (a > b),  # of floats: ordered
+    "ne": lambda a, b: (a < b) | (a > b),  # ordered, if floats
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,
@@ -422,7 +422,7 @@ def set_predicate(program: Program, i: Instruction) -> Run:
 
 @opcode("set")
 def set_value(program: Program, i: Instruction) -> Run:
-    """All ones (or 1.0 for a floating result) where the comparison holds."""
+    """Gives all ones (or 1.0 for a floating result) where the comparison holds, else 0."""
     allow(i, COMPARE, "ftz")
     result, type_ = i.types
     compare = COMPARE[i.modifiers[0]]
@@ -457,7 +457,7 @@ def move(program: Program, i: Instruction) -> Run:
 
 @opcode("cvta")
 def convert_address(program: Program, i: Instruction) -> Run:
-    """Between the generic address space and a window of it."""
+    """Converts between generic addresses and addresses within the window of one space."""
     allow(i, "to", "global", "shared", "local", "const", "param", "shared::cta")
     space = next(m for m in i.modifiers if m not in ("to", "u64", "u32"))
     bases = {"shared": SHARED_BASE, "shared::cta": SHARED_BASE, "local": LOCAL_BASE}

@@ -89,7 +89,7 @@ def commit(m: Machine) -> None:
 
 
 def land(m: Machine, threads: np.ndarray, before: np.ndarray) -> None:
-    """Deliver to `threads` their copies of all groups with a number less than before[thread]."""
+    """Delivers to `threads` their copies of all groups with a number less than before[thread]."""
     waits = np.zeros(len(m.everyone), bool)
     waits[threads] = True
     left = []

@@ -1,4 +1,4 @@
-"""Control flow, barriers, and what the lanes of a warp do together.
+"""Control flow, barriers, and operations of whole warps.
 
 PTX ISA 9.x, 9.7.12 and 9.7.13.
 """
@@ -107,7 +107,7 @@ def barrier(program: Program, i: Instruction) -> Run:
 
 
 def member_lanes(m: Machine, masks: Any) -> np.ndarray:
-    """[warps, 32] bool from the member masks of the active threads (that of the lowest lane)."""
+    """Returns bool [warps, 32] from the member mask of the lowest active lane of each warp."""
     masks = np.broadcast_to(masks, m.everyone.shape).reshape(-1, 32)
     lowest = m.mask.reshape(-1, 32).argmax(1)
     mask = masks[np.arange(len(masks)), lowest]
@@ -199,7 +199,7 @@ def active_mask(program: Program, i: Instruction) -> Run:
 
 @opcode("elect")
 def elect(program: Program, i: Instruction) -> Run:
-    """The lowest of the lanes named leads; its number, and a predicate that is true for it."""
+    """Gives the number of the lowest member lane, and a predicate that is true in this lane."""
     allow(i, "sync")
     write = destination(program, i.operands[0].first, "u32")
     write_leads = destination(program, i.operands[0].second, "pred")
@@ -242,7 +242,7 @@ def reduce_warp(program: Program, i: Instruction) -> Run:
 
 @opcode("match")
 def match(program: Program, i: Instruction) -> Run:
-    """match.any.sync: which lanes hold the same value."""
+    """match.any.sync: gives the mask of the lanes that hold the same value."""
     allow(i, "any", "sync")
     write = destination(program, i.operands[0], "u32")
     value = source(program, i.operands[1], i.types[-1])

@@ -26,7 +26,7 @@ E4M3, E5M2 = "e4m3", "e5m2"
 
 
 def small_float_table(exponent_bits: int) -> np.ndarray:
-    """Value of each of the 256 codes of e4m3 (no infinity) or e5m2."""
+    """Returns the values of the 256 codes of e4m3 (no infinity) or e5m2."""
     mantissa_bits = 7 - exponent_bits
     bias = 2 ** (exponent_bits - 1) - 1
     codes = np.arange(256)
@@ -45,7 +45,7 @@ SMALL_FLOATS = {E4M3: small_float_table(4), E5M2: small_float_table(5)}
 
 
 def to_small_float(values: np.ndarray, name: str) -> np.ndarray:
-    """The nearest code, ties to even, saturating at the largest finite."""
+    """Returns the nearest code, ties to even, saturating at the largest finite number."""
     table = SMALL_FLOATS[name]
     finite = np.flatnonzero(np.isfinite(table[:128]))
     magnitudes = table[finite].astype(np.float64)
@@ -63,7 +63,7 @@ INTEGER_ROUNDING = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.
 
 
 def float_to_integer(values: Any, mode: str, type_: str) -> np.ndarray:
-    """Saturating; NaN gives 0."""
+    """Rounds and saturates; NaN gives 0."""
     limits = np.iinfo(NUMPY[type_])
     rounded = INTEGER_ROUNDING[mode](np.asarray(values, np.float64))
     above, below = rounded >= float(limits.max), rounded <= float(limits.min)
@@ -72,7 +72,7 @@ def float_to_integer(values: Any, mode: str, type_: str) -> np.ndarray:
 
 
 def narrow(values: Any, type_: str, mode: str) -> Any:
-    """A float as `type_`, rounded to nearest even, or .rz towards zero, .rm down, .rp up."""
+    """Rounds a float to `type_`: to nearest even, or .rz towards zero, .rm down, .rp up."""
     wide = np.asarray(values)
     if type_ == "tf32":  # 10 bits of mantissa; .rna: ties away from zero
         bits = np.ascontiguousarray(wide, np.float32).view(np.uint32)

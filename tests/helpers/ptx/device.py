@@ -1,12 +1,12 @@
-"""In place of a GPU: our launches are compiled for one, and their PTX is executed.
+"""Stands in for a GPU: our launches are compiled for it, and the interpreter executes their PTX.
 
     with PTXDevice("sm_90") as device:
         out, lse = operators.attention_forward(query, key, value, ...)  # CPU tensors
     assert not device.findings()
 
-Everything above `Launch.run` is what runs on a GPU as well: operators, tiles of that architecture,
-grids, strides, specialisation of the arguments. New memory holds NaN, so that what a kernel leaves
-out shows.
+Everything above `Launch.run` runs as with a GPU: operators, tiles of that architecture, grids,
+strides, specialisation of the arguments. New memory holds NaN, which shows the elements that a
+kernel leaves out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .triton_compile import flat_arguments
 
 @dataclass(frozen=True)
 class Execution:
-    """One launch: what was started, what it was compiled to, and what it did."""
+    """One launch, its compiled code, and the report of its execution."""
 
     launch: Launch
     compiled: CompiledLaunch
@@ -56,7 +56,7 @@ class PTXDevice:
         enter(mock.patch.object(operators, "arch_of", lambda device: tiles.ARCHS[self.target]))
         enter(mock.patch.object(Launch, "run", lambda launch: self.run(launch)))
         self.exit.callback(torch.use_deterministic_algorithms, False)
-        torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+        torch.use_deterministic_algorithms(True)  # this fills new memory with NaN
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -76,7 +76,7 @@ class PTXDevice:
 def execute_launch(
     launch: Launch, compiled: CompiledLaunch, schedule: str = "lockstep", ptx: str | None = None
 ) -> Report:
-    """ptx: another text in place of the compiled one."""
+    """Executes a compiled launch. ptx: another text in place of the compiled one."""
     scratch = None
     if compiled.scratch:
         scratch = torch.zeros(compiled.scratch * launch.grid[0], dtype=torch.uint8)

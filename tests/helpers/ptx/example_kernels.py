@@ -153,7 +153,7 @@ def forward_with_device_descriptors(
 
 @triton.jit
 def many_operations(x_ptr, y_ptr, n_ptr, sum_ptr, size, BLOCK: tl.constexpr):
-    """Functions, integer division, scan, sort, atomics: breadth, not sense."""
+    """Uses functions, integer division, scan, sort and atomics; the result has no meaning."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offs < size
     x = tl.load(x_ptr + offs, mask=inside, other=0.0)

@@ -21,8 +21,8 @@ from ptx.triton_compile import compile_triton
 
 LOG2_E = float(np.log2(np.e))
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Absolute, for outputs of the size of 1; two to four times what is seen. Products of fp32 run in
-# TF32, whose mantissa has 10 bits.
+# Absolute tolerances for outputs of about 1: two to four times the errors that are seen. Products
+# of fp32 run in TF32, whose mantissa has 10 bits.
 TOLERANCE = {"fp16": 2e-3, "bf16": 1.6e-2, "fp32": 1e-2}
 
 
@@ -35,7 +35,7 @@ class Example:
 
 
 def error(pairs: list[tuple[torch.Tensor, torch.Tensor, float]]) -> float:
-    """Of (got, expected, tolerance); NaN counts as infinite."""
+    """Returns the largest error of (got, expected, tolerance); NaN counts as infinite."""
     worst = 0.0
     for got, expected, tolerance in pairs:
         difference = (got.double() - expected.double()).abs() / tolerance
@@ -135,7 +135,7 @@ def backward(target: int, dtype: str = "fp16") -> Example:
 
 @functools.cache
 def softmax(target: int, dtype: str) -> Example:
-    rows, columns, stride = 3, 2500, 2512  # the rows lie apart, with bytes that nobody may touch
+    rows, columns, stride = 3, 2500, 2512  # no access may touch the bytes between rows
     compiled = compile_triton(
         kernels.softmax_long_rows,
         {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "columns": "i32", "stride": "i32"},
@@ -160,7 +160,8 @@ def descriptors(
 ) -> Example:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    # Five tiles of keys go through each ring of three buffers, so every buffer is used again.
+    # With warp specialisation, five tiles of keys go through each ring of three buffers: some of
+    # them are used again.
     seqlen_q, seqlen_k, warps = 100, 300 if specialized else 150, 4 if dim == 64 else 8
     block_m, block_n = 16 * warps, 64
     constexprs = {
@@ -243,7 +244,7 @@ def many_operations(target: int) -> Example:
 
 @functools.cache
 def cuda(target: int, causal: bool = False) -> Example | None:
-    """attention.cu through nvcc; None where there is no nvcc."""
+    """Returns attention.cu as nvcc compiles it; None without nvcc."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return None

@@ -15,7 +15,7 @@ GUARDED_STORE = r"@!?%p\d+ (st\.global\.v4)"
 
 
 def replace(pattern: str, by: str, occurrence: int = 0) -> Edit:
-    """Replace one occurrence of a regular expression (-1: the last; None of them: an error)."""
+    """Replaces one occurrence of a regular expression (-1: the last); IndexError without it."""
 
     def edit(ptx: str) -> str:
         match = list(re.finditer(pattern, ptx))[occurrence]
@@ -38,7 +38,7 @@ def everywhere(pattern: str, by: str) -> Edit:
 
 
 def only_half_a_warp(pattern: str, occurrence: int = 0) -> Edit:
-    """The instruction, for lanes 0 to 15 only."""
+    """Lets only lanes 0 to 15 execute the instruction."""
     return replace(
         f"({pattern})",
         r"{ .reg .pred half; .reg .b32 lane; mov.u32 lane, %laneid; setp.lt.u32 half, lane, 16; "
@@ -49,7 +49,7 @@ def only_half_a_warp(pattern: str, occurrence: int = 0) -> Edit:
 
 @dataclass(frozen=True)
 class Fault:
-    """`caught_by`: a kind of finding, or "numbers" where only the result shows it."""
+    """`caught_by`: a kind of finding, or "numbers" if only the result shows the fault."""
 
     name: str
     kernel: str  # key of EXAMPLES in test_faults.py

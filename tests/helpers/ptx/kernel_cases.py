@@ -6,7 +6,7 @@ import torch
 
 from fused_attention.tools.testing import Case
 
-# Some tiles of queries and of keys, the last ones ragged.
+# Several tiles of queries and of keys, the last ones ragged.
 SCALE_ONLY = Case(dtype=torch.float16, B=1, Hq=2, Hkv=2, Sq=150, Sk=140, D=64, Dv=64)
 
 

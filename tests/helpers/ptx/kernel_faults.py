@@ -1,6 +1,6 @@
 """Faults to plant in the PTX of our kernels, as `faults.py` has them for the example kernels.
 
-An edit is given the compiled launch, whose `parameters` tell where an argument has gone.
+An edit takes the compiled launch, whose `parameters` tell which parameter an argument has become.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Edit = Callable[[CompiledLaunch], str]
 
 @dataclass(frozen=True)
 class KernelFault:
-    """caught_by: a kind of finding, or "numbers" where only the result shows it."""
+    """caught_by: a kind of finding, or "numbers" if only the result shows the fault."""
 
     name: str
     target: str
@@ -29,13 +29,13 @@ class KernelFault:
 
 
 def text(edit: Callable[[str], str]) -> Edit:
-    """An edit that needs the PTX only."""
+    """Makes an edit from a function of the PTX."""
     return lambda compiled: edit(compiled.assembly)
 
 
 def other_argument(field: str, instruction: str) -> Edit:
-    """A field of `AttentionParams` arrives as something else: `instruction` in place of its
-    ld.param, with \\1 for the register."""
+    """Replaces the ld.param of a field of `AttentionParams` by `instruction`, with \\1 for the
+    register, so that the field has another value."""
 
     def edit(compiled: CompiledLaunch) -> str:
         (position,) = (
@@ -63,9 +63,11 @@ MAIN = ("forward", "dkdv", "dq")
 def numbered(
     name: str, pattern: str, caught_by: str, places: dict[tuple[str, str], tuple[int, ...]]
 ) -> list[KernelFault]:
-    """An instruction dropped at each of some places, of those in a kernel where it is needed. (Of
-    the others, some are followed by another of their kind before anybody could be too early, and
-    some are in a loop that the case does not enter.)"""
+    """Drops an instruction at each of some places of a kernel, all of which need it.
+
+    At other places the instruction is not needed: another of its kind follows before a thread can
+    be too early, or the case does not enter the loop.
+    """
     return [
         KernelFault(f"{name} {n} dropped", target, kernel, text(drop(pattern, n)), caught_by)
         for (target, kernel), numbers in places.items()

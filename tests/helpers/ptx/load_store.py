@@ -1,4 +1,4 @@
-"""Loads, stores and atomics, with the judgement of every address (PTX ISA 9.x, 9.7.9, 9.7.13)."""
+"""Loads, stores and atomics, with a check of every address (PTX ISA 9.x, 9.7.9, 9.7.13)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def space_of(i: Instruction) -> str:
 
 
 def address(program: Program, operand: Address) -> Callable[[Machine, np.ndarray], np.ndarray]:
-    """A function that gives int64 addresses for some threads."""
+    """Returns a function that gives the int64 addresses of some threads."""
     base, offset = operand.base, operand.offset
     if isinstance(base, Register):
         index = base.index
@@ -67,7 +67,7 @@ def address(program: Program, operand: Address) -> Callable[[Machine, np.ndarray
 def by_space(
     m: Machine, space: str, threads: np.ndarray, where: np.ndarray
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(space, which threads, addresses within the window): resolves generic addresses."""
+    """Resolves generic addresses to (space, indices of threads, addresses within the window)."""
     if space != "generic":
         return [(space, np.arange(len(threads)), where)]
     parts = []
@@ -86,7 +86,7 @@ def place(
     m: Machine, space: str, threads: np.ndarray, where: np.ndarray, size: int, writing: bool,
     align: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Which of the threads may go on, and the index of their bytes in the memory of that space."""
+    """Returns which threads may go on, and the index of their bytes in the memory of the space."""
     if space == "global":
         index = where - GLOBAL_BASE
         inside = m.memory.inside(index, size, writing)
@@ -113,7 +113,7 @@ def place(
 def read_memory(
     m: Machine, space: str, threads: np.ndarray, where: np.ndarray, size: int, count: int
 ) -> np.ndarray:
-    """[count, threads] unsigned integers of `size` bytes; 0 where the access is wrong."""
+    """Returns [count, threads] unsigned integers of `size` bytes; 0 where the access is wrong."""
     result = np.zeros((count, len(threads)), UINT[size])
     for part, chosen, offset in by_space(m, space, threads, where):
         good, index = place(m, part, threads[chosen], offset, size * count, False)
@@ -135,7 +135,7 @@ def read_memory(
 def write_memory(
     m: Machine, space: str, threads: np.ndarray, where: np.ndarray, size: int, values: np.ndarray
 ) -> None:
-    """`values`: [count, threads] unsigned integers."""
+    """Writes values, [count, threads] unsigned integers, except where the access is wrong."""
     count = len(values)
     for part, chosen, offset in by_space(m, space, threads, where):
         good, index = place(m, part, threads[chosen], offset, size * count, True)
@@ -164,8 +164,8 @@ def write_memory(
 
 
 def unordered(m: Machine, threads: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which global bytes (index: [threads, n]) another block wrote, and which another warp wrote
-    with no barrier between."""
+    """Returns which global bytes (index: [threads, n]) another block wrote, and which another warp
+    wrote with no barrier between."""
     writer = m.memory.writer[index]
     rank = m.block_rank[m.block_of[threads]][:, None]
     others = (writer > 0) & ((writer - 1) // m.warps != rank)
@@ -218,7 +218,7 @@ def load(program: Program, i: Instruction) -> Run:
     if space == "param" and isinstance(i.operands[1].base, Symbol):
         return load_parameter(program, i, targets, type_)
     where = address(program, i.operands[1])
-    if space == "param":  # an address in a register, of a struct's field
+    if space == "param":  # a register holds the address of a struct's field
         within, space = where, "global"
 
         def where(m: Machine, threads: np.ndarray) -> np.ndarray:
@@ -288,7 +288,7 @@ ATOMIC: dict[str, Callable[..., Any]] = {
 
 @opcode("atom", "red")
 def atomic(program: Program, i: Instruction) -> Run:
-    """One thread after the other, in the order of their numbers."""
+    """Lets one thread act after the other, in the order of their numbers."""
     allow(i, SPACES, CACHING, ATOMIC, ("v2", "v4", "v8"))
     operation = next(m for m in i.modifiers if m in ATOMIC)
     function = ATOMIC[operation]

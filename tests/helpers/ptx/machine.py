@@ -1,14 +1,14 @@
 """The machine: threads, scheduling, barriers, clocks, findings.
 
 Registers are numpy rows with one value a thread, over all threads of a batch of blocks. The threads
-at the lowest program counter run together, so diverged ones meet again at the next label. A thread
-blocks at a barrier or an mbarrier; when nobody can run, asynchronous copies land for which somebody
-waits, and if there are none, that is a deadlock.
+at the lowest program counter run together, so diverged threads meet again at the next label. A
+thread blocks at a barrier or an mbarrier. When no thread can run, an asynchronous copy lands for
+which a thread waits; if there is none, the threads are deadlocked.
 
 Happens-before: each warp has a vector clock over the warps of its block (and one more agent, the
 asynchronous proxy), and over their lanes. A release (barrier, mbarrier arrive) hands this clock to
-whoever acquires it, and starts a new epoch of the warp. A release by some lanes of a warp covers
-what the other lanes did only up to the last barrier at which they all met.
+the warps that acquire it, and starts a new epoch of the warp. A release by some lanes of a warp
+covers what the other lanes did only up to the last barrier at which they all met.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """What a launch did. `findings` is empty if nothing was wrong on the path that ran."""
+    """The result of a launch. `findings` is empty if nothing was wrong on the path that ran."""
 
     findings: list[Finding] = field(default_factory=list)
     steps: int = 0  # instructions, each for all threads that ran it together
@@ -64,7 +64,7 @@ class Barrier:
     expected: int | None  # None: all threads that have not exited
     arrived: int = 0
     clock: np.ndarray | None = None
-    warps: set[int] = field(default_factory=set)  # those that wait, in the batch's numbering
+    warps: set[int] = field(default_factory=set)  # waiting warps, numbered over the batch
     waiting: list[np.ndarray] = field(default_factory=list)
     reductions: list[Callable[[list[np.ndarray]], None]] = field(default_factory=list)
     predicates: list[np.ndarray] = field(default_factory=list)
@@ -104,8 +104,9 @@ class Machine:
             for bits in program.register_bits
         ]
         self.carry = np.zeros(total, bool)
-        # A clock: an entry for each warp and for the asynchronous proxy; from `lanes` on, one for
-        # each lane of each warp, and for the proxy again, in the order of SharedMemory's stamps.
+        # A clock has an entry for each warp and for the asynchronous proxy; from `lanes` on, one
+        # for each lane of each warp, and again for the proxy, in the order of the stamps of
+        # SharedMemory.
         self.lanes = self.warps + 1
         self.agents = self.lanes + self.warps * 32 + 1
         self.clocks = np.zeros((self.blocks * self.warps, self.agents), np.int32)
@@ -128,7 +129,7 @@ class Machine:
         self.own_clock[flat_warps] = self.clocks[flat_warps, flat_warps % self.warps]
 
     def released(self, threads: np.ndarray) -> np.ndarray:
-        """The clock that those threads of one block release together."""
+        """Returns the clock that these threads of one block release together."""
         warps = self.flat_warp[threads]
         clock = self.clocks[np.unique(warps)].max(0)
         entries = self.lanes + self.warp_of[threads] * 32 + self.lane_of[threads]
@@ -141,17 +142,17 @@ class Machine:
     # Running
 
     def active(self) -> np.ndarray:
-        """Indices of the threads that execute the current instruction."""
+        """Returns the indices of the threads that execute the current instruction."""
         return np.flatnonzero(self.mask)
 
     def put(self, register: int, threads: np.ndarray, values: np.ndarray) -> None:
-        """Give those threads new values."""
+        """Gives these threads new values."""
         new = self.registers[register].copy()
         new[threads] = values
         self.registers[register] = new
 
     def write(self, register: int, value: np.ndarray) -> None:
-        """Give the active threads a new value: never in place, since moves share arrays."""
+        """Gives the active threads a new value: never in place, since moves share arrays."""
         old = self.registers[register]
         if np.shape(value) != old.shape:
             value = np.full(old.shape, value, old.dtype)
@@ -199,7 +200,7 @@ class Machine:
         program.steps += steps
 
     def choose(self) -> tuple[np.ndarray, int] | None:
-        """The threads that run next, all at one program counter."""
+        """Returns the threads that run next, and their common program counter; None at the end."""
         while True:
             running = self.state == RUNNING
             if running.any():
@@ -225,7 +226,7 @@ class Machine:
             self.find("deadlock", "threads wait for ever", here)
 
     def find(self, kind: str, message: str, threads: np.ndarray) -> None:
-        """Report something wrong at the current instruction; the first message of a kind stays."""
+        """Reports a finding at the current instruction; the first message of a kind stays."""
         findings = self.program.findings
         key = (kind, self.position)
         if key in findings:
@@ -238,7 +239,7 @@ class Machine:
         findings[key] = Finding(kind, message + who, where, len(threads))
 
     def require_whole_warps(self, members: np.ndarray | None = None) -> None:
-        """The instruction needs all (or those) lanes of its warps to execute it together."""
+        """Reports divergence unless all lanes (or `members`) of the active warps are active."""
         lanes = self.mask.reshape(-1, 32)
         here = lanes.any(1)
         wanted = self.state.reshape(-1, 32) != EXITED
@@ -283,7 +284,7 @@ class Machine:
                 self.complete(int(block), int(n))
 
     def complete(self, block: int, number: int) -> None:
-        """Let the threads go that wait at a barrier, if all have come."""
+        """Releases the threads that wait at a barrier, if all have arrived."""
         barrier = self.barriers[block, number]
         expected = barrier.expected
         arrived = barrier.arrived
@@ -322,7 +323,7 @@ class Program:
         self, kernel: Kernel, grid: tuple[int, int, int], block: tuple[int, int, int],
         arguments: Sequence[Any], dynamic_shared: int,
     ):  # fmt: skip
-        # They need the names of this file, and register their opcodes.
+        # Imported here, because these modules import this one; the import registers their opcodes.
         from . import (  # noqa: F401
             arithmetic,
             async_copy,
@@ -364,7 +365,7 @@ class Program:
             raise PTXError("the kernel does not end with ret, exit, trap or bra")
 
     def _lay_out_variables(self, dynamic_shared: int) -> None:
-        """Give each variable an address in its space."""
+        """Gives each variable an address in its space."""
         self.addresses: dict[str, int] = {}
         shared, local = SHARED_START, 0
         dynamic = [v for v in self.kernel.variables.values() if v.space == "shared" and not v.size]
@@ -410,7 +411,7 @@ class Program:
         self.parameter_offsets = dict(zip((v.name for v in parameters), offsets, strict=True))
 
     def _encode(self, variable: Variable, argument: Any) -> bytes:
-        if hasattr(argument, "encode_for"):  # a TensorMap
+        if hasattr(argument, "encode_for"):  # a TensorMap, or a struct of cuda_params.py
             data = argument.encode_for(self.memory)
         elif argument is None:
             data = bytes(8)
@@ -428,7 +429,7 @@ class Program:
         return data
 
     def address_of(self, symbol: Symbol) -> int:
-        """Of a variable or parameter: within its window for shared, local and param."""
+        """Returns the address of a variable or parameter: within its window, unless global."""
         if symbol.name in self.parameter_offsets:
             return self.parameter_offsets[symbol.name] + symbol.offset
         if symbol.name not in self.addresses:
@@ -440,7 +441,7 @@ def launch(
     ptx_text: str, kernel_name: str | None, grid: Sequence[int], block: int | Sequence[int],
     arguments: Sequence[Any], dynamic_shared: int = 0, schedule: str = "lockstep", seed: int = 0,
 ) -> Report:  # fmt: skip
-    """Run a kernel of `ptx_text` on numpy arrays and torch CPU tensors, in place.
+    """Runs a kernel of `ptx_text` on numpy arrays and torch CPU tensors, in place.
 
     kernel_name: may be None if the text has one kernel. grid, block: up to three numbers.
     arguments: one for each parameter, in order: an array or tensor (its address is passed; it may
@@ -450,8 +451,7 @@ def launch(
     a few instructions; from `seed`). Outputs are written into the arguments also when there are
     findings.
 
-    Raises PTXError for text or opcodes that are not known, ValueError for arguments that do not
-    fit.
+    Raises PTXError for unknown text or opcodes, ValueError for arguments that do not fit.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")

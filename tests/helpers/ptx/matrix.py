@@ -25,7 +25,7 @@ PER_WORD = {"f16": 2, "bf16": 2, "tf32": 1, "s8": 4, "u8": 4, E4M3: 4, E5M2: 4}
 
 
 def elements(words: np.ndarray, type_: str) -> np.ndarray:
-    """float64 values of uint32 words, one more axis."""
+    """Returns the float64 values of uint32 words, along one more axis."""
     words = np.ascontiguousarray(words)[..., None]
     if type_ == "tf32":  # the low 13 bits are ignored
         return (words & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
@@ -68,7 +68,7 @@ def matrix_c(words: np.ndarray, type_: str) -> np.ndarray:
 
 
 def toward_zero(x: np.ndarray) -> np.ndarray:
-    """float64 to float32, rounded toward zero."""
+    """Rounds float64 to float32 toward zero."""
     y = x.astype(np.float32)
     return np.where((np.abs(y) > np.abs(x)) & np.isfinite(y), np.nextafter(y, np.float32(0)), y)
 

@@ -1,4 +1,4 @@
-"""Global and shared memory, with what is needed to judge each access.
+"""Global and shared memory, with the records that judge each access.
 
 Global memory is one array of bytes with a map of which bytes an argument owns: everything between
 the arguments, and between the rows of a strided one, is out of bounds. It remembers which warp
@@ -37,7 +37,7 @@ class GlobalMemory:
         self.placed: dict[int, int] = {}  # start of the host storage -> device address
 
     def reserve(self, data: np.ndarray, valid: np.ndarray, writes_back: bool) -> int:
-        """Device address of a copy of the bytes `data`, of which those in `valid` may be used."""
+        """Returns the device address of a copy of `data`; valid: the allowed use of each byte."""
         start = self.size
         self.pieces.append((start, data, valid, writes_back))
         self.size += -(-(len(data) + GUARD) // 256) * 256  # cudaMalloc aligns to 256
@@ -48,7 +48,7 @@ class GlobalMemory:
         return self.reserve(array, np.full(len(array), READ_ONLY, np.uint8), False)
 
     def bind(self, tensor: Any) -> int:
-        """Device address of a numpy array or torch tensor; tensors of one storage share memory."""
+        """Returns the device address of an array or tensor; tensors of one storage share memory."""
         pointer, storage, storage_bytes, shape, strides, itemsize = describe(tensor)
         if storage not in self.placed:
             host = np.frombuffer((ctypes.c_uint8 * storage_bytes).from_address(storage), np.uint8)
@@ -63,7 +63,7 @@ class GlobalMemory:
         return base + pointer - storage
 
     def freeze(self) -> None:
-        """After the last `bind`: lay the bytes out."""
+        """Lays the bytes out, after the last `bind`."""
         padded = -(-self.size // 64) * 64
         self.bytes = np.full(padded, POISON, np.uint8)
         self.valid = np.zeros(padded, np.uint8)
@@ -81,7 +81,7 @@ class GlobalMemory:
                 data[changed] = self.bytes[start : start + len(data)][changed]
 
     def inside(self, index: np.ndarray, size: int, writing: bool) -> np.ndarray:
-        """Which of the accesses to bytes index … index + size are within what arguments own."""
+        """Returns which accesses to bytes index … index + size are within bytes of arguments."""
         inside = (index >= 0) & (index <= len(self.bytes) - size)
         first = np.where(inside, index, 0)
         wanted = (READ_WRITE, READ_WRITE) if writing else (READ_WRITE, READ_ONLY)
@@ -92,7 +92,7 @@ class GlobalMemory:
 
 
 def describe(tensor: Any) -> tuple[int, int, int, tuple[int, ...], tuple[int, ...], int]:
-    """Pointer, start and bytes of the storage, shape, strides in bytes, bytes of an element."""
+    """Returns pointer, start and bytes of storage, shape, strides and element size in bytes."""
     if isinstance(tensor, np.ndarray):
         base = tensor
         while isinstance(base.base, np.ndarray):
@@ -109,7 +109,7 @@ def describe(tensor: Any) -> tuple[int, int, int, tuple[int, ...], tuple[int, ..
 
 
 class SharedMemory:
-    """Of all blocks of a batch: byte `address` of block n is at n * stride + address."""
+    """Shared memory of a batch of blocks: byte `address` of block n is at n * stride + address."""
 
     def __init__(self, machine: Any, size: int, granule: int):
         self.machine, self.granule = machine, granule
@@ -133,8 +133,8 @@ class SharedMemory:
     def later_than_known(
         self, threads: np.ndarray, stamps: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Which stamped accesses ([threads, n]) are not ordered before what each of `threads` does
-        now: those of another warp, and those of another lane of its own warp."""
+        """Returns which stamped accesses ([threads, n]) are not ordered before the current access
+        of each thread: those of another warp, and those of another lane of its own warp."""
         m = self.machine
         row = (m.flat_warp[threads] * m.agents + m.lanes)[:, None]
         late = (stamps >> 12) > m.clocks_flat[row + (stamps & 4095)]
@@ -145,7 +145,7 @@ class SharedMemory:
     def read(
         self, threads: np.ndarray, flat: np.ndarray, size: int, granules: np.ndarray | None = None
     ) -> None:
-        """Judge and note a read of `size` bytes at `flat`, or of granules, by each of `threads`."""
+        """Judges and notes each thread's read of `size` bytes at `flat`, or of granules."""
         m, g = self.machine, self.granules(flat, size) if granules is None else granules
         warp, lane = m.warp_of[threads], m.lane_of[threads]
         now = m.own_clock[m.flat_warp[threads]]
@@ -170,10 +170,10 @@ class SharedMemory:
         self, threads: np.ndarray, flat: np.ndarray, size: int, asynchronous: bool = False,
         same: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        """Judge and note a write.
+        """Judges and notes a write.
 
-        asynchronous: it is issued now and lands later. same: which threads write what is there
-        already; two warps that write the same are no race.
+        asynchronous: the write is issued now and lands later. same: which threads write the value
+        that is there already; two warps that write the same value are no race.
         """
         m, g = self.machine, self.granules(flat, size)
         warp, lane = m.warp_of[threads], m.lane_of[threads]
@@ -216,13 +216,13 @@ class SharedMemory:
         self.note_write(g, (now << 12 | warp << 5 | lane)[:, None], asynchronous)
 
     def atomic(self, threads: np.ndarray, flat: np.ndarray, size: int) -> None:
-        """Judged like a read: atomics are no race with each other, and later writes must follow."""
+        """Judges an atomic like a read: atomics do not race, and later writes must follow."""
         self.read(threads, flat, size)
 
     def note_write(
         self, granules: np.ndarray, stamp: Any, in_flight: bool, generic: bool = True
     ) -> None:
-        """`generic`: by the generic proxy, so that the asynchronous one needs a fence."""
+        """Notes a write; after one of the generic proxy, the asynchronous one needs a fence."""
         self.writer[granules] = stamp
         self.in_flight[granules] = in_flight
         self.unfenced[granules] = generic

@@ -28,7 +28,7 @@ Run = Callable[[Machine], None]
 Builder = Callable[[Program, Instruction], Run]
 
 OPCODES: dict[str, Builder] = {}  # by the first word
-CONTROL: dict[str, Builder] = {}  # those after which the scheduler chooses anew
+CONTROL: dict[str, Builder] = {}  # opcodes after which the scheduler chooses again
 
 
 def opcode(*names: str, table: dict[str, Builder] = OPCODES) -> Callable[[Builder], Builder]:
@@ -40,7 +40,7 @@ def opcode(*names: str, table: dict[str, Builder] = OPCODES) -> Callable[[Builde
 
 
 def decode(program: Program, instruction: Instruction) -> tuple[Run, bool]:
-    """The function that executes it, and whether the scheduler chooses anew afterwards."""
+    """Returns the function that executes it, and whether the scheduler chooses again after it."""
     base = instruction.base
     try:
         if base in CONTROL:
@@ -58,7 +58,7 @@ def unknown(instruction: Instruction) -> PTXError:
 
 
 def allow(instruction: Instruction, *groups: Any) -> None:
-    """Every modifier has to be known: one that is not may change the meaning."""
+    """Raises PTXError for an unknown modifier, which may change the meaning."""
     known = {m for group in groups for m in ([group] if isinstance(group, str) else group)}
     for modifier in instruction.modifiers:
         if modifier not in known and modifier not in TYPE_BITS:
@@ -74,7 +74,7 @@ def bf16_to_float(bits: np.ndarray) -> np.ndarray:
 
 
 def float_to_bf16(values: np.ndarray) -> np.ndarray:
-    """Bits, rounded to nearest even; NaN becomes 0x7fff."""
+    """Returns the bits, rounded to nearest even; NaN becomes 0x7fff."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
@@ -154,7 +154,7 @@ for _axis, _letter in enumerate("xyz"):
 
 
 def constant(operand: Immediate, type_: str) -> Any:
-    """The value of an immediate as that type, one element."""
+    """Returns the value of an immediate in that type, one element."""
     bits = TYPE_BITS[type_]
     if type_ == "pred":
         return np.bool_(operand.value)
@@ -172,7 +172,7 @@ def constant(operand: Immediate, type_: str) -> Any:
 
 
 def source(program: Program, operand: Any, type_: str) -> Callable[[Machine], Any]:
-    """A function that gives the operand's values, one row a thread, or one for all."""
+    """Returns a function that gives the operand's values: one per thread, or one for all."""
     bits = TYPE_BITS[type_]
     if isinstance(operand, Immediate):
         fixed = constant(operand, type_)
@@ -211,7 +211,7 @@ def source(program: Program, operand: Any, type_: str) -> Callable[[Machine], An
 
 
 def destination(program: Program, operand: Any, type_: str) -> Callable[[Machine, Any], None]:
-    """A function that writes values of that type for the active threads."""
+    """Returns a function that writes values of that type for the active threads."""
     if isinstance(operand, Symbol) and operand.name == "_":
         return lambda m, values: None
     if isinstance(operand, Vector):  # unpack
@@ -244,7 +244,7 @@ def elementwise(
     program: Program, instruction: Instruction, function: Callable[..., Any], sources: list[str],
     result: str,
 ) -> Run:  # fmt: skip
-    """d = function(a, b, …), the sources being of those types."""
+    """Builds d = function(a, b, …); sources: the types of a, b, …"""
     write = destination(program, instruction.operands[0], result)
     operands = instruction.operands[1:]
     if len(operands) != len(sources):

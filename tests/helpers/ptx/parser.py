@@ -1,7 +1,7 @@
-"""From PTX text to a `Kernel`: registers, variables, and a list of instructions with flat targets.
+"""Parses PTX text to a `Kernel`: registers, variables, and instructions with flat targets.
 
 Scopes (`{ .reg .pred p; again: … }`, as inline assembly makes them) are resolved here: a register
-or label of an inner scope gets an own number. The syntax is that of the PTX ISA 9.x, chapters 4
+or label of an inner scope gets its own number. The syntax is that of the PTX ISA 9.x, chapters 4
 and 5, as far as Triton and nvcc emit it.
 """
 
@@ -29,7 +29,7 @@ TYPE_BITS = {
 
 
 class PTXError(Exception):
-    """The text, or something in it, that this interpreter does not know."""
+    """The text, or something in it, is not known to this interpreter."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Address:
-    """`[base + offset]`; of a tensor copy also `[base, {coordinates}]`."""
+    """`[base + offset]`; in a tensor copy also `[base, {coordinates}]`."""
 
     base: Register | Symbol | Immediate
     offset: int = 0
@@ -117,7 +117,7 @@ class Kernel:
     required_threads: int | None = None
 
     def where(self, instruction: Instruction) -> str:
-        """file:line of the source if .loc gave one, and the line of the PTX text."""
+        """Returns file:line of the source if .loc gave one, and the line of the PTX text."""
         source = ""
         if instruction.location:
             number, line = instruction.location
@@ -142,7 +142,7 @@ _REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
 
 @functools.lru_cache(maxsize=8)  # the same text is run under several schedules
 def parse(text: str, kernel_name: str | None = None) -> Kernel:
-    """The kernel of that name (default: the only one) in `text`; shared, so leave it unchanged."""
+    """Returns the kernel of that name (default: the only one); it is cached: do not change it."""
     text = _COMMENT.sub(lambda match: re.sub(r"[^\n]", " ", match.group()), text)
     entries = {match.group(1): match for match in _ENTRY.finditer(text)}
     if kernel_name is None and len(entries) == 1:
@@ -200,7 +200,7 @@ def _variable(text: str) -> Variable:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside all brackets."""
+    """Splits at the commas outside all brackets."""
     parts, depth, start = [], 0, 0
     for i, char in enumerate(text):
         if char in "{[(":

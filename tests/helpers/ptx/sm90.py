@@ -1,9 +1,9 @@
 """Hopper: mbarriers, bulk and tensor copies (TMA), proxy fences.
 
-PTX ISA 9.x, 9.7.9.27, 9.7.13. A bulk load lands only when everybody is blocked and somebody waits
-at its mbarrier; until then touching its bytes is a finding. It counts as a write by one more agent,
-the asynchronous proxy, whose clock the mbarrier hands over. A bulk store takes its bytes when it is
-issued; overwriting them before its group was waited for is a finding.
+PTX ISA 9.x, 9.7.9.27, 9.7.13. A bulk load lands only when all threads are blocked and one of them
+waits at its mbarrier; until then, touching its bytes is a finding. It counts as a write by one more
+agent, the asynchronous proxy, whose clock the mbarrier hands over. A bulk store takes its bytes
+when it is issued; overwriting them before a wait for its group is a finding.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Hopper:
         return self.barriers[key]
 
     def check_phase(self, barrier: PhaseBarrier) -> None:
-        """End the phase if it is complete, and let those go that waited for it."""
+        """Ends the phase if it is complete, and releases the threads that waited for it."""
         if barrier.pending or barrier.bytes_due:
             return
         m = self.machine
@@ -91,14 +91,14 @@ class Hopper:
         barrier.waiting = still
 
     def check_exit(self, threads: np.ndarray) -> None:
-        """A bulk store has to be waited for: shared memory ends with the block."""
+        """Reports bulk stores without a wait for them: shared memory ends with the block."""
         for store in self.stores:
             if store.thread in threads:
                 what = "exits before its bulk store has read shared memory"
                 self.machine.find("missing async wait", what, np.array([store.thread]))
 
     def land(self) -> bool:
-        """Deliver the oldest bulk load at whose mbarrier somebody waits."""
+        """Delivers the oldest bulk load at whose mbarrier a thread waits; False without one."""
         m = self.machine
         for load in self.loads:
             barrier = self.barriers.get(load.barrier)
@@ -180,7 +180,7 @@ def mbarrier(program: Program, i: Instruction) -> Run:
 
 
 def shared_window(where: np.ndarray) -> np.ndarray:
-    """Offsets from addresses that may be generic."""
+    """Returns offsets in shared memory from addresses that may be generic."""
     return np.where(where >= SHARED_BASE, where - SHARED_BASE, where)
 
 
@@ -239,7 +239,7 @@ def wait_for_phase(program: Program, i: Instruction) -> Run:
 
 
 def arrive_after_copies(program: Program, i: Instruction) -> Run:
-    """cp.async.mbarrier.arrive: this thread's copies land and it arrives, both at once here."""
+    """cp.async.mbarrier.arrive: each thread's copies land and it arrives, here both at once."""
     where = address(program, i.operands[0])
     counted = "noinc" in i.modifiers
 
@@ -291,7 +291,7 @@ def fence(program: Program, i: Instruction) -> Run:
 
 
 def swizzle(offset: np.ndarray, span: int) -> np.ndarray:
-    """Exchange the 16-byte chunks within `span` bytes by the number of the 128-byte row."""
+    """Exchanges the 16-byte chunks within `span` bytes by the number of the 128-byte row."""
     if not span:
         return offset
     return offset ^ (((offset >> 7) & (span // 16 - 1)) << 4)
@@ -302,7 +302,7 @@ class Tile:
     """A tile of a tensor in global memory, element by element, innermost dimension first."""
 
     inside: np.ndarray  # which elements the tensor has
-    index: np.ndarray  # of their first bytes in global memory
+    index: np.ndarray  # of the elements' first bytes in global memory
     itemsize: int
     swizzle: int
     nan_fill: bool
@@ -385,7 +385,7 @@ def bulk_copy(program: Program, i: Instruction) -> Run:
 
 
 def transfer(m: Machine, thread: int, tile: Tile, where: int, barrier: int | None) -> None:
-    """Issue one bulk load (with an mbarrier) or store."""
+    """Issues one bulk load (with an mbarrier) or store."""
     h, who = hopper(m), np.array([thread])
     total = len(tile.inside) * tile.itemsize
     if not 1024 <= where <= m.shared.high - total:
@@ -442,7 +442,7 @@ def wait_bulk_group(m: Machine, keep: int) -> None:
 
 @opcode("tensormap")
 def tensor_map(program: Program, i: Instruction) -> Run:
-    """tensormap.replace: one field of a map; tensormap.cp_fenceproxy: a map to global memory."""
+    """tensormap.replace sets a field of a map, tensormap.cp_fenceproxy copies a map to global."""
     if i.modifiers[0] == "cp_fenceproxy":
         to, from_ = (address(program, operand) for operand in i.operands[:2])
 

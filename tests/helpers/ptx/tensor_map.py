@@ -1,7 +1,7 @@
 """TMA descriptors (CUtensorMap) as arguments of a launch.
 
-The 128 bytes are opaque on a GPU, so they have a layout of our own here; `tensormap.replace` and
-the tensor copies of sm90.py use the same.
+The 128 bytes are opaque on a GPU, so they have a layout of our own here, which `tensormap.replace`
+and the tensor copies of sm90.py use.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TensorMap:
 
     tensor: array or tensor whose last stride is 1. box: elements of a tile, outermost dimension
     first, as are shape and strides (in elements; default: the tensor's). swizzle: bytes, one of 0,
-    32, 64, 128. nan_fill: what lies outside reads as NaN instead of 0.
+    32, 64, 128. nan_fill: elements outside of the tensor read as NaN instead of 0.
     """
 
     tensor: Any
@@ -51,7 +51,7 @@ class TensorMap:
     nan_fill: bool = False
 
     def encode_for(self, memory: GlobalMemory) -> bytes:
-        """The bytes of the parameter; binds the tensor."""
+        """Binds the tensor, and returns the bytes of the parameter."""
         address = memory.bind(self.tensor)
         _, _, _, shape, strides, itemsize = describe(self.tensor)
         sizes = list(self.shape if self.shape is not None else shape)[::-1]

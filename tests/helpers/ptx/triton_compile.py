@@ -1,4 +1,4 @@
-"""Compile a Triton kernel ahead of time, without a GPU, and run its PTX."""
+"""Compiles a Triton kernel ahead of time, without a GPU, and runs its PTX."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .tensor_map import TensorMap
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What a launch needs.
+    """A compiled kernel with everything that a launch needs.
 
     arguments: names of the kernel's run-time arguments, in order. In the PTX, a tensor descriptor
     takes several parameters, and two pointers follow at the end (global scratch, profile scratch).
-    shared: bytes of dynamic shared memory a block. threads: of a block; more than 32 * num_warps
-    with warp specialisation. global_scratch: bytes a block.
+    shared: bytes of dynamic shared memory per block. threads: per block; more than 32 * num_warps
+    with warp specialisation. global_scratch: bytes per block.
     """
 
     name: str
@@ -38,7 +38,7 @@ class CompiledKernel:
         self, grid: Sequence[int], arguments: Mapping[str, Any], schedule: str = "lockstep",
         ptx: str | None = None, seed: int = 0,
     ) -> Report:  # fmt: skip
-        """Run it on numpy arrays or torch CPU tensors, in place; see `ptx.launch`.
+        """Runs it on numpy arrays or torch CPU tensors, in place; see `ptx.launch`.
 
         arguments: by name; for a tensor descriptor, a `triton.tools.tensor_descriptor
         .TensorDescriptor` on a CPU tensor. ptx: run this text instead (say, with a planted fault).
@@ -55,8 +55,10 @@ class CompiledKernel:
 
 
 def flat_arguments(arguments: Sequence[Any], descriptors: Sequence[Any]) -> list[Any]:
-    """With what a `TensorDescriptor` among them is passed as. descriptors: the compiler's metadata
-    of these, in order."""
+    """Replaces each `TensorDescriptor` by the parameters as which it is passed.
+
+    descriptors: the compiler's metadata of the descriptors, in order.
+    """
     flat: list[Any] = []
     described = iter(descriptors)
     for value in arguments:
@@ -68,7 +70,7 @@ def flat_arguments(arguments: Sequence[Any], descriptors: Sequence[Any]) -> list
 
 
 def _descriptor_parameters(descriptor: Any, metadata: Mapping[str, Any] | None) -> list[Any]:
-    """As Triton's launcher passes a host descriptor: a TMA map where the target has TMA."""
+    """Returns what Triton's launcher passes for a host descriptor: a TMA map if there is TMA."""
     shape, strides = list(descriptor.shape), list(descriptor.strides)
     nan = descriptor.padding == "nan"
     if metadata is None:
@@ -88,16 +90,16 @@ def compile_triton(
     num_warps: int = 4, num_stages: int = 3, divisible_by_16: Sequence[str] | None = None,
     **options: Any,
 ) -> CompiledKernel:  # fmt: skip
-    """Compile a @triton.jit function for NVIDIA sm_<target>, as the JIT would at a launch.
+    """Compiles a @triton.jit function for NVIDIA sm_<target>, as the JIT would at a launch.
 
     signature: run-time arguments and their types, e.g. {"q": "*fp16", "n": "i32", "scale": "fp32",
     "desc": "tensordesc<fp16[64,64]>"}. constexprs: the others; also integers that are 1 at run
-    time, as the JIT makes constants of them. divisible_by_16: what the JIT would find to be a
-    multiple of 16 (pointers: by address); the launched values must keep that promise, or accesses
-    go astray. Default: every pointer, no integer.
+    time, because the JIT makes constants of them. divisible_by_16: arguments that the JIT would
+    find to be multiples of 16 (pointers: by address); launched values must keep that promise, or
+    accesses go astray. Default: every pointer, no integer.
 
     The kernel is found again by its name in its module, in a process where Triton compiles.
-    Raises RuntimeError with what the compiler says.
+    Raises RuntimeError with the message of the compiler.
     """
     if divisible_by_16 is None:
         divisible_by_16 = [name for name, kind in signature.items() if kind.startswith("*")]

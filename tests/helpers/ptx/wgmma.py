@@ -1,7 +1,7 @@
 """wgmma: asynchronous matrix products of a warpgroup, with operands in shared memory.
 
-PTX ISA 9.x, 9.7.15. Each warp of the four makes its 16 of the 64 rows. The product is made when it
-is issued; touching its accumulators, or overwriting its operands in registers or shared memory,
+PTX ISA 9.x, 9.7.15. Each of the four warps computes 16 of the 64 rows. The product is computed when
+it is issued. Touching its accumulators, or overwriting its operands in registers or shared memory,
 before `wgmma.wait_group` is a finding, and so are registers changed without `wgmma.fence`.
 
 An operand in shared memory is described by 64 bits: start address (bits 0-13), leading (16-29) and
@@ -39,7 +39,7 @@ class Product:
 
 
 class Tracker:
-    """Which registers of which warps are in use by a product, or changed since the last fence."""
+    """Tracks the registers of each warp that a product uses, or that changed since a fence."""
 
     def __init__(self, m: Machine):
         warps = len(m.everyone) // 32
@@ -63,7 +63,7 @@ def active_warps(m: Machine) -> np.ndarray:
 
 
 def matrix_addresses(descriptor: int, rows: int, depth: int, itemsize: int, k_major: bool) -> Any:
-    """Shared addresses [rows, depth] of the elements of an operand."""
+    """Returns the shared addresses [rows, depth] of the elements of an operand."""
     start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
     span = (0, 128, 64, 32)[descriptor >> 62]
     x, k = np.arange(rows)[:, None], np.arange(depth)[None, :]
@@ -84,7 +84,7 @@ def read_operand(
     m: Machine, descriptors: np.ndarray, warps: np.ndarray, rows: int, depth: int, type_: str,
     k_major: bool, mine: bool,
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:  # fmt: skip
-    """float64 [warps, rows, depth] (`mine`: only the warp's 16 rows), and what was read."""
+    """Returns float64 [warps, rows, depth] (mine: a warp's own 16 rows), and granules read."""
     itemsize = 4 // PER_WORD[type_]
     shared = m.shared
     values = np.zeros((len(warps), 16 if mine else rows, depth))
@@ -156,7 +156,7 @@ def wait(m: Machine, keep: int) -> None:
         for warps, granules in p.granules:
             mine = np.isin(warps, finished)
             np.subtract.at(m.shared.read_later, granules[mine], 1)
-            # The reads end now: who overwrites these bytes has to come after this point.
+            # The reads end now: threads that overwrite these bytes have to come after this point.
             m.shared.readers[granules[mine], (warps[mine] % m.warps)[:, None]] = (
                 m.own_clock[warps[mine]] << 5
             )[:, None]
@@ -242,7 +242,7 @@ def registers_in(operand: Any) -> list[int]:
 
 
 def watch(program: Program) -> None:
-    """Make every other instruction check the registers that products use."""
+    """Makes every other instruction check the registers that products use."""
     code = program.kernel.code
     products = [i for i in code if i.base == "wgmma" and i.modifiers[0] == "mma_async"]
     watched = {r for i in products for operand in i.operands[:2] for r in registers_in(operand)}
