@@ -1,7 +1,7 @@
 """Builds the shared object, fused_attention/_native*.so; the rest is in pyproject.toml.
 
 The operators, the CPU kernels, their dispatch and the introspection module are one library. Each
-instruction set is one row of ISAS: one source file with flags of its own. A second, optional
+instruction set is one row of ISAS: csrc/cpu/kernels_*.cpp are compiled for it with its flags. A second, optional
 library, fused_attention/_cuda.so, is that of csrc/cuda/build.py. This file writes build.ninja and
 compile_commands.json, and ninja compiles what has changed. PyTorch is used as it is installed and
 never downloaded. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are respected, and
@@ -39,7 +39,8 @@ AVX512 = (
     # g++ 12 warns about its own AVX-512 headers.
     " -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
 )
-# csrc/cpu/isa_<name>.cpp and its flags; all but the baseline are for x86-64.
+# What each instruction set is compiled with, beside csrc/cpu/simd_<name>.inl. All but the baseline
+# are for x86-64.
 ISAS = {
     "baseline": "",
     "avx2": AVX2,
@@ -104,7 +105,7 @@ class Unit:
 
     @property
     def object(self) -> Path:
-        return BUILD / self.source.with_suffix(f"{self.variant and '-' + self.variant}.o")
+        return BUILD / self.source.with_name("-".join(filter(None, (self.source.stem, self.variant))) + ".o")
 
 
 def operator_units(torch: Path, folder: str) -> list[Unit]:
@@ -114,11 +115,12 @@ def operator_units(torch: Path, folder: str) -> list[Unit]:
     foreign = [f"-isystem{include}", f"-isystem{sysconfig.get_path('include')}", STABLE_ABI]
     foreign += [f"-ffile-prefix-map={include}/=", *from_environment("CXXFLAGS")]
     own = {
-        "introspection.cpp": [f'-DFUSED_ATTENTION_VERSION="{VERSION}"'],
+        # It sees pybind11 only, whose headers in PyTorch 2.10 refuse the stable ABI.
+        "introspection.cpp": [f'-DFUSED_ATTENTION_VERSION="{VERSION}"', "-UTORCH_TARGET_VERSION"],
         "dispatch.cpp": [f"-DFUSED_ATTENTION_ISA_{name.upper()}" for name in chosen_isas()],
     }
     sources = [*sorted(Path("csrc").glob("*.cpp")), *sorted(Path(folder).glob("*.cpp"))]
-    sources = [source for source in sources if not source.name.startswith("isa_")]
+    sources = [source for source in sources if not source.name.startswith("kernels_")]
     return [Unit(x, [*FLAGS.split(), *foreign, *own.get(x.name, [])]) for x in sources]
 
 
@@ -126,8 +128,11 @@ def libraries(torch: Path, name: str) -> dict[Path, tuple[list[Unit], list[str]]
     """The units of each library in link order, baseline before the other instruction sets, and its
     linker flags."""
     common = [*FLAGS.split(), *from_environment("CXXFLAGS")]
-    isas = {isa: Path(f"csrc/cpu/isa_{isa}.cpp") for isa in chosen_isas()}
-    units = [Unit(source, [*common, *ISAS[isa].split()]) for isa, source in isas.items()]
+    units = [
+        Unit(source, [*common, *ISAS[isa].split(), f"-DFUSED_ATTENTION_ISA={isa}"], isa)
+        for isa in chosen_isas()
+        for source in sorted(Path("csrc/cpu").glob("kernels_*.cpp"))
+    ]
     found = {BUILD / name: ([*units, *operator_units(torch, "csrc/cpu")], ["-pthread"])}
     if CUDA["is_wanted"](torch):
         units = [Unit(*unit, "nvcc") for unit in CUDA["kernel_units"]()]

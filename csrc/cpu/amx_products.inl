@@ -12,8 +12,8 @@
 // loaded and stored less often.
 #pragma once
 
-#ifndef FUSED_ATTENTION_SIMD  // the file is opened alone
-#define FUSED_ATTENTION_SIMD "simd_amx.inl"
+#ifndef FUSED_ATTENTION_ISA  // the file is opened alone
+#define FUSED_ATTENTION_ISA amx
 #endif
 #include "vector_products.inl"
 

@@ -1,9 +1,15 @@
-// The vector vocabulary of the instruction set that a unit is compiled for (isa_*.cpp names it):
-// the algorithms are written in its words. A file that is opened alone has the baseline's.
+// The vector vocabulary of the instruction set that a unit is compiled for (setup.py defines
+// FUSED_ATTENTION_ISA): the algorithms are written in its words. A file that is opened alone has
+// the baseline's.
 #pragma once
 
-#ifndef FUSED_ATTENTION_SIMD
-#define FUSED_ATTENTION_SIMD "simd_baseline.inl"
+#ifndef FUSED_ATTENTION_ISA
+#define FUSED_ATTENTION_ISA baseline
 #endif
 
-#include FUSED_ATTENTION_SIMD
+#define FA_STRING_OF(x) #x
+#define FA_STRING(x) FA_STRING_OF(x)
+#define FA_SIMD_FILE(isa) simd_##isa.inl
+#define FA_SIMD_FILE_OF(isa) FA_STRING(FA_SIMD_FILE(isa))
+
+#include FA_SIMD_FILE_OF(FUSED_ATTENTION_ISA)
