@@ -1,10 +1,11 @@
 """Builds the shared object, fused_attention/_native*.so; the rest is in pyproject.toml.
 
 The operators, the CPU kernels, their dispatch and the introspection module are one library. Each
-instruction set is one row of ISAS: one source file with flags of its own. csrc/cuda/build.py
-describes a second, optional library, fused_attention/_cuda.so. This file writes build.ninja and
-compile_commands.json, and ninja compiles the sources that have changed. The build uses the
-installed PyTorch and never downloads one. It respects CXX, CXXFLAGS, LDFLAGS, MAX_JOBS and
+instruction set is one row of ISAS, with the flags that csrc/cpu/kernels_*.cpp are compiled with for
+it. csrc/cuda/build.py describes a second, optional library, fused_attention/_cuda.so. This file
+writes build.ninja and compile_commands.json, and ninja compiles the sources that have changed. The
+build uses the installed PyTorch and never downloads one. It respects CXX, CXXFLAGS, LDFLAGS,
+MAX_JOBS and
 
 FUSED_ATTENTION_ISAS   the instruction sets to compile ("avx2 avx512"); the baseline is always
                        compiled. "all" includes amx_emulated, which only tests use
@@ -39,7 +40,8 @@ AVX512 = (
     # g++ 12 warns about its own AVX-512 headers.
     " -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
 )
-# The flags of csrc/cpu/isa_<name>.cpp. All but the baseline are for x86-64.
+# The flags of each instruction set, whose vocabulary is csrc/cpu/simd_<name>.inl. All but the
+# baseline are for x86-64.
 ISAS = {
     "baseline": "",
     "avx2": AVX2,
@@ -104,7 +106,7 @@ class Unit:
 
     @property
     def object(self) -> Path:
-        return BUILD / self.source.with_suffix(f"{self.variant and '-' + self.variant}.o")
+        return BUILD / self.source.with_name("-".join(filter(None, (self.source.stem, self.variant))) + ".o")
 
 
 def operator_units(torch: Path, folder: str) -> list[Unit]:
@@ -120,7 +122,7 @@ def operator_units(torch: Path, folder: str) -> list[Unit]:
         "dispatch.cpp": [f"-DFUSED_ATTENTION_ISA_{name.upper()}" for name in chosen_isas()],
     }
     sources = [*sorted(Path("csrc").glob("*.cpp")), *sorted(Path(folder).glob("*.cpp"))]
-    sources = [source for source in sources if not source.name.startswith("isa_")]
+    sources = [source for source in sources if not source.name.startswith("kernels_")]
     return [Unit(x, [*FLAGS.split(), *foreign, *own.get(x.name, [])]) for x in sources]
 
 
@@ -128,8 +130,11 @@ def libraries(torch: Path, name: str) -> dict[Path, tuple[list[Unit], list[str]]
     """Returns, for each library, its units in link order (the baseline before the other instruction
     sets) and its linker flags."""
     common = [*FLAGS.split(), *from_environment("CXXFLAGS")]
-    isas = {isa: Path(f"csrc/cpu/isa_{isa}.cpp") for isa in chosen_isas()}
-    units = [Unit(source, [*common, *ISAS[isa].split()]) for isa, source in isas.items()]
+    units = [
+        Unit(source, [*common, *ISAS[isa].split(), f"-DFUSED_ATTENTION_ISA={isa}"], isa)
+        for isa in chosen_isas()
+        for source in sorted(Path("csrc/cpu").glob("kernels_*.cpp"))
+    ]
     found = {BUILD / name: ([*units, *operator_units(torch, "csrc/cpu")], ["-pthread"])}
     if CUDA["is_wanted"](torch):
         units = [Unit(*unit, "nvcc") for unit in CUDA["kernel_units"]()]

@@ -13,8 +13,8 @@
 // AMX tiles of o are loaded and stored less often.
 #pragma once
 
-#ifndef FUSED_ATTENTION_SIMD  // the file is opened alone
-#define FUSED_ATTENTION_SIMD "simd_amx.inl"
+#ifndef FUSED_ATTENTION_ISA  // the file is opened alone
+#define FUSED_ATTENTION_ISA amx
 #endif
 #include "vector_products.inl"
 

@@ -151,21 +151,21 @@ Gradients backward(const BackwardArguments& call) {
   const std::optional<CallWorkspace> mask_blocks = note_mask_blocks(p);
   const KernelTable& kernels = kernel_table();
   std::optional<CallWorkspace> shared;
-  if (const size_t bytes = kernels.attention_backward_call_workspace_bytes(p)) {
+  if (const size_t bytes = kernels.attention_backward.call_workspace_bytes(p)) {
     p.call_workspace = shared.emplace(bytes).data();
   }
-  const bool one_pass = kernels.attention_backward_heads.num_tasks(p) > 0;
+  const bool one_pass = kernels.attention_backward.heads.num_tasks(p) > 0;
   note_kernel(
       "attention_backward",
       one_pass ? "one pass over queries and keys" : "a pass over keys, then one over queries", {});
-  run(kernels.attention_backward_delta, p);
-  run(kernels.attention_weights_delta, p);
-  run(kernels.attention_backward_sinks, p);
-  run(kernels.attention_backward_keys, p);
-  run(kernels.attention_backward_queries, p);
-  run(kernels.attention_backward_heads, p);
-  run(kernels.attention_backward_combine, p);
-  run(kernels.attention_backward_pages, p);
+  run(kernels.attention_backward.delta, p);
+  run(kernels.attention_weights.delta, p);
+  run(kernels.attention_backward.sinks, p);
+  run(kernels.attention_backward.keys, p);
+  run(kernels.attention_backward.queries, p);
+  run(kernels.attention_backward.heads, p);
+  run(kernels.attention_backward.combine, p);
+  run(kernels.attention_backward.pages, p);
   return {dq, dk, dv, dbias, dsinks};
 }
 
@@ -200,7 +200,7 @@ Tensor weights(const Tensor& query, const Tensor& key, const Tensor& lse, bool a
   } else {
     const std::optional<CallWorkspace> mask_blocks = note_mask_blocks(p);
     note_kernel("attention_weights", "tile by tile, from the log-sum-exp", {});
-    run(kernel_table().attention_weights, p);
+    run(kernel_table().attention_weights.weights, p);
   }
   return result;
 }

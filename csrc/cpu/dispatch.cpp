@@ -12,8 +12,25 @@
 
 namespace fused_attention {
 
-extern const KernelTable kBaselineKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
-extern const KernelTable kAmxKernels, kAmxEmulatedKernels;
+// kernels_table.cpp, compiled for each instruction set
+namespace baseline {
+extern const KernelTable kernels;
+}
+namespace avx2 {
+extern const KernelTable kernels;
+}
+namespace avx512 {
+extern const KernelTable kernels;
+}
+namespace avx512_bf16 {
+extern const KernelTable kernels;
+}
+namespace amx {
+extern const KernelTable kernels;
+}
+namespace amx_emulated {
+extern const KernelTable kernels;
+}
 
 namespace {
 
@@ -68,23 +85,23 @@ struct Processor {
 // Best first.
 const Isa kIsas[] = {
 #ifdef FUSED_ATTENTION_ISA_AMX
-    {&kAmxKernels, has_amx, always},
+    {&amx::kernels, has_amx, always},
 #endif
 #ifdef FUSED_ATTENTION_ISA_AVX512_BF16
     // Products of pairs run at twice the float rate on AMD's processors, at half of it on Intel's.
-    {&kAvx512Bf16Kernels, [] { return processor().avx512_bf16; },
+    {&avx512_bf16::kernels, [] { return processor().avx512_bf16; },
      [] { return processor().is_amd; }},
 #endif
 #ifdef FUSED_ATTENTION_ISA_AVX512
-    {&kAvx512Kernels, [] { return processor().avx512; }, always},
+    {&avx512::kernels, [] { return processor().avx512; }, always},
 #endif
 #ifdef FUSED_ATTENTION_ISA_AVX2
-    {&kAvx2Kernels, [] { return processor().avx2; }, always},
+    {&avx2::kernels, [] { return processor().avx2; }, always},
 #endif
 #ifdef FUSED_ATTENTION_ISA_AMX_EMULATED
-    {&kAmxEmulatedKernels, [] { return processor().avx512; }, [] { return false; }},  // for tests
+    {&amx_emulated::kernels, [] { return processor().avx512; }, [] { return false; }},  // for tests
 #endif
-    {&kBaselineKernels, always, always},
+    {&baseline::kernels, always, always},
 };
 
 const KernelTable* find_usable(const char* name) {
@@ -113,9 +130,9 @@ std::atomic<const KernelTable*>& table_in_force() {
 const KernelTable& kernel_table() { return *table_in_force().load(std::memory_order_relaxed); }
 
 const ForwardKernel& choose_forward(const KernelTable& table, const AttentionParams& p) {
-  const ForwardKernel* kernel = table.attention_forward;
-  while (!kernel->serves(p)) ++kernel;
-  return *kernel;
+  const ForwardKernel* const* kernel = table.attention_forward;
+  while (!(*kernel)->serves(p)) ++kernel;
+  return **kernel;
 }
 
 int list_isas(const char* names[kMaxIsas], bool usable[kMaxIsas]) {

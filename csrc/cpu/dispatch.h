@@ -24,14 +24,37 @@ struct ForwardKernel {
   size_t (*call_workspace_bytes)(const AttentionParams&);  // null: the phases share nothing
   Phase phases[kMaxPhases];
 };
-constexpr int kMaxForwardKernels = 8;
+struct BackwardKernels {
+  Phase delta, sinks;
+  // Either two passes, over keys and then over queries, or one pass over heads, whose query splits
+  // are then combined in the call workspace. The phases of the other way have no tasks.
+  Phase keys, queries;
+  Phase heads, combine;
+  size_t (*call_workspace_bytes)(const AttentionParams&);
+  Phase pages;
+};
+
+struct WeightsKernels {
+  Phase weights;
+  Phase delta;  // adds the gradient of returned weights to the delta of the backward
+};
+
 constexpr int kMaxTangentPhases = 5;
+struct TangentKernels {
+  Phase jvp;
+  Phase backward_jvp[kMaxTangentPhases];
+};
+
+struct SoftmaxKernels {
+  SoftmaxPhase forward;
+  SoftmaxPhase backward, backward_bias, backward_sinks;
+};
 
 // An elementary function of math.inl over an array of floats (doubles for kFloat64), so that tests
 // can measure the error it states.
 enum class MathFunction { kExp2, kTanh };
 
-// The kernels of one instruction set. One constant table per isa_*.cpp.
+// The kernels of one instruction set: kernels_table.cpp, which refers to the other kernels_*.cpp.
 struct KernelTable {
   const char* isa;
   bool (*works)();  // whether the ISA works on a machine that claims to have it
@@ -39,29 +62,16 @@ struct KernelTable {
   // is 0 it is null and the phase does not run).
   Phase mask_blocks;
   size_t (*mask_blocks_bytes)(const AttentionParams&);
-  ForwardKernel attention_forward[kMaxForwardKernels];  // best first, the last serves every call
-  Phase attention_backward_delta;
-  Phase attention_backward_sinks;
-  // Either two passes, over keys and then over queries, or one pass over heads, whose query splits
-  // are then combined and whose call workspace has the given size. The phases of the other way have
-  // no tasks.
-  Phase attention_backward_keys, attention_backward_queries;
-  Phase attention_backward_heads, attention_backward_combine;
-  size_t (*attention_backward_call_workspace_bytes)(const AttentionParams&);
-  Phase attention_backward_pages;
+  const ForwardKernel* const* attention_forward;  // best first, the last serves every call
+  const BackwardKernels& attention_backward;
+  const WeightsKernels& attention_weights;
+  const TangentKernels& attention_tangents;
+  const SoftmaxKernels& masked_softmax;
   Phase dropout_keep_mask;
-  SoftmaxPhase masked_softmax_forward;
-  SoftmaxPhase masked_softmax_backward;
-  SoftmaxPhase masked_softmax_backward_bias;
-  SoftmaxPhase masked_softmax_backward_sinks;
   void (*apply_math)(MathFunction, DType, const void* in, void* out, int64_t count);
   // Only multiplies and adds on registers, in the fastest way that kernels of the dtype have, so
   // that no kernel exceeds its rate. Returns the number of operations in `rounds` rounds.
   double (*multiply_registers)(DType, int64_t rounds);
-  Phase attention_weights;
-  Phase attention_weights_delta;
-  Phase attention_jvp;
-  Phase attention_backward_jvp[kMaxTangentPhases];
 };
 
 // The table in force: the best usable ISA, or the one named by FUSED_ATTENTION_CPU_ISA (read once,

@@ -118,8 +118,9 @@ FA_INLINE uint8_t mask_on_tile(const AttentionParams& p, int64_t b, int64_t h, i
 
 // Computes visible[j] for one tile, whose first key is a multiple of kBlockN. `visible` is valid
 // only if the result is kSome.
-Visible tile_visibility(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
-                        int64_t rows, int64_t n_start, int64_t columns, uint64_t* visible) {
+[[maybe_unused]] Visible tile_visibility(const AttentionParams& p, const Sequence& seq, int64_t h,
+                                         int64_t m_start, int64_t rows, int64_t n_start,
+                                         int64_t columns, uint64_t* visible) {
   const uint64_t everybody = low_bits(rows);
   // The diagonal band cuts the tile unless its first query reaches the last key to the right and
   // its last query the first key to the left.

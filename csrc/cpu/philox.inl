@@ -80,8 +80,8 @@ FA_INLINE uint64_t transpose_bits(uint64_t x) {
 // columns. Bit i of keep[w] says whether the weight in column first + 64 w + i is kept. Whole
 // vectors of groups are written, at most kKeepSlack words more than the columns need.
 constexpr int64_t kKeepSlack = 2;
-void dropout_keep_row(PhiloxStream stream, uint32_t threshold, uint32_t row, int64_t first,
-                      int64_t columns, uint64_t* keep) {
+[[maybe_unused]] void dropout_keep_row(PhiloxStream stream, uint32_t threshold, uint32_t row,
+                                       int64_t first, int64_t columns, uint64_t* keep) {
   constexpr int kAtOnce = kU32Lanes < 8 ? kU32Lanes : 8;
   fill(keep, ceil_div(columns, 64) + kKeepSlack, (uint64_t)0);
   for (int64_t group = 0; group * 8 < columns; group += kU32Lanes) {

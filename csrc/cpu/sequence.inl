@@ -116,8 +116,9 @@ FA_INLINE int64_t keys_in_a_row(const AttentionParams& p, const Sequence& seq, i
   return seq.pages == nullptr ? columns : min_of(columns, p.page_size - n % p.page_size);
 }
 // at[j] <- the address of the row of key n + j, for j < columns.
-void key_addresses(const AttentionParams& p, const TensorView& view, const Sequence& seq, int64_t h,
-                   int64_t n, int64_t columns, const char** at) {
+[[maybe_unused]] void key_addresses(const AttentionParams& p, const TensorView& view,
+                                    const Sequence& seq, int64_t h, int64_t n, int64_t columns,
+                                    const char** at) {
   const int64_t step = view.stride_s * element_size(p.dtype);
   for (int64_t j = 0; j < columns;) {
     const char* row = key_row(p, view, seq, h, n + j);

@@ -30,14 +30,14 @@ void expect_output(SoftmaxParams& p, const Tensor& out) {
 }
 void run_softmax(SoftmaxParams& p, const Held& held) {
   read_philox(p, held);
-  run(kernel_table().masked_softmax_forward, p, true);
+  run(kernel_table().masked_softmax.forward, p, true);
 }
 void run_softmax_backward(SoftmaxParams& p, const Held& held) {
   read_philox(p, held);
   const KernelTable& kernels = kernel_table();
-  run(kernels.masked_softmax_backward, p, true);
-  if (p.chunks > 1) run(kernels.masked_softmax_backward_bias, p);
-  if (p.dsinks != nullptr) run(kernels.masked_softmax_backward_sinks, p);
+  run(kernels.masked_softmax.backward, p, true);
+  if (p.chunks > 1) run(kernels.masked_softmax.backward_bias, p);
+  if (p.dsinks != nullptr) run(kernels.masked_softmax.backward_sinks, p);
 }
 
 }  // namespace fused_attention

@@ -96,7 +96,7 @@ void attention_jvp(StableIValue* values, uint64_t, uint64_t) {
     const Tensor kept_lse = dense_lse(p, lse);
     p.tangent.out = view_of(tangent_out);
     p.tangent.lse = address_of(tangent_lse);
-    run(kernel_table().attention_jvp, p);
+    run(kernel_table().attention_tangents.jvp, p);
   }
   stack.give(tangent_out, tangent_lse);
 }
@@ -154,7 +154,7 @@ Gradients backward_jvp(const Tensor& grad_out, const OptionalTensor& grad_lse, c
     p.dbias.dtype = p.bias.dtype;
   }
   if (sinks_grad) p.dsinks = address_of(dsinks);
-  for (const Phase& phase : kernel_table().attention_backward_jvp) run(phase, p);
+  for (const Phase& phase : kernel_table().attention_tangents.backward_jvp) run(phase, p);
   return {dq, dk, dv, dbias, dsinks};
 }
 

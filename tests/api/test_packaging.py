@@ -157,20 +157,25 @@ def test_sdist_ships_every_source(source_tree):
 
 
 def objects(source_tree: Path) -> dict[str, Path]:
-    found = (source_tree / "build").glob("native-*/csrc/cpu/isa_*.o")
+    found = (source_tree / "build").glob("native-*/csrc/cpu/kernels_*.o")
     return {path.stem: path for path in found}
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
-def test_isa_objects_define_no_weak_symbols(wheel, source_tree, pytestconfig):
+def test_kernel_objects_define_no_weak_symbols(wheel, source_tree, pytestconfig):
     """The linker could keep only the AVX-512 copy of an inline function, for every CPU."""
     compiled = objects(source_tree)
-    sources = {path.stem for path in (source_tree / "csrc" / "cpu").glob("isa_*.cpp")}
-    assert "isa_baseline" in compiled and set(compiled) <= sources
+    cpu = source_tree / "csrc" / "cpu"
+    isas = {path.stem.removeprefix("simd_") for path in cpu.glob("simd_*.inl")}
+    sources = {path.stem for path in cpu.glob("kernels_*.cpp")}
+    baseline = {f"{source}-baseline" for source in sources}
+    everything = {f"{source}-{isa}" for source in sources for isa in isas}
+    assert baseline <= set(compiled) <= everything
     if not pytestconfig.getoption("--full"):  # also check what `make build` compiled
         compiled = objects(ROOT) | compiled
     elif sysconfig.get_platform() == "linux-x86_64":
-        assert set(compiled) == sources - {"isa_amx_emulated"}  # this one is for tests
+        emulated = {f"{source}-amx_emulated" for source in sources}  # these are for tests
+        assert set(compiled) == everything - emulated
     for path in compiled.values():
         lines = run("nm", "--demangle", "--defined-only", path, cwd=source_tree).splitlines()
         assert lines, f"{path.name} defines nothing"

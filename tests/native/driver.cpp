@@ -383,17 +383,17 @@ void attention_case(Random& random) {
   if (p.lse != nullptr) compare("lse", lse, lse_, accumulated);
   if (weighed) {
     p.weights = score_view(weights);
-    run_all({bound(kernels.attention_weights)}, {&weights});
+    run_all({bound(kernels.attention_weights.weights)}, {&weights});
     compare("weights", weights, weights_, type);
     p.weights = through_weights ? score_view(grad_weights) : ScoreView();
   }
   if (!backward) return;
   const std::vector<char> shared =
-      shared_memory(p, kernels.attention_backward_call_workspace_bytes(p));
-  run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_weights_delta),
-           bound(kernels.attention_backward_sinks), bound(kernels.attention_backward_keys),
-           bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads),
-           bound(kernels.attention_backward_combine)},
+      shared_memory(p, kernels.attention_backward.call_workspace_bytes(p));
+  run_all({bound(kernels.attention_backward.delta), bound(kernels.attention_weights.delta),
+           bound(kernels.attention_backward.sinks), bound(kernels.attention_backward.keys),
+           bound(kernels.attention_backward.queries), bound(kernels.attention_backward.heads),
+           bound(kernels.attention_backward.combine)},
           {&delta, &dq, &dk, &dv, &dbias, &dsinks});
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);
@@ -583,11 +583,11 @@ void sequences_case(Random& random) {
     for (Array* x : {&dk, &dv}) x->each([&](char* at) { set(at, type, 0); });
   };
   const std::vector<char> shared =
-      shared_memory(p, kernels.attention_backward_call_workspace_bytes(p));
-  run_all({bound(kernels.attention_backward_delta), bound(kernels.attention_backward_sinks),
-           clear_pages, bound(kernels.attention_backward_keys),
-           bound(kernels.attention_backward_queries), bound(kernels.attention_backward_heads),
-           bound(kernels.attention_backward_combine), bound(kernels.attention_backward_pages)},
+      shared_memory(p, kernels.attention_backward.call_workspace_bytes(p));
+  run_all({bound(kernels.attention_backward.delta), bound(kernels.attention_backward.sinks),
+           clear_pages, bound(kernels.attention_backward.keys),
+           bound(kernels.attention_backward.queries), bound(kernels.attention_backward.heads),
+           bound(kernels.attention_backward.combine), bound(kernels.attention_backward.pages)},
           {&delta, &dq, &dk, &dv, &dsinks});
   compare("dq", dq, dq_, type);
   compare("dk", dk, dk_, type);
@@ -714,7 +714,7 @@ void softmax_case(Random& random) {
   const auto bound = [&](const SoftmaxPhase& phase) {
     return [&phase, &p](int count) { run(phase, p, count); };
   };
-  run_all({bound(kernels.masked_softmax_forward)}, {&y, &weights, &sink_weight});
+  run_all({bound(kernels.masked_softmax.forward)}, {&y, &weights, &sink_weight});
   compare("out", y, y_, type);
   compare("weights", weights, weights_, type);
 
@@ -751,9 +751,9 @@ void softmax_case(Random& random) {
   }
   Array sink_terms = contiguous({rows}, accumulated);
   if (sunk) p.dsinks = dsinks.data, p.sink_terms = sink_terms.data;
-  std::vector<std::function<void(int)>> phases{bound(kernels.masked_softmax_backward)};
-  if (p.chunks > 1) phases.push_back(bound(kernels.masked_softmax_backward_bias));
-  if (sunk) phases.push_back(bound(kernels.masked_softmax_backward_sinks));
+  std::vector<std::function<void(int)>> phases{bound(kernels.masked_softmax.backward)};
+  if (p.chunks > 1) phases.push_back(bound(kernels.masked_softmax.backward_bias));
+  if (sunk) phases.push_back(bound(kernels.masked_softmax.backward_sinks));
   run_all(phases, {&dx, &dbias, &dsinks});
   compare("dx", dx, dx_, type);
   if (biased) compare("dbias", dbias, dbias_, coarser(type, bias.dtype));

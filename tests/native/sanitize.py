@@ -48,22 +48,30 @@ class Build:
         defines = [f"-DFUSED_ATTENTION_ISA_{name.upper()}" for name in self.isas]
         common = ["-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer", "-Wall", "-Wextra"]
         common += ["-Icsrc", "-pthread", *self.flags.split(), *defines]
-        sources = {NATIVE / "driver.cpp": "", Path("csrc/cpu/dispatch.cpp"): ""}
-        sources |= {Path(f"csrc/cpu/isa_{name}.cpp"): self.isas[name] for name in self.isas}
-        objects = [self.driver.parent / source.with_suffix(".o").name for source in sources]
-        kernels = [Path("setup.py"), *Path("csrc").glob("*.h"), *Path("csrc/cpu").iterdir()]
+        folder = self.driver.parent
+        kernels = sorted(Path("csrc/cpu").glob("kernels_*.cpp"))
+        # Each object, with its source and flags of its own.
+        objects = {
+            folder / source.with_suffix(".o").name: (source, "")
+            for source in (NATIVE / "driver.cpp", Path("csrc/cpu/dispatch.cpp"))
+        }
+        for isa, flags in self.isas.items():
+            own = f"{flags} -DFUSED_ATTENTION_ISA={isa}"
+            objects |= {folder / f"{x.stem}-{isa}.o": (x, own) for x in kernels}
+        headers = [Path("setup.py"), *Path("csrc").glob("*.h"), *Path("csrc/cpu").iterdir()]
 
-        def compile_one(source: Path, own_flags: str, target: Path) -> None:
-            inputs = [*kernels, *NATIVE.glob("*.[ch]*")] if source.parent == NATIVE else kernels
+        def compile_one(target: Path) -> None:
+            source, own_flags = objects[target]
+            inputs = [*headers, *NATIVE.glob("*.[ch]*")] if source.parent == NATIVE else headers
             newest = max(path.stat().st_mtime for path in inputs)
             if target.exists() and target.stat().st_mtime > newest:
                 return
-            print(f"{self.name}: compiling {source.name}\n", end="", flush=True)
+            print(f"{self.name}: compiling {target.stem}\n", end="", flush=True)
             command = [*self.compiler, *common, *own_flags.split()]
             subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            list(pool.map(compile_one, sources, sources.values(), objects))
+            list(pool.map(compile_one, objects))
         command = [*self.compiler, *common, *map(str, objects), "-o", str(self.driver)]
         subprocess.run(command, check=True)
 
