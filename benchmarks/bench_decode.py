@@ -1,10 +1,10 @@
 """Generation and packed sequences beside PyTorch: results/decode.csv.
 
-Decoding: one query a head, 32 heads on 8 key heads, D 128, one sequence; dense, and from pages in
-random order. Its ceiling is reading the keys and values once: in each round a sum over as many
-bytes, torch.sum of float32, says what the memory gives at that moment. Variable length: 32
-sequences of 16 to 2048 tokens, packed, against the same tokens padded and masked, and against the
-rate of a dense call of 1024 tokens.
+Decoding has one sequence and one or four queries, 32 heads on 8 key heads, D 128, with a dense
+cache and with pages in random order. Its ceiling is reading the keys and values once: in each round
+torch.sum over as many bytes of float32 measures the bandwidth of the memory at that moment.
+Variable length has 32 sequences of 16 to 2048 tokens, packed, against the same tokens padded and
+masked, and against the rate of a dense call of 1024 tokens.
 """
 
 import argparse
@@ -28,13 +28,13 @@ Calls = dict[str, Callable[[], object]]
 
 
 def in_pages(x: torch.Tensor, page_size: int, order: torch.Tensor) -> torch.Tensor:
-    """x [1, H, S, D] as pages [pages, page_size, H, D], of which order[n] is the n-th."""
+    """Returns x [1, H, S, D] as pages [pages, page_size, H, D]; the n-th is at order[n]."""
     pages = x[0].transpose(0, 1).unflatten(0, (-1, page_size))
     return torch.empty_like(pages).index_copy_(0, order, pages)
 
 
 def decode_calls(Sq: int, Sk: int, dtype: torch.dtype, with_flex: bool) -> tuple[Calls, int]:
-    """What is timed, and the bytes of keys and values."""
+    """Returns the calls to time, and the bytes of keys and values."""
     query = torch.randn(1, 32, Sq, 128).to(dtype)
     key, value = (torch.randn(1, 8, Sk, 128).to(dtype) for _ in range(2))
     size = 2 * key.numel() * key.element_size()
@@ -62,7 +62,7 @@ def decode_calls(Sq: int, Sk: int, dtype: torch.dtype, with_flex: bool) -> tuple
 
 
 def varlen_calls(lengths: list[int], dtype: torch.dtype) -> Calls:
-    """Sequences of 8 heads, D 64; `dense` is one of 1024 tokens."""
+    """Returns the calls to time: 8 heads, D 64; `dense` has one sequence of 1024 tokens."""
     heads, head_dim, dense_length = 8, 64, 1024
     query, key, value = (torch.randn(sum(lengths), heads, head_dim).to(dtype) for _ in range(3))
     cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=3.0, help="seconds a case")
-    parser.add_argument("--flex", action="store_true", help="also FlexAttention: compiles, slowly")
+    parser.add_argument("--flex", action="store_true", help="also FlexAttention: compiles slowly")
     options = parser.parse_args()
     torch.manual_seed(0)
     rows = []

@@ -1,10 +1,11 @@
-"""Whole models, the same weights with fused, PyTorch's and naive attention: time and memory.
+"""Time and memory of whole models with fused, PyTorch's and naive attention.
 
     python benchmarks/bench_models.py [--quick | --plot] [--seconds 20]
 
-Whisper base's encoder (1500 positions), SmolLM2-135M reading 2048 tokens and writing 16 more, and
-training steps of an encoder-decoder at growing lengths. Random weights: they do not change what is
-computed. Interleaved, medians; peak memory beyond what is there before, of one call. Writes
+The models are Whisper base's encoder (1500 positions), SmolLM2-135M reading 2048 tokens and writing
+16 more, and training steps of an encoder-decoder at growing lengths. Each has the same random
+parameters with every attention; pre-trained ones would not change the work. Times are medians of
+interleaved calls; memory is the peak of one call beyond the memory before it. Writes
 results/models.csv and results/models.png.
 """
 
@@ -60,10 +61,10 @@ SMOLLM2 = Config(
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure: `make` gives a call for a way to compute attention."""
+    """One case to measure: `make` returns a model, and a call of it."""
 
     name: str
-    tokens: int  # that one call reads or writes
+    tokens: int  # tokens that one call reads or writes
     make: Callable[[], tuple[Transformer, Callable[[], object]]]
 
 
@@ -131,7 +132,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def measure(case: Case, seconds: float) -> list[result_tables.Row]:
-    """A row for each way to compute attention."""
+    """Returns a row for each way to compute attention."""
     torch.manual_seed(0)
     model, call = case.make()
 
@@ -155,7 +156,7 @@ def measure(case: Case, seconds: float) -> list[result_tables.Row]:
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """The picture of a table that was read."""
+    """Draws a table that was read from its file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -192,7 +193,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two small cases, nothing written")
-    parser.add_argument("--plot", action="store_true", help="only draw what was measured last")
+    parser.add_argument("--plot", action="store_true", help="only draw the stored table")
     parser.add_argument("--seconds", type=float, default=30.0, help="per case")
     options = parser.parse_args()
     chosen = [] if options.plot else cases(options.quick)

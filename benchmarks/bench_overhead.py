@@ -1,7 +1,7 @@
-"""What a call costs where there is nothing to compute (1×1×1×8): results/overhead.csv.
+"""The overhead of a call, with almost nothing to compute (1×1×1×8): results/overhead.csv.
 
-Every surface, without gradient and recording one, beside PyTorch's for the same call where it has
-one. All calls are timed in turn, so that a slow moment hits everyone. `--budget 0.5` is quick.
+Every surface is called without a gradient and recording one, beside PyTorch's equivalent if there
+is one. All calls are timed in turn, so that a slow moment affects all. `--budget 0.5` is quick.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from fused_attention.tools.benchmark.harness import interleave, machine, real_ti
 from fused_attention.tools.testing import num_threads
 
 RESULTS = Path(__file__).resolve().parent / "results" / "overhead.csv"
-REPEATS = 100  # calls a timing, so that the clock does not count
+REPEATS = 100  # calls per timing, so that the cost of the clock is negligible
 
 
 def softmax(scores):
@@ -25,7 +25,7 @@ def softmax(scores):
 
 
 def surfaces(grad):
-    """Calls by name: ours, and PyTorch's that means the same, or None."""
+    """Returns calls by name: ours, and PyTorch's equivalent or None."""
     q, k, v, scores = (torch.randn(1, 1, 1, 8).requires_grad_(grad) for _ in range(4))
     packed = torch.randn(1, 1, 8).requires_grad_(grad)
     offsets = {f"cu_seqlens_{x}": torch.tensor([0, 1], dtype=torch.int32) for x in "qk"}

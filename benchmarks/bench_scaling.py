@@ -1,9 +1,10 @@
-"""Is time linear in the tiles that somebody sees? S from 128 to 16384, full, causal and windowed.
+"""Is time linear in the visible tiles? S from 128 to 16384, full, causal and windowed.
 
     python benchmarks/bench_scaling.py [--quick | --plot]
 
-Batch 1, 8 heads of 64, ours beside PyTorch's scaled_dot_product_attention (a window: with a mask,
-to S 4096), on one thread and on two. Interleaved medians: results/scaling.csv and scaling.png.
+Batch 1, 8 heads of 64, on one thread and on two. PyTorch's scaled_dot_product_attention runs beside
+ours; it gets a window as a mask, up to S 4096. Medians of interleaved calls go to
+results/scaling.csv and scaling.png.
 """
 
 import argparse
@@ -31,7 +32,7 @@ OURS, PYTORCH = "fused_attention", "PyTorch SDPA"
 
 
 def visible_tiles(length: int, options: dict[str, Any], block_m: int, block_n: int) -> int:
-    """Of all heads."""
+    """Returns the number of tiles of all heads that some query sees."""
     count = 0
     left, right = options.get("window_size", (length, length))
     right = 0 if "causal" in options else right
@@ -85,7 +86,7 @@ def measure(quick: bool) -> list[result_tables.Row]:
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """The picture of a table that was read."""
+    """Draws a table that was read from its file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -125,8 +126,8 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="to S 512, nothing written")
-    parser.add_argument("--plot", action="store_true", help="only draw what was measured last")
+    parser.add_argument("--quick", action="store_true", help="up to S 512, nothing written")
+    parser.add_argument("--plot", action="store_true", help="only draw the stored table")
     options = parser.parse_args()
     torch.manual_seed(0)
     rows = [] if options.plot else measure(options.quick)

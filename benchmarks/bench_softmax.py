@@ -1,9 +1,9 @@
 """masked_softmax against plain PyTorch and against copying the bytes: results/softmax.csv.
 
-About 17 million elements in rows of several lengths, a boolean mask [B, 1, M, N] with a fifth
-hidden. Two ceilings in the same run: the same traffic with new memory for the result (clone; for
-the backward, which reads two tensors, their sum), and with memory that is there already (copy_),
-for `masked_softmax_`.
+About 17 million elements in rows of several lengths, with a boolean mask [B, 1, M, N] that hides a
+fifth. The same run measures two ceilings, which move the same bytes: with new memory for the result
+(clone; for the backward, which reads two tensors, their sum), and with existing memory (copy_), for
+`masked_softmax_`.
 """
 
 import argparse
@@ -27,10 +27,10 @@ OURS = "fused_attention"
 
 
 def calls(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """What is timed; the gradients are those of autograd, without its graph."""
+    """Returns the calls to time; backward calls run what autograd would, without its graph."""
     x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
     mask = torch.rand(shape[0], 1, *shape[2:]) > 0.2
-    mask[..., 0] = True  # no row without anything, which would be NaN in PyTorch
+    mask[..., 0] = True  # no fully masked row, which would be NaN in PyTorch
     weights = torch.softmax(x.masked_fill(~mask, -torch.inf) * SCALE, -1)
     in_place, target = x.clone(), torch.empty_like(x)
 
@@ -50,7 +50,7 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Callable[[], 
     }
 
 
-# Times of ours over these, in a line of the output; below 1 ours is faster.
+# The output has our time divided by these; below 1 ours is faster.
 RATIOS = {
     "forward": ("PyTorch", "clone"),
     "in place": ("copy_",),

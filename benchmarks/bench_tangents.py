@@ -2,9 +2,9 @@
 
     python benchmarks/bench_tangents.py [--rounds 15]
 
-B1 H8 S3072 D64 on 2 threads. Time: medians of rounds in which every row is run once, in turn; run
-with real-time priority (chrt -f 10) on a machine that others use. Memory: the peak above the
-inputs, less what is returned, each row in a process of its own.
+B1 H8 S3072 D64 on 2 threads. Times are medians of rounds that run every row once, in turn; use
+real-time priority (chrt -f 10) on a busy machine. Memory is the peak beyond the inputs, without the
+results, each row in a process of its own.
 """
 
 import argparse
@@ -32,7 +32,7 @@ LIMITS = {"ratio at most": 4.0, "MiB at most": 80.0}
 
 
 def rows(case, seqlen=S):
-    """name -> a function that does it once and returns the results."""
+    """Returns name -> a function that computes the row once and returns its results."""
     options = dict(CASES[case])
     dtype = options.pop("dtype", torch.float32)
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def rows(case, seqlen=S):
         return torch.autograd.grad(out, leaves, grad_out, create_graph=create_graph)
 
     def double_backward():
-        """With the forward and backward that it needs."""
+        """Includes the forward and backward that it needs."""
         return torch.autograd.grad(backward(True), [*leaves, grad_out], directions)
 
     def jvp():
@@ -75,10 +75,10 @@ def resident(field):
 
 
 def peak_mib(case, name):
-    """In this process: the working memory of one row."""
+    """Returns the working memory of one row, measured in this process."""
     rows(case, 256)[name]()
     function = rows(case)[name]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     results = torch.utils._pytree.tree_leaves(function())
     returned = sum(x.nbytes for x in results if isinstance(x, torch.Tensor)) / 2**20

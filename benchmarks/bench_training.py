@@ -2,9 +2,10 @@
 results/training_step.csv.
 
 nn.Transformer with 3 + 3 layers of width 256 (4 heads of 64, feed-forward 1024), about 4096 tokens
-a batch on either side; forward, backward and AdamW. The decoder is causal. "plain": no dropout and
-no padding; the others: dropout 0.1 and every other sequence a quarter padding, in float32 and under
-bfloat16 autocast. Ours is the same model after `replace_multihead_attention`.
+a batch on either side; forward, backward and AdamW. The decoder is causal. "plain" has no dropout
+and no padding. The other settings have dropout 0.1, and a quarter of every other sequence is
+padding, in float32 and under bfloat16 autocast. Ours is the same model after
+`replace_multihead_attention`.
 """
 
 import argparse
@@ -25,7 +26,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "training_step.csv"
 OURS, PYTORCH = "fused_attention", "torch.nn"
 WIDTH, TOKENS = 256, 4096
 LENGTHS = (40, 128, 512, 1024, 2048)
-SETTINGS = {  # dropout and padding, autocast
+SETTINGS = {  # (with dropout and padding, with autocast)
     "plain float32": (False, False),
     "dropout and padding, float32": (True, False),
     "dropout and padding, bfloat16 autocast": (True, True),
@@ -33,7 +34,7 @@ SETTINGS = {  # dropout and padding, autocast
 
 
 def steps(length: int, regular: bool, autocast: bool) -> dict[str, Callable[[], object]]:
-    """One training step of either model, from the same weights on the same batch."""
+    """Returns a training step of either model, from the same parameters on the same batch."""
     batch = max(2, TOKENS // length)
     theirs = nn.Transformer(
         WIDTH, 4, 3, 3, 4 * WIDTH, dropout=0.1 if regular else 0.0, batch_first=True

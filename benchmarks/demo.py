@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-# Falling back to the reference implementation would be an error here, not a slow success.
+# The demo fails rather than fall back to the slow reference implementation.
 os.environ.setdefault("FUSED_ATTENTION_STRICT", "1")
 
 import torch
@@ -102,14 +102,16 @@ def show_model() -> dict[str, object]:
 
 
 def nearest(embeddings: torch.Tensor) -> torch.Tensor:
-    """For each sentence the index of the most similar other one."""
+    """Returns for each sentence the index of the most similar other one."""
     similarity = embeddings @ embeddings.T
     return similarity.fill_diagonal_(-1).argmax(-1)
 
 
 def show_benchmark(budget: float, thread_count: int, model: dict[str, object]) -> None:
-    """Measures every case with every peer; prints the table, saves it and the plot. `model`, what
-    was found with the model, goes into the saved one's first line."""
+    """Measures every case with every peer; prints the table, saves it and the plot.
+
+    model: the results of `show_model`, which go into the first line of the saved table.
+    """
     console.rule(f"3. Benchmark: {thread_count} threads, interleaved, medians")
     measured: list[tuple[Case, dict[str, Timing], float | None]] = []
     progress = Progress(
@@ -185,7 +187,7 @@ def show_benchmark(budget: float, thread_count: int, model: dict[str, object]) -
 
 
 def largest_difference(calls: dict, case: Case) -> float | None:
-    """Between our result and PyTorch's, over all gradients if there is a backward pass."""
+    """Compares our results with PyTorch's, gradients too if there is a backward pass."""
     if case.dropout_p > 0:
         return None
     ours, theirs = calls[OURS](), calls[PYTORCH]()

@@ -1,11 +1,10 @@
-"""What only a machine with a GPU can run (`make gpu`): tests, memory checks, tiles, benchmarks.
+"""Runs tests, memory checks, tile sizes and benchmarks on a machine with a GPU (`make gpu`).
 
-It writes results/gpu/<device>.csv, to be committed; the README's table of hardware is printed from
-these reports by `python benchmarks/gpu.py --status`, and a test compares the two. Each step is
-recorded also when it fails, and `--only tests benchmarks` leaves the others' results as they are.
-Peers: PyTorch's scaled_dot_product_attention, as it chooses and with FlashAttention-2,
-FlexAttention, and flash-attn where it is installed. compute-sanitizer runs over a few tests where
-it is on PATH.
+It writes results/gpu/<device>.csv, a report to commit. `python benchmarks/gpu.py --status` prints
+the README's table of hardware from these reports, and a test compares the two. A step that fails is
+recorded too; `--only tests benchmarks` leaves the results of other steps as they are. The peers are
+PyTorch's scaled_dot_product_attention, by its own choice and with FlashAttention-2, FlexAttention,
+and flash-attn where it is installed. compute-sanitizer runs over a few tests if it is on PATH.
 """
 
 from __future__ import annotations
@@ -51,20 +50,20 @@ Report = tuple[dict[str, str], list[dict[str, str]]]  # the device and machine; 
 
 
 def outcome(output: str) -> dict[str, int]:
-    """{"passed": 12, "failed": 1, …} from pytest's last line, or a row's note."""
+    """Returns {"passed": 12, "failed": 1, …} from pytest's last line or a row's note."""
     last = output.strip().splitlines()[-1] if output.strip() else ""
     return {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
 
 
 def pytest(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Triton compiles there, where the other tests let it interpret."""
+    """Runs the GPU tests. There Triton compiles; in other tests it interprets."""
     command = [*prefix, *PYTEST, TESTS, *arguments]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def run_tests(jobs: int) -> list[Row]:
-    """What came of them, then those that failed."""
+    """Returns a row with the counts, then a row for each test that failed."""
     done = pytest("-n", str(jobs))
     counts = ", ".join(f"{n} {word}" for word, n in outcome(done.stdout).items())
     failures = re.findall(r"^FAILED (\S+)", done.stdout, re.M)
@@ -73,7 +72,7 @@ def run_tests(jobs: int) -> list[Row]:
 
 
 def run_sanitizer() -> list[Row]:
-    """compute-sanitizer (memcheck, racecheck) over the sizes test."""
+    """Runs compute-sanitizer (memcheck, racecheck) over the tests of head sizes."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return [{"case": "skipped", "note": "compute-sanitizer is not on PATH"}]
@@ -88,7 +87,7 @@ def run_sanitizer() -> list[Row]:
 
 
 def run_tiles() -> list[Row]:
-    """Of the best tiles and of those in the table now."""
+    """Returns the times of the best tiles and of the tiles in the table now."""
     return [
         {"case": f"{x.kernel}, head size {x.head_dim}, {problem}", "peer": peer, "us": us[i]}
         for x in tune.tune(torch.bfloat16, tune.HEAD_DIMS)
@@ -104,14 +103,14 @@ Timed = Callable[[], Any]
 
 
 def medians(calls: dict[str, Timed], rounds: int) -> dict[str, dict[str, Any]]:
-    """Microseconds a call by events on the device's clock, all in turn; or what it raised."""
+    """Returns the microseconds of each call, by events of the device, in turn; or its error."""
     results: dict[str, dict[str, Any]] = {}
     for name, call in calls.items():
         try:
             for _ in range(3):  # compile, allocate
                 call()
             torch.cuda.synchronize()
-        except Exception as error:  # a peer that cannot is part of the report
+        except Exception as error:  # a peer's error is part of the report
             results[name] = {"note": f"{type(error).__name__}: {error}"[:300]}
     names = [name for name in calls if name not in results]
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -130,7 +129,7 @@ def medians(calls: dict[str, Timed], rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def present() -> list[str]:
-    """Our backends that are there."""
+    """Returns our backends that are usable here."""
     return [row.name for row in backends.BACKENDS if row.name in OURS and not row.missing()]
 
 
@@ -139,7 +138,7 @@ def ours(call: Callable[[str], Any]) -> dict[str, Timed]:
 
 
 def flash(*x: torch.Tensor, **options: Any) -> torch.Tensor:
-    """PyTorch's copy of FlashAttention-2, where it may choose cuDNN's kernels by itself."""
+    """Calls PyTorch's copy of FlashAttention-2, where PyTorch might choose cuDNN's kernels."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return F.scaled_dot_product_attention(*x, **options)
 
@@ -162,7 +161,7 @@ def randn(*shape: int, grad: bool = False) -> torch.Tensor:
 
 
 def measured(case: Row, results: dict[str, dict[str, Any]]) -> list[Row]:
-    """A row for each peer, which are printed."""
+    """Prints and returns a row for each peer."""
     rows = [case | {"peer": name} | got for name, got in results.items()]
     print(*rows, sep="\n", flush=True)
     return rows
@@ -175,7 +174,7 @@ def shape_of(*sizes: int) -> str:
 def forward_and_backward(
     calls: dict[str, Timed], leaves: tuple[torch.Tensor, ...], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """By name: microseconds, and those with the gradients of all leaves. `calls` give outputs."""
+    """Returns the microseconds of each call, and of the call with the gradients of all leaves."""
     grad = torch.randn_like(next(iter(calls.values()))())
 
     def forward(call: Timed) -> None:
@@ -193,13 +192,15 @@ def forward_and_backward(
     return results
 
 
-# FlexAttention is compiled for each; that of all would take longer than the rest.
+# The cases (S, D, causal) of FlexAttention. To compile it for all would take longer than the rest.
 FLEX = ((2048, 64, False), (8192, 128, True))
 
 
 def attention_benchmarks(rounds: int) -> list[Row]:
-    """Forward, and forward with backward: 16384 tokens, 2048 channels, bfloat16. TFLOP/s: of
-    4 B H S^2 D FLOP forward, half if causal, 3.5 times as many with the backward."""
+    """Times forward, and forward with backward: 16384 tokens, 2048 channels, bfloat16.
+
+    TFLOP/s counts 4 B H S^2 D FLOP forward, half if causal, 3.5 times as many with the backward.
+    """
     results: list[Row] = []
     sdpa = F.scaled_dot_product_attention
     for D, S, causal in itertools.product((64, 128), (512, 2048, 8192), (False, True)):
@@ -231,8 +232,10 @@ def attention_benchmarks(rounds: int) -> list[Row]:
 
 
 def decode_benchmarks(rounds: int) -> list[Row]:
-    """One query of 32 heads against a cache of 8 key heads, head size 128, bfloat16. GB/s: of the
-    keys and values, read once."""
+    """Times one query of 32 heads against a cache of 8 key heads, head size 128, bfloat16.
+
+    GB/s counts the keys and values, read once.
+    """
     results: list[Row] = []
     for B, Sk in ((1, 8192), (1, 131072), (64, 8192)):
         query, key, value = randn(B, 32, 1, 128), randn(B, 8, Sk, 128), randn(B, 8, Sk, 128)
@@ -250,7 +253,7 @@ def decode_benchmarks(rounds: int) -> list[Row]:
 
 
 def softmax_benchmarks(rounds: int) -> list[Row]:
-    """Masked softmax of [8192, columns], bfloat16. GB/s: of reading and writing it once."""
+    """Times masked softmax of [8192, columns], bfloat16. GB/s: of reading and writing once."""
     results: list[Row] = []
     for columns in (1024, 4096, 32768):
         x, hidden = randn(1, 1, 8192, columns), torch.rand(8192, columns, device="cuda") < 0.3
@@ -268,7 +271,7 @@ def softmax_benchmarks(rounds: int) -> list[Row]:
 
 
 def feature_benchmarks(rounds: int) -> list[Row]:
-    """Forward, and forward with backward, bfloat16, with what costs a fast path elsewhere."""
+    """Times forward, and forward with backward, in bfloat16, with options that slow others down."""
     results: list[Row] = []
     for B, H, S, D in ((4, 16, 2048, 64), (2, 16, 256, 64)):
         x = tuple(randn(B, H, S, D, grad=True) for _ in range(3))
@@ -310,7 +313,7 @@ def with_rates(timings: dict[str, dict[str, Any]], size: int) -> dict[str, dict[
 
 
 def status(reports: list[Report]) -> str:
-    """Markdown, from the reports; one sentence without any."""
+    """Returns Markdown from the reports, or one sentence if there are none."""
     if not reports:
         return f"{NEVER}\n"
     lines = [
@@ -336,7 +339,7 @@ def tflops(row: dict[str, str], suffix: str = "") -> str:
 
 
 def rates(device: str, benchmarks: list[dict[str, str]]) -> list[str]:
-    """TFLOP/s of each peer: forward / forward and backward."""
+    """Returns a table of the TFLOP/s of each peer: forward / forward and backward."""
     peers = list(result_tables.by("peer", benchmarks))
     lines = ["", f"| {device}, TFLOP/s | {' | '.join(peers)} |"]
     lines.append("| --- |" + " --- |" * len(peers))
@@ -365,7 +368,7 @@ STEPS = ("tests", "sanitizer", "tiles", "benchmarks", "decode", "softmax", "feat
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--status", action="store_true", help="print the README's table, no more")
+    parser.add_argument("--status", action="store_true", help="only print the README's table")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each benchmark")
     parser.add_argument("--jobs", type=int, default=2, help="test processes")

@@ -17,7 +17,7 @@ from fused_attention.models.fetch import fetch as fetch_source
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
-# Twelve pairs: each sentence and, next to it, another that says about the same.
+# Twelve pairs of sentences that say about the same.
 SENTENCES = [
     "A man is eating food.",
     "Someone is having a meal.",
@@ -47,12 +47,12 @@ SENTENCES = [
 
 
 def fetch() -> Path:
-    """The directory of the model, downloaded the first time; OSError if it can't be had."""
+    """Returns the directory of the model, downloaded once. Raises OSError if that fails."""
     return fetch_source("minilm", CACHE)
 
 
 class Encoder:
-    """Sentences to embeddings with Hugging Face's BERT, which calls PyTorch's SDPA."""
+    """Turns sentences into embeddings with Hugging Face's BERT, which calls PyTorch's SDPA."""
 
     def __init__(self, directory: Path) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -66,7 +66,7 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, sentences: list[str]) -> Tensor:
-        """[len(sentences), 384], each row of length 1."""
+        """Returns embeddings [len(sentences), 384], each row of length 1."""
         batch = self.tokenizer(sentences, padding=True, return_tensors="pt")
         hidden = self.model(**batch).last_hidden_state
         weights = batch["attention_mask"].unsqueeze(-1)
@@ -75,7 +75,7 @@ class Encoder:
 
 @contextlib.contextmanager
 def sdpa_calls() -> Iterator[list[tuple[tuple, dict]]]:
-    """The calls that `F.scaled_dot_product_attention`, whoever's it is, gets inside."""
+    """Records the calls of `F.scaled_dot_product_attention` inside, also while it is patched."""
     calls: list[tuple[tuple, dict]] = []
     function = F.scaled_dot_product_attention
 

@@ -18,7 +18,7 @@ HEIGHT = 0.26
 def save_plot(
     measured: list[tuple[Case, dict[str, Timing]]], thread_count: int, path: Path
 ) -> None:
-    """Bars are medians; the thin line in each reaches back to the minimum."""
+    """Bars are medians; the thin line in each starts at the minimum."""
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.95 * len(measured)), layout="constrained")
     names = list(measured[0][1])
     for row, (_, timings) in enumerate(measured):

@@ -1,6 +1,6 @@
 """The tables in results/: CSV below one comment line with the machine, the date and the settings.
 
-A row is a dictionary that leaves out what it does not have. Numbers keep six significant digits.
+A row is a dictionary without the columns that are empty. Numbers keep six significant digits.
 """
 
 import csv
@@ -36,7 +36,7 @@ def timed(timing: Timing) -> Row:
 
 
 def beside(case: Row, timings: dict[str, Timing], ours: str) -> list[Row]:
-    """One row for each peer of a case, with the ratio of its median to ours."""
+    """Returns one row for each peer of a case, with the ratio of its median to ours."""
     median = timings[ours].median
     return [
         {**case, "peer": peer, **timed(timing), "median / ours": timing.median / median}
@@ -45,7 +45,7 @@ def beside(case: Row, timings: dict[str, Timing], ours: str) -> list[Row]:
 
 
 def write(path: Path, about: Row, rows: list[Row]) -> None:
-    """`about` goes into the comment line; columns are in the order of the rows, notes come last."""
+    """Writes a table. `about` goes into the comment line; notes and dates are the last columns."""
     names = dict.fromkeys(name for row in rows for name in row)
     columns = sorted(names, key=lambda name: {"note": 1, "date": 2}.get(name, 0))
     table = io.StringIO()
@@ -59,7 +59,7 @@ def write(path: Path, about: Row, rows: list[Row]) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """The comment line and the rows, all texts; what a row leaves out is empty."""
+    """Returns the comment line and the rows as texts; missing values are empty."""
     with path.open(newline="", encoding="utf-8") as file:
         comment = file.readline().removeprefix("# ").rstrip("\n")
         about = dict(item.split(": ", 1) for item in comment.split(", "))
@@ -67,9 +67,9 @@ def read(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
 
 
 def update(path: Path, about: Row, rows: list[Row], key: str) -> None:
-    """Replaces the rows whose `key` is among those of `rows`; rows of others stay where they are.
+    """Replaces the rows whose `key` occurs in `rows`; the other rows stay where they are.
 
-    The comment line is that of the last run, and each row has the date of its own.
+    The comment line describes the last run, and each row has the date of its own run.
     """
     with files.locked(path):
         stored = read(path)[1] if path.exists() else []

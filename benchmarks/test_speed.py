@@ -1,7 +1,7 @@
 """The cases and peers of `bench --quick` for pytest-benchmark: pytest benchmarks --benchmark-only
 
-For histories and comparisons of commits (--benchmark-autosave, --benchmark-compare). It runs one
-peer after the other: for ratios take `python -m fused_attention bench`, which interleaves them.
+Use it for histories and comparisons of commits (--benchmark-autosave, --benchmark-compare). It runs
+one peer after the other; for ratios use `python -m fused_attention bench`, which interleaves them.
 """
 
 import pytest

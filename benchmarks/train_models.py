@@ -1,14 +1,15 @@
-"""What the reference transformer learns: the long runs, one after the other, into two tables.
+"""Trains the reference transformer in long runs, one after the other, and stores two tables.
 
     python benchmarks/train_models.py            # about two and a half hours on two free cores
     python benchmarks/train_models.py --quick    # three steps of each: does it run?
     python benchmarks/train_models.py --page     # only writes docs/training.md from these tables
 
-Translation with three seeds, with fused attention and PyTorch's; the LSTM, given the seconds of the
-first; French; twenty minutes; transfer learning with and without pre-trained weights, from 100
-examples to all 4100; summaries; Whisper's word error rate on ten recordings beside transformers'
-own implementation. What it needs is fetched. It goes on where it was cut: each run has a directory
-below `runs/`. Figures go to results/training.csv, samples to results/training_samples.csv.
+The runs are translation with three seeds, with fused attention and PyTorch's; the LSTM, for the
+seconds of the quickest of these; French; twenty minutes of translation; transfer learning with and
+without pre-trained weights, from 100 examples to all 4100; summaries; a language model; captions;
+Whisper's word error rate on ten recordings beside transformers' own implementation. The script
+fetches what it needs. It resumes interrupted runs from their directories below `runs/`. Figures go
+to results/training.csv, samples to results/training_samples.csv.
 """
 
 import argparse
@@ -34,12 +35,12 @@ SAMPLES = HERE / "results" / "training_samples.csv"
 PAGE = HERE.parent / "docs" / "training.md"
 
 
-WORD_ERRORS = "word_error_rate of"  # the column of each who listened
+WORD_ERRORS = "word_error_rate of"  # the prefix of the columns of error rates
 Row = result_tables.Row
 
 
 def plan(quick: bool) -> dict[str, tuple[Settings, float]]:
-    """Settings and seconds of training at most, by name."""
+    """Returns by name the settings of each run, and the most seconds of its training."""
     translate = Settings("translate", dropout=0.0)  # 860 steps
     runs = {}
     for attention in ("fused", "sdpa"):
@@ -68,8 +69,8 @@ def plan(quick: bool) -> dict[str, tuple[Settings, float]]:
 
 
 def word_error_rates() -> tuple[Row, list[Row]]:
-    """Of ours and of transformers' on the ten recordings, in lower case without punctuation; and
-    the texts."""
+    """Returns the error rates of ours and of transformers' on the ten recordings, in lower case
+    without punctuation, and the texts."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     recordings = fetch("speech")
@@ -139,14 +140,14 @@ def table(rows: list[list[Any]]) -> list[str]:
 
 
 def quickest(figures: dict[str, Row]) -> float:
-    """Seconds of the transformer's quickest run: all did the same, not all alone on the machine."""
+    """Returns the seconds of the quickest of the equal runs: others may have slowed the rest."""
     kinds = ("translate-fused-", "translate-sdpa-")
     own = [float(x["training_seconds"]) for name, x in figures.items() if name[:-1] in kinds]
     return min(own, default=300.0)
 
 
 def page(about: Row, figures: dict[str, Row], samples: dict[str, list[Row]]) -> str:
-    """Markdown; of the runs that there are."""
+    """Returns the page in Markdown, from the runs that there are."""
     lines = [HEAD.format(cpu=about["cpu"], seconds=quickest(figures))]
     rows: list[list[Any]] = [["run", "steps", "interface", "synopses"]]
 
@@ -226,19 +227,19 @@ def page(about: Row, figures: dict[str, Row], samples: dict[str, list[Row]]) -> 
 
 
 def load() -> tuple[Row, dict[str, Row], dict[str, list[Row]]]:
-    """The machine, figures by run, and samples by run."""
+    """Returns the machine, figures by run, and samples by run."""
     about, rows = result_tables.read(RESULTS)
     samples = result_tables.read(SAMPLES)[1] if SAMPLES.exists() else []
     return about, {row["run"]: row for row in rows}, result_tables.by("run", samples)
 
 
 def save_page() -> None:
-    with files.locked(PAGE):  # the last of several scripts that write it has read all results
+    with files.locked(PAGE):  # so that the last of several scripts reads all results
         files.write_text(PAGE, page(*load()))
 
 
 def flat(found: dict[str, Any], prefix: str = "") -> Row:
-    """What a run found as columns: {"synopsis": {"bleu": 26.7}} is {"synopsis bleu": 26.7}."""
+    """Flattens results into columns: {"synopsis": {"bleu": 26.7}} is {"synopsis bleu": 26.7}."""
     row: Row = {}
     for name, value in found.items():
         if isinstance(value, dict):
@@ -253,8 +254,8 @@ def flat(found: dict[str, Any], prefix: str = "") -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three steps of each")
-    parser.add_argument("--page", action="store_true", help="only the page")
-    parser.add_argument("--only", help="runs whose name begins so")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--only", help="only runs whose name begins with this")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="their directories")
     options = parser.parse_args()
     if options.page:
@@ -268,7 +269,7 @@ def main() -> None:
     about = machine() | {"threads": torch.get_num_threads()}
 
     def save(name: str, found: Row, samples: list[Row]) -> None:
-        """Results that another script has saved since are read here, and stay."""
+        """Saves results of a run; those that another script has saved meanwhile stay."""
         figures[name] = found
         if not options.quick:
             result_tables.update(RESULTS, about, [{"run": name, **found}], "run")

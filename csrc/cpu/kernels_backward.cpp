@@ -3,6 +3,14 @@
 #include "phases.inl"
 
 namespace fused_attention {
+namespace {
+
+size_t call_workspace_bytes(const AttentionParams& p) {
+  return p.dtype == DType::kFloat64 ? AttentionBackwardCombine<double>::call_workspace_bytes(p)
+                                    : AttentionBackwardCombine<float>::call_workspace_bytes(p);
+}
+
+}  // namespace
 
 constinit const BackwardKernels FUSED_ATTENTION_ISA::attention_backward = {
     .delta = phase<ByType<AttentionBackwardDelta>>(),
@@ -11,12 +19,7 @@ constinit const BackwardKernels FUSED_ATTENTION_ISA::attention_backward = {
     .queries = phase<WithProducts<AttentionBackwardQueries>>(),
     .heads = phase<WithProducts<AttentionBackwardHeads>>(),
     .combine = phase<ByType<AttentionBackwardCombine>>(),
-    .call_workspace_bytes =
-        [](const AttentionParams& p) {
-          return p.dtype == DType::kFloat64
-                     ? AttentionBackwardCombine<double>::call_workspace_bytes(p)
-                     : AttentionBackwardCombine<float>::call_workspace_bytes(p);
-        },
+    .call_workspace_bytes = call_workspace_bytes,
     .pages = phase<ByType<AttentionBackwardPages>>(),
 };
 

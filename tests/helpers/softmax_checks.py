@@ -57,8 +57,12 @@ def naive(input, mask, bias, sinks, grad, options):
         got["dbias"] = ds.sum_to_size(bias.shape).to(bias.dtype)
         got["magnitude of dbias"] = ds.abs().sum_to_size(bias.shape)
     if sinks is not None:
-        terms = -sink_weight * delta  # [..., H, M, 1]
-        got["dsinks"] = terms.sum(-1).sum(-1).reshape(-1, sinks.numel()).sum(0).to(sinks.dtype)
+
+        def per_sink(terms):  # [..., H, M, 1]
+            return terms.sum(-1).sum(-1).reshape(-1, sinks.numel()).sum(0)
+
+        got["dsinks"] = per_sink(-sink_weight * delta).to(sinks.dtype)
+        got["magnitude of dsinks"] = per_sink(sink_weight * (p * dp).abs().sum(-1, keepdim=True))
     return got
 
 

@@ -1,5 +1,5 @@
-"""The reference transformer, and what it is used for: translating, generating, transfer, looking.
+"""The reference transformer and its uses: translation, generation, transfer learning, maps.
 
-transformer.py is the model, attend.py its attention in three ways, generate.py what it says,
-training.py how it learns.
+transformer.py has the model, attend.py its attention in three ways, generate.py generation, and
+training.py training.
 """

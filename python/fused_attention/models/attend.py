@@ -3,9 +3,9 @@
     attend(q, k, v) = softmax(q kᵀ / sqrt(D), over the keys that a query may see) v
 
 (Vaswani et al. 2017, section 3.2.1.) "fused" is this library, "sdpa" PyTorch's own function,
-"naive" the formula as it stands. Same meaning: the same weights give the same results with each.
-Only "fused" reads packed sequences and a cache as they lie, with fewer key heads than query heads
-and without a mask; the others get what they need: dense tensors and a mask [B, 1, Sq, Sk].
+"naive" the formula as it stands. A model gives the same results with each. Only "fused" reads
+packed sequences and a cache in place and without a mask; the others get dense tensors and a mask
+[B, 1, Sq, Sk].
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from ..attention import attention
 IMPLEMENTATIONS = ("fused", "sdpa", "naive")
 
 
-# -- Where the sequences of a batch are ---------------------------------------------------
+# -- Layouts of a batch -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Padded:
     """Rows of [B, S, ...]: sequence b is the first lengths[b] tokens of row b (None: all of it).
 
-    lengths: int32 [B], each at least 1. Padding is on the right. What comes out for it means
-    nothing, and it influences nothing else.
+    lengths: int32 [B], each at least 1. Padding is on the right. The results for it mean
+    nothing, and it influences no other result.
     """
 
     lengths: Tensor | None = None
 
     def padding(self, seqlen: int) -> Tensor | None:
-        """bool [B, seqlen], True = padding: a key_padding_mask."""
+        """Returns a key_padding_mask: bool [B, seqlen], True = padding; None without lengths."""
         if self.lengths is None:
             return None
         return torch.arange(seqlen, device=self.lengths.device) >= self.lengths[:, None]
 
     def positions(self, tokens: Tensor) -> Tensor:
-        """The place of each token in its sequence: int64 [1, S]."""
+        """Returns the position of each token in its sequence: int64 [1, S]."""
         return torch.arange(tokens.shape[1], device=tokens.device)[None]
 
 
@@ -51,7 +51,7 @@ class Padded:
 class Packed:
     """One after the other in [T, ...]: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1].
 
-    cu_seqlens: int32 [B + 1]. No padding: nothing is computed for tokens that are not there.
+    cu_seqlens: int32 [B + 1]. There is no padding, and nothing is computed for it.
     """
 
     cu_seqlens: Tensor
@@ -62,18 +62,18 @@ class Packed:
         return self.cu_seqlens.diff()
 
     def positions(self, tokens: Tensor) -> Tensor:
-        """The place of each token in its sequence: int64 [T]."""
+        """Returns the position of each token in its sequence: int64 [T]."""
         starts = torch.repeat_interleave(self.cu_seqlens[:-1], self.lengths.long())
         return torch.arange(len(tokens), device=tokens.device) - starts
 
     def unpack(self, x: Tensor) -> Tensor:
-        """[B, max_seqlen, ...] from [T, ...]; padding is 0."""
+        """Returns [B, max_seqlen, ...] from [T, ...]; padding is 0."""
         present = self._present()
         dense = x.new_zeros(*present.shape, *x.shape[1:])
         return dense.masked_scatter(present.view(*present.shape, *[1] * (x.dim() - 1)), x)
 
     def pack(self, x: Tensor) -> Tensor:
-        """[T, ...] from [B, max_seqlen, ...]."""
+        """Returns [T, ...] from [B, max_seqlen, ...]."""
         return x[self._present()]
 
     def _present(self) -> Tensor:
@@ -83,16 +83,16 @@ class Packed:
 
 @dataclass(frozen=True)
 class Cached:
-    """New tokens [B, S, ...] behind the `before` [B] (int32) that a cache already has of each.
+    """New tokens [B, S, ...] of sequences that have `before` (int32 [B]) tokens each in a cache.
 
-    longest: at least as large as any `before`, known without looking at it.
+    longest: an upper bound of `before`, known without reading the tensor.
     """
 
     before: Tensor
     longest: int
 
     def positions(self, tokens: Tensor) -> Tensor:
-        """The place of each new token in its sequence: int64 [B, S]."""
+        """Returns the position of each new token in its sequence: int64 [B, S]."""
         return self.before[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
 
 
@@ -100,7 +100,7 @@ Layout = Padded | Packed | Cached
 
 
 def pad(sequences: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Padded]:
-    """Tokens [B, S] from B sequences, filled up on the right."""
+    """Returns tokens [B, S] from B sequences, padded on the right with `fill`."""
     lengths = [len(sequence) for sequence in sequences]
     tokens = torch.full((len(sequences), max(lengths)), fill)
     for row, sequence in zip(tokens, sequences, strict=True):
@@ -109,7 +109,7 @@ def pad(sequences: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Padd
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Packed]:
-    """Tokens [T] from B sequences, one after the other."""
+    """Returns tokens [T] from B sequences, one after the other."""
     lengths = torch.tensor([0, *(len(sequence) for sequence in sequences)], dtype=torch.int32)
     tokens = torch.tensor([token for sequence in sequences for token in sequence])
     return tokens, Packed(lengths.cumsum(0, dtype=torch.int32), int(lengths.max()))
@@ -119,7 +119,7 @@ def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Packed]:
 
 
 class Attend(nn.Module):
-    """The attention between the projections. A module, so that a forward hook can look at it."""
+    """The attention between the projections. It is a module so that a forward hook can see it."""
 
     def __init__(self, implementation: str, dropout_p: float = 0.0) -> None:
         super().__init__()
@@ -129,10 +129,10 @@ class Attend(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, causal: bool
     ) -> Tensor:
-        """q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D] (packed [Tq, Hq, D], [Tk, Hkv, D]); as q.
+        """q and result [B, Hq, Sq, D], k and v [B, Hkv, Sk, D] (packed [Tq, Hq, D], [Tk, Hkv, D]).
 
-        queries, keys: where the sequences are. Cached keys: k and v are the cache, with the new
-        tokens in it. causal, where queries and keys are the same: token i sees tokens up to i.
+        queries, keys: the layouts of the sequences. With `Cached` keys, k and v are the cache, with
+        the new tokens in it. causal, for self-attention: token i sees tokens up to i.
         """
         dropout_p = self.dropout_p if self.training else 0.0
         if self.implementation == "fused":
@@ -175,7 +175,7 @@ def _fused(
 
 
 def _visible(q: Tensor, k: Tensor, queries: Layout, keys: Layout, causal: bool) -> Tensor | None:
-    """Which key each query may see: bool, broadcasts to [B, 1, Sq, Sk]; None: every one."""
+    """Returns the mask: bool, broadcasts to [B, 1, Sq, Sk], True = visible; None: all are."""
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     j = torch.arange(seqlen_k, device=k.device)
     if isinstance(keys, Cached):

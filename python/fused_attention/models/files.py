@@ -1,4 +1,4 @@
-"""Files that more than one process may write: a reader finds the old content or the new, whole.
+"""Files that several processes may write: a reader finds all of the old content or of the new.
 
 New content goes to a temporary with a unique name in the same folder, is flushed to the disk, and
 takes the place of the old content by a rename (rename(2) replaces atomically); then the folder is
@@ -30,11 +30,11 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Excludes every other process and thread that locks this path, for as long as it is open.
+    """Inside, no other process or thread holds the lock of this path.
 
-    The lock is flock(2) on `<path>.lock`, so that it ends with the process that holds it, however
-    that ends. Whoever writes to the path holds the lock: temporaries that are there once it is
-    acquired belong to writers that were killed, and are removed. The lock is not re-entrant.
+    The lock is flock(2) on `<path>.lock`, so it ends with the process that holds it, even if that
+    is killed. Every writer to the path holds the lock, so temporaries that exist when it is
+    acquired belong to killed writers, and are removed. The lock is not re-entrant.
 
     Raises BlockingIOError, which names the path, if the lock is taken and `wait` is false; OSError
     if the file system has no locks.
@@ -47,7 +47,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
             _remove(left)
         yield
     finally:
-        # The file goes while the lock is held: whoever waits for it starts again with a new one.
+        # The file is removed while the lock is held; a waiting process then tries a new file.
         with contextlib.suppress(OSError):
             if _is_at(descriptor, lock):
                 lock.unlink()
@@ -56,7 +56,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 
 def _acquire(lock: Path, path: Path, wait: bool) -> int:
-    """The descriptor of the lock file, locked."""
+    """Opens and locks the lock file, and returns its descriptor."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -78,19 +78,19 @@ def _acquire(lock: Path, path: Path, wait: bool) -> int:
 
 
 def _is_at(descriptor: int, lock: Path) -> bool:
-    """Whether the open file is still the one that others find under this name."""
+    """Returns whether the open file is still the one that others find under this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(lock, follow_symlinks=False))
     except FileNotFoundError:
         return False
 
 
-# -- Whole or not at all -----------------------------------------------------------------------
+# -- Atomic replacement ------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` at the end, unless the body raises."""
+    """Opens a file to write, which replaces `path` at the end unless the body raises."""
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(8)}")
     file = open(partial, "xb")  # never an existing file, nor through a symbolic link
     try:
@@ -107,13 +107,13 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which takes the place of `path` at the end, unless the body raises.
+    """Makes a directory to fill, which replaces `path` at the end unless the body raises.
 
-    To replace a directory takes two steps: a kill between them leaves none. The caller holds the
-    lock.
+    The old directory is removed before the new one is renamed; a kill between these two steps
+    leaves no directory. The caller holds the lock.
     """
     with tempfile.TemporaryDirectory(prefix=f"{path.name}.partial-", dir=path.parent) as around:
-        made = Path(around) / path.name  # with the usual permissions, which `around` has not
+        made = Path(around) / path.name  # with the usual permissions, unlike `around`
         made.mkdir()
         yield made
         for folder, _, names in os.walk(made, topdown=False):
@@ -140,7 +140,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems have no fsync of folders: PostgreSQL ignores the same two.
+        # Some file systems cannot fsync folders. PostgreSQL ignores the same two errors.
         if error.errno not in (errno.EBADF, errno.EINVAL):
             raise
     finally:
@@ -148,7 +148,7 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """As far as the user may."""
+    """Removes a file or a folder, and ignores errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return

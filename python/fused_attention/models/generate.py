@@ -4,10 +4,10 @@
     sampling   softmax(logits / temperature), of the top_k most probable tokens, or of the fewest
                that have probability top_p together (Holtzman et al. 2020, section 3.1)
     beams      the sequences with the largest log p / ((5 + length) / 6)^length_penalty
-               (Wu et al. 2016, equation 14), sought among the best `beams` beginnings
+               (Wu et al. 2016, equation 14), searched among the best `beams` prefixes
 
-A batch is generated together. Sequences that have ended go on with padding, and are cut. What comes
-next is decided on the CPU, wherever the model is: a seed draws the same everywhere.
+A batch is generated together; tokens after the end of a sequence are dropped. Tokens are chosen on
+the CPU, wherever the model is, so a seed draws the same tokens everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .attend import pad
 
 
 class State(Protocol):
-    """What a model remembers of the tokens so far (transformer.Cache)."""
+    """The state of a model after the tokens so far (transformer.Cache)."""
 
     def reorder(self, rows: Tensor) -> None: ...
 
@@ -38,7 +38,7 @@ class Generator(Protocol):
 
 
 def _step(model: Generator, tokens: Tensor, cache: Any, lengths: Tensor | None = None) -> Tensor:
-    """`model.step` for tokens on the CPU: [B, V] there."""
+    """Calls `model.step` with tokens on the CPU; returns logits [B, V] on the CPU."""
     device = tokens.device
     if isinstance(model, nn.Module):
         device = next(model.parameters()).device
@@ -63,11 +63,11 @@ def generate(
     forbidden_first: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """What comes after each prompt: new tokens only, without `end`, at most max_new_tokens.
+    """Returns the continuation of each prompt: at most max_new_tokens tokens, without `end`.
 
-    prompts: B sequences of at least one token. memory: of an encoder-decoder, what it read, B
-    sequences. end: the token that ends a sequence. forbidden: tokens that never come;
-    forbidden_first: that do not come first.
+    prompts: B sequences of at least one token. memory: the B encoded sources of an encoder-decoder.
+    end: the token that ends a sequence. forbidden: tokens that are never chosen; forbidden_first:
+    tokens that are not chosen first.
     """
     if not prompts or not all(prompts):
         wrong_value("prompts", "sequences of at least one token", prompts)
@@ -109,7 +109,7 @@ def _choose(
     top_p: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """A token for each row of logits [B, V]."""
+    """Chooses a token for each row of logits [B, V]."""
     if temperature == 0:
         return logits.argmax(-1)
     p = probabilities(logits, temperature, top_k, top_p)
@@ -119,7 +119,7 @@ def _choose(
 def probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
 ) -> Tensor:
-    """What sampling draws from: [..., V], float32. At least the most probable token remains."""
+    """Returns the distribution to sample: [..., V], float32. The most probable token remains."""
     ranked, order = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
     p = ranked.softmax(-1)
     if top_k is not None:
@@ -131,7 +131,7 @@ def probabilities(
 
 
 def length_norm(length: int, length_penalty: float) -> float:
-    """What log p of a sequence of that many tokens is divided by."""
+    """Returns the divisor of log p for a sequence of `length` tokens."""
     return ((5 + length) / 6) ** length_penalty
 
 
@@ -145,24 +145,25 @@ def _beam_search(
     length_penalty: float,
     hide: Tensor,
 ) -> list[list[int]]:
-    """logits: [B, V], after the prompts that are in the cache.
+    """Returns the best sequence found for each prompt.
 
-    Each step keeps the `beams` best beginnings that have not ended; the best that has ended is
-    remembered, until no beginning can become better. `end` counts as a token of the length.
+    logits: [B, V], after the prompts, which are in the cache. Each step keeps the `beams` best
+    prefixes that have not ended, and the best sequence that has ended, until no prefix can become
+    better than that. `end` counts as a token of the length.
     """
     B, V = logits.shape
     rows = torch.arange(B).repeat_interleave(beams)
     cache.reorder(rows)
     logits = logits[rows]
     history = torch.zeros(B, beams, 0, dtype=torch.long)
-    scores = torch.full((B, beams), -math.inf)  # log p of each beginning
-    scores[:, 0] = 0  # they are all the same one yet
+    scores = torch.full((B, beams), -math.inf)  # log p of each prefix
+    scores[:, 0] = 0  # all prefixes are still the same
     best: list[list[int]] = [[] for _ in range(B)]
     best_score = [-math.inf] * B
     for length in range(1, max_new_tokens + 1):
         log_p = logits.float().log_softmax(-1).index_fill(-1, hide, -math.inf)
         total = (scores[:, :, None] + log_p.view(B, beams, V)).flatten(1)
-        # Each beginning ends in one way only, so that among twice as many enough go on.
+        # A prefix can end in one way only, so among twice as many candidates enough go on.
         candidates, index = total.topk(min(2 * beams, beams * V))
         parents, tokens = index // V, index % V
         history = history.gather(1, parents[..., None].expand(-1, -1, length - 1))
@@ -176,7 +177,7 @@ def _beam_search(
             if score > best_score[b]:
                 best_score[b] = score
                 best[b] = [token for token in history[b, which].tolist() if token != end]
-        # A log p only falls from here on, while its norm goes towards that of the longest.
+        # An upper bound of what a prefix can reach: log p only falls, and no later norm is larger.
         norm = max(length_norm(n, length_penalty) for n in (length + 1, max_new_tokens))
         scores, kept = candidates.masked_fill(ends, -math.inf).topk(beams)
         if all(

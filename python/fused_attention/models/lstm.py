@@ -1,10 +1,10 @@
-"""What the transformer was compared with: a recurrent network that translates.
+"""A recurrent translation network, with which the transformer is compared.
 
     h = LSTM(source), both directions;  g = LSTM(target so far)
     c_t = softmax(g_t W h^T) h;  logits = E tanh(W_c [c_t; g_t])
 
 Sutskever et al. 2014 with the global attention of Luong et al. 2015 (section 3.1, "general").
-Called as `Transformer` is, and generates with the same `generate`.
+It is called as `Transformer` is, and generates with the same `generate`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ States = tuple[Tensor, Tensor]  # h and c, [layers, B, dim] each
 
 @dataclass
 class LSTMState:
-    """memory, and what the decoder remembers of each of its sequences."""
+    """The encoded source, and the decoder's states of each sequence."""
 
     memory: Memory
     states: States
@@ -33,7 +33,7 @@ class LSTMState:
     def reorder(self, rows: Tensor) -> None:
         h, c = self.states
         per_memory = len(rows) // len(self.memory.hidden)
-        if len(rows) != h.shape[1]:  # one beginning for each source becomes several
+        if len(rows) != h.shape[1]:  # one prefix for each source becomes several
             lengths = self.memory.layout.lengths if isinstance(self.memory.layout, Padded) else None
             if lengths is not None:
                 lengths = lengths.repeat_interleave(per_memory)
@@ -62,7 +62,7 @@ class LSTMTranslator(nn.Module):
         self.layers, self.dim = layers, dim
 
     def encode(self, source: Tensor, layout: Layout | None = None) -> Memory:
-        """source: tokens [B, S], padded."""
+        """Encodes source: tokens [B, S], padded."""
         layout = layout or Padded()
         if not isinstance(layout, Padded):
             wrong_value("layout", "Padded", layout)
@@ -79,7 +79,7 @@ class LSTMTranslator(nn.Module):
     def forward(
         self, tokens: Tensor, layout: Layout, source: Tensor, source_layout: Layout
     ) -> Tensor:
-        """Logits of the token after each of tokens [B, S]: [B, S, vocab_size]."""
+        """Returns the logits of the token after each of tokens [B, S]: [B, S, vocab_size]."""
         memory = self.encode(source, source_layout)
         hidden, _ = self._decode(tokens, self._first(memory))
         return self._logits(hidden, memory)
@@ -99,7 +99,7 @@ class LSTMTranslator(nn.Module):
         return self.tokens(tokens) * self.tokens.embedding_dim**0.5
 
     def _first(self, memory: Memory) -> States:
-        """From the mean of the source's hidden states; padding's are 0."""
+        """Makes the decoder's first state from the source's mean hidden state; padding is 0."""
         lengths = memory.layout.lengths if isinstance(memory.layout, Padded) else None
         count = memory.hidden.shape[1] if lengths is None else lengths[:, None]
         states = torch.tanh(self.bridge(memory.hidden.sum(1) / count))

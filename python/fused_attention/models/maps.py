@@ -1,11 +1,11 @@
-"""What attention looked at, without ever holding all of it.
+"""Attention weights on request, without storing all of them.
 
     weights_ij = exp(s_ij - lse_i),  0 where key j is hidden
 
-The fused kernel leaves the log-denominator of each row, lse; with it any row of the weights can be
-computed alone (Dao 2023, FlashAttention-2, Alg. 2). So a question about all of them, such as the
-entropy of each row, is answered a block of rows at a time: memory O(B·Hq·S) beyond inputs and
-answer, time O(B·Hq·Sq·Sk·D). Scores and visibility are those of the definition, `reference.py`.
+The fused kernel returns the log-denominator of each row, lse, from which any row of the weights can
+be computed alone (Dao 2023, FlashAttention-2, Alg. 2). A question about all rows, such as the
+entropy of each, is answered a block of rows at a time: memory O(B·Hq·S) beyond inputs and answer,
+time O(B·Hq·Sq·Sk·D). Scores and visibility are those of the definition, `reference.py`.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ DROPOUT = ("dropout_p", "philox_seed")
 SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_k")
 NOT_OF_MAPS = (*DROPOUT, *SEQUENCES, "block_table", "return_lse")
 ONLY_OF_LSE = ("sinks", "precision", "backend")
-BLOCK_ELEMENTS = 1 << 20  # of a block of weights, unless one row of each head has more
+BLOCK_ELEMENTS = 1 << 20  # weights in a block, unless one row of each head has more
 
 
 class AttentionMap:
-    """The weights of one attention, [B, Hq, Sq, Sk], computed where they are asked for.
+    """The weights of one attention, [B, Hq, Sq, Sk], computed on request.
 
-    query [B, Hq, Sq, D], key [B, Hkv, Sk, D]; the options are those of `attention`, and their
-    meaning too; there are none of dropout, packed sequences and pages. Nothing is differentiable. A
-    row that sees no key has weights 0; with sinks a row sums to less than 1. Answers are float32
-    (float64 for float64).
+    query [B, Hq, Sq, D], key [B, Hkv, Sk, D]; the options are those of `attention` with the same
+    meaning, except for dropout, packed sequences and pages. Nothing is differentiable. A row that
+    sees no key has weights 0; with sinks a row sums to less than 1. Answers are float32 (float64
+    for float64).
 
     Raises as `attention` does, and ArgumentTypeError for an option that maps do not have.
     """
@@ -70,7 +70,7 @@ class AttentionMap:
 
     @torch.no_grad()
     def rows(self, rows: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Tensor:
-        """The weights of these queries and heads (None: all): [B, len(heads), len(rows), Sk]."""
+        """Returns weights [B, len(heads), len(rows), Sk] of these queries and heads (None: all)."""
         _, Hq, Sq, _ = self.shape
         chosen = []
         for name, numbers, size in (("rows", rows, Sq), ("heads", heads, Hq)):
@@ -82,9 +82,9 @@ class AttentionMap:
 
     @torch.no_grad()
     def top_keys(self, n: int) -> tuple[Tensor, Tensor]:
-        """The n largest weights of each query and their keys: two [B, Hq, Sq, n], largest first.
+        """Returns the n largest weights of each query, and their keys: two [B, Hq, Sq, n], sorted.
 
-        Where fewer keys are visible, the rest has weight 0 and names any key.
+        The largest comes first. Where fewer keys are visible, the rest has weight 0 and any key.
         """
         if not 1 <= n <= self.shape[3]:
             wrong_value("n", f"an int in [1, {self.shape[3]}]", n)
@@ -96,7 +96,7 @@ class AttentionMap:
 
     @torch.no_grad()
     def key_sums(self) -> Tensor:
-        """How much attention each key gets from all queries together: [B, Hq, Sk]."""
+        """Returns the sum of the weights of each key over all queries: [B, Hq, Sk]."""
         B, Hq, _, Sk = self.shape
         sums = torch.zeros(B, Hq, Sk, dtype=torch.float64, device=self.key.device)
         for _, p in self.blocks():
@@ -105,15 +105,15 @@ class AttentionMap:
 
     @torch.no_grad()
     def entropy(self) -> Tensor:
-        """-Σ_j p_ij log p_ij in nats, [B, Hq, Sq]: 0 where a query looks at one key, log n at n."""
-        # Made first: small results in between large temporaries would fragment the heap.
+        """Returns -Σ_j p_ij log p_ij in nats, [B, Hq, Sq]: log n for n keys of equal weight."""
+        # Allocated first: small results between large temporaries would fragment the heap.
         entropy = torch.empty(*self.shape[:3], dtype=self.dtype, device=self.key.device)
         for rows, p in self.blocks():
             entropy[:, :, rows] = torch.special.entr(p).sum(-1)
         return entropy
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """All weights, some queries at a time: (rows, weights [B, Hq, rows, Sk])."""
+        """Yields all weights, a block of queries at a time: (rows, weights [B, Hq, rows, Sk])."""
         B, Hq, Sq, Sk = self.shape
         heads = torch.arange(Hq, device=self.key.device)
         size = max(1, BLOCK_ELEMENTS // max(1, B * Hq * Sk))
@@ -126,12 +126,12 @@ class AttentionMap:
         B, Hq, Sq, Sk = self.shape
         group = Hq // self.key.shape[1]
         used = torch.full((B,), Sk, device=self.key.device)
-        # Query rows[n] stands at place n of the block: what it is aligned with moves along.
+        # Query rows[n] is row n of the block, so its offset grows by rows[n] - n.
         moved = (rows - torch.arange(len(rows), device=rows.device)).view(1, 1, -1, 1)
         off = diagonal_offset(self.causal, Sq, used) + moved
 
         def part(x: Tensor | None) -> Tensor | None:
-            """Of a mask or bias that broadcasts to [B, Hq, Sq, Sk]."""
+            """Selects these heads and rows of a mask or bias that broadcasts to [B, Hq, Sq, Sk]."""
             if x is None:
                 return None
             x = x.detach()[(None,) * (4 - x.dim())]
@@ -150,15 +150,16 @@ class AttentionMap:
         return torch.where(seen, torch.exp(s - lse), 0.0)
 
 
-# -- Of a model -------------------------------------------------------------------------------
+# -- Maps of a model ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def attention_maps(model: nn.Module, *inputs: Any, **options: Any) -> dict[str, AttentionMap]:
-    """The map of every attention that model(*inputs, **options) computes, by the module's name.
+    """Returns the map of every attention that model(*inputs, **options) computes, by module name.
 
-    Models of this package: "decoder.blocks.0.cross_attention", ... Packed sequences become rows of
-    a padded batch. What is kept is the queries and keys of each layer, O(layers · B·S·dim).
+    In models of this package a name is "decoder.blocks.0.cross_attention", for example. Packed
+    sequences become rows of a padded batch. The maps keep the queries and keys of each layer,
+    O(layers · B·S·dim).
 
     Raises ArgumentValueError for a model without such modules.
     """
@@ -169,7 +170,7 @@ def attention_maps(model: nn.Module, *inputs: Any, **options: Any) -> dict[str, 
 
 @contextlib.contextmanager
 def record_maps(model: nn.Module) -> Iterator[dict[str, AttentionMap]]:
-    """Fills the dict with the maps of what is computed inside; of a repeated call, the last."""
+    """Yields a dict that is filled inside with the map of each module's last call."""
     maps: dict[str, AttentionMap] = {}
     modules = {
         name.removesuffix(".attend"): module
@@ -208,13 +209,13 @@ def record_maps(model: nn.Module) -> Iterator[dict[str, AttentionMap]]:
 
 
 def align(weights: Tensor) -> list[tuple[int, int]]:
-    """The monotonic path through weights [T, S] that gathers most, from (0, 0) to (T - 1, S - 1).
+    """Returns the monotonic path of weights [T, S] with the largest sum, from first to last cell.
 
-    Dynamic time warping (Sakoe & Chiba 1978): each step goes on by a row, a column or both.
+    Dynamic time warping (Sakoe & Chiba 1978): each step moves on by a row, a column or both.
     """
     T, S = weights.shape
     gain = weights.tolist()
-    total = [[-math.inf] * (S + 1) for _ in range(T + 1)]  # of the best path that ends there
+    total = [[-math.inf] * (S + 1) for _ in range(T + 1)]  # the largest sum of a path to each cell
     total[0][0] = 0.0
     moves = ((1, 1), (1, 0), (0, 1))
     came = [[moves[0]] * (S + 1) for _ in range(T + 1)]

@@ -1,7 +1,7 @@
-"""Attention to look at: heat maps (with matplotlib), and a page to browse layers and heads.
+"""Pictures of attention: heat maps (with matplotlib), and a page to browse layers and heads.
 
-A picture of S queries and S keys has S² cells: these are for texts that a person reads, not for
-long ones, where `AttentionMap` answers questions instead.
+A picture of S queries and S keys has S² cells, so these are for short texts. For long texts,
+`AttentionMap` answers questions instead.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..call.problem import check_shape
 from ..errors import wrong_value
 from .maps import AttentionMap, align
 
-MAX_CELLS = 1 << 22  # of a page, a byte each
+MAX_CELLS = 1 << 22  # in a page, a byte each
 
 
 @dataclass(frozen=True)
 class View:
-    """One attention to browse: weights [H, Sq, Sk] in [0, 1], and what its tokens are called."""
+    """One attention to browse: weights [H, Sq, Sk] in [0, 1], and the texts of its tokens."""
 
     name: str
     weights: Tensor
@@ -36,7 +36,7 @@ class View:
 def make_views(
     maps: dict[str, AttentionMap], source: Sequence[str], target: Sequence[str], b: int = 0
 ) -> list[View]:
-    """The attentions of sequence b of a model's `attention_maps`, with the tokens of each side."""
+    """Returns views of a model's `attention_maps` for sequence b, with the tokens of each side."""
     views = []
     for name, map in maps.items():
         queries = source if name.startswith("encoder") else target
@@ -47,9 +47,9 @@ def make_views(
 
 
 def attention_page(views: Sequence[View], title: str) -> str:
-    """A page of HTML that needs nothing else: choose a layer, a head and a token with the mouse.
+    """Returns a self-contained HTML page to choose a layer, a head and a token with the mouse.
 
-    Its address remembers the choice: #view=2&head=0&query=5, where head -1 is the mean of all.
+    Its address holds the choice: #view=2&head=0&query=5, where head -1 is the mean of all heads.
     """
     if not views:
         wrong_value("views", "at least one", 0)
@@ -70,12 +70,12 @@ def attention_page(views: Sequence[View], title: str) -> str:
                 "weights": base64.b64encode(bytes(cells_of_view.flatten().tolist())).decode(),
             }
         )
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no end of the script
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text ends the script
     return Path(__file__).with_name("page.html").read_text().replace("DATA", text, 1)
 
 
 def heat_map(view: View, path: Path, title: str = "") -> None:
-    """Saves the mean over the heads, with tokens on both axes."""
+    """Saves a heat map of the mean over the heads, with tokens on both axes."""
     plt = _pyplot()
     Sq, Sk = len(view.queries), len(view.keys)
     figure, axes = plt.subplots(figsize=(2 + 0.3 * Sk, 1.6 + 0.3 * Sq), layout="constrained")
@@ -89,9 +89,10 @@ def heat_map(view: View, path: Path, title: str = "") -> None:
 
 
 def alignment_plot(view: View, seconds: float, path: Path, title: str = "") -> list[float]:
-    """Saves which part of a sound each token was heard in, and gives the time where it begins.
+    """Draws the part of a sound in which each token was heard; returns when each part begins.
 
-    seconds: of the sound that the keys cover, evenly. The line is the best monotonic path.
+    seconds: the length of the sound, which the keys cover evenly. The line is the best monotonic
+    path.
     """
     plt = _pyplot()
     weights = view.weights.mean(0)

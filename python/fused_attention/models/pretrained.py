@@ -1,9 +1,9 @@
 """Pre-trained weights of BERT, Llama and Whisper in the reference transformer.
 
 Each `from_*` takes a configuration and a state dict under the names that Hugging Face gives them,
-and puts them into a `Transformer` of the same mathematics; nothing is left over on either side.
-Readers for two other formats give those names: GGUF (with the package gguf) and CTranslate2.
-Weights become float32.
+and loads them into a `Transformer` of the same mathematics. An unknown or missing name is an error.
+Readers of two other formats, GGUF (with the package gguf) and CTranslate2, return the same names.
+Parameters become float32.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ State = dict[str, Tensor]
 
 
 def _fill(model: Transformer, state: Mapping[str, Tensor], names: Mapping[str, str]) -> Transformer:
-    """Loads state with its names rewritten: regular expressions and what replaces them.
+    """Loads state under new names; `names` has regular expressions and their replacements.
 
-    The first that matches a whole name counts; an empty replacement drops it.
+    The first expression that matches a whole name counts. An empty replacement drops the tensor.
     """
     renamed: State = {}
     for name, tensor in state.items():
@@ -53,13 +53,13 @@ def _known(config: Mapping[str, Any], **expected: Any) -> None:
 
 
 def from_bert(config: Mapping[str, Any], state: State, attention: str = "fused") -> Transformer:
-    """BERT (Devlin et al. 2019) as an encoder, for single texts: all tokens are of type 0.
+    """Loads BERT (Devlin et al. 2019) as an encoder of single texts: all tokens are of type 0.
 
     The pooler is left out.
     """
     _known(config, hidden_act="gelu", position_embedding_type="absolute")
     state = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
-    # Type 0 is added at every position, so that the positions may as well hold it.
+    # The embedding of type 0 is added at every position, so it is added to the positions here.
     types = state.pop("embeddings.token_type_embeddings.weight")
     positions = state["embeddings.position_embeddings.weight"] + types[0]
     state["embeddings.position_embeddings.weight"] = positions
@@ -104,7 +104,7 @@ def from_bert(config: Mapping[str, Any], state: State, attention: str = "fused")
 
 
 def from_llama(config: Mapping[str, Any], state: State, attention: str = "fused") -> Transformer:
-    """Llama (Touvron et al. 2023) and those built like it, without scaled rotary positions."""
+    """Loads Llama (Touvron et al. 2023) or a model like it, without scaled rotary positions."""
     rope = config.get("rope_parameters") or {}
     _known(config, hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None)
     _known(config, head_dim=config["hidden_size"] // config["num_attention_heads"])
@@ -154,7 +154,7 @@ def from_llama(config: Mapping[str, Any], state: State, attention: str = "fused"
 
 
 class SoundFront(nn.Module):
-    """Two convolutions over the log-mel spectrum [B, mel, T]: [B, T / 2, dim]."""
+    """Two convolutions, from the log-mel spectrum [B, mel, T] to [B, T / 2, dim]."""
 
     def __init__(self, mel: int, dim: int) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class SoundFront(nn.Module):
 
 
 def from_whisper(config: Mapping[str, Any], state: State, attention: str = "fused") -> Transformer:
-    """Whisper (Radford et al. 2022): `encode` takes log-mel spectra [B, mel, 2 · positions]."""
+    """Loads Whisper (Radford et al. 2022). Its input is log-mel spectra [B, mel, 2 · positions]."""
     _known(config, activation_function="gelu", scale_embedding=False)
     _known(config, decoder_attention_heads=config["encoder_attention_heads"])
     _known(config, decoder_ffn_dim=config["encoder_ffn_dim"])
@@ -188,7 +188,7 @@ def from_whisper(config: Mapping[str, Any], state: State, attention: str = "fuse
         attention,
         SoundFront(config["num_mel_bins"], dim),
     )
-    # Its keys have no bias, and softmax would not see one.
+    # Whisper's keys have no bias. A zero is the same, as is any bias: the softmax cancels it.
     for name in [name for name in state if name.endswith("k_proj.weight")]:
         state = {**state, name.removesuffix("weight") + "bias": torch.zeros(dim)}
     layer, block = r"model\.(\w+)\.layers\.(\d+)\.", r"\1.blocks.\2."
@@ -214,9 +214,9 @@ def from_whisper(config: Mapping[str, Any], state: State, attention: str = "fuse
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], State, dict[str, Any]]:
-    """Configuration and state of a Llama in a GGUF file, and the file's other fields.
+    """Reads the configuration and state of a Llama from a GGUF file, and all fields of the file.
 
-    Its quantised tensors are dequantised to float32.
+    Quantised tensors are dequantised to float32.
     """
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -257,7 +257,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], State, dict[str, Any]]:
         name = tensor.name.removesuffix(".weight")
         if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", name):
             layer, part = match.groups()
-            if part in heads:  # pairs to rotate stand side by side here, half a head apart there
+            if part in heads:  # the pairs to rotate are adjacent in GGUF, half a head apart here
                 pairs = weights.view(config[heads[part]], -1, 2, weights.shape[-1])
                 weights = pairs.transpose(1, 2).reshape(weights.shape)
             state[f"model.layers.{layer}.{parts[part]}.weight"] = weights
@@ -267,10 +267,11 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], State, dict[str, Any]]:
 
 
 def read_ctranslate2_whisper(content: bytes) -> tuple[dict[str, Any], State]:
-    """Configuration and state of a Whisper in CTranslate2's format, float16 or float32.
+    """Reads the configuration and state of a Whisper in CTranslate2's format, float16 or float32.
 
-    The file: version, name of the kind, revision, number of variables; each with its name, rank,
-    sizes, type, bytes; then aliases. Little-endian, strings with length and a zero behind.
+    The file has version, kind, revision, number of variables; for each variable its name, rank,
+    sizes, type, number of bytes and data; then aliases. Numbers are little-endian. A string is its
+    length, then its bytes with a zero at the end.
     """
     at = 0
 
@@ -340,7 +341,7 @@ _AFFINE = {"gamma": "weight", "beta": "bias"}
 
 
 def _whisper_layer(layer: str, module: str, part: str, what: str, tensor: Tensor) -> State:
-    """One variable of a layer; projections that are kept in one are taken apart."""
+    """Returns one variable of a layer by Hugging Face's names; joint projections are split."""
     if module == "ffn":
         names = {"layer_norm": "final_layer_norm", "linear_0": "fc1", "linear_1": "fc2"}
         return {f"{layer}{names[part]}.{_AFFINE.get(what, what)}": tensor}
@@ -358,11 +359,11 @@ def _whisper_layer(layer: str, module: str, part: str, what: str, tensor: Tensor
 
 
 # -- Models --------------------------------------------------------------------------------------
-# What `fetch` brought, ready for use: a directory, as it came.
+# Each `load_*` takes a directory that `fetch` returned.
 
 
 def load_minilm(directory: Path, attention: str = "fused") -> tuple[Transformer, Any]:
-    """all-MiniLM-L6-v2, an encoder of sentences, and its tokenizer (tokenizers.Tokenizer)."""
+    """Loads all-MiniLM-L6-v2, an encoder of sentences, and its tokenizer (tokenizers.Tokenizer)."""
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
 
@@ -374,7 +375,7 @@ def load_minilm(directory: Path, attention: str = "fused") -> tuple[Transformer,
 
 
 def load_smollm2(directory: Path, attention: str = "fused") -> tuple[Transformer, Any]:
-    """SmolLM2-135M-Instruct, a decoder, and its tokenizer (tokenizers.Tokenizer)."""
+    """Loads SmolLM2-135M-Instruct, a decoder, and its tokenizer (tokenizers.Tokenizer)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     (path,) = directory.glob("*.gguf")
@@ -390,7 +391,7 @@ def load_smollm2(directory: Path, attention: str = "fused") -> tuple[Transformer
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = 3  # of tokenizer.ggml.token_type
+    control = 3  # the type of control tokens in tokenizer.ggml.token_type
     types = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
     special = [token for token, kind in types if kind == control]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
@@ -400,7 +401,7 @@ def load_smollm2(directory: Path, attention: str = "fused") -> tuple[Transformer
 def load_whisper(
     directory: Path, attention: str = "fused"
 ) -> tuple[Transformer, Any, dict[str, Any]]:
-    """Whisper base, its tokenizer (tokenizers.Tokenizer), and its lists of special tokens."""
+    """Loads Whisper base, its tokenizer (tokenizers.Tokenizer), and its lists of special tokens."""
     from tokenizers import Tokenizer
 
     content = b"".join(path.read_bytes() for path in sorted(directory.glob("model.bin.part*")))
@@ -411,7 +412,7 @@ def load_whisper(
 
 
 def chat_prompt(messages: Sequence[tuple[str, str]]) -> str:
-    """(role, text) as SmolLM2-Instruct was taught to read them, and the beginning of its answer."""
+    """Formats (role, text) messages as SmolLM2-Instruct was trained, and begins its answer."""
     said = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in messages)
     if not messages or messages[0][0] != "system":
         system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

@@ -1,7 +1,7 @@
-"""Whisper at work: what is said in a recording, and when (Radford et al. 2022).
+"""Transcription by Whisper: what is said in a recording, and when (Radford et al. 2022).
 
 A recording of up to 30 seconds becomes a log-mel spectrum, the encoder's hidden states, and the
-tokens that the decoder writes. When a token was said is read off the cross attention of the heads
+tokens that the decoder writes. The time of a token is read from the cross attention of the heads
 that were found to follow the sound.
 """
 
@@ -22,13 +22,14 @@ from .pictures import View, alignment_plot
 from .transformer import Transformer
 
 RATE = 16000  # samples per second
-SECONDS = 30.0  # that the encoder hears at once
+SECONDS = 30.0  # of sound that the encoder takes at once
 # <|startoftranscript|> <|en|> <|transcribe|> <|notimestamps|>, and <|endoftext|>
 PROMPT, END = [50258, 50259, 50359, 50363], 50257
 
 
 def read_wav(path: str | Path) -> Tensor:
-    """Samples [T] in [-1, 1]; OSError for a file that is no such recording."""
+    """Reads samples [T] in [-1, 1]. Raises OSError for a file that is not WAV, ArgumentValueError
+    for one of another format or of more than 30 seconds."""
     try:
         with wave.open(str(path)) as file:
             kind = (file.getnchannels(), file.getsampwidth(), file.getframerate())
@@ -45,7 +46,7 @@ def read_wav(path: str | Path) -> Tensor:
 
 
 def spectra(sounds: Sequence[Tensor]) -> Tensor:
-    """Log-mel spectra [B, 80, 3000] of sounds, filled up with silence."""
+    """Returns log-mel spectra [B, 80, 3000] of sounds, padded with silence."""
     from transformers import WhisperFeatureExtractor
 
     extract = WhisperFeatureExtractor()
@@ -57,7 +58,7 @@ def spectra(sounds: Sequence[Tensor]) -> Tensor:
 def hear(
     model: Transformer, lists: dict[str, Any], sounds: Sequence[Tensor], **options: Any
 ) -> list[list[int]]:
-    """The tokens of what is said in each, in English; options are those of `generate`."""
+    """Returns the tokens of the English speech in each sound; options are those of `generate`."""
     memory = model.encode(spectra(sounds))
     return generate(
         model,
@@ -78,12 +79,12 @@ def align_words(
     tokens: Sequence[int],
     path: Path,
 ) -> list[float]:
-    """Saves a plot of when each token was said, and gives the second at which it begins."""
+    """Saves a plot of when each token was said, and returns the second at which each begins."""
     inputs = torch.tensor([[*PROMPT, *tokens]])
     maps = attention_maps(model, inputs, None, spectra([sound]))
     seconds = len(sound) / RATE
     frames = round(maps["decoder.blocks.0.cross_attention"].shape[3] * seconds / SECONDS)
-    # The query that writes a token stands at the one before it.
+    # The query that predicts a token is at the position before it.
     rows = range(len(PROMPT) - 1, len(PROMPT) - 1 + len(tokens))
     followed = [
         maps[f"decoder.blocks.{layer}.cross_attention"].rows(rows, [head])[0, 0, :, :frames]

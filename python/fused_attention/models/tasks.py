@@ -1,7 +1,7 @@
-"""What `python -m fused_attention train` does: data, model, recipe and measure of each task.
+"""The tasks of `python -m fused_attention train`: data, model, recipe and measure of each.
 
-A run is a directory: settings.json, tokenizer.json, checkpoint.pt (see `training.py`) and
-results.json. Given the settings all of it is determined, but for the seconds.
+A run is a directory with settings.json, tokenizer.json, checkpoint.pt (see `training.py`) and
+results.json. The settings determine all of it except the seconds.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from .training import History, Pair, Recipe, pair_loss, token_loss, train
 from .transformer import Config, Transformer
 
 VOCABULARY = 4000
-# The largest learning rate; of a pre-trained encoder below a fresh decoder a fifth of it.
+# The largest learning rate. A pre-trained encoder with a fresh decoder gets a fifth of it.
 PEAKS = {"translate": 2e-3, "summarize": 1.5e-3, "lm": 2e-3, "classify": 3e-4, "caption": 1e-3}
 LONGEST = 128  # tokens of an example; longer ones are cut
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to train, and how. Recipe's fields have its meaning."""
+    """What to train, and how. The fields of `Recipe` mean the same here."""
 
     task: str  # one of TASKS
-    language: str = "de"  # translate: from which
+    language: str = "de"  # translate: the source language
     model: str = "transformer"  # translate: or "lstm"
     pretrained: bool = False  # summarize, classify: starts from all-MiniLM-L6-v2's encoder
     attention: str = "fused"
@@ -52,7 +52,7 @@ class Settings:
     peak: float | None = None  # None: PEAKS
     dropout: float = 0.1
     packed: bool = False
-    examples: int | None = None  # of training, at most: for trying out
+    examples: int | None = None  # training examples, at most; for a trial
 
     def recipe(self) -> Recipe:
         warmup = min(150, max(1, self.steps // 4))
@@ -86,7 +86,7 @@ def pair_size(pair: Pair) -> int:
 
 
 def some(examples: Sequence[Text], count: int | None) -> Sequence[Text]:
-    """So many of them, of all kinds."""
+    """Returns `count` random examples, or all for None."""
     if count is None or count >= len(examples):
         return examples
     return random.Random(0).sample(examples, count)
@@ -112,7 +112,7 @@ def to_pairs(tokenizer: Any, examples: Sequence[Text], begin: int, end: int) -> 
 def write(
     model: Any, tokenizer: Any, sources: Sequence[str], begin: int, end: int, **options: Any
 ) -> list[str]:
-    """What an encoder-decoder makes of each text; options are those of `generate`."""
+    """Returns what an encoder-decoder writes for each text; options are those of `generate`."""
     options = {"max_new_tokens": 60, **options}
     written: list[str] = []
     for at in range(0, len(sources), 50):
@@ -125,7 +125,7 @@ def write(
 
 
 def ends(tokenizer: Any) -> tuple[int, int]:
-    """The tokens that begin and end what is written; BERT has them under other names."""
+    """Returns the tokens that begin and end a written text; BERT has other names for them."""
     if tokenizer.token_to_id("[CLS]") is not None:
         return tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     return BEGIN, END
@@ -135,7 +135,7 @@ def ends(tokenizer: Any) -> tuple[int, int]:
 
 
 def make_model(settings: Settings, vocab_size: int) -> nn.Module:
-    """Of the tasks that read and write texts; its weights are random or pre-trained."""
+    """Makes the model of a task that writes texts, with random or pre-trained parameters."""
     if settings.model == "lstm":
         return LSTMTranslator(vocab_size, dropout=settings.dropout)
     if settings.task == "summarize" and settings.pretrained:
@@ -159,7 +159,7 @@ def make_model(settings: Settings, vocab_size: int) -> nn.Module:
 
 
 def with_decoder(encoder: Transformer, layers: int, settings: Settings) -> Transformer:
-    """A pre-trained encoder, with its tokens' embedding, and a decoder that knows nothing yet."""
+    """Returns a pre-trained encoder with its token embedding, and an untrained decoder."""
     config = dataclasses.replace(
         encoder.config, decoder_layers=layers, dropout=settings.dropout, tied=True
     )
@@ -173,7 +173,7 @@ def with_decoder(encoder: Transformer, layers: int, settings: Settings) -> Trans
 
 
 def translate(settings: Settings) -> Prepared:
-    """From German or French; BLEU (lower case) on the held-out pairs of each kind."""
+    """Prepares translation from German or French; measures BLEU (lower case) by kind of pair."""
     split = texts.translation(settings.language)
     texts_of_both = [text for x in split.training for text in (x.source, x.target)]
     tokenizer = texts.train_tokenizer(texts_of_both, VOCABULARY)
@@ -199,9 +199,9 @@ def translate(settings: Settings) -> Prepared:
 
 
 def summarize(settings: Settings) -> Prepared:
-    """Descriptions to synopses; ROUGE-L of these, and of the first sentences beside it.
+    """Prepares summaries, from descriptions to synopses; measures ROUGE-L beside first sentences.
 
-    By beam search: greedily, a model of so few steps stutters.
+    It writes by beam search: greedy output of a model of so few steps repeats itself.
     """
     split = texts.summaries()
     if settings.pretrained:
@@ -227,7 +227,7 @@ def summarize(settings: Settings) -> Prepared:
 
 
 def lm(settings: Settings) -> Prepared:
-    """English paragraphs; perplexity of a token of held-out ones."""
+    """Prepares a language model of English paragraphs; measures the perplexity of a token."""
     split = texts.language_model_texts()
     tokenizer = texts.train_tokenizer([x.target for x in split.training[:30000]], VOCABULARY)
     model = make_model(settings, tokenizer.get_vocab_size())
@@ -258,14 +258,14 @@ class Classifier(nn.Module):
         self.linear = nn.Linear(encoder.config.dim, classes)
 
     def forward(self, sequences: Sequence[Sequence[int]], packed: bool = False) -> Tensor:
-        """[B, classes]."""
+        """Returns logits [B, classes]."""
         return self.linear(mean_of_hidden(self.encoder, sequences, packed))
 
 
 def mean_of_hidden(
     encoder: Transformer, sequences: Sequence[Sequence[int]], packed: bool = False
 ) -> Tensor:
-    """[B, dim]: the mean over each sequence's tokens."""
+    """Returns the mean hidden state over the tokens of each sequence: [B, dim]."""
     if packed:
         hidden = encoder.encode(*pack(sequences)).hidden
         return torch.stack([part.mean(0) for part in hidden.split([len(s) for s in sequences])])
@@ -277,9 +277,10 @@ def mean_of_hidden(
 
 
 def classify(settings: Settings) -> Prepared:
-    """Which of ten sections a package is in; accuracy on packages of other sources.
+    """Prepares finding the section of a package; measures accuracy on packages of other sources.
 
-    pretrained: all-MiniLM-L6-v2, fine-tuned. Otherwise the same model, from random weights.
+    pretrained: all-MiniLM-L6-v2 is fine-tuned. Otherwise the same model learns from random
+    parameters.
     """
     split, names = texts.sections()
     encoder, tokenizer = load_minilm(directory("minilm"), settings.attention)
@@ -316,7 +317,7 @@ def classify(settings: Settings) -> Prepared:
 
 
 def caption(settings: Settings) -> Prepared:
-    """Drawn images to what they show; how many captions of new images are right."""
+    """Prepares captions of drawn images; measures the share of right captions of new images."""
     config = Config(
         len(captions.WORDS), 2, 2, dim=128, heads=4, hidden=256, dropout=settings.dropout
     )
@@ -379,7 +380,7 @@ def rouge_l(written: str, right: str) -> float:
 
 
 def word_errors(said: str, right: str) -> tuple[int, int]:
-    """(wrong, missing and superfluous words, words of `right`): their ratio is the error rate."""
+    """Returns (wrong, missing and superfluous words, words of `right`); their ratio is the rate."""
     a, b = said.split(), right.split()
     distance = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -393,7 +394,7 @@ def word_errors(said: str, right: str) -> tuple[int, int]:
 
 
 def prepare(settings: Settings) -> Prepared:
-    """With the model's random weights determined by the seed."""
+    """Prepares a task; the seed determines the model's random parameters."""
     if settings.task not in TASKS:
         wrong_value("task", f"one of {', '.join(TASKS)}", settings.task)
     before = torch.random.get_rng_state()
@@ -410,7 +411,7 @@ def run(
     seconds: float = math.inf,
     after_step: Callable[[int, History], None] = lambda step, history: None,
 ) -> dict[str, Any]:
-    """Trains and measures; goes on where an earlier run with these settings was cut.
+    """Trains and measures; resumes an interrupted run that has these settings.
 
     Raises BlockingIOError, and leaves the directory alone, while another run writes to it.
     """
@@ -421,7 +422,7 @@ def run(
 def _run(
     settings: Settings, out: Path, seconds: float, after_step: Callable[[int, History], None]
 ) -> dict[str, Any]:
-    """`run`, by the holder of the directory's lock."""
+    """Does the work of `run`. The caller holds the lock of the directory."""
     prepared = prepare(settings)
     files.write_json(out / "settings.json", dataclasses.asdict(settings))
     if prepared.tokenizer is not None:
@@ -452,7 +453,7 @@ def _run(
 
 
 def load_run(out: Path, attention: str = "fused") -> tuple[Any, Any, Settings]:
-    """(model, tokenizer, settings) of a run that was trained."""
+    """Loads (model, tokenizer, settings) of a trained run."""
     if not (out / "checkpoint.pt").exists():
         raise FileNotFoundError(f"{out}: no run; `python -m fused_attention train` makes one")
     from tokenizers import Tokenizer

@@ -1,12 +1,12 @@
-"""Real texts to learn from: what Debian says about its packages, in several languages.
+"""Texts for training: Debian's descriptions of its packages, in several languages.
 
     translation     synopses (and LibreOffice's menus, for German): foreign text and English text
     summary         a description and its synopsis
     classification  a description and the section that its package is in
     language model  the descriptions
 
-`fetch.py` brings them. What is held out is chosen by a hash, so that it is always the same, and no
-text of it is in training; near duplicates, of which these have many, remain.
+`fetch.py` downloads them. Held-out examples are chosen by a hash, so they are always the same, and
+none of their texts is in training. Near duplicates remain, and there are many of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
 class Text(NamedTuple):
-    """An example: what is read, what is to be said, and where it is from."""
+    """An example: the text to read, the text to write, and where they are from."""
 
     source: str
     target: str
@@ -39,7 +39,7 @@ class Split(NamedTuple):
 
 
 def records(path: Path) -> Iterator[dict[str, str]]:
-    """The paragraphs of a file in Debian's control format (deb822), with continued lines."""
+    """Yields the paragraphs of a file in Debian's control format (deb822), with continued lines."""
     record: dict[str, str] = {}
     name = ""
     with open(path, encoding="utf-8") as file:
@@ -59,14 +59,14 @@ def records(path: Path) -> Iterator[dict[str, str]]:
 
 
 def paragraphs(description: str) -> list[str]:
-    """The text below the synopsis: paragraphs are parted by a full stop alone in a line."""
+    """Returns the paragraphs below the synopsis, which lines with only a full stop separate."""
     _, _, body = description.partition("\n")
     parts = re.split(r"(?m)^\.$", body)
     return [text for part in parts if (text := " ".join(part.split()))]
 
 
 def descriptions(root: Path, language: str) -> dict[str, str]:
-    """What is said in that language, by the hash of the English text."""
+    """Returns the descriptions in that language, by the hash of the English text."""
     field = f"Description-{language}"
     return {
         record["Description-md5"]: record[field]
@@ -76,7 +76,7 @@ def descriptions(root: Path, language: str) -> dict[str, str]:
 
 
 def interface_pairs(root: Path) -> list[tuple[str, str]]:
-    """(translated, English) texts of LibreOffice's catalogues, without marks for keys."""
+    """Returns (translated, English) texts of LibreOffice's catalogues, without marks for keys."""
     pairs = []
     for path in sorted(root.glob("*.mo")):
         with open(path, "rb") as file:
@@ -93,12 +93,12 @@ def _without_keys(text: str) -> str:
 
 
 def _place(text: str) -> str:
-    """Where a text comes in an order that has nothing to do with what it says."""
+    """Returns a sort key that puts texts in an arbitrary but fixed order."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _split(examples: Sequence[Text], limit: int) -> Split:
-    """Holds out `limit` of each kind: neither source nor target of these is in training."""
+    """Holds out `limit` examples of each kind, whose source and target are not in training."""
     taken: Counter[str] = Counter()
     held_out = []
     for example in sorted(set(examples), key=lambda x: _place(f"{x.source}\n{x.target}")):
@@ -111,7 +111,7 @@ def _split(examples: Sequence[Text], limit: int) -> Split:
 
 
 def translation(language: str, longest: int = 40) -> Split:
-    """Pairs of at most `longest` words: synopses, and for German the interface of LibreOffice."""
+    """Returns pairs of at most `longest` words: synopses, and German texts of LibreOffice."""
     root = directory("descriptions")
     english, foreign = descriptions(root, "en"), descriptions(root, language)
     pairs = [
@@ -133,7 +133,7 @@ def translation(language: str, longest: int = 40) -> Split:
 
 
 def summaries(longest: int = 120) -> Split:
-    """English descriptions of at most `longest` words, and their synopses."""
+    """Returns English descriptions of at most `longest` words, and their synopses."""
     texts = descriptions(directory("descriptions"), "en").values()
     pairs = []
     for text in texts:
@@ -144,17 +144,17 @@ def summaries(longest: int = 120) -> Split:
 
 
 def language_model_texts() -> Split:
-    """English paragraphs."""
+    """Returns English paragraphs."""
     texts = descriptions(directory("descriptions"), "en").values()
     unique = dict.fromkeys(paragraph for text in texts for paragraph in paragraphs(text))
     return _split([Text("", text, "paragraph") for text in unique], limit=500)
 
 
 def sections(classes: int = 10, packages: int = 100) -> tuple[Split, list[str]]:
-    """Descriptions and their sections, and the names of these.
+    """Returns descriptions with their sections, and the names of the sections.
 
-    The `classes` sections with the most source packages; all packages of one source are on one
-    side. At least `packages` sources each.
+    These are the `classes` sections of TOPICS with the most source packages, at least `packages`
+    each. A source gives one description, so no source is both in training and held out.
     """
     root = directory("descriptions")
     english = descriptions(root, "en")
@@ -171,7 +171,7 @@ def sections(classes: int = 10, packages: int = 100) -> tuple[Split, list[str]]:
     for name in names:
         for source, bodies in found[name].items():
             side = split.held_out if int(_place(source), 16) % 4 == 0 else split.training
-            side.append(Text(bodies[0], name, "section"))  # one of each: others say the same
+            side.append(Text(bodies[0], name, "section"))  # the others say the same
     return split, names
 
 
@@ -183,7 +183,7 @@ TOPICS = "games science fonts sound net math graphics mail electronics database"
 
 
 def train_tokenizer(texts: Sequence[str], size: int) -> Any:
-    """A byte-pair encoding (Sennrich et al. 2016) of that many tokens, from texts."""
+    """Trains a byte-pair encoding (Sennrich et al. 2016) of `size` tokens on texts."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL[UNKNOWN]))

@@ -1,10 +1,10 @@
-"""Training: batches of about as many tokens each, a schedule, and checkpoints that survive a kill.
+"""Training: batches of about equal size in tokens, a schedule, checkpoints that survive a kill.
 
     learning rate = peak · min(step / warmup, sqrt(warmup / step))
 
 Adam with the paper's betas, warm-up and decay (Vaswani et al. 2017, section 5.3), label smoothing
-(section 5.4). All that is random follows from the seed, and the batches of step n do not depend on
-how often the run was cut: a run that was killed and goes on gives the losses of one that was not.
+(section 5.4). Everything random follows from the seed, and the batch of step n does not depend on
+interruptions: a run that was killed and resumed gives the same losses as one that was not.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class Recipe:
     """How a model is trained."""
 
     steps: int = 860
-    tokens: int = 1600  # of a batch: its longest example times how many there are
+    tokens: int = 1600  # of a batch: its longest example times the number of examples
     peak: float = 2e-3
-    encoder_factor: float = 1.0  # of the rate, for all but the decoder: see `groups`
+    encoder_factor: float = 1.0  # times the learning rate, for all but the decoder: see `groups`
     warmup: int = 150
     smoothing: float = 0.1
-    clip: float = 1.0  # of the gradient's norm
+    clip: float = 1.0  # the largest norm of the gradient
     seed: int = 0
     checkpoint_every: int = 100  # steps
     packed: bool = False  # no padding: only "fused" gains by it
 
     def learning_rate(self, step: int) -> float:
-        """Of step 1, 2, ..."""
+        """Returns the learning rate of step 1, 2, ..."""
         return self.peak * min(step / self.warmup, (self.warmup / step) ** 0.5)
 
 
@@ -50,10 +50,10 @@ class Recipe:
 
 
 def batches(sizes: Sequence[int], tokens: int, seed: int) -> Iterator[list[int]]:
-    """Indices of examples, without end: every example once an epoch, in batches of like sizes.
+    """Yields batches of indices without end: every example once an epoch, similar sizes together.
 
     sizes: the tokens of each example. A batch holds at most `tokens`, padding included, or one
-    example. Depends on the arguments only.
+    example. The batches depend on the arguments only.
     """
     epoch = 0
     while True:
@@ -79,7 +79,7 @@ def collate(sequences: Sequence[Sequence[int]], packed: bool) -> tuple[Tensor, P
 
 
 def token_loss(logits: Tensor, targets: Tensor, layout: Layout, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the tokens that are there. logits [..., V], targets [...]."""
+    """Returns the mean cross-entropy, without padding. logits [..., V], targets [...]."""
     if isinstance(layout, Padded):
         padding = layout.padding(targets.shape[1])
         if padding is not None:
@@ -91,14 +91,14 @@ def token_loss(logits: Tensor, targets: Tensor, layout: Layout, smoothing: float
 
 @dataclass(frozen=True)
 class Pair:
-    """Token numbers to read (empty for a language model) and to write, `begin` and `end` in it."""
+    """Tokens to read (none for a language model), and to write, with `begin` and `end`."""
 
     source: list[int]
     target: list[int]
 
 
 def pair_loss(model: nn.Module, pairs: Sequence[Pair], recipe: Recipe) -> Tensor:
-    """Each next token of the targets, given those before it and the source."""
+    """Returns the loss of each target token, given the tokens before it and the source."""
     tokens, layout = collate([pair.target[:-1] for pair in pairs], recipe.packed)
     nexts, _ = collate([pair.target[1:] for pair in pairs], recipe.packed)
     source: tuple[Any, ...] = ()
@@ -108,7 +108,7 @@ def pair_loss(model: nn.Module, pairs: Sequence[Pair], recipe: Recipe) -> Tensor
 
 
 def groups(model: nn.Module, encoder_factor: float) -> list[dict[str, Any]]:
-    """The optimiser's: what is pre-trained learns slower than the decoder that knows nothing yet.
+    """Returns groups for the optimiser: a pre-trained encoder learns slower than a new decoder.
 
     Liu & Lapata 2019, "Text Summarization with Pretrained Encoders", section 3.2.
     """
@@ -129,7 +129,7 @@ def groups(model: nn.Module, encoder_factor: float) -> list[dict[str, Any]]:
 
 @dataclass
 class History:
-    """What a run was: the loss of each step and the seconds that it took."""
+    """The loss of each step of a run, and the seconds that it took."""
 
     losses: list[float]
     seconds: list[float]
@@ -145,12 +145,12 @@ def train(
     after_step: Callable[[int, History], None] = lambda step, history: None,
     seconds: float = float("inf"),
 ) -> History:
-    """Trains model in place, for recipe.steps steps or so many seconds of training.
+    """Trains model in place, for at most recipe.steps steps and `seconds` seconds of training.
 
-    checkpoint: a file to go on from if it is there, and to write to. It belongs to one recipe;
-    more steps may be asked for. It is replaced as a whole: a kill or a full disk leaves the one
-    before. If it is a symbolic link, the run goes on from the file that the link points to, but
-    leaves that file as it is, and puts its own in the place of the link; links to folders are
+    checkpoint: the file to resume from, if it exists, and to write to. It belongs to one recipe,
+    of which only `steps` and `checkpoint_every` may change. It is replaced as a whole, so a kill or
+    a full disk leaves the previous one. If it is a symbolic link, the run resumes from the file
+    that the link points to, leaves that file as it is, and replaces the link; links to folders are
     followed.
 
     Raises BlockingIOError if another run, in this process or another one, writes to that file now.
@@ -169,7 +169,7 @@ def _train(
     after_step: Callable[[int, History], None],
     seconds: float,
 ) -> History:
-    """`train`, by the holder of the checkpoint's lock."""
+    """Does the work of `train`. The caller holds the lock of the checkpoint."""
     random = torch.random.get_rng_state()
     torch.manual_seed(recipe.seed)
     model.train()
@@ -208,7 +208,7 @@ def _train(
 def _save(
     path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe, history: History
 ) -> None:
-    """The caller holds the lock of the path."""
+    """Writes a checkpoint. The caller holds the lock of the path."""
     document = {
         "model": model.state_dict(),
         "optimiser": optimiser.state_dict(),

@@ -3,12 +3,12 @@
     encoder block   x + SelfAttention(x);               x + FeedForward(x)
     decoder block   x + MaskedSelfAttention(x);  x + CrossAttention(x, memory);  x + FeedForward(x)
 
-Vaswani et al. 2017, section 3, and what came after it as options: normalisation first (Xiong et al.
+Vaswani et al. 2017, section 3, with later variants as options: normalisation first (Xiong et al.
 2020), RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021, section 3.2.2), fewer key
-heads (Ainslie et al. 2023), SwiGLU (Shazeer 2020), keys and values kept while generating. With
-layers in both stacks it is the encoder-decoder, with layers in one only an encoder (BERT) or a
-decoder (GPT, Llama). Attention aside, all is per token: the same code serves padded batches
-[B, S] and packed ones [T], and attention's memory is linear in S (`attend.py`).
+heads (Ainslie et al. 2023), SwiGLU (Shazeer 2020), a key/value cache for generation. With layers in
+both stacks it is the encoder-decoder, with layers in one only an encoder (BERT) or a decoder (GPT,
+Llama). Everything but attention works on single tokens, so the same code serves padded batches
+[B, S] and packed ones [T]. The memory of fused attention is linear in S (`attend.py`).
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from .attend import IMPLEMENTATIONS, Attend, Cached, Layout, Packed, Padded
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and kinds. The defaults are the paper's model, smaller."""
+    """Sizes and kinds of a model. The defaults are the paper's model, smaller."""
 
     vocab_size: int
     encoder_layers: int = 3
     decoder_layers: int = 3
     dim: int = 256
     heads: int = 4
-    kv_heads: int | None = None  # of keys and values, a divisor of heads; None: as many
-    hidden: int = 1024  # of the feed-forward layers
+    kv_heads: int | None = None  # of keys and values, a divisor of heads; None: heads
+    hidden: int = 1024  # width of the feed-forward layers
     activation: str = "relu"  # "relu", "gelu", "swiglu"
     norm: str = "layer"  # "layer", "rms"
     norm_first: bool = True  # x + f(norm(x)), else norm(x + f(x))
     norm_eps: float = 1e-5
     positions: str = "sinusoidal"  # "sinusoidal", "rotary", "learned"
     max_positions: int = 2048
-    max_source_positions: int | None = None  # the encoder's; None: as many
+    max_source_positions: int | None = None  # the encoder's; None: max_positions
     rope_theta: float = 10000.0
     bias: bool = True
-    tied: bool = True  # the logits' matrix is the embedding's
+    tied: bool = True  # the logits use the matrix of the embedding
     scale_embedding: bool = True  # by sqrt(dim)
-    embedding_norm: bool = False  # as BERT
-    dropout: float = 0.0  # of embeddings and of what is added to the residual stream
+    embedding_norm: bool = False  # as in BERT
+    dropout: float = 0.0  # of embeddings and of the layers before they are added to x
     attention_dropout: float = 0.0  # of the attention weights
 
     def __post_init__(self) -> None:
@@ -119,14 +119,14 @@ def rotary_angles(positions: int, dim: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x [..., S, H, D], each pair (x_i, x_{i + D/2}) turned by an angle in angles [..., S, D/2]."""
+    """Rotates each pair (x_i, x_{i + D/2}) of x [..., S, H, D] by its angle [..., S, D/2]."""
     cos, sin = angles.cos().unsqueeze(-2).to(x.dtype), angles.sin().unsqueeze(-2).to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class Positions(nn.Module):
-    """Where the tokens of a stack are: added to what enters it, or as angles for its attention."""
+    """The positions of a stack's tokens: added to its input, or angles for its attention."""
 
     angles: Tensor | None
     table: Tensor | None
@@ -148,7 +148,7 @@ class Positions(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        """x [B, S, dim] or [T, dim] with positions, and the angles of rotary ones or None."""
+        """Returns x [B, S, dim] or [T, dim] with positions added, and the rotary angles or None."""
         packed = isinstance(layout, Packed)
         if x.dim() != (2 if packed else 3):
             expected = "[T] in a packed batch" if packed else "[B, S]"
@@ -164,12 +164,12 @@ class Positions(nn.Module):
         return self.dropout(self.norm(x)), angles
 
 
-# -- What is kept ---------------------------------------------------------------------------
+# -- Memory and cache -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What an encoder leaves for a decoder: hidden [B, S, dim] or [T, dim], and its sequences."""
+    """An encoder's result for a decoder: hidden [B, S, dim] or [T, dim], and its layout."""
 
     hidden: Tensor
     layout: Layout
@@ -196,7 +196,7 @@ class LayerCache:
     def append(self, key: Tensor, value: Tensor, before: Tensor) -> KeysValues:
         """Writes key and value [batch, Hkv, S, D] behind the `before` tokens of each sequence.
 
-        Returns all keys and values, those of the unused room included.
+        Returns all keys and values, including the unused room.
         """
         if self.stored is None:
             self.stored = KeysValues(*(self._allocate(x, self.batch) for x in (key, value)))
@@ -204,7 +204,7 @@ class LayerCache:
         return self.stored
 
     def reorder(self, rows: Tensor, used: int) -> None:
-        """`Cache.reorder` of one layer, of which the first `used` tokens are in use."""
+        """Does `Cache.reorder` for one layer, whose first `used` tokens are in use."""
         self.batch = len(rows)
         if self.stored is None:
             return
@@ -219,10 +219,10 @@ class LayerCache:
 
 
 class Cache:
-    """Keys and values of the tokens so far, written in place, and those of the memory, once.
+    """Keys and values of the tokens so far, written in place, and of the memory, computed once.
 
-    Room for `room` tokens of each of `batch` sequences in each layer: [batch, Hkv, room, D]. With
-    a memory, batch is a multiple of its sequences: the first of them serves the first batch / B.
+    Each layer has room for `room` tokens of each of `batch` sequences: [batch, Hkv, room, D]. With
+    a memory of B sequences, batch is a multiple of B: the first of them serves the first batch / B.
     """
 
     def __init__(self, model: Transformer, memory: Memory | None, batch: int, room: int) -> None:
@@ -236,14 +236,14 @@ class Cache:
             self.known.append(None if memory is None else block.cross_attention.keys_values(memory))
         device = next(model.parameters()).device
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.longest = 0  # at least max(lengths), without looking at them
+        self.longest = 0  # an upper bound of lengths, known without reading the tensor
 
     def advance(self, lengths: Tensor | int, longest: int) -> None:
         self.lengths = self.lengths + lengths
         self.longest += longest
 
     def reorder(self, rows: Tensor) -> None:
-        """Sequence b goes on where sequence rows[b] was; there may be more or fewer than before."""
+        """Sequence b continues sequence rows[b]; the number of sequences may change."""
         self.lengths = self.lengths[rows]
         for layer in self.layers:
             layer.reorder(rows, self.longest)
@@ -253,7 +253,7 @@ class Cache:
 
 
 class Projections(nn.Module):
-    """What both attentions have: W_q, W_k, W_v and W_o, heads, and `attend` between them."""
+    """The parts of both kinds of attention: W_q, W_k, W_v, W_o, heads, and `attend`."""
 
     def __init__(self, config: Config, attention: str) -> None:
         super().__init__()
@@ -307,8 +307,8 @@ class CrossAttention(Projections):
     ) -> Tensor:
         """known: `keys_values` of memory, if they were computed before.
 
-        Several sequences per memory, as in a beam, are more queries of the same keys: nothing is
-        copied for them.
+        Several sequences per memory, as in beam search, become more queries of the same keys, so
+        nothing is copied for them.
         """
         q = heads_inward(self.split(self.query(x)))
         k, v = self.keys_values(memory) if known is None else (known.key, known.value)
@@ -385,8 +385,8 @@ class Stack(nn.Module):
 class Transformer(nn.Module):
     """Encoder, decoder or both, as config says.
 
-    attention: "fused", "sdpa" or "naive"; `use_attention` changes it. front: what makes [B, S, dim]
-    of the encoder's inputs where these are no tokens (sound, images).
+    attention: "fused", "sdpa" or "naive"; `use_attention` changes it. front: the module that turns
+    the encoder's inputs into [B, S, dim] if they are not tokens (sound, images).
     """
 
     def __init__(
@@ -420,7 +420,7 @@ class Transformer(nn.Module):
             nn.init.normal_(module.weight, std=self.config.dim**-0.5)
 
     def use_attention(self, attention: str) -> Transformer:
-        """Computes attention in this way from now on, with the same weights."""
+        """Computes attention in this way from now on, with the same parameters."""
         if attention not in IMPLEMENTATIONS:
             wrong_value("attention", f"one of {', '.join(IMPLEMENTATIONS)}", repr(attention))
         for module in self.modules():
@@ -429,7 +429,7 @@ class Transformer(nn.Module):
         return self
 
     def encode(self, source: Tensor, layout: Layout | None = None) -> Memory:
-        """The encoder's hidden states of source: tokens [B, S] or [T], or what `front` takes."""
+        """Returns the hidden states of source: tokens [B, S] or [T], or the input of `front`."""
         if self.encoder is None:
             wrong_value("source", "nothing: this model has no encoder", "a tensor")
         layout = layout or Padded()
@@ -439,7 +439,7 @@ class Transformer(nn.Module):
     def decode(
         self, tokens: Tensor, layout: Layout | None = None, memory: Memory | None = None
     ) -> Tensor:
-        """Logits of the token after each of tokens ([B, S] or [T]): [..., vocab_size]."""
+        """Returns the logits of the token after each token ([B, S] or [T]): [..., vocab_size]."""
         if self.decoder is None:
             wrong_value("tokens", "nothing: this model has no decoder", "a tensor")
         self._check_memory(memory)
@@ -452,7 +452,7 @@ class Transformer(nn.Module):
         source: Tensor | None = None,
         source_layout: Layout | None = None,
     ) -> Tensor:
-        """`decode` of tokens, with the memory that `encode` makes of source if there is one."""
+        """Decodes tokens, with the encoded source if there is one."""
         memory = None if source is None else self.encode(source, source_layout)
         return self.decode(tokens, layout, memory)
 
@@ -468,7 +468,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def start(self, memory: Memory | None, batch: int, room: int) -> Cache:
-        """An empty cache for `batch` sequences of at most `room` tokens."""
+        """Returns an empty cache for `batch` sequences of at most `room` tokens."""
         if self.decoder is None:
             wrong_value("memory", "nothing: this model has no decoder", memory)
         self._check_memory(memory)
@@ -476,9 +476,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def step(self, tokens: Tensor, cache: Cache, lengths: Tensor | None = None) -> Tensor:
-        """Appends tokens [B, S], and gives the logits of what comes next: [B, vocab_size].
+        """Appends tokens [B, S], and returns the logits of the next token: [B, vocab_size].
 
-        lengths: int32 [B], how many of the S are there, at least 1; the rest is padding.
+        lengths: int32 [B], the number of tokens in each row, at least 1; the rest is padding.
         """
         assert self.decoder is not None
         layout = Cached(cache.lengths, cache.longest)

@@ -1,1 +1,1 @@
-"""The command line, and what its commands run: verify, bench, tune."""
+"""The command line, and the code of its commands: verify, bench, tune and others."""

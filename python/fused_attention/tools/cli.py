@@ -1,13 +1,16 @@
-"""python -m fused_attention doctor | explain | features | verify | bench | tune, and for models.
+"""The command line: python -m fused_attention COMMAND.
 
-doctor    what this machine has and what is in force; 0 if a fast backend is usable here, else 1
-explain   how a call of a given shape is served, and why not faster
-features  the capability table, in Markdown
-verify    the correctness matrix, of ours or somebody else's; 0 if all is right, else 1
-bench     ours, PyTorch's, FlexAttention and somebody else's on the table of shapes
-tune      the tile sizes that are fastest on this GPU, as rows of kernels/tiles.py
+doctor    prints what this machine and build have; exits with 0 if a fast backend is usable here,
+          else with 1
+explain   prints what serves a call of a given shape, and why each preferred backend refuses it
+features  prints the capability table in Markdown
+verify    runs the correctness matrix on our kernels or another function; exits with 0 if all
+          is right, else with 1
+bench     times our kernels, PyTorch's, FlexAttention and another function on the table of shapes
+tune      measures the fastest tile sizes on this GPU, and prints them as rows of kernels/tiles.py
 
-fetch, train, translate, summarize, generate, transcribe and embed are in models/commands.py.
+The commands fetch, train, translate, summarize, generate, transcribe and embed are in
+model_commands.py.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 def diagnose() -> dict[str, Any]:
-    """What `doctor` prints, as data."""
+    """Returns what `doctor` prints, as data."""
     return {
         "fused_attention": __version__,
         "python": platform.python_version(),
@@ -96,7 +99,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
     else:
         print_diagnosis(report)
-    backends.requested("auto")  # complains about FUSED_ATTENTION_BACKEND
+    backends.requested("auto")  # raises if FUSED_ATTENTION_BACKEND is invalid
     usable = [name for name, state in report["backends"].items() if state["usable"]]
     return 0 if usable != [REFERENCE.name] else 1
 
@@ -131,7 +134,7 @@ def seconds(text: str) -> float:
 
 
 def new_file(text: str) -> str:
-    """Told before minutes of work, not after them."""
+    """Checks the path now, rather than after minutes of work."""
     folder = os.path.dirname(text) or "."
     if not os.path.isdir(folder) or os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
@@ -259,35 +262,35 @@ def tune(arguments: argparse.Namespace) -> int:
 
 def add_implementation(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--impl", metavar="MODULE:FUNCTION", help="somebody else's, with attention()'s keywords")
-    add("--signature", choices=("attention", "sdpa"), help="of --impl; default: as inspected")
-    add("--json", type=new_file, metavar="FILE", help="write the result there")
+    add("--impl", metavar="MODULE:FUNCTION", help="another function to run; see --signature")
+    add("--signature", choices=("attention", "sdpa"), help="how to call --impl; else inspected")
+    add("--json", type=new_file, metavar="FILE", help="write the result to this file")
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m fused_attention", description="What this machine has, how calls are served."
+        prog="python -m fused_attention", description="Inspects, checks and times attention."
     )
     commands = top.add_subparsers(required=True, metavar="command")
 
-    command = commands.add_parser("doctor", help="what this machine has and what is in force")
-    command.add_argument("--json", action="store_true", help="as JSON")
+    command = commands.add_parser("doctor", help="shows what this machine and build have")
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=doctor)
 
-    command = commands.add_parser("explain", help="how a call is served, and why not faster")
+    command = commands.add_parser("explain", help="shows what serves a call, and why")
     add = command.add_argument
-    add("--shape", type=query_shape, required=True, metavar="B,Hq,Sq,D", help="of query")
-    add("--kv-heads", type=size, metavar="Hkv", help="default: Hq")
+    add("--shape", type=query_shape, required=True, metavar="B,Hq,Sq,D", help="shape of query")
+    add("--kv-heads", type=size, metavar="Hkv", help="key heads; default: Hq")
     add("--sk", type=size, metavar="Sk", help="keys; default: Sq")
     add("--dv", type=size, metavar="Dv", help="value's head_dim; default: D")
     add("--dtype", choices=DTYPE_NAMES, default="float32")
     add("--device", type=device, default="cpu")
     add("--causal", choices=("top_left", "bottom_right"), nargs="?", const="top_left")
-    add("--window", type=int, nargs=2, default=(-1, -1), metavar=("LEAVE", "RIGHT"))
+    add("--window", type=int, nargs=2, default=(-1, -1), metavar=("LEFT", "RIGHT"))
     for name, default in NUMBERS.items():
         add("--" + name.replace("_", "-"), type=float, default=default)
-    add("--mask", type=shape, metavar="SHAPE", help="bool mask, say 1,1,128,128")
-    add("--bias", type=shape, metavar="SHAPE", help="additive bias")
+    add("--mask", type=shape, metavar="SHAPE", help="of a boolean mask, such as 1,1,128,128")
+    add("--bias", type=shape, metavar="SHAPE", help="of an additive bias")
     add("--bias-grad", action="store_true", help="the bias needs a gradient")
     add("--key-padding", action="store_true")
     add("--alibi", action="store_true")
@@ -297,31 +300,31 @@ def parser() -> argparse.ArgumentParser:
     add("--backend", default="auto")
     command.set_defaults(run=explain_shape)
 
-    command = commands.add_parser("features", help="the capability table, in Markdown")
+    command = commands.add_parser("features", help="prints the capability table in Markdown")
     command.set_defaults(run=features)
 
-    command = commands.add_parser("verify", help="is it right? the correctness matrix")
+    command = commands.add_parser("verify", help="is it right? runs the correctness matrix")
     add = command.add_argument
     add("--quick", action="store_true", help="single features and pairs only")
-    add("--backend", help="only this one of ours")
-    add("--isa", help="only this instruction set of the backend cpu")
+    add("--backend", help="check only this backend")
+    add("--isa", help="check only this instruction set of the backend cpu")
     add("--forward-only", action="store_true", help="no gradients")
     add_implementation(command)
     command.set_defaults(run=verify)
 
-    command = commands.add_parser("bench", help="how fast is it? ours beside others")
+    command = commands.add_parser("bench", help="how fast is it? times ours beside others")
     add = command.add_argument
     add("--quick", action="store_true", help="small cases, under three minutes")
-    add("--seconds", type=seconds, help="of measurement for each case; default: 3, 1 if --quick")
-    add("--threads", type=threads, help="default: as torch")
+    add("--seconds", type=seconds, help="spent on each case; default: 3, or 1 with --quick")
+    add("--threads", type=threads, help="default: those of torch")
     add_implementation(command)
     command.set_defaults(run=bench)
 
-    command = commands.add_parser("tune", help="the fastest tile sizes on this GPU")
+    command = commands.add_parser("tune", help="measures the fastest tile sizes on this GPU")
     add = command.add_argument
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--head-dims", type=int, nargs="+", choices=(64, 128, 256), default=(64, 128, 256))
-    add("--json", type=new_file, metavar="FILE", help="write the result there")
+    add("--json", type=new_file, metavar="FILE", help="write the result to this file")
     command.set_defaults(run=tune)
 
     add_commands(commands)

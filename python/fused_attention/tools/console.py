@@ -1,5 +1,5 @@
-"""What the commands show and write: aligned tables, progress on a terminal (with rich, where it
-is), files of results."""
+"""Output of the commands: aligned tables, progress on a terminal (by rich if it is installed), and
+files of results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from ..errors import ArgumentValueError
 
-Progress = Callable[[str], None]  # called after each step, with what comes next
+Progress = Callable[[str], None]  # called after each step, with the text to show
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned, the first to the left, the others to the right."""
+    """Aligns the columns: the first to the left, the others to the right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
@@ -30,9 +30,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Progress]:
-    """A bar on stderr if that is a terminal: rich's if it can be imported, else a plain one.
+    """Shows a bar on stderr if that is a terminal: rich's if it can be imported, else a plain one.
 
-    Nothing is drawn in between steps: no thread disturbs what is timed.
+    The bar is drawn only by its steps, so that no thread disturbs what is timed.
     """
     if not sys.stderr.isatty():
         yield lambda text: None

@@ -1,7 +1,8 @@
-"""Somebody's attention, by name: what `verify` checks and `bench` measures beside ours.
+"""Loads another implementation of attention, which `verify` checks and `bench` times beside ours.
 
-`module:function` with one of two signatures: `attention()`'s keywords, any subset of them, or those
-of PyTorch's `scaled_dot_product_attention`. What a signature lacks is not asked for.
+It is named `module:function` and has one of two signatures: any subset of the keywords of
+`attention()`, or those of PyTorch's `scaled_dot_product_attention`. Calls that need a keyword which
+it lacks raise NotOffered.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from ..call.options import DEFAULTS as OPTIONS
 from ..errors import ArgumentValueError
 
 SIGNATURES = ("attention", "sdpa")
-# What attention() does without the keyword: then it need not be passed.
+# The defaults of attention(). An option at its default is not passed.
 DEFAULTS = {name: x for name, x in OPTIONS._asdict().items() if x is not None}
 
 
 class NotOffered(Exception):
-    """A call that the implementation does not claim to serve; the reason."""
+    """The implementation does not support a call; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Implementation:
         return self.keywords is None or keyword in self.keywords
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-        """The result, (out, lse) if return_lse was asked for; NotOffered if it has no such call."""
+        """Returns out, or (out, lse) with return_lse. Raises NotOffered for an unsupported call."""
         options = {
             name: option
             for name, option in options.items()
@@ -71,7 +72,10 @@ def sdpa_options(
     dropout_p: float = 0.0,
     **others: Any,
 ) -> dict[str, Any]:
-    """The keywords of PyTorch's scaled_dot_product_attention for these of `attention()`."""
+    """Translates keywords of `attention()` into those of scaled_dot_product_attention.
+
+    Raises NotOffered for a call that it does not support.
+    """
     for name in others:
         raise NotOffered(f"no {name}")
     if key_padding_mask is not None:
@@ -98,7 +102,7 @@ def sdpa_options(
 
 
 def load(name: str, signature: str | None = None) -> Implementation:
-    """The function that `module:function` names; modules of the current directory too."""
+    """Loads the function `module:function`; modules may also be in the current directory."""
     module_name, _, path = name.partition(":")
     if not module_name or not path:
         raise ArgumentValueError(f"--impl: expected module:function, got {name!r}")

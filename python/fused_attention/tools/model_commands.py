@@ -1,5 +1,5 @@
-"""The commands for what people use a transformer for: fetch, train, translate, summarize, generate,
-transcribe, embed. `cli.py` has the others; here is no import that takes long until one runs.
+"""The commands that use a transformer: fetch, train, translate, summarize, generate, transcribe,
+embed. `cli.py` has the other commands. Imports that take long are delayed until a command runs.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ TASK_NAMES = ("translate", "summarize", "lm", "classify", "caption")
 
 
 class CommandError(Exception):
-    """Something is missing or can't be had: one line, exit code 1."""
+    """Something is missing: the command prints one line and exits with 1."""
 
 
 def guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Says in one line what is missing."""
+    """Turns the error of a missing module or file into a CommandError of one line."""
 
     def run(arguments: argparse.Namespace) -> int:
         try:
@@ -75,7 +75,7 @@ def train_task(arguments: argparse.Namespace) -> int:
 
         def after_step(number: int, history: Any) -> None:
             nonlocal shown
-            for _ in range(number - shown):  # more than one where a run goes on
+            for _ in range(number - shown):  # more than one step if a run is resumed
                 step(f"step {number}, loss {history.losses[-1]:.3f}")
             shown = number
 
@@ -96,11 +96,11 @@ def train_task(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# -- Using what was trained ----------------------------------------------------------------------
+# -- Using a trained model -----------------------------------------------------------------------
 
 
 def write_with_run(arguments: argparse.Namespace) -> int:
-    """translate, summarize."""
+    """Runs the commands translate and summarize."""
     from ..models.tasks import ends, load_run, write
 
     model, tokenizer, _ = load_run(arguments.run_directory, arguments.attention)
@@ -115,7 +115,7 @@ def write_with_run(arguments: argparse.Namespace) -> int:
 def _show_attention(
     model: Any, tokenizer: Any, arguments: argparse.Namespace, written: str, begin: int, end: int
 ) -> None:
-    """Of the first text: what each written token looked at."""
+    """Draws what each written token of the first text attended to."""
     import torch
 
     from ..models.maps import attention_maps
@@ -124,7 +124,7 @@ def _show_attention(
 
     source = [*encode(tokenizer, arguments.texts[0]), end]
     target = [*encode(tokenizer, written), end]
-    # The query that writes a token stands at the one before it.
+    # The query that predicts a token is at the position before it.
     inputs = torch.tensor([[begin, *target[:-1]]])
     maps = attention_maps(model, inputs, None, torch.tensor([source]))
     read, said = ([tokenizer.id_to_token(token) for token in side] for side in (source, target))
@@ -215,7 +215,7 @@ def positive(text: str) -> int:
 
 
 def add_commands(commands: Any) -> None:
-    """To the subparsers of `cli.py`."""
+    """Adds the commands to the subparsers of `cli.py`."""
 
     def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> Any:
         made = commands.add_parser(name, help=help)
@@ -223,42 +223,42 @@ def add_commands(commands: Any) -> None:
         return made.add_argument
 
     def add_attention(add: Any) -> None:
-        add("--attention", choices=IMPLEMENTATIONS, default="fused", help="computed by")
+        add("--attention", choices=IMPLEMENTATIONS, default="fused", help="how it is computed")
 
-    add = command("fetch", "real weights and texts; without a name, which", fetch_sources)
+    add = command("fetch", "downloads models and texts; without a name, lists them", fetch_sources)
     add("names", nargs="*", choices=[*SOURCES, []], metavar="NAME")
 
-    add = command("train", "a model on real texts, or on drawn images", train_task)
+    add = command("train", "trains a model on real texts or on drawn images", train_task)
     add("task", choices=TASK_NAMES)
-    add("--out", type=Path, metavar="DIR", help="of the run; default: runs/TASK")
+    add("--out", type=Path, metavar="DIR", help="directory of the run; default: runs/TASK")
     add("--from", dest="language", choices=("de", "fr"), default="de", help="translate: from")
-    add("--model", choices=("transformer", "lstm"), default="transformer", help="translate")
-    add("--pretrained", action="store_true", help="summarize, classify: starts from MiniLM")
+    add("--model", choices=("transformer", "lstm"), default="transformer", help="for translate")
+    add("--pretrained", action="store_true", help="summarize, classify: start from MiniLM")
     add_attention(add)
     add("--seed", type=int, default=0)
     add("--steps", type=positive, default=860)
-    add("--seconds", type=float, default=math.inf, help="of training, at most")
-    add("--tokens", type=positive, default=1600, help="of a batch, padding included")
+    add("--seconds", type=float, default=math.inf, help="training time, at most")
+    add("--tokens", type=positive, default=1600, help="per batch, padding included")
     add("--peak", type=float, help="the largest learning rate; default: the task's")
     add("--dropout", type=float, default=0.1)
     add("--packed", action="store_true", help="batches without padding")
-    add("--examples", type=positive, help="of training, at most: for trying out")
+    add("--examples", type=positive, help="training examples, at most; for a trial")
 
     for name, verb in (("translate", "translates"), ("summarize", "summarizes")):
-        add = command(name, f"{verb} texts with what `train {name}` made", write_with_run)
+        add = command(name, f"{verb} texts with the model of `train {name}`", write_with_run)
         add("texts", nargs="+", metavar="TEXT")
         where = Path("runs") / name
         add("--run", dest="run_directory", type=Path, default=where, metavar="DIR")
         add("--beams", type=positive, default=4)
         add("--page", metavar="HTML", help="also a page to browse the attention of the first text")
-        add("--heat-map", metavar="PNG", help="also its cross attention")
+        add("--heat-map", metavar="PNG", help="also draw its cross attention")
         add_attention(add)
 
     add = command("generate", "answers or goes on with a text (SmolLM2, or a run)", generate_text)
     add("text", metavar="TEXT")
-    add("--run", dest="run_directory", type=Path, metavar="DIR", help="of `train lm`")
+    add("--run", dest="run_directory", type=Path, metavar="DIR", help="a run of `train lm`")
     add("--plain", action="store_true", help="go on with the text, instead of answering it")
-    add("--tokens", type=positive, default=100, help="at most")
+    add("--tokens", type=positive, default=100, help="new tokens, at most")
     add("--temperature", type=float, default=0.0, help="0, the default: the likeliest token")
     add("--top-k", type=positive)
     add("--top-p", type=float, default=1.0)
@@ -266,12 +266,12 @@ def add_commands(commands: Any) -> None:
     add("--seed", type=int, default=0)
     add_attention(add)
 
-    add = command("transcribe", "what is said in WAV files (Whisper base)", transcribe)
+    add = command("transcribe", "writes what is said in WAV files (Whisper base)", transcribe)
     add("files", nargs="+", metavar="WAV", help="16 kHz, 16 bits, one channel, up to 30 seconds")
-    add("--alignment", metavar="PNG", help="also when each token was said, of the last file")
+    add("--alignment", metavar="PNG", help="also draw when each token of the last file was said")
     add_attention(add)
 
-    add = command("embed", "how similar sentences are (all-MiniLM-L6-v2)", embed)
+    add = command("embed", "shows how similar sentences are (all-MiniLM-L6-v2)", embed)
     add("texts", nargs="+", metavar="TEXT")
-    add("--json", metavar="FILE", help="also the embeddings")
+    add("--json", metavar="FILE", help="also write the embeddings")
     add_attention(add)

@@ -2,10 +2,10 @@
 
 A `Case` describes a call; `make_inputs` draws its tensors; `exact` gives the answer in float64 from
 `reference.py`; `naive` gives the answer of the same maths done plainly in the inputs' dtype; and
-`mismatches` applies the correctness rule: an error, in max and in rms, of at most twice the naive
-one plus four units in the last place of the largest (or rms) exact value. Gradients of logits
-sum to zero over a row, so dbias, where it is a sum of them, is granted one unit of the sum of their
-magnitudes.
+`mismatches` applies the correctness rule: the maximum and the rms of an error may be twice those of
+the naive error, plus four units in the last place of the largest (or rms) exact value. Gradients of
+logits sum to zero over a row, so the sums in dbias and dsinks cancel: these may be off by one more
+unit in the last place of the sum of the magnitudes of their terms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Results = dict[str, Tensor]  # out, lse and the gradients, by name
 
 @contextlib.contextmanager
 def cpu_isa(name: str) -> Iterator[None]:
-    """The CPU kernels of one instruction set for a while: "avx512", "avx2", "baseline", "auto"."""
+    """Inside, the CPU kernels are those of `name`: "avx512", "avx2", "baseline" or "auto"."""
     before = _native.active_isa()
     _native.set_isa(name)
     try:
@@ -40,7 +40,7 @@ def cpu_isa(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def num_threads(count: int) -> Iterator[None]:
-    """So many threads of torch for a while."""
+    """Inside, torch uses `count` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -51,7 +51,7 @@ def num_threads(count: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """A call of `attention()`, without its tensors. Names as there; shapes are broadcast shapes."""
+    """A call of `attention()` without its tensors, by the names of its arguments."""
 
     dtype: torch.dtype = torch.float32
     B: int = 2
@@ -65,25 +65,25 @@ class Case:
     window_size: tuple[int, int] = (-1, -1)
     mask: str | None = None  # a broadcast shape such as "1H1K", see `broadcast_shape`
     bias: str | None = None
-    bias_dtype: torch.dtype | None = None  # None: as dtype
+    bias_dtype: torch.dtype | None = None  # None: dtype
     key_padding: bool = False
     scale: float | None = None
     softcap: float = 0.0
     alibi: str | None = None  # "H" or "BH"
     sinks: bool = False
     dropout_p: float = 0.0
-    layout: str = "BHSD"  # memory order; "BSHD", or "strided": last stride 2
+    layout: str = "BHSD"  # memory format: "BHSD", "BSHD", or "strided" (last stride 2)
     seed: int = 0
 
     def broadcast_shape(self, letters: str) -> tuple[int, ...]:
-        """ "1HQ1" is (1, Hq, Sq, 1)."""
+        """Returns the sizes that the letters stand for: (1, Hq, Sq, 1) for "1HQ1"."""
         sizes = {"B": self.B, "H": self.Hq, "Q": self.Sq, "K": self.Sk, "1": 1}
         return tuple(sizes[letter] for letter in letters)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of a call: what is differentiated, the other options, and the incoming gradients."""
+    """The tensors of a call: differentiable inputs, other options, and incoming gradients."""
 
     tensors: Results  # query, key, value and, where used, bias and sinks
     options: dict[str, Any]
@@ -97,7 +97,7 @@ class Inputs:
         return {names.get(name, name): option for name, option in self.options.items()}
 
     def differentiable(self, dtype: torch.dtype | None = None) -> Results:
-        """Fresh leaves, cast to `dtype` if given (sinks are never below float32)."""
+        """Returns new leaves, cast to `dtype` if given (sinks are never below float32)."""
         return {
             name: x.detach().to(dtype or x.dtype).requires_grad_()
             for name, x in self.tensors.items()
@@ -105,7 +105,7 @@ class Inputs:
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values in another memory order."""
+    """Returns the same values in another memory format."""
     if layout == "BSHD":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "strided":
@@ -116,7 +116,7 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Normal random tensors, about 40 % of a mask and 30 % of the padding hidden."""
+    """Draws normal random tensors; a mask hides about 40 %, key padding about 30 %."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def randn(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
@@ -160,7 +160,7 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def _differentiate(out: Tensor, lse: Tensor, leaves: Results, inputs: Inputs) -> Results:
-    """Results of a call, with the gradients of sum(out * grad_out) + sum(lse * grad_lse)."""
+    """Returns a call's results and the gradients of sum(out * grad_out) + sum(lse * grad_lse)."""
     # A row that sees nothing has lse = -inf, whose gradient has no meaning.
     grad_lse = inputs.grad_lse.to(lse.dtype).masked_fill(lse.detach().isinf(), 0.0)
     gradients = torch.autograd.grad(
@@ -171,29 +171,29 @@ def _differentiate(out: Tensor, lse: Tensor, leaves: Results, inputs: Inputs) ->
 
 
 def run(inputs: Inputs, **options: Any) -> Results:
-    """`attention()` forward and backward on these inputs."""
+    """Runs `attention()` forward and backward on these inputs."""
     leaves: dict[str, Any] = inputs.differentiable()
     out, lse = attention(**leaves, **inputs.keywords, return_lse=True, **options)
     return _differentiate(out, lse, leaves, inputs)
 
 
 def exact(inputs: Inputs) -> Results:
-    """The definition, in float64."""
+    """Runs the definition, `reference.py`, forward and backward in float64."""
     leaves: dict[str, Any] = inputs.differentiable(torch.float64)
     out, lse = reference.attention_reference(**leaves, **inputs.options, return_lse=True)
     return _differentiate(out, lse, leaves, inputs)
 
 
 def naive(inputs: Inputs) -> tuple[Results, Results]:
-    """The maths done plainly, in two orders of summation: a lucky one must not set the bar."""
+    """Runs the plain maths in two orders of summation, because one may be accurate by luck."""
     return _naive(inputs, backwards=False), _naive(inputs, backwards=True)
 
 
 def _naive(inputs: Inputs, backwards: bool) -> Results:
-    """Whole matrices in the inputs' dtype, FlashAttention-2's formulas (Dao 2023, Algorithm 2).
+    """Computes whole matrices in the inputs' dtype: FlashAttention-2 (Dao 2023, Algorithm 2).
 
-    16-bit inputs: products accumulate and the softmax runs in float32; weights, their gradient and
-    the results are rounded once.
+    With 16-bit inputs, products accumulate and the softmax runs in float32; weights, their gradient
+    and the results are rounded once.
     """
     tensors, options = inputs.tensors, inputs.options
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
@@ -206,7 +206,7 @@ def _naive(inputs: Inputs, backwards: bool) -> Results:
     def rounded(x: Tensor) -> Tensor:
         return x.to(dtype).to(accumulated)
 
-    # Every sum of products and the softmax's, from the first term or from the last
+    # All sums, of products and of the softmax, run from the first term or from the last.
     def turned(x: Tensor, *dims: int) -> Tensor:
         return x.flip(dims) if backwards else x
 
@@ -243,7 +243,7 @@ def _naive(inputs: Inputs, backwards: bool) -> Results:
     dropped = rounded(p * kept)
     out = rounded(product(dropped, v))
 
-    # As the backward meets them: from lse, and from the rounded output
+    # A backward computes p from lse, and delta from the rounded output.
     p = torch.exp(torch.where(seen, s, -math.inf) - lse.unsqueeze(-1)).nan_to_num(0.0)
     grad_lse = inputs.grad_lse.masked_fill(lse.isinf(), 0.0).unsqueeze(-1)
     delta = turned(do * out, -1).sum(-1, keepdim=True) - grad_lse
@@ -264,17 +264,21 @@ def _naive(inputs: Inputs, backwards: bool) -> Results:
         results["magnitude of dbias"] = dlogits.abs().sum_to_size(bias.shape)
     if sinks is not None:
         weight = torch.exp(sinks.view(-1, 1, 1) - lse.unsqueeze(-1))
-        results["dsinks"] = -(weight.nan_to_num(0.0) * delta).sum((0, 2, 3))
+        weight = weight.nan_to_num(0.0)
+        results["dsinks"] = -(weight * delta).sum((0, 2, 3))
+        terms = turned((do * out).abs(), -1).sum(-1, keepdim=True) + grad_lse.abs()
+        results["magnitude of dsinks"] = (weight * terms).sum((0, 2, 3))
     return results
 
 
-# Of the last place, for the floor below; float64 is compared with itself in another order of sums.
+# The relative error that is always allowed: four units in the last place. float64 is allowed more,
+# because the exact answer, in another order of sums, has rounding errors of its own.
 FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES} | {torch.float64: 1e-13}
 
 
 @dataclass(frozen=True)
 class Error:
-    """How far one result is off, in one measure, and what it was allowed."""
+    """The error of one result by one measure, and how large it may be."""
 
     result: str
     measure: str  # "max", "rms"; "shape", "dtype" or "NaN and infinity", which are right or wrong
@@ -288,7 +292,7 @@ class Error:
 
     @property
     def ratio(self) -> float:
-        """Wrong above 1."""
+        """Returns error / allowed; above 1 the result is wrong."""
         if self.error == 0:
             return 0.0
         return self.error / self.allowed if self.allowed and self.error == self.error else math.inf
@@ -301,9 +305,10 @@ def _wrong(result: str, measure: str, message: str) -> Error:
 def errors(
     got: Results, exact: Results, naive: tuple[Results, ...], factor: float = 2.0
 ) -> Iterator[Error]:
-    """The correctness rule's measures of `got`, which may lack some of the results.
+    """Yields the errors of `got`, which may lack some of the results, by the correctness rule.
 
-    factor: of the naive error. Among thousands of random cases a few exceed twice it by chance.
+    factor: how many times the naive error is allowed. Among thousands of random cases a few exceed
+    twice the naive error by chance.
     """
     for name, want in exact.items():
         if name not in got:
@@ -335,11 +340,11 @@ def errors(
         }
         for measure, of in measures.items():
             error, naive_error = of(mine - want), max(of(x - want) for x in plain)
-            # A relative error of the denominator is an absolute one of lse, its logarithm.
+            # A relative error of the denominator is an absolute error of lse, its logarithm.
             size = max(of(want), 1.0) if name == "lse" else of(want)
             allowed = factor * naive_error + floor * size
-            if name == "dbias":
-                allowed += floor / 4 * of(naive[0]["magnitude of dbias"])
+            if f"magnitude of {name}" in naive[0]:
+                allowed += floor / 4 * of(naive[0][f"magnitude of {name}"])
             message = f"{name}: {measure} error {error:.3g}, allowed {allowed:.3g}"
             yield Error(name, measure, error, allowed, message)
 
@@ -347,18 +352,18 @@ def errors(
 def mismatches(
     got: Results, exact: Results, naive: tuple[Results, ...], factor: float = 2.0
 ) -> list[str]:
-    """Every way in which `got` breaks the correctness rule; empty if it keeps it."""
+    """Returns a message for each way in which `got` breaks the correctness rule."""
     missing = [f"{name}: missing" for name in exact if name not in got]
     return missing + [e.message for e in errors(got, exact, naive, factor) if e.is_wrong]
 
 
-# An error up to CHANCE times the allowed one may be one by chance: the naive one is a matter of
-# luck as well. Then other inputs decide.
+# An error of up to CHANCE times the allowed one may be chance, since the naive error varies too.
+# Then other inputs decide, in at most DRAWS draws altogether.
 CHANCE, DRAWS = 3.0, 3
 
 
 def luck_aside(check_draw: Callable[[int], list[str] | None]) -> list[str]:
-    """What is wrong with draw 0; if that may be chance (None), with the DRAWS - 1 after it."""
+    """Returns the faults of draw 0 or, if they may be chance (None), of the DRAWS - 1 after it."""
     wrong = check_draw(0)
     if wrong is not None:
         return wrong
@@ -371,8 +376,10 @@ def check_answers(
     answer: Callable[[Case], tuple[Results, Results, tuple[Results, ...]]],
     factor: float = 2.0,
 ) -> list[str]:
-    """`mismatches` of what `answer` gives for the case: got, exact and naive results. A near miss
-    is repeated with other inputs, all of which must pass."""
+    """Returns the `mismatches` of the results (got, exact, naive) that `answer` gives for the case.
+
+    A near miss is repeated with other inputs, all of which must pass.
+    """
 
     def draw(number: int) -> list[str] | None:
         got, want, plain = answer(replace(case, seed=case.seed + number * 1_000_000))
@@ -384,7 +391,7 @@ def check_answers(
 
 
 def check(case: Case, factor: float = 2.0, **options: Any) -> list[str]:
-    """`check_answers` of `attention()` for one case."""
+    """Runs `check_answers` on `attention()` for one case."""
 
     def answer(case: Case) -> tuple[Results, Results, tuple[Results, ...]]:
         inputs = make_inputs(case)
@@ -395,7 +402,7 @@ def check(case: Case, factor: float = 2.0, **options: Any) -> list[str]:
 
 # -- The matrix --------------------------------------------------------------------------
 
-# (B, Hq, Hkv, Sq, Sk, D, Dv), no multiples of anything: tiles are 48, 24, 12 or 6 queries, 96 keys.
+# (B, Hq, Hkv, Sq, Sk, D, Dv). Tiles are 48, 24, 12 or 6 queries by 96 keys: no multiples of these.
 SHAPES = {
     "tiny": (1, 1, 1, 1, 1, 1, 1),
     "decode": (2, 4, 2, 1, 197, 32, 32),
@@ -425,14 +432,14 @@ AXES: dict[str, list[Any]] = {
 
 
 def case_of(values: Sequence[Any], seed: int) -> Case:
-    """The case with one value for each of AXES."""
+    """Returns the case that has these values, one for each of AXES."""
     options = dict(zip(AXES, values, strict=True))
     B, Hq, Hkv, Sq, Sk, D, Dv = SHAPES[options.pop("shape")]
     return Case(B=B, Hq=Hq, Hkv=Hkv, Sq=Sq, Sk=Sk, D=D, Dv=Dv, **options, seed=seed)
 
 
 def single_features() -> list[Case]:
-    """Each value of each axis alone, in float32: what a fault is easiest told from."""
+    """Returns a case for each value of each axis, all else plain: these name a fault best."""
     plain = [values[0] for values in AXES.values()]
     plain[0] = "ragged"
     cases: dict[tuple[Any, ...], None] = {}
@@ -443,10 +450,10 @@ def single_features() -> list[Case]:
 
 
 def pairs_of_features() -> list[Case]:
-    """A covering set: every two values of two different axes meet in some case. Deterministic.
+    """Returns a covering set: any two values of two axes meet in some case. Deterministic.
 
-    Greedy (Cohen et al. 1997, "The AETG System"): a row starts with a pair that is missing, and
-    takes on each other axis, in random order, the value that covers most of what is missing.
+    Greedy (Cohen et al. 1997, "The AETG System"): a row starts with a missing pair, and takes
+    on each other axis, in random order, the value that covers the most missing pairs.
     """
     shuffled = random.Random(2)
     sizes = [len(values) for values in AXES.values()]
@@ -455,7 +462,7 @@ def pairs_of_features() -> list[Case]:
     def pair(a: tuple[int, int], b: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         return (a, b) if a < b else (b, a)
 
-    missing = {  # of (axis, number of its value); a dict, for its order
+    missing = {  # pairs of (axis, index of its value); a dict keeps their order
         ((a, i), (b, j)): None
         for b in range(count)
         for a in range(b)
@@ -483,7 +490,7 @@ def pairs_of_features() -> list[Case]:
 
 
 def random_features(count: int, seed: int) -> Iterator[Case]:
-    """Cases drawn from all combinations."""
+    """Yields cases drawn from all combinations."""
     choose = random.Random(seed).choice
     for number in range(count):
         yield case_of([choose(values) for values in AXES.values()], 1000 * seed + number)

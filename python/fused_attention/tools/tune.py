@@ -1,8 +1,8 @@
 """Measures the tile sizes of the Triton attention kernels on a GPU, for `kernels/tiles.py`.
 
-Each kernel alone, at each head size, on a causal and on a full problem of some thousand tokens; the
-best is the one with the least sum of the two, each relative to the fastest in that problem. What
-does not compile, does not fit or gives another result than the present tiles is left out.
+Each kernel is timed alone, at each head size, on a causal and on a full problem. The best tiles
+have the least sum of the two times, each relative to the fastest time of its problem. Tiles that do
+not compile, do not fit, or give another result than the tiles in the table are left out.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ SEQLEN, TOKENS = 4096, 16384
 
 @dataclass(frozen=True)
 class Tuned:
-    """microseconds: of the best tiles, on the causal and on the full problem; before: of the tiles
-    in the table now."""
+    """The best tiles of a kernel at one head size.
+
+    microseconds: their times on the causal and on the full problem. before: the times of the tiles
+    in the table now.
+    """
 
     kernel: str
     head_dim: int
@@ -40,19 +43,19 @@ class Tuned:
     before: tuple[float, float]
 
 
-# -- What is tried, and which is best ------------------------------------------------------
+# -- Candidates, and the best of them ------------------------------------------------------
 
 
 def shared_bytes(kernel: str, tiles: Tiles, head_dim: int, itemsize: int) -> int:
-    """At least so much: the tiles that stay and those of a loop's stages."""
+    """Returns a lower bound: the tiles that stay, and the tiles of the stages of a loop."""
     turning = tiles.block_m if kernel == "dkdv" else tiles.block_n
     staying = tiles.block_m if kernel == "forward" else 0
     return (staying + 2 * turning * max(1, tiles.num_stages - 1)) * head_dim * itemsize
 
 
 def candidates(kernel: str, arch: Arch, head_dim: int, itemsize: int = 2) -> list[Tiles]:
-    """Tiles whose scores and accumulators fit the registers of their warps, and whose memory fits a
-    block."""
+    """Returns the tiles whose scores and accumulators fit the registers of their warps, and which
+    fit the shared memory of a thread block."""
     from ..kernels.tiles import Tiles
 
     found = []
@@ -70,13 +73,13 @@ def candidates(kernel: str, arch: Arch, head_dim: int, itemsize: int = 2) -> lis
 
 
 def best(times: Mapping[Tiles, Sequence[float]]) -> Tiles:
-    """The least sum over the problems of time / fastest time; the first one of equals."""
+    """Returns the first tiles with the least sum over the problems of time / fastest time."""
     fastest = [min(column) for column in zip(*times.values(), strict=True)]
     return min(times, key=lambda t: sum(x / y for x, y in zip(times[t], fastest, strict=True)))
 
 
 def rows(results: Sequence[Tuned], arch: str, itemsize: int) -> str:
-    """Lines for `_TABLE` in kernels/tiles.py."""
+    """Returns the lines for `_TABLE` in kernels/tiles.py."""
     lines = []
     for kernel in KERNELS:
         own = {r.head_dim: r.tiles for r in results if r.kernel == kernel}
@@ -93,17 +96,17 @@ def rows(results: Sequence[Tuned], arch: str, itemsize: int) -> str:
 
 
 def require_gpu() -> torch.device:
-    """The present CUDA or HIP device. ArgumentValueError if there is none."""
+    """Returns the current CUDA or HIP device. Raises ArgumentValueError if there is none."""
     if not torch.cuda.is_available():
         raise ArgumentValueError(
             "tune: expected a GPU that PyTorch can use, got torch.cuda.is_available() = False; "
-            "tiles can be measured on the hardware they are for only"
+            "tiles can be measured only on the hardware that they are for"
         )
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def microseconds(call: Callable[[], object], rounds: int) -> float:
-    """The median of `rounds` calls, by events of the device's clock; the caches are not flushed."""
+    """Returns the median of `rounds` calls, by events of the device. Caches are not flushed."""
     times = []
     for _ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -118,8 +121,8 @@ def microseconds(call: Callable[[], object], rounds: int) -> float:
 def problem(
     device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool
 ) -> tuple[Callable[[str, Any], Any], dict[str, Sequence[Tensor]]]:
-    """launch(kernel, tiles) for a call of TOKENS tokens and 2048 channels; and what each kernel
-    writes."""
+    """Returns a function that gives the launch of a kernel with some tiles, for a call of TOKENS
+    tokens and 2048 channels; and the tensors that each kernel writes."""
     from ..kernels import launch, operators
     from ..kernels.tiles import arch_of
 
@@ -153,7 +156,10 @@ def times_of(
     tried: Sequence[Tiles | None],
     rounds: int,
 ) -> dict[Tiles | None, float]:
-    """Of those that work. None stands for the tiles of the table, whose result is the measure."""
+    """Returns the times of the tiles that work, that is, whose result is close to that of None.
+
+    None stands for the tiles of the table.
+    """
     times: dict[Tiles | None, float] = {}
     launched(kernel, None).run()
     expected = [x.clone() for x in written]
@@ -162,7 +168,7 @@ def times_of(
         try:
             one.run()
             torch.cuda.synchronize()
-        except Exception as error:  # whatever the compiler or the driver says of this one
+        except Exception as error:  # any error of the compiler or the driver
             print(f"  {kernel} {tiles}: {type(error).__name__}", flush=True)
             continue
         same = (torch.allclose(x, y, 2e-2, 2e-2) for x, y in zip(written, expected, strict=True))
@@ -172,7 +178,7 @@ def times_of(
 
 
 def tune(dtype: torch.dtype, head_dims: Sequence[int], rounds: int = 20) -> list[Tuned]:
-    """For the present GPU. ArgumentValueError without one."""
+    """Finds the best tiles for the current GPU. Raises ArgumentValueError without one."""
     device = require_gpu()
     from ..kernels.tiles import arch_of
 

@@ -1,12 +1,12 @@
-"""Is an implementation of attention right? The correctness matrix, for ours or somebody else's.
+"""Checks an implementation of attention, ours or another one, against the correctness matrix.
 
 Every case of `testing` (each feature alone, every pair of features, random combinations) is
 compared with the definition in float64, forward and backward, under the rule of `testing.errors`.
-A few probes ask what random inputs do not show: overflow, NaN behind the padding, a second call
-with other bits, dropout that nobody can seed.
+A few probes test what random inputs do not show: overflow, NaN in the padding, other bits in a
+second call, and dropout that cannot be seeded.
 
 A failure is named by imitation: the definition is given one fault at a time (a mask inverted, the
-scale forgotten, ...), and the one that gives the wrong answer which came back is the fault.
+scale forgotten, ...), and the fault that reproduces the wrong result is reported.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from .console import Progress, table
 from .foreign import Implementation, NotOffered
 from .testing import CHANCE, DRAWS, Case, Error, Inputs, Results
 
-RANDOM_CASES = 2000  # of the whole matrix; --quick has none
-RANDOM_FACTOR = 4.0  # of the naive error, instead of 2: see testing.errors
-IMITATED = 0.1  # an imitation is this much closer to the result than the truth is
+RANDOM_CASES = 2000  # in the whole matrix; none with --quick
+RANDOM_FACTOR = 4.0  # times the naive error, instead of 2: see testing.errors
+IMITATED = 0.1  # a result is this much closer to its imitation than to the truth
 
-AttentionFunction = Callable[..., Any]  # as `attention()`; raises NotOffered
+AttentionFunction = Callable[..., Any]  # called like `attention()`; may raise NotOffered
 
 
-# -- What is verified --------------------------------------------------------------------
+# -- Targets -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Target:
-    """An implementation, and what it is called with."""
+    """An implementation, and how to call it."""
 
     name: str
     call: AttentionFunction
@@ -55,7 +55,7 @@ class Target:
 
 
 def own_targets(backend: str | None = None, isa: str | None = None) -> list[Target]:
-    """Every backend that is built and every instruction set here, or those that are named."""
+    """Returns every usable backend and instruction set, or only the named one."""
     if backend is not None and backend not in NAMES:
         raise ArgumentValueError(f"--backend: expected one of {', '.join(NAMES)}, got {backend!r}")
     if isa is not None and isa not in _native.isas():
@@ -96,7 +96,7 @@ def foreign_target(implementation: Implementation) -> Target:
 
 
 def call(target: Target, inputs: Inputs, backward: bool) -> tuple[Results, list[str]]:
-    """Results of one call, gradients too, and what was wrong with it besides numbers."""
+    """Returns the results of a call, with gradients, and its faults other than wrong numbers."""
     leaves = inputs.differentiable() if backward else inputs.tensors
     before = {name: x.detach().clone() for name, x in leaves.items()}
     lse_wanted = {"return_lse": True} if target.has_lse else {}
@@ -139,7 +139,7 @@ def call(target: Target, inputs: Inputs, backward: bool) -> tuple[Results, list[
 
 
 def imitations(case: Case, inputs: Inputs) -> Iterator[tuple[str, Inputs, float]]:
-    """(fault, the inputs that have it, a factor of the result): the definition, done wrong."""
+    """Yields (fault, inputs for which the definition shows it, factor of its result)."""
     tensors, options = inputs.tensors, inputs.options
     scale = options["scale"] if options["scale"] is not None else case.D**-0.5
 
@@ -211,7 +211,7 @@ def imitations(case: Case, inputs: Inputs) -> Iterator[tuple[str, Inputs, float]
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """Root of the mean square; infinite if NaN and infinity are at other places."""
+    """Returns the rms of the difference; infinite if NaN or infinity are at other places."""
     got, want = got.double(), want.double()
     if got.shape != want.shape or not torch.equal(got.isfinite(), want.isfinite()):
         return math.inf
@@ -222,7 +222,7 @@ def distance(got: Tensor, want: Tensor) -> float:
 
 
 def multiple(got: Tensor, want: Tensor) -> float | None:
-    """The number that `want` must be multiplied by to give `got`, if there is one besides 1."""
+    """Returns the factor, other than 1, by which `got` is a multiple of `want`, or None."""
     got, want = got.double().flatten(), want.double().flatten()
     norm = want.dot(want).item()
     factor = got.dot(want).item() / norm if norm > 0 else math.nan
@@ -234,7 +234,7 @@ def multiple(got: Tensor, want: Tensor) -> float | None:
 def name_of_fault(
     target: Target, case: Case, inputs: Inputs, got: Results, exact: Results, wrong: list[Error]
 ) -> str:
-    """What it is that makes these results wrong, as far as it can be told."""
+    """Names the fault that makes these results wrong, as far as it can be told."""
     for measure in ("shape", "dtype"):
         named = [error.message for error in wrong if error.measure == measure]
         if named:
@@ -276,7 +276,7 @@ def passes(target: Target, case: Case, backward: bool) -> bool:
     inputs, exact, naive = answers_to(target, case)
     try:
         got, faults = call(target, inputs, backward)
-    except Exception:  # of somebody else's function: anything
+    except Exception:  # the function may raise anything
         return False
     return not faults and not any(e.is_wrong for e in testing.errors(got, exact, naive))
 
@@ -290,14 +290,14 @@ def random_call(seed: int = 0, B: int = 2, H: int = 2, S: int = 40, D: int = 16)
 
 
 def probe_overflow(call: AttentionFunction) -> str | None:
-    """Scores of some hundreds, whose exponentials float32 does not hold."""
+    """Tests scores of about 1000, whose exponentials overflow float32."""
     query, key, value = random_call()
     out = call(query * 100, key * 10, value)
     return None if bool(out.isfinite().all()) else "softmax not max-subtracted: overflow"
 
 
 def probe_padding(call: AttentionFunction, **hidden: Tensor) -> str | None:
-    """What nobody may see is NaN."""
+    """Tests that NaN in hidden keys and values does not change the result."""
     query, key, value = random_call()
     clean = call(query, key, value, **hidden)
     key[:, :, -5:] = value[:, :, -5:] = math.nan
@@ -314,7 +314,7 @@ def probe_mask_padding(call: AttentionFunction) -> str | None:
 
 
 def probe_padding_gradients(call: AttentionFunction, **options: Any) -> str | None:
-    """The same of the gradients."""
+    """Tests that NaN in hidden keys and values does not reach the gradients."""
     query, key, value = random_call()
     key[:, :, -5:] = value[:, :, -5:] = math.nan
     leaves = [x.requires_grad_() for x in (query, key, value)]
@@ -334,7 +334,7 @@ def probe_padding_softcap(call: AttentionFunction) -> str | None:
 
 
 def probe_nan(call: AttentionFunction) -> str | None:
-    """A NaN that is seen must show."""
+    """Tests that a visible NaN reaches the result."""
     query, key, value = random_call()
     value[:, :, 3] = math.nan
     return None if bool(call(query, key, value).isnan().all()) else "a visible NaN is swallowed"
@@ -348,7 +348,7 @@ def probe_repeat(call: AttentionFunction) -> str | None:
 
 
 def probe_dropout(call: AttentionFunction) -> str | None:
-    """Unseeded, by statistics: weights of ones add up to 1 on average and vary."""
+    """Tests unseeded dropout by statistics: with values of 1, results vary around 1."""
     query, key, value = random_call(S=100)
     torch.manual_seed(0)
     p, ones = 0.25, torch.ones_like(value)
@@ -381,7 +381,7 @@ PROBES: dict[str, Callable[[AttentionFunction], str | None]] = {
 
 
 def features_of(case: Case) -> list[str]:
-    """What a case is filed under in the table of errors."""
+    """Returns the rows of the table of errors to which a case belongs."""
     used = {
         "mask": case.mask,
         "bias": case.bias,
@@ -409,12 +409,12 @@ class Fault:
 
 @dataclass
 class Report:
-    """What came out for one target."""
+    """The results of one target."""
 
     target: str
     calls: int = 0
     checks: int = 0
-    worst: dict[tuple[str, str], Error] = field(default_factory=dict)  # of (feature, dtype)
+    worst: dict[tuple[str, str], Error] = field(default_factory=dict)  # by (feature, dtype)
     faults: dict[str, Fault] = field(default_factory=dict)
     not_offered: Counter[str] = field(default_factory=Counter)
 
@@ -425,7 +425,7 @@ class Report:
     def add_error(self, case: Case, error: Error) -> None:
         self.checks += 1
         if not error.is_wrong and error.result not in ("out", "dquery", "dkey", "dvalue"):
-            return  # of another dtype than the case
+            return  # its dtype may differ from the case's
         dtype = str(case.dtype).removeprefix("torch.")
         for feature in features_of(case):
             known = self.worst.get((feature, dtype))
@@ -479,7 +479,7 @@ def finite(x: float) -> float | None:
 
 
 def describe(case: Case) -> str:
-    """The call, without what is at its default."""
+    """Describes the call, without options at their default."""
     sizes = f"B{case.B} Hq{case.Hq} Hkv{case.Hkv} Sq{case.Sq} Sk{case.Sk} D{case.D} Dv{case.Dv}"
     shown = {f.name for f in dataclasses.fields(Case)} - {*"B Hq Hkv Sq Sk D Dv seed".split()}
     defaults = Case()
@@ -492,7 +492,7 @@ def describe(case: Case) -> str:
 
 
 def answers_to(target: Target, case: Case) -> tuple[Inputs, Results, tuple[Results, ...]]:
-    """Inputs and the exact and naive answers. Without lse there is no gradient through it."""
+    """Returns inputs, exact and naive answers; for a target without lse, grad_lse is 0."""
     inputs = testing.make_inputs(case)
     if not target.has_lse:
         inputs = replace(inputs, grad_lse=0 * inputs.grad_lse)
@@ -500,7 +500,7 @@ def answers_to(target: Target, case: Case) -> tuple[Inputs, Results, tuple[Resul
 
 
 def matrix(quick: bool) -> list[tuple[Case, float]]:
-    """The cases, each with its factor of the naive error."""
+    """Returns the cases, each with the allowed factor of the naive error."""
     cases = [(case, 2.0) for case in testing.single_features() + testing.pairs_of_features()]
     if not quick:
         more = testing.random_features(RANDOM_CASES, seed=1)
@@ -527,7 +527,7 @@ def check_case(
         report.calls -= 1
         report.not_offered[str(reason)] += 1
         return
-    except Exception as exception:  # of somebody else's function: anything
+    except Exception as exception:  # the function may raise anything
         message = (str(exception).strip().splitlines() or [""])[0]
         report.add_fault(f"raises {type(exception).__name__}", describe(case), message)
         return
@@ -548,7 +548,7 @@ def verify(
     backward: bool = True,
     step: Progress = lambda text: None,
 ) -> list[Report]:
-    """The matrix and the probes for each target; `step` is called once a case."""
+    """Runs the matrix and the probes on each target; `step` is called after each case."""
     targets = list(targets)
     reports = [Report(target.name) for target in targets]
     for case, factor in matrix(quick):
@@ -565,7 +565,7 @@ def verify(
             except NotOffered as reason:
                 report.not_offered[str(reason)] += 1
                 continue
-            except Exception as exception:  # of somebody else's function: anything
+            except Exception as exception:  # the function may raise anything
                 fault = f"raises {type(exception).__name__}"
             report.calls += 1
             if fault:
