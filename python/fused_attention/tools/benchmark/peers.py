@@ -106,7 +106,9 @@ def flex(case: Case, inputs: Inputs) -> Forward:
     call, create_block_mask = _compiled_flex()
     left, right = case.window_size
     right = 0 if case.causal else right
-    mask, bias = inputs.mask, inputs.bias
+    # With tensors as all of its indices: PyTorch 2.10 takes no numbers among them.
+    keys = None if inputs.mask is None else inputs.mask[:, 0, 0]
+    bias = None if inputs.bias is None else inputs.bias[0]
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         visible = j >= 0
@@ -114,16 +116,16 @@ def flex(case: Case, inputs: Inputs) -> Forward:
             visible = visible & (j >= i - left)
         if right >= 0:
             visible = visible & (j <= i + right)
-        if mask is not None:
-            visible = visible & mask[b, 0, 0, j]
+        if keys is not None:
+            visible = visible & keys[b, j]
         return visible
 
     options: dict[str, Any] = {"enable_gqa": case.Hq != case.Hkv}
-    if left >= 0 or right >= 0 or mask is not None:
-        batch = None if mask is None else case.B
+    if left >= 0 or right >= 0 or keys is not None:
+        batch = None if keys is None else case.B
         options["block_mask"] = create_block_mask(seen, batch, None, case.Sq, case.Sk, "cpu")
     if bias is not None:
-        options["score_mod"] = lambda score, b, h, i, j: score + bias[0, h, i, j]
+        options["score_mod"] = lambda score, b, h, i, j: score + bias[h, i, j]
     return lambda: call(inputs.query, inputs.key, inputs.value, **options)
 
 
