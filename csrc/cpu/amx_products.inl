@@ -224,10 +224,11 @@ void DecomposedBlock<kPlanes>::fill(const AttentionParams& p, const Sequence& se
                                     int64_t n_start, float* tile, float* tile_t) const {
   if (kPlanes == 1 && p.dtype == DType::kBFloat16) return move(p, seq, h_kv, n_start, (Pair*)tile);
   const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
-  load_key_tile(tile, p, p.key, seq, h_kv, n_start, columns, p.D, nullptr, kBlockN);
+  const KeyTile keys = {seq, h_kv, n_start, columns};
+  load_key_tile(tile, p, p.key, keys, p.D, nullptr, kBlockN);
   *k_finite = all_finite(tile, kBlockN * round_up(p.D, kLanes<float>));
   split_rows<kPlanes>(kBlockN, round_up(p.D, kLanes<float>), depth(p), tile, k);
-  load_key_tile(tile, p, p.value, seq, h_kv, n_start, columns, p.Dv, nullptr, kBlockN);
+  load_key_tile(tile, p, p.value, keys, p.Dv, nullptr, kBlockN);
   *v_finite = all_finite(tile, kBlockN * depth_v(p));
   split_values<kPlanes>(depth_v(p), tile, tile_t, v_t);
 }
@@ -242,7 +243,7 @@ void DecomposedBlock<kPlanes>::move(const AttentionParams& p, const Sequence& se
     const char* key = key_row(p, p.key, seq, h_kv, n_start + (exists ? j : 0));
     copy_words((const uint16_t*)key, exists ? p.D : 0, depth(p), k.at(j).data);
   }
-  pair_rows_of_keys(p, p.value, seq, h_kv, n_start, columns, p.Dv, nullptr, pairs);
+  pair_rows_of_keys(p, p.value, {seq, h_kv, n_start, columns}, p.Dv, nullptr, pairs);
   for (int64_t i = ceil_div(columns, 2) * row; i < rows * row; ++i) pairs[i] = Pair{0, 0};
   *v_finite = all_finite(pairs, rows * row);
   transpose_tile(rows, depth_v(p), (const float*)pairs, row, (float*)v_t.data, kBlockN / 2);
@@ -333,17 +334,17 @@ struct AmxProducts {
   }
 
   template <int kVectors>
-  void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-              int64_t columns, float* s) const {
+  void scores(const AttentionParams& p, const KeyTile& keys, float* s) const {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
-    const Split split = split_of(p, seq, h_kv, n_start);
+    const int64_t columns = keys.columns;
+    const Split split = split_of(p, keys.seq, keys.h, keys.n_start);
     const DepthSlice part = {{split.k.data, split.k.row, split.k.plane}, Split::depth(p)};
     multiply_amx<kPlanes, kScoreOrders, kVectors, false>(round_up(columns, kTileRows), &part, 1,
                                                          {q_pairs.data, q_pairs.row, q_pairs.plane},
                                                          s, kRow);
     if (kPlanes == 1) return;
     if (odd_queries != 0) {
-      on_vectors.template scores<kVectors>(p, seq, h_kv, n_start, columns, odd_scores);
+      on_vectors.template scores<kVectors>(p, keys, odd_scores);
       for (int64_t j = 0; j < columns; ++j) {
         for (int x = 0; x < kVectors; ++x) {
           float* at = s + j * kRow + x * W;
@@ -353,9 +354,10 @@ struct AmxProducts {
       }
     }
     for (int64_t j = 0; !*split.k_finite && j < columns; ++j) {
-      load_key_tile(on_vectors.q, p, p.key, seq, h_kv, n_start + j, 1, p.D, nullptr, 1);
+      const KeyTile key = {keys.seq, keys.h, keys.n_start + j, 1};
+      load_key_tile(on_vectors.q, p, p.key, key, p.D, nullptr, 1);
       if (all_finite(on_vectors.q, round_up(p.D, kLanes<float>))) continue;
-      on_vectors.template scores<kVectors>(p, seq, h_kv, n_start + j, 1, s + j * kRow);
+      on_vectors.template scores<kVectors>(p, key, s + j * kRow);
     }
   }
 
@@ -370,13 +372,13 @@ struct AmxProducts {
   }
 
   // *out <- the columns of one tile of v. Returns false if a visible value is not finite.
-  bool columns_of_v(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-                    int64_t columns, const uint64_t* visible, PlanesOf<uint16_t>* out) const {
-    const Split split = split_of(p, seq, h_kv, n_start);
+  bool columns_of_v(const AttentionParams& p, const KeyTile& keys, const uint64_t* visible,
+                    PlanesOf<uint16_t>* out) const {
+    const Split split = split_of(p, keys.seq, keys.h, keys.n_start);
     *out = split.v_t;
     if (*split.v_finite) return true;
     const int64_t width = Split::depth_v(p);
-    load_key_tile(tile, p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, kBlockN);
+    load_key_tile(tile, p, p.value, keys, p.Dv, visible, kBlockN);
     if (!all_finite(tile, kBlockN * width)) return false;
     *out = {v_planes.data + pending * kPlanes * v_planes.plane, v_planes.row, v_planes.plane};
     split_values<kPlanes>(width, tile, tile_t, *out);
@@ -384,16 +386,16 @@ struct AmxProducts {
   }
 
   template <int kVectors>
-  void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-                  int64_t columns, const uint64_t* visible, const uint64_t* keep,
-                  Probabilities<float, kVectors> weights, float* s, const RowState<float>& rows,
-                  float* acc_t) {
+  void accumulate(const AttentionParams& p, const KeyTile& keys, const uint64_t* visible,
+                  const uint64_t* keep, Probabilities<float, kVectors> weights, float* s,
+                  const RowState<float>& rows, float* acc_t) {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
+    const int64_t columns = keys.columns;
     if (pending == kPending) flush<kVectors>(p, acc_t);
     __m512 sum[kVectors];  // of the rounded weights
     for (int x = 0; x < kVectors; ++x) sum[x] = load(rows.rounded_sum + x * W);
     PlanesOf<uint16_t> values;
-    if (columns_of_v(p, seq, h_kv, n_start, columns, visible, &values)) {
+    if (columns_of_v(p, keys, visible, &values)) {
       uint32_t* waiting = p_pairs.data + pending_keys / 2 * kRow;
       const auto decompose_row = [&](int64_t j, int x, auto drops, __m512i(&planes)[kPlanes]) {
         decompose_finite(weights(s + j * kRow + x * W, x), planes);
@@ -429,8 +431,7 @@ struct AmxProducts {
         for (int x = 0; x < kVectors; ++x) sum[x] = add(sum[x], load(s + j * kRow + x * W));
       }
       flush<kVectors>(p, acc_t);
-      on_vectors.template add_values<kVectors>(p, seq, h_kv, n_start, columns, visible, keep, s,
-                                               acc_t);
+      on_vectors.template add_values<kVectors>(p, keys, visible, keep, s, acc_t);
     }
     weights.keep_sums(rows);
     for (int x = 0; x < kVectors; ++x) store(rows.rounded_sum + x * W, sum[x]);
@@ -546,12 +547,12 @@ struct AmxProductsBackward {
   // Loads the first `count` keys or values of the tile; hidden ones become 0.
   void load_tile_of_keys(const AttentionParams& p, const TensorView& view, int64_t D, int64_t count,
                          const uint64_t* visible) const {
-    load_key_tile(tile, p, view, seq, h_kv, n_start, count, D, visible, kBlockN);
+    load_key_tile(tile, p, view, {seq, h_kv, n_start, count}, D, visible, kBlockN);
   }
   bool finite_row(int64_t j, int64_t D) const { return all_finite(tile + j * width(D), width(D)); }
-  void load_keys(const AttentionParams& p, const Sequence& seq_, int64_t h_kv_, int64_t n_start_,
-                 int64_t columns_, const uint64_t* visible_) {
-    seq = seq_, h_kv = h_kv_, n_start = n_start_, columns = columns_, visible = visible_;
+  void load_keys(const AttentionParams& p, const KeyTile& place, const uint64_t* visible_) {
+    seq = place.seq, h_kv = place.h, n_start = place.n_start, columns = place.columns;
+    visible = visible_;
     is_loaded = false;
     keys = kept + min_of(n_start / kBlockN, num_kept - 1);
     if (keys->b == seq.b && keys->h == h_kv && keys->n == n_start) return;
@@ -575,7 +576,7 @@ struct AmxProductsBackward {
     split_values<kPlanes>(width(p.D), tile, tile_t, keys->k_t);
   }
   void load_on_vectors(const AttentionParams& p) {
-    if (!is_loaded) on_vectors.load_keys(p, seq, h_kv, n_start, columns, visible);
+    if (!is_loaded) on_vectors.load_keys(p, {seq, h_kv, n_start, columns}, visible);
     is_loaded = true;
   }
 
@@ -601,7 +602,7 @@ struct AmxProductsBackward {
     if (kPlanes == 1 || keys->all_rows_finite) return;
     for (int64_t j = 0; j < columns_; ++j) {
       if (keys->row_finite[j]) continue;
-      on_vectors.load_keys(p, seq, h_kv, n_start + j, 1, nullptr);
+      on_vectors.load_keys(p, {seq, h_kv, n_start + j, 1}, nullptr);
       on_vectors.template scores<kVectors>(p, 1, s + j * kRow, dp + j * kRow);
       is_loaded = false;
     }
@@ -649,9 +650,10 @@ struct AmxProductsBackward {
     add_to_keys<kVectors>(columns_, p.D, gradients, q, dk);
   }
   template <int kVectors>
-  void add_to_dq(const AttentionParams& p, const Sequence& seq_, int64_t h_kv_, int64_t n_start_,
-                 int64_t columns_, const uint64_t* visible_, const float* gradients, float* dq_t) {
+  void add_to_dq(const AttentionParams& p, const KeyTile& place, const uint64_t* visible_,
+                 const float* gradients, float* dq_t) {
     constexpr int64_t kRow = kVectors * kLanes<float>;
+    const int64_t columns_ = place.columns;
     check_gradients<kVectors>(p, columns_, gradients);
     PlanesOf<uint16_t> k_t = keys->k_t;
     if (!odd && !keys->k_finite) {
@@ -662,8 +664,7 @@ struct AmxProductsBackward {
     }
     if (odd) {
       load_on_vectors(p);
-      return on_vectors.template add_to_dq<kVectors>(p, seq_, h_kv_, n_start_, columns_, visible_,
-                                                     gradients, dq_t);
+      return on_vectors.template add_to_dq<kVectors>(p, place, visible_, gradients, dq_t);
     }
     const int64_t keys_deep = round_up(columns_, kTileDepth);
     decompose_pairs<kPlanes>(columns_, keys_deep, kRow, gradients, kRow, ds);

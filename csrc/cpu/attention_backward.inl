@@ -39,6 +39,8 @@
 namespace fused_attention {
 namespace {
 
+// -- a tile, and the steps that every pass takes -------------------------------------------------
+
 template <typename Products>
 struct BackwardTile {
   using T = typename Products::T;
@@ -47,7 +49,7 @@ struct BackwardTile {
   T *lse, *delta;            // [kBlockM]
   uint64_t counted;          // a bit for each query that saw something
   T *p, *ds;                 // weights and score gradients [kBlockN][kBlockM]
-  T* slope;                  // cap slopes [kBlockN][kBlockM]
+  T* cap_slope;              // [kBlockN][kBlockM]
   T* unseen;                 // [kBlockN][D or Dv], see add_for_seen_keys
   T *bias, *bias_t;          // bias, then dw [kBlockM][kBlockN], and transposed
   uint64_t *visible, *keep;  // [kBlockN]
@@ -70,7 +72,7 @@ struct BackwardTile {
     dv = arena.take<T>(kBlockN * width_v);
     dq_t = arena.take<T>(M * width);
     dq = arena.take<T>(M * width);
-    slope = arena.take<T>(p_.bends_scores() ? kBlockN * M : 0);
+    cap_slope = arena.take<T>(p_.bends_scores() ? kBlockN * M : 0);
     unseen = arena.take<T>(kBlockN * max_of(width, width_v));
     const bool staged = p_.bias.data != nullptr || p_.weights.data != nullptr;
     bias = arena.take<T>(staged ? M * kBlockN : 0);
@@ -105,24 +107,23 @@ void load_queries(const AttentionParams& p, const Sequence& seq, int64_t h, int6
 
 // t.p <- z * p, t.ds <- the gradient of the logits, both [key][query].
 template <int kVectors, typename Products>
-void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
-                     int64_t rows, int64_t n_start, int64_t columns, Visible seen,
+void score_gradients(const AttentionParams& p, const ScoreTile& tile, Visible seen,
                      BackwardTile<Products>& t) {
   using T = typename Products::T;
   constexpr int W = kLanes<T>, kRow = kVectors * W;
+  const int64_t columns = tile.columns;
   t.products.template scores<kVectors>(p, columns, t.p, t.ds);  // s <- k q^T, dp <- v do^T
-  const double factor = finish_scores<T, kVectors>(p, seq, h, m_start, rows, n_start, columns, t.p,
-                                                   t.bias, t.bias_t, t.slope);
+  const double factor = finish_scores<T, kVectors>(p, tile, t.p, t.bias, t.bias_t, t.cap_slope);
   if (p.weights.data != nullptr) {  // dp <- dp + dw
     const Vec<T> share = broadcast(head_share<T>(p));
-    load_scores(p.weights, seq.b, h, m_start, rows, n_start, columns, t.bias);
-    transpose_tile(rows, columns, t.bias, kBlockN, t.bias_t, kRow);
+    load_scores(p.weights, tile, t.bias);
+    transpose_tile(tile.rows, columns, t.bias, kBlockN, t.bias_t, kRow);
     for (int64_t i = 0; i < columns * kRow; i += W) {
       store(t.ds + i, fma(load(t.bias_t + i), share, load(t.ds + i)));
     }
   }
   const bool dropout = p.dropout_threshold > 0;
-  if (dropout) dropout_keep_bits(p, seq.b, h, m_start, rows, n_start, columns, t.keep);
+  if (dropout) dropout_keep_bits(p, tile, t.keep);
 
   const Vec<T> scale = broadcast((T)factor), zero = broadcast((T)0);
   const Vec<T> kept_scale = broadcast((T)p.dropout_scale), log2e = broadcast(kLog2e<T>);
@@ -147,8 +148,8 @@ void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, i
       store(at_ds, select_bits(visible >> (x * W), ds, zero));
       store(at_p, dropped);
       if (p.bends_scores()) {  // the cap slope may be NaN there, too
-        T* slope = t.slope + j * kRow + x * W;
-        store(slope, select_bits(visible >> (x * W), load(slope), zero));
+        T* at = t.cap_slope + j * kRow + x * W;
+        store(at, select_bits(visible >> (x * W), load(at), zero));
       }
     }
   }
@@ -156,11 +157,11 @@ void score_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, i
 
 // ds <- ds * d logit / d score, after dbias was summed.
 template <int kVectors, typename Products>
-void apply_slope(const AttentionParams& p, int64_t columns, const BackwardTile<Products>& t) {
+void apply_cap_slope(const AttentionParams& p, int64_t columns, const BackwardTile<Products>& t) {
   using T = typename Products::T;
   if (!p.bends_scores()) return;
   for (int64_t i = 0; i < columns * kVectors * kLanes<T>; i += kLanes<T>) {
-    store(t.ds + i, mul(load(t.ds + i), load(t.slope + i)));
+    store(t.ds + i, mul(load(t.ds + i), load(t.cap_slope + i)));
   }
 }
 
@@ -189,49 +190,20 @@ void add_for_seen_keys(const uint64_t* visible, int64_t columns, int64_t width, 
   for_each_unseen([&](T* sum, T* kept) { __builtin_memcpy(sum, kept, bytes); });
 }
 
-// Divides the one-pass backward into tasks. A task owns a key head, or all key heads that share a
-// art of dbias. If parts > 1 it is query split `part` of a key head: the blocks of queries m with
-//  % parts == part.
-struct HeadTasks {
-  // The most bytes of dk and dv of one task; the fewest tasks that keep the threads busy; and the
-  // most bytes of dk and dv of all query splits together.
-  static constexpr int64_t kMostBytes = 8 << 20, kFewest = 8, kMostSharedBytes = 16 << 20;
-  int64_t batches, heads, parts = 1;  // the number of tasks along each
-  explicit HeadTasks(const AttentionParams& p)
-      : batches(p.dbias.data != nullptr && p.dbias.stride_b == 0 ? 1 : p.B),
-        heads(p.dbias.data != nullptr && p.dbias.stride_h == 0 ? 1 : p.Hkv) {
-    const bool owns_heads = batches == p.B && heads == p.Hkv;
-    const bool sums_of_keys = p.dbias.data != nullptr && p.dbias.stride_q == 0;
-    const int64_t owners = batches * heads;
-    if (owners > 0 && owners < kFewest && owns_heads && !sums_of_keys) {
-      parts = ceil_div(kFewest, owners);
-    }
-  }
-  int64_t count() const { return batches * heads * parts; }
-  // Returns the number of key heads of one task; 0 for an empty batch, which has no task.
-  int64_t heads_of_each(const AttentionParams& p) const {
-    return p.B * p.Hkv / max_of(batches * heads, 1);
-  }
-};
-// Returns the number of elements of dk and dv of one key head, padded as in the sums.
+// Stores dk [columns][D] and dv [columns][Dv] of the keys [n_start, n_start + columns) of one key
+// head.
 template <typename T>
-int64_t head_gradients_size(const AttentionParams& p) {
-  const int64_t W = kLanes<T>;
-  return round_up(p.Sk, kBlockN) * (round_up(p.D, W) + round_up(p.Dv, W));
-}
-template <typename T>
-bool in_one_pass(const AttentionParams& p) {
-  const HeadTasks tasks(p);
-  if (tasks.count() < HeadTasks::kFewest) return false;
-  const int64_t bytes = head_gradients_size<T>(p) * (int64_t)sizeof(T);
-  if (tasks.parts > 1) {
-    return p.Sq >= 2 * tasks.parts * kBlockM<T> &&
-           tasks.count() * bytes <= HeadTasks::kMostSharedBytes;
+void store_key_gradients(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
+                         int64_t n_start, int64_t columns, const T* dk, const T* dv) {
+  const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
+  for (int64_t j = 0; j < columns; ++j) {
+    const int64_t token = seq.k_start + n_start + j;
+    store_row(row_of(p.dk, p.dtype, seq.b, h_kv, token), p.dtype, dk + j * width, p.D, (T)p.scale);
+    store_row(row_of(p.dv, p.dtype, seq.b, h_kv, token), p.dtype, dv + j * width_v, p.Dv, (T)1);
   }
-  return tasks.heads_of_each(p) * bytes <= HeadTasks::kMostBytes;
 }
 
-// -- phase 1: delta. Task: kBlockM queries of one head -------------------------------------------
+// -- phase 1: delta, and the gradient of sinks. Task: kBlockM queries of one head; one head ------
 
 // Returns do where o is not 0, else 0. A row that saw nothing has o = 0 and adds nothing to the
 // gradient of a sink, whatever do holds. If a row sees something, a NaN in do reaches the gradients
@@ -307,7 +279,16 @@ struct AttentionBackwardSinks {
   }
 };
 
-// -- two passes: dk, dv. Task: kBlockN keys of one key head --------------------------------------
+// -- dbias: each part of it is summed by the task that owns it -----------------------------------
+
+// dbias is summed over the queries, if the bias is broadcast over them, by the owners of keys. Else
+// the owners of queries store it.
+bool has_dbias_of_keys(const AttentionParams& p) {
+  return p.dbias.data != nullptr && p.dbias.stride_q == 0;
+}
+bool has_dbias_of_queries(const AttentionParams& p) {
+  return p.dbias.data != nullptr && p.dbias.stride_q != 0;
+}
 
 // sums[key] += ds, summed over the queries: a part of dbias, if the bias is broadcast over the
 // queries.
@@ -326,159 +307,41 @@ void add_key_sums(int64_t rows, int64_t columns, const T* ds, T* sums) {
   }
 }
 
-// Stores dk [columns][D] and dv [columns][Dv] of the keys [n_start, n_start + columns) of one key
-// head.
+// Stores such sums for the keys from first.start on: `count` of them or, if the bias is broadcast
+// over the keys too, the total of the `held` sums.
 template <typename T>
-void store_key_gradients(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
-                         int64_t n_start, int64_t columns, const T* dk, const T* dv) {
-  const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
-  for (int64_t j = 0; j < columns; ++j) {
-    const int64_t token = seq.k_start + n_start + j;
-    store_row(row_of(p.dk, p.dtype, seq.b, h_kv, token), p.dtype, dk + j * width, p.D, (T)p.scale);
-    store_row(row_of(p.dv, p.dtype, seq.b, h_kv, token), p.dtype, dv + j * width_v, p.Dv, (T)1);
+void store_key_sums(const AttentionParams& p, const Block& first, int64_t count, int64_t held,
+                    T* sums) {
+  if (p.dbias.stride_k == 0) {
+    for (int64_t j = 1; j < held; ++j) sums[0] += sums[j];
+    count = 1;
   }
+  const int64_t offset =
+      first.b * p.dbias.stride_b + first.h * p.dbias.stride_h + first.start * p.dbias.stride_k;
+  store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype, sums, count, (T)1);
 }
 
-template <typename Products>
-void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
-                             BackwardTile<Products>& t) {
-  using T = typename Products::T;
-  const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
-  const int64_t group = p.Hq / p.Hkv;
-  const Sequence seq = sequence_of(p, b);
-  const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
-  if (columns <= 0) return;
-  t.products.load_keys(p, seq, h_kv, n_start, columns, nullptr);
-  fill(t.dk, columns * width, (T)0);
-  fill(t.dv, columns * width_v, (T)0);
-
-  constexpr int kBlockM = BackwardTile<Products>::kBlockM;
-  const Range queries = visible_queries(p, seq, n_start, n_start + columns);
-  for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
-    T* key_sums = t.dbias + (p.dbias.stride_h == 0 ? 0 : h % group) * kBlockN;
-    for (int64_t m = queries.begin / kBlockM * kBlockM; m < queries.end; m += kBlockM) {
-      const int64_t rows = min_of(kBlockM, queries.end - m);
-      const Visible seen = tile_visibility(p, seq, h, m, rows, n_start, columns, t.visible);
-      if (seen == Visible::kNone) continue;
-      with_vectors<T, Products::kQueryVectors>(rows, [&](auto vectors) {
-        constexpr int kVectors = vectors.value;
-        load_queries<kVectors>(p, seq, h, m, rows, t);
-        score_gradients<kVectors>(p, seq, h, m, rows, n_start, columns, seen, t);
-        t.products.select_queries(p, rows, seeing_queries(rows, columns, seen, t.visible));
-        const uint64_t* visible = seen == Visible::kSome ? t.visible : nullptr;
-        // dv <- dv + p^T do
-        add_for_seen_keys(visible, columns, width_v, t.dv, t.unseen, [&] {
-          t.products.template add_to_dv<kVectors>(p, rows, columns, t.p, t.dv);
-        });
-        if (p.dbias.data != nullptr && p.dbias.stride_q == 0) {
-          add_key_sums<T, kVectors>(rows, columns, t.ds, key_sums);
-        }
-        apply_slope<kVectors>(p, columns, t);
-        // dk <- dk + ds^T q
-        add_for_seen_keys(visible, columns, width, t.dk, t.unseen, [&] {
-          t.products.template add_to_dk<kVectors>(p, rows, columns, t.ds, t.dk);
-        });
-      });
-    }
-  }
-  store_key_gradients(p, seq, h_kv, n_start, columns, t.dk, t.dv);
-}
-
-template <typename Products>
-struct AttentionBackwardKeys {
-  using T = typename Products::T;
-  // The dimensions along which the work is divided into tasks: all, except those along which tasks
-  // would share a part of dbias.
-  struct Split {
-    bool by_batch, by_head, by_block;
-    bool is_full() const { return by_batch && by_head && by_block; }
-  };
-  static Split split(const AttentionParams& p) {
-    if (p.dbias.data == nullptr || p.dbias.stride_q != 0) return {true, true, true};
-    return {p.dbias.stride_b != 0, p.dbias.stride_h != 0, p.dbias.stride_k != 0};
-  }
-  static int64_t num_tasks(const AttentionParams& p) {
-    if (in_one_pass<T>(p)) return 0;
-    const Split s = split(p);
-    if (s.is_full()) return count_key_blocks(p, kBlockN);
-    return (s.by_batch ? p.B : 1) * (s.by_head ? p.Hkv : 1) *
-           (s.by_block ? ceil_div(p.Sk, kBlockN) : 1);
-  }
-  static size_t workspace_bytes(const AttentionParams& p) {
-    BackwardTile<Products> tile;
-    return tile.place(p, nullptr);
-  }
-  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
-    BackwardTile<Products> tile;
-    tile.place(p, workspace);
-    const Split s = split(p);
-    const int64_t blocks = s.by_block ? ceil_div(p.Sk, kBlockN) : 1;
-    const int64_t heads = s.by_head ? p.Hkv : 1, group = p.Hq / p.Hkv;
-    const bool owns_dbias = p.dbias.data != nullptr && p.dbias.stride_q == 0;
-    const int64_t owned_heads = p.dbias.stride_h == 0 ? 1 : group;
-    for (int64_t task = begin; task < end; ++task) {
-      const Block block = s.is_full() ? key_block(p, task, kBlockN)
-                                      : Block{task / blocks / heads, task / blocks % heads,
-                                              task % blocks * kBlockN};
-      const Range ns =
-          s.by_block ? Range{block.start, min_of(block.start + kBlockN, p.Sk)} : Range{0, p.Sk};
-      const Range hs = s.by_head ? Range{block.h, block.h + 1} : Range{0, p.Hkv};
-      const Range bs = s.by_batch ? Range{block.b, block.b + 1} : Range{0, p.B};
-      if (owns_dbias) fill(tile.dbias, owned_heads * kBlockN, (T)0);
-      for (int64_t n = ns.begin; n < ns.end; n += kBlockN) {
-        for (int64_t b = bs.begin; b < bs.end; ++b) {
-          for (int64_t h = hs.begin; h < hs.end; ++h) attention_backward_keys(p, b, h, n, tile);
-        }
-      }
-      for (int64_t g = 0; owns_dbias && g < owned_heads; ++g) {
-        T* sums = tile.dbias + g * kBlockN;
-        int64_t count = ns.end - ns.begin;
-        if (p.dbias.stride_k == 0) {  // one value for all keys
-          for (int64_t j = 1; j < kBlockN; ++j) sums[0] += sums[j];
-          count = 1;
-        }
-        const int64_t offset = bs.begin * p.dbias.stride_b +
-                               (hs.begin * group + g) * p.dbias.stride_h +
-                               ns.begin * p.dbias.stride_k;
-        store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype, sums, count, (T)1);
-      }
+// A block of dbias, of at most `size` queries, which is stored at the first batch and head that
+// share it.
+template <typename T>
+struct QueryBias {
+  int64_t rows, row, columns;
+  QueryBias(const AttentionParams& p, int64_t m_start, int64_t size)
+      : rows(min_of(size, p.Sq - m_start)),
+        row(p.dbias.stride_k == 0 ? 1 : round_up(p.Sk, kBlockN)),
+        columns(p.dbias.stride_k == 0 ? 1 : p.Sk) {}
+  void clear(T* dbias) const { fill(dbias, rows * row, (T)0); }
+  void store_block(const AttentionParams& p, const Block& block, const T* dbias) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t offset = block.b * p.dbias.stride_b + block.h * p.dbias.stride_h +
+                             (block.start + i) * p.dbias.stride_q;
+      store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype, dbias + i * row,
+                columns, (T)1);
     }
   }
 };
 
-// Adds the gradients of each sequence to the pages that hold its keys, in order. Task: one key
-// head.
-template <typename T>
-struct AttentionBackwardPages {
-  static int64_t num_tasks(const AttentionParams& p) {
-    return p.block_table != nullptr ? p.Hkv : 0;
-  }
-  static size_t workspace_bytes(const AttentionParams& p) {
-    return 2 * sizeof(T) * (size_t)max_of(p.D, p.Dv);
-  }
-  static void add(const AttentionParams& p, const TensorView& pages, const TensorView& gradients,
-                  const Sequence& seq, int64_t h, int64_t width, T* sum, T* term) {
-    for (int64_t n = 0; n < seq.Sk; ++n) {
-      void* to = (void*)key_row(p, pages, seq, h, n);
-      load_row(sum, to, p.dtype, width);
-      load_row(term, row_of(gradients, p.dtype, seq.b, h, n), p.dtype, width);
-      for (int64_t d = 0; d < width; ++d) sum[d] += term[d];
-      store_row(to, p.dtype, sum, width, (T)1);
-    }
-  }
-  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
-    T *sum = (T*)workspace, *term = sum + max_of(p.D, p.Dv);
-    for (int64_t h = begin; h < end; ++h) {
-      for (int64_t b = 0; b < p.B; ++b) {
-        const Sequence seq = sequence_of(p, b);
-        add(p, p.page_dk, p.dk, seq, h, p.D, sum, term);
-        add(p, p.page_dv, p.dv, seq, h, p.Dv, sum, term);
-      }
-    }
-  }
-};
-
-// -- two passes: dq. Task: kBlockM queries of one head -------------------------------------------
+// -- a block of queries against all keys that it sees --------------------------------------------
 
 // The sums of a whole key head that a task of one pass has beside dq; null in two passes.
 template <typename T>
@@ -502,11 +365,13 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
   const Range keys = visible_keys(p, seq, m_start, m_start + rows);
   for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
     const int64_t columns = min_of(kBlockN, keys.end - n);
-    const Visible seen = tile_visibility(p, seq, h, m_start, rows, n, columns, t.visible);
+    const ScoreTile tile = {seq, h, m_start, rows, n, columns};
+    const KeyTile tile_keys = {seq, h_kv, n, columns};
+    const Visible seen = tile_visibility(p, tile, t.visible);
     if (seen == Visible::kNone) continue;
     const uint64_t* visible = seen == Visible::kSome ? t.visible : nullptr;
-    t.products.load_keys(p, seq, h_kv, n, columns, visible);
-    score_gradients<kVectors>(p, seq, h, m_start, rows, n, columns, seen, t);
+    t.products.load_keys(p, tile_keys, visible);
+    score_gradients<kVectors>(p, tile, seen, t);
     const uint64_t seeing = seeing_queries(rows, columns, seen, t.visible);
     sighted |= seeing & t.counted;
 
@@ -520,7 +385,7 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
     if (head.key_sums != nullptr) {
       add_key_sums<T, kVectors>(rows, columns, t.ds, head.key_sums + n);
     }
-    if (p.dbias.data != nullptr && p.dbias.stride_q != 0) {  // dbias <- dbias + ds
+    if (has_dbias_of_queries(p)) {  // dbias <- dbias + ds
       transpose_tile(columns, kRow, t.ds, kRow, t.bias, kBlockN);
       const bool one_a_row = p.dbias.stride_k == 0;
       const int64_t dbias_row = one_a_row ? 1 : round_up(p.Sk, kBlockN);
@@ -529,7 +394,7 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
         for (int64_t j = 0; j < columns; ++j) row[one_a_row ? 0 : j] += t.bias[i * kBlockN + j];
       }
     }
-    apply_slope<kVectors>(p, columns, t);
+    apply_cap_slope<kVectors>(p, columns, t);
     if (head.dk != nullptr) {  // dk <- dk + ds^T q
       T* dk = head.dk + n * width;
       add_for_seen_keys(visible, columns, width, dk, t.unseen, [&] {
@@ -537,7 +402,7 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
       });
     }
     // dq^T <- dq^T + k^T ds^T
-    t.products.template add_to_dq<kVectors>(p, seq, h_kv, n, columns, visible, t.ds, t.dq_t);
+    t.products.template add_to_dq<kVectors>(p, tile_keys, visible, t.ds, t.dq_t);
   }
   transpose_tile(width, kRow, t.dq_t, kRow, t.dq, width);
   for (int64_t i = 0; i < rows; ++i) {
@@ -549,9 +414,6 @@ void attention_backward_queries(const AttentionParams& p, const Sequence& seq, i
   }
 }
 
-bool has_dbias_of_queries(const AttentionParams& p) {
-  return p.dbias.data != nullptr && p.dbias.stride_q != 0;
-}
 template <typename Products>
 void run_query_block(const AttentionParams& p, const Block& block, BackwardTile<Products>& tile,
                      const HeadGradients<typename Products::T>& head) {
@@ -564,25 +426,276 @@ void run_query_block(const AttentionParams& p, const Block& block, BackwardTile<
   });
 }
 
-// A block of dbias, of at most `size` queries, which is stored at the first batch and head that
-// share it.
+// -- one pass: dq, dk, dv. Task: a key head, see HeadTasks ---------------------------------------
+
+// Divides the one-pass backward into tasks. A task owns a key head, or all key heads that share a
+// part of dbias. If there are few of these, each is divided into query splits: split s has the
+// blocks of queries m with m % query_splits == s.
+struct HeadTasks {
+  // The most bytes of dk and dv of one task; the fewest tasks that keep the threads busy; and the
+  // most bytes of dk and dv of all query splits together.
+  static constexpr int64_t kMostBytes = 8 << 20, kFewest = 8, kMostSharedBytes = 16 << 20;
+  int64_t batches, heads, query_splits = 1;  // the number of tasks along each
+  explicit HeadTasks(const AttentionParams& p)
+      : batches(p.dbias.data != nullptr && p.dbias.stride_b == 0 ? 1 : p.B),
+        heads(p.dbias.data != nullptr && p.dbias.stride_h == 0 ? 1 : p.Hkv) {
+    const bool owns_heads = batches == p.B && heads == p.Hkv;
+    const int64_t owners = batches * heads;
+    if (owners > 0 && owners < kFewest && owns_heads && !has_dbias_of_keys(p)) {
+      query_splits = ceil_div(kFewest, owners);
+    }
+  }
+  int64_t count() const { return batches * heads * query_splits; }
+  // Returns the number of key heads of one task; 0 for an empty batch, which has no task.
+  int64_t heads_of_each(const AttentionParams& p) const {
+    return p.B * p.Hkv / max_of(batches * heads, 1);
+  }
+};
+// Returns the number of elements of dk and dv of one key head, padded as in the sums.
 template <typename T>
-struct QueryBias {
-  int64_t rows, row, columns;
-  QueryBias(const AttentionParams& p, int64_t m_start, int64_t size)
-      : rows(min_of(size, p.Sq - m_start)),
-        row(p.dbias.stride_k == 0 ? 1 : round_up(p.Sk, kBlockN)),
-        columns(p.dbias.stride_k == 0 ? 1 : p.Sk) {}
-  void clear(T* dbias) const { fill(dbias, rows * row, (T)0); }
-  void store_block(const AttentionParams& p, const Block& block, const T* dbias) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t offset = block.b * p.dbias.stride_b + block.h * p.dbias.stride_h +
-                             (block.start + i) * p.dbias.stride_q;
-      store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype, dbias + i * row,
-                columns, (T)1);
+int64_t head_gradients_size(const AttentionParams& p) {
+  const int64_t W = kLanes<T>;
+  return round_up(p.Sk, kBlockN) * (round_up(p.D, W) + round_up(p.Dv, W));
+}
+template <typename T>
+bool in_one_pass(const AttentionParams& p) {
+  const HeadTasks tasks(p);
+  if (tasks.count() < HeadTasks::kFewest) return false;
+  const int64_t bytes = head_gradients_size<T>(p) * (int64_t)sizeof(T);
+  if (tasks.query_splits > 1) {
+    return p.Sq >= 2 * tasks.query_splits * kBlockM<T> &&
+           tasks.count() * bytes <= HeadTasks::kMostSharedBytes;
+  }
+  return tasks.heads_of_each(p) * bytes <= HeadTasks::kMostBytes;
+}
+
+template <typename Products>
+struct AttentionBackwardHeads {
+  using T = typename Products::T;
+  static constexpr int64_t kBlockM = BackwardTile<Products>::kBlockM;
+  static int64_t num_tasks(const AttentionParams& p) {
+    return in_one_pass<T>(p) ? HeadTasks(p).count() : 0;
+  }
+  // The tile; behind it dk and dv of the task's heads, unless they are those of a query split, in
+  // p.call_workspace; and the key sums of each dbias that the task owns.
+  struct Memory {
+    BackwardTile<Products> tile;
+    T *dk, *dv, *key_sums;
+    size_t place(const AttentionParams& p, void* workspace) {
+      const HeadTasks tasks(p);
+      const int64_t heads = tasks.query_splits > 1 ? 0 : tasks.heads_of_each(p);
+      const int64_t keys = heads * round_up(p.Sk, kBlockN);
+      Arena arena{(char*)workspace, tile.place(p, workspace)};
+      dk = arena.take<T>(keys * round_up(p.D, kLanes<T>));
+      dv = arena.take<T>(keys * round_up(p.Dv, kLanes<T>));
+      const int64_t sum_rows = p.Hq / p.Hkv * round_up(p.Sk, kBlockN);
+      key_sums = has_dbias_of_keys(p) ? arena.take<T>(sum_rows) : nullptr;
+      return arena.used;
+    }
+  };
+  static size_t workspace_bytes(const AttentionParams& p) {
+    Memory memory;
+    return memory.place(p, nullptr);
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    Memory memory;
+    memory.place(p, workspace);
+    const HeadTasks tasks(p);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t owner = task / tasks.query_splits, split = task % tasks.query_splits;
+      const int64_t b = owner / tasks.heads, h = owner % tasks.heads;
+      if (tasks.query_splits > 1) {
+        memory.dk = (T*)p.call_workspace + task * head_gradients_size<T>(p);
+        memory.dv = memory.dk + round_up(p.Sk, kBlockN) * round_up(p.D, kLanes<T>);
+      }
+      run_heads(p, tasks.batches == 1 ? Range{0, p.B} : Range{b, b + 1},
+                tasks.heads == 1 ? Range{0, p.Hkv} : Range{h, h + 1}, split, tasks.query_splits,
+                memory);
+    }
+  }
+  static void run_heads(const AttentionParams& p, Range bs, Range hs, int64_t split, int64_t splits,
+                        Memory& memory) {
+    BackwardTile<Products>& tile = memory.tile;
+    const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
+    const int64_t keys = round_up(p.Sk, kBlockN), group = p.Hq / p.Hkv;
+    const int64_t heads = hs.end - hs.begin, all_keys = (bs.end - bs.begin) * heads * keys;
+    const bool shared = p.dbias.data != nullptr && p.dbias.stride_h == 0;
+    // The query heads are `groups` ranges [first, first + count). The heads of a range share one
+    // dbias.
+    const int64_t groups = shared ? 1 : heads * group, count = shared ? heads * group : 1;
+    fill(memory.dk, all_keys * width, (T)0);
+    fill(memory.dv, all_keys * width_v, (T)0);
+    if (memory.key_sums != nullptr) fill(memory.key_sums, groups * keys, (T)0);
+    for (int64_t m = split * kBlockM; m < p.Sq; m += splits * kBlockM) {
+      const QueryBias<T> dbias(p, m, kBlockM);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = hs.begin * group + g * count;
+        if (has_dbias_of_queries(p)) dbias.clear(tile.dbias);
+        for (int64_t b = bs.begin; b < bs.end; ++b) {
+          for (int64_t h = first; h < first + count; ++h) {
+            const int64_t at = ((b - bs.begin) * heads + h / group - hs.begin) * keys;
+            run_query_block(p, {b, h, m}, tile,
+                            {memory.dk + at * width, memory.dv + at * width_v,
+                             memory.key_sums == nullptr ? nullptr : memory.key_sums + g * keys});
+          }
+        }
+        if (has_dbias_of_queries(p)) dbias.store_block(p, {bs.begin, first, m}, tile.dbias);
+      }
+    }
+    for (int64_t g = 0; memory.key_sums != nullptr && g < groups; ++g) {
+      store_key_sums(p, {bs.begin, hs.begin * group + g * count, 0}, p.Sk, p.Sk,
+                     memory.key_sums + g * keys);
+    }
+    for (int64_t b = bs.begin; splits == 1 && b < bs.end; ++b) {
+      const Sequence seq = sequence_of(p, b);
+      for (int64_t h = hs.begin; h < hs.end; ++h) {
+        const int64_t at = ((b - bs.begin) * heads + h - hs.begin) * keys;
+        store_key_gradients(p, seq, h, 0, seq.Sk, memory.dk + at * width, memory.dv + at * width_v);
+      }
     }
   }
 };
+
+// dk, dv <- the sums of the query splits, in order. Task: kBlockN keys of one key head.
+template <typename T>
+struct AttentionBackwardCombine {
+  static size_t call_workspace_bytes(const AttentionParams& p) {
+    const HeadTasks tasks(p);
+    const bool is_split = tasks.query_splits > 1 && in_one_pass<T>(p);
+    return is_split ? (size_t)(tasks.count() * head_gradients_size<T>(p)) * sizeof(T) : 0;
+  }
+  static int64_t num_tasks(const AttentionParams& p) {
+    return call_workspace_bytes(p) > 0 ? p.B * p.Hkv * ceil_div(p.Sk, kBlockN) : 0;
+  }
+  static size_t workspace_bytes(const AttentionParams&) { return 0; }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void*) {
+    const int64_t blocks = ceil_div(p.Sk, kBlockN), splits = HeadTasks(p).query_splits;
+    const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t owner = task / blocks, n_start = task % blocks * kBlockN;
+      const Sequence seq = sequence_of(p, owner / p.Hkv);
+      const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
+      if (columns <= 0) continue;
+      const int64_t size = head_gradients_size<T>(p);
+      T* first = (T*)p.call_workspace + owner * splits * size;
+      T *dk = first + n_start * width, *dv = first + blocks * kBlockN * width + n_start * width_v;
+      for (int64_t split = 1; split < splits; ++split) {
+        add_to(dk, dk + split * size, columns * width);
+        add_to(dv, dv + split * size, columns * width_v);
+      }
+      store_key_gradients(p, seq, owner % p.Hkv, n_start, columns, dk, dv);
+    }
+  }
+  static void add_to(T* sums, const T* terms, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      store(sums + i, add(load(sums + i), load(terms + i)));
+    }
+  }
+};
+
+// -- two passes: dk, dv. Task: kBlockN keys of one key head --------------------------------------
+
+template <typename Products>
+void attention_backward_keys(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_start,
+                             BackwardTile<Products>& t) {
+  using T = typename Products::T;
+  const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
+  const int64_t group = p.Hq / p.Hkv;
+  const Sequence seq = sequence_of(p, b);
+  const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
+  if (columns <= 0) return;
+  t.products.load_keys(p, {seq, h_kv, n_start, columns}, nullptr);
+  fill(t.dk, columns * width, (T)0);
+  fill(t.dv, columns * width_v, (T)0);
+
+  constexpr int kBlockM = BackwardTile<Products>::kBlockM;
+  const Range queries = visible_queries(p, seq, n_start, n_start + columns);
+  for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
+    T* key_sums = t.dbias + (p.dbias.stride_h == 0 ? 0 : h % group) * kBlockN;
+    for (int64_t m = queries.begin / kBlockM * kBlockM; m < queries.end; m += kBlockM) {
+      const int64_t rows = min_of(kBlockM, queries.end - m);
+      const ScoreTile tile = {seq, h, m, rows, n_start, columns};
+      const Visible seen = tile_visibility(p, tile, t.visible);
+      if (seen == Visible::kNone) continue;
+      with_vectors<T, Products::kQueryVectors>(rows, [&](auto vectors) {
+        constexpr int kVectors = vectors.value;
+        load_queries<kVectors>(p, seq, h, m, rows, t);
+        score_gradients<kVectors>(p, tile, seen, t);
+        t.products.select_queries(p, rows, seeing_queries(rows, columns, seen, t.visible));
+        const uint64_t* visible = seen == Visible::kSome ? t.visible : nullptr;
+        // dv <- dv + p^T do
+        add_for_seen_keys(visible, columns, width_v, t.dv, t.unseen, [&] {
+          t.products.template add_to_dv<kVectors>(p, rows, columns, t.p, t.dv);
+        });
+        if (has_dbias_of_keys(p)) {
+          add_key_sums<T, kVectors>(rows, columns, t.ds, key_sums);
+        }
+        apply_cap_slope<kVectors>(p, columns, t);
+        // dk <- dk + ds^T q
+        add_for_seen_keys(visible, columns, width, t.dk, t.unseen, [&] {
+          t.products.template add_to_dk<kVectors>(p, rows, columns, t.ds, t.dk);
+        });
+      });
+    }
+  }
+  store_key_gradients(p, seq, h_kv, n_start, columns, t.dk, t.dv);
+}
+
+template <typename Products>
+struct AttentionBackwardKeys {
+  using T = typename Products::T;
+  // The dimensions along which the work is divided into tasks: all, except those along which tasks
+  // would share a part of dbias.
+  struct Split {
+    bool by_batch, by_head, by_block;
+    bool is_full() const { return by_batch && by_head && by_block; }
+  };
+  static Split split(const AttentionParams& p) {
+    if (!has_dbias_of_keys(p)) return {true, true, true};
+    return {p.dbias.stride_b != 0, p.dbias.stride_h != 0, p.dbias.stride_k != 0};
+  }
+  static int64_t num_tasks(const AttentionParams& p) {
+    if (in_one_pass<T>(p)) return 0;
+    const Split s = split(p);
+    if (s.is_full()) return count_key_blocks(p, kBlockN);
+    return (s.by_batch ? p.B : 1) * (s.by_head ? p.Hkv : 1) *
+           (s.by_block ? ceil_div(p.Sk, kBlockN) : 1);
+  }
+  static size_t workspace_bytes(const AttentionParams& p) {
+    BackwardTile<Products> tile;
+    return tile.place(p, nullptr);
+  }
+  static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
+    BackwardTile<Products> tile;
+    tile.place(p, workspace);
+    const Split s = split(p);
+    const int64_t blocks = s.by_block ? ceil_div(p.Sk, kBlockN) : 1;
+    const int64_t heads = s.by_head ? p.Hkv : 1, group = p.Hq / p.Hkv;
+    const bool owns_dbias = has_dbias_of_keys(p);
+    const int64_t owned_heads = p.dbias.stride_h == 0 ? 1 : group;
+    for (int64_t task = begin; task < end; ++task) {
+      const Block block = s.is_full() ? key_block(p, task, kBlockN)
+                                      : Block{task / blocks / heads, task / blocks % heads,
+                                              task % blocks * kBlockN};
+      const Range ns =
+          s.by_block ? Range{block.start, min_of(block.start + kBlockN, p.Sk)} : Range{0, p.Sk};
+      const Range hs = s.by_head ? Range{block.h, block.h + 1} : Range{0, p.Hkv};
+      const Range bs = s.by_batch ? Range{block.b, block.b + 1} : Range{0, p.B};
+      if (owns_dbias) fill(tile.dbias, owned_heads * kBlockN, (T)0);
+      for (int64_t n = ns.begin; n < ns.end; n += kBlockN) {
+        for (int64_t b = bs.begin; b < bs.end; ++b) {
+          for (int64_t h = hs.begin; h < hs.end; ++h) attention_backward_keys(p, b, h, n, tile);
+        }
+      }
+      for (int64_t g = 0; owns_dbias && g < owned_heads; ++g) {
+        store_key_sums(p, {bs.begin, hs.begin * group + g, ns.begin}, ns.end - ns.begin, kBlockN,
+                       tile.dbias + g * kBlockN);
+      }
+    }
+  }
+};
+
+// -- two passes: dq. Task: kBlockM queries of one head -------------------------------------------
 
 template <typename Products>
 struct AttentionBackwardQueries {
@@ -622,145 +735,45 @@ struct AttentionBackwardQueries {
   }
 };
 
-// -- one pass: dq, dk, dv. Task: a key head, see HeadTasks ---------------------------------------
+// -- after either way: gradients of pages. Task: one key head ------------------------------------
 
-template <typename Products>
-struct AttentionBackwardHeads {
-  using T = typename Products::T;
-  static constexpr int64_t kBlockM = BackwardTile<Products>::kBlockM;
+// Adds the gradients of each sequence to the pages that hold its keys, in order. Task: one key
+// head.
+template <typename T>
+struct AttentionBackwardPages {
   static int64_t num_tasks(const AttentionParams& p) {
-    return in_one_pass<T>(p) ? HeadTasks(p).count() : 0;
+    return p.block_table != nullptr ? p.Hkv : 0;
   }
-  // The tile; behind it dk and dv of the task's heads, unless they are those of a query split, in
-  // p.call_workspace; and the key sums of each dbias that the task owns.
-  struct Memory {
-    BackwardTile<Products> tile;
-    T *dk, *dv, *key_sums;
-    size_t place(const AttentionParams& p, void* workspace) {
-      const HeadTasks tasks(p);
-      const int64_t heads = tasks.parts > 1 ? 0 : tasks.heads_of_each(p);
-      const int64_t keys = heads * round_up(p.Sk, kBlockN);
-      const bool sums = p.dbias.data != nullptr && p.dbias.stride_q == 0;
-      Arena arena{(char*)workspace, tile.place(p, workspace)};
-      dk = arena.take<T>(keys * round_up(p.D, kLanes<T>));
-      dv = arena.take<T>(keys * round_up(p.Dv, kLanes<T>));
-      const int64_t sum_rows = p.Hq / p.Hkv * round_up(p.Sk, kBlockN);
-      key_sums = sums ? arena.take<T>(sum_rows) : nullptr;
-      return arena.used;
-    }
-  };
   static size_t workspace_bytes(const AttentionParams& p) {
-    Memory memory;
-    return memory.place(p, nullptr);
+    return 2 * sizeof(T) * (size_t)max_of(p.D, p.Dv);
+  }
+  static void add(const AttentionParams& p, const TensorView& pages, const TensorView& gradients,
+                  const Sequence& seq, int64_t h, int64_t width, T* sum, T* term) {
+    for (int64_t n = 0; n < seq.Sk; ++n) {
+      void* to = (void*)key_row(p, pages, seq, h, n);
+      load_row(sum, to, p.dtype, width);
+      load_row(term, row_of(gradients, p.dtype, seq.b, h, n), p.dtype, width);
+      for (int64_t d = 0; d < width; ++d) sum[d] += term[d];
+      store_row(to, p.dtype, sum, width, (T)1);
+    }
   }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
-    Memory memory;
-    memory.place(p, workspace);
-    const HeadTasks tasks(p);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t owner = task / tasks.parts, part = task % tasks.parts;
-      const int64_t b = owner / tasks.heads, h = owner % tasks.heads;
-      if (tasks.parts > 1) {
-        memory.dk = (T*)p.call_workspace + task * head_gradients_size<T>(p);
-        memory.dv = memory.dk + round_up(p.Sk, kBlockN) * round_up(p.D, kLanes<T>);
+    T *sum = (T*)workspace, *term = sum + max_of(p.D, p.Dv);
+    for (int64_t h = begin; h < end; ++h) {
+      for (int64_t b = 0; b < p.B; ++b) {
+        const Sequence seq = sequence_of(p, b);
+        add(p, p.page_dk, p.dk, seq, h, p.D, sum, term);
+        add(p, p.page_dv, p.dv, seq, h, p.Dv, sum, term);
       }
-      run_heads(p, tasks.batches == 1 ? Range{0, p.B} : Range{b, b + 1},
-                tasks.heads == 1 ? Range{0, p.Hkv} : Range{h, h + 1}, part, tasks.parts, memory);
-    }
-  }
-  static void run_heads(const AttentionParams& p, Range bs, Range hs, int64_t part, int64_t parts,
-                        Memory& memory) {
-    BackwardTile<Products>& tile = memory.tile;
-    const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
-    const int64_t keys = round_up(p.Sk, kBlockN), group = p.Hq / p.Hkv;
-    const int64_t heads = hs.end - hs.begin, all_keys = (bs.end - bs.begin) * heads * keys;
-    const bool shared = p.dbias.data != nullptr && p.dbias.stride_h == 0;
-    // The query heads are `groups` ranges [first, first + count). The heads of a range share one
-    // dbias.
-    const int64_t groups = shared ? 1 : heads * group, count = shared ? heads * group : 1;
-    fill(memory.dk, all_keys * width, (T)0);
-    fill(memory.dv, all_keys * width_v, (T)0);
-    if (memory.key_sums != nullptr) fill(memory.key_sums, groups * keys, (T)0);
-    for (int64_t m = part * kBlockM; m < p.Sq; m += parts * kBlockM) {
-      const QueryBias<T> dbias(p, m, kBlockM);
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t first = hs.begin * group + g * count;
-        if (has_dbias_of_queries(p)) dbias.clear(tile.dbias);
-        for (int64_t b = bs.begin; b < bs.end; ++b) {
-          for (int64_t h = first; h < first + count; ++h) {
-            const int64_t at = ((b - bs.begin) * heads + h / group - hs.begin) * keys;
-            run_query_block(p, {b, h, m}, tile,
-                            {memory.dk + at * width, memory.dv + at * width_v,
-                             memory.key_sums == nullptr ? nullptr : memory.key_sums + g * keys});
-          }
-        }
-        if (has_dbias_of_queries(p)) dbias.store_block(p, {bs.begin, first, m}, tile.dbias);
-      }
-    }
-    for (int64_t g = 0; memory.key_sums != nullptr && g < groups; ++g) {
-      store_key_sums(p, {bs.begin, hs.begin * group + g * count, 0}, memory.key_sums + g * keys);
-    }
-    for (int64_t b = bs.begin; parts == 1 && b < bs.end; ++b) {
-      const Sequence seq = sequence_of(p, b);
-      for (int64_t h = hs.begin; h < hs.end; ++h) {
-        const int64_t at = ((b - bs.begin) * heads + h - hs.begin) * keys;
-        store_key_gradients(p, seq, h, 0, seq.Sk, memory.dk + at * width, memory.dv + at * width_v);
-      }
-    }
-  }
-  static void store_key_sums(const AttentionParams& p, const Block& block, T* sums) {
-    int64_t count = p.Sk;
-    if (p.dbias.stride_k == 0) {  // one value for all keys
-      for (int64_t j = 1; j < p.Sk; ++j) sums[0] += sums[j];
-      count = 1;
-    }
-    const int64_t offset = block.b * p.dbias.stride_b + block.h * p.dbias.stride_h;
-    store_row(element(p.dbias.data, p.dbias.dtype, offset), p.dbias.dtype, sums, count, (T)1);
-  }
-};
-
-// dk, dv <- the sums of the query splits, in order. Task: kBlockN keys of one key head.
-template <typename T>
-struct AttentionBackwardCombine {
-  static size_t call_workspace_bytes(const AttentionParams& p) {
-    const HeadTasks tasks(p);
-    const bool has_parts = tasks.parts > 1 && in_one_pass<T>(p);
-    return has_parts ? (size_t)(tasks.count() * head_gradients_size<T>(p)) * sizeof(T) : 0;
-  }
-  static int64_t num_tasks(const AttentionParams& p) {
-    return call_workspace_bytes(p) > 0 ? p.B * p.Hkv * ceil_div(p.Sk, kBlockN) : 0;
-  }
-  static size_t workspace_bytes(const AttentionParams&) { return 0; }
-  static void run(const AttentionParams& p, int64_t begin, int64_t end, void*) {
-    const int64_t blocks = ceil_div(p.Sk, kBlockN), parts = HeadTasks(p).parts;
-    const int64_t width = round_up(p.D, kLanes<T>), width_v = round_up(p.Dv, kLanes<T>);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t owner = task / blocks, n_start = task % blocks * kBlockN;
-      const Sequence seq = sequence_of(p, owner / p.Hkv);
-      const int64_t columns = min_of(kBlockN, seq.Sk - n_start);
-      if (columns <= 0) continue;
-      const int64_t size = head_gradients_size<T>(p);
-      T* first = (T*)p.call_workspace + owner * parts * size;
-      T *dk = first + n_start * width, *dv = first + blocks * kBlockN * width + n_start * width_v;
-      for (int64_t part = 1; part < parts; ++part) {
-        add_to(dk, dk + part * size, columns * width);
-        add_to(dv, dv + part * size, columns * width_v);
-      }
-      store_key_gradients(p, seq, owner % p.Hkv, n_start, columns, dk, dv);
-    }
-  }
-  static void add_to(T* sums, const T* terms, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes<T>) {
-      store(sums + i, add(load(sums + i), load(terms + i)));
     }
   }
 };
 
 // -- which products ------------------------------------------------------------------------------
 
-template <typename Arithmetic_>
+template <typename Products_>
 struct ProductsAre {
-  using Products = Arithmetic_;
+  using Products = Products_;
 };
 
 template <template <typename> class Kernel>

@@ -79,13 +79,14 @@ void attention_forward_block(const AttentionParams& p, const Sequence& seq, int6
   const Range keys = visible_keys(p, seq, m_start, m_start + rows);
   for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
     const int64_t columns = min_of(kBlockN, keys.end - n);
-    const Visible seen = tile_visibility(p, seq, h, m_start, rows, n, columns, t.visible);
+    const ScoreTile tile = {seq, h, m_start, rows, n, columns};
+    const KeyTile tile_keys = {seq, h_kv, n, columns};
+    const Visible seen = tile_visibility(p, tile, t.visible);
     if (seen == Visible::kNone) continue;
 
     // s <- k q^T
-    t.products.template scores<kVectors>(p, seq, h_kv, n, columns, t.s);
-    const double factor = finish_scores<T, kVectors>(p, seq, h, m_start, rows, n, columns, t.s,
-                                                     t.bias, t.bias_t, nullptr);
+    t.products.template scores<kVectors>(p, tile_keys, t.s);
+    const double factor = finish_scores<T, kVectors>(p, tile, t.s, t.bias, t.bias_t, nullptr);
     if (seen == Visible::kSome) hide<T, kVectors>(t.visible, columns, t.s);
 
     // m <- max(m, rowmax(s)), l <- alpha l, o <- alpha o
@@ -95,9 +96,9 @@ void attention_forward_block(const AttentionParams& p, const Sequence& seq, int6
       rescale<T, kVectors>(p.Dv, t.rows.alpha, t.acc_t);
     }
     const bool dropout = p.dropout_threshold > 0;
-    if (dropout) dropout_keep_bits(p, seq.b, h, m_start, rows, n, columns, t.keep);
+    if (dropout) dropout_keep_bits(p, tile, t.keep);
     // p <- exp(s - m), l <- l + rowsum(p), o^T <- o^T + v^T p^T
-    t.products.accumulate(p, seq, h_kv, n, columns, seen == Visible::kSome ? t.visible : nullptr,
+    t.products.accumulate(p, tile_keys, seen == Visible::kSome ? t.visible : nullptr,
                           dropout ? t.keep : nullptr, Probabilities<T, kVectors>(factor, t.rows),
                           t.s, t.rows, t.acc_t);
   }

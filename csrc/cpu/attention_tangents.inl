@@ -42,7 +42,7 @@ struct TangentTile {
   T *k, *tk, *v, *tv;
   // Scores [kBlockN][kBlockM]: (p, tp) holds (s, t_s) first, (ds, tds) holds (dp, t_dp).
   T *p, *tp, *ds, *tds;
-  T *slope, *bend;           // f'(u) and f''(u) * t_u
+  T *cap_slope, *bend;       // f'(u) and f''(u) * t_u
   T *bias, *bias_t;          // [kBlockM][kBlockN] and transposed
   uint64_t *visible, *keep;  // [kBlockN]
   T *sum_t, *sum, *sum2;     // results: [D or Dv][kBlockM]; [kBlockM or kBlockN][D or Dv]
@@ -64,7 +64,7 @@ struct TangentTile {
     take(kBlockN * params.D, k, tk);
     take(kBlockN * params.Dv, v, tv);
     take(kBlockN * M, p, tp, ds, tds);
-    take(params.bends_scores() ? kBlockN * M : 0, slope, bend);
+    take(params.bends_scores() ? kBlockN * M : 0, cap_slope, bend);
     take(staged ? kBlockN * M : 0, bias, bias_t);
     take(M * widest, sum_t);
     take(most * widest, sum, sum2);
@@ -118,10 +118,9 @@ void load_tangent_queries(const AttentionParams& p, int64_t b, int64_t h, int64_
 
 // t.visible <- the words of one tile. Returns whether some query sees a key of it.
 template <typename T>
-bool tangent_visibility(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
-                        int64_t rows, int64_t n_start, int64_t columns, const TangentTile<T>& t) {
-  const Visible seen = tile_visibility(p, seq, h, m_start, rows, n_start, columns, t.visible);
-  if (seen == Visible::kAll) fill(t.visible, columns, low_bits(rows));
+bool tangent_visibility(const AttentionParams& p, const ScoreTile& tile, const TangentTile<T>& t) {
+  const Visible seen = tile_visibility(p, tile, t.visible);
+  if (seen == Visible::kAll) fill(t.visible, tile.columns, low_bits(tile.rows));
   return seen != Visible::kNone;
 }
 
@@ -132,12 +131,11 @@ struct TangentKeys {
   Scalars<T> k, tk, v, tv;
 };
 template <typename T>
-TangentKeys<T> load_tangent_keys(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
-                                 int64_t n_start, int64_t columns, const uint64_t* visible,
-                                 const TangentTile<T>& t) {
+TangentKeys<T> load_tangent_keys(const AttentionParams& p, const KeyTile& keys,
+                                 const uint64_t* visible, const TangentTile<T>& t) {
   const auto rows = [&](const TensorView& view, int64_t width, T* scratch) {
     if (view.data == nullptr) return Scalars<T>{nullptr, 0, 0};
-    return key_rows(p, view, seq, h_kv, n_start, columns, width, visible, scratch);
+    return key_rows(p, view, keys, width, visible, scratch);
   };
   return {rows(p.key, p.D, t.k), rows(p.tangent.key, p.D, t.tk), rows(p.value, p.Dv, t.v),
           rows(p.tangent.value, p.Dv, t.tv)};
@@ -157,31 +155,32 @@ void multiply_pair(int64_t columns, int64_t depth, Scalars<T> a, const T* b_t, b
   if (a2.data != nullptr) multiply<kVectors, true>(columns, depth, a2, b2_t, kRow, c, kRow);
 }
 
-// t.p <- s, t.tp <- t_s; computes t.slope and t.bend. Returns the factor that turns s into logits.
+// t.p <- s, t.tp <- t_s; computes t.cap_slope and t.bend. Returns the factor that turns s into
+// logits.
 template <typename T, int kVectors>
-double tangent_scores(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
-                      int64_t rows, int64_t n_start, int64_t columns, const TangentKeys<T>& keys,
+double tangent_scores(const AttentionParams& p, const ScoreTile& tile, const TangentKeys<T>& keys,
                       const TangentTile<T>& t) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
+  const int64_t columns = tile.columns;
   for (int64_t j = 0; j < columns; ++j) t.visible[j] &= *t.counted;
   // s <- k q^T, t_u <- k t_q^T + t_k q^T
   multiply<kVectors, false>(columns, p.D, keys.k, t.q_t, kRow, t.p, kRow);
   multiply_pair<T, kVectors>(columns, p.D, keys.k, t.tq_t, p.tangent.query.data != nullptr, keys.tk,
                              t.q_t, t.tp);
-  const double factor = finish_scores<T, kVectors>(p, seq, h, m_start, rows, n_start, columns, t.p,
-                                                   t.bias, t.bias_t, t.slope, t.bend);
+  const double factor =
+      finish_scores<T, kVectors>(p, tile, t.p, t.bias, t.bias_t, t.cap_slope, t.bend);
   const Vec<T> scale = broadcast((T)p.scale);
   for (int64_t i = 0; i < columns * kRow; i += W) {
     Vec<T> ts = mul(load(t.tp + i), scale);
     if (p.bends_scores()) {
       store(t.bend + i, mul(load(t.bend + i), ts));
-      ts = mul(ts, load(t.slope + i));
+      ts = mul(ts, load(t.cap_slope + i));
     }
     store(t.tp + i, ts);
   }
   if (p.tangent.bias.data != nullptr) {  // t_s <- t_s + t_bias
-    load_scores(p.tangent.bias, seq.b, h, m_start, rows, n_start, columns, t.bias);
-    transpose_tile(rows, columns, t.bias, kBlockN, t.bias_t, kRow);
+    load_scores(p.tangent.bias, tile, t.bias);
+    transpose_tile(tile.rows, columns, t.bias, kBlockN, t.bias_t, kRow);
     for (int64_t i = 0; i < columns * kRow; i += W) {
       store(t.tp + i, add(load(t.tp + i), load(t.bias_t + i)));
     }
@@ -206,12 +205,12 @@ void attention_jvp_block(const AttentionParams& p, int64_t b, int64_t h, int64_t
   const Range range = visible_keys(p, seq, m_start, m_start + rows);
   for (int64_t n = range.begin / kBlockN * kBlockN; n < range.end; n += kBlockN) {
     const int64_t columns = min_of(kBlockN, range.end - n);
-    if (!tangent_visibility(p, seq, h, m_start, rows, n, columns, t)) continue;
+    const ScoreTile tile = {seq, h, m_start, rows, n, columns};
+    if (!tangent_visibility(p, tile, t)) continue;
     sighted |= seeing_queries(rows, columns, Visible::kSome, t.visible) & *t.counted;
-    const TangentKeys<T> keys = load_tangent_keys(p, seq, h_kv, n, columns, t.visible, t);
-    const double factor =
-        tangent_scores<T, kVectors>(p, seq, h, m_start, rows, n, columns, keys, t);
-    if (dropout) dropout_keep_bits(p, b, h, m_start, rows, n, columns, t.keep);
+    const TangentKeys<T> keys = load_tangent_keys(p, {seq, h_kv, n, columns}, t.visible, t);
+    const double factor = tangent_scores<T, kVectors>(p, tile, keys, t);
+    if (dropout) dropout_keep_bits(p, tile, t.keep);
 
     const Vec<T> scale = broadcast((T)factor), log2e = broadcast(kLog2e<T>);
     const Vec<T> kept_scale = broadcast((T)p.dropout_scale), zero = broadcast((T)0);
@@ -376,18 +375,17 @@ struct TangentSinks {
 // t.p <- z * p, t.tp <- z * t_p, t.ds <- ds, t.tds <- t_ds, all [key][query], 0 where hidden and
 // past the last query.
 template <typename T, int kVectors>
-void tangent_gradients(const AttentionParams& p, const Sequence& seq, int64_t h, int64_t m_start,
-                       int64_t rows, int64_t n_start, int64_t columns, const TangentKeys<T>& keys,
+void tangent_gradients(const AttentionParams& p, const ScoreTile& tile, const TangentKeys<T>& keys,
                        const TangentTile<T>& t) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const double factor =
-      tangent_scores<T, kVectors>(p, seq, h, m_start, rows, n_start, columns, keys, t);
+  const int64_t columns = tile.columns;
+  const double factor = tangent_scores<T, kVectors>(p, tile, keys, t);
   // dp <- v do^T, t_dp <- v t_do^T + t_v do^T
   multiply<kVectors, false>(columns, p.Dv, keys.v, t.grad_out_t, kRow, t.ds, kRow);
   multiply_pair<T, kVectors>(columns, p.Dv, keys.v, t.t_grad_out_t,
                              p.tangent.grad_out.data != nullptr, keys.tv, t.grad_out_t, t.tds);
   const bool dropout = p.dropout_threshold > 0;
-  if (dropout) dropout_keep_bits(p, seq.b, h, m_start, rows, n_start, columns, t.keep);
+  if (dropout) dropout_keep_bits(p, tile, t.keep);
 
   const Vec<T> scale = broadcast((T)factor), zero = broadcast((T)0);
   const Vec<T> kept_scale = broadcast((T)p.dropout_scale), log2e = broadcast(kLog2e<T>);
@@ -420,7 +418,7 @@ void tangent_gradients(const AttentionParams& p, const Sequence& seq, int64_t h,
 
 // t.tds <- t_e, t.ds <- e
 template <typename T, int kVectors>
-void apply_tangent_slope(const AttentionParams& p, int64_t columns, const TangentTile<T>& t) {
+void apply_tangent_cap_slope(const AttentionParams& p, int64_t columns, const TangentTile<T>& t) {
   constexpr int W = kLanes<T>;
   if (!p.bends_scores()) return;
   const Vec<T> zero = broadcast((T)0);
@@ -428,10 +426,10 @@ void apply_tangent_slope(const AttentionParams& p, int64_t columns, const Tangen
     for (int x = 0; x < kVectors; ++x) {
       const int64_t i = (j * kVectors + x) * W;
       const uint64_t seen = t.visible[j] >> (x * W);  // where hidden the cap slope may be NaN
-      const Vec<T> ds = load(t.ds + i), slope = select_bits(seen, load(t.slope + i), zero);
+      const Vec<T> ds = load(t.ds + i), cap_slope = select_bits(seen, load(t.cap_slope + i), zero);
       const Vec<T> bend = select_bits(seen, load(t.bend + i), zero);
-      store(t.tds + i, fma(slope, load(t.tds + i), mul(bend, ds)));
-      store(t.ds + i, mul(slope, ds));
+      store(t.tds + i, fma(cap_slope, load(t.tds + i), mul(bend, ds)));
+      store(t.ds + i, mul(cap_slope, ds));
     }
   }
 }
@@ -460,7 +458,7 @@ void tangent_keys(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_s
   const int64_t width = round_up(p.D, W), width_v = round_up(p.Dv, W), group = p.Hq / p.Hkv;
   const int64_t columns = min_of(kBlockN, p.Sk - n_start);
   const Sequence seq = sequence_of(p, b);
-  const TangentKeys<T> keys = load_tangent_keys(p, seq, h_kv, n_start, columns, nullptr, t);
+  const TangentKeys<T> keys = load_tangent_keys(p, {seq, h_kv, n_start, columns}, nullptr, t);
   T *tdk = t.sum, *tdv = t.sum2;
   fill(tdk, columns * width, (T)0);
   fill(tdv, columns * width_v, (T)0);
@@ -469,11 +467,12 @@ void tangent_keys(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_s
   for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
     for (int64_t m = queries.begin / kBlockM<T> * kBlockM<T>; m < queries.end; m += kBlockM<T>) {
       const int64_t rows = min_of(kBlockM<T>, queries.end - m);
-      if (!tangent_visibility(p, seq, h, m, rows, n_start, columns, t)) continue;
+      const ScoreTile tile = {seq, h, m, rows, n_start, columns};
+      if (!tangent_visibility(p, tile, t)) continue;
       with_vectors<T>(rows, [&](auto vectors) {
         constexpr int kVectors = vectors.value, kRow = kVectors * W;
         load_tangent_queries<T, kVectors>(p, b, h, m, rows, t);
-        tangent_gradients<T, kVectors>(p, seq, h, m, rows, n_start, columns, keys, t);
+        tangent_gradients<T, kVectors>(p, tile, keys, t);
         clear_blind_tangents(rows, columns, width, width_v, t);
         // t_dv <- t_dv + (z t_p)^T do + (z p)^T t_do
         add_for_seen_keys(t.visible, columns, width_v, tdv, t.unseen, [&] {
@@ -483,7 +482,7 @@ void tangent_keys(const AttentionParams& p, int64_t b, int64_t h_kv, int64_t n_s
           multiply_wide(columns, rows, width_v, Scalars<T>{t.p, kRow, 1}, t.t_grad_out, width_v,
                         tdv, width_v);
         });
-        apply_tangent_slope<T, kVectors>(p, columns, t);
+        apply_tangent_cap_slope<T, kVectors>(p, columns, t);
         // t_dk <- t_dk + t_e^T q + e^T t_q
         add_for_seen_keys(t.visible, columns, width, tdk, t.unseen, [&] {
           multiply_wide(columns, rows, width, Scalars<T>{t.tds, kRow, 1}, t.q, width, tdk, width);
@@ -531,11 +530,12 @@ void tangent_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t m_s
   const Range range = visible_keys(p, seq, m_start, m_start + rows);
   for (int64_t n = range.begin / kBlockN * kBlockN; n < range.end; n += kBlockN) {
     const int64_t columns = min_of(kBlockN, range.end - n);
-    if (!tangent_visibility(p, seq, h, m_start, rows, n, columns, t)) continue;
+    const ScoreTile tile = {seq, h, m_start, rows, n, columns};
+    if (!tangent_visibility(p, tile, t)) continue;
     sighted |= seeing_queries(rows, columns, Visible::kSome, t.visible) & *t.counted;
-    const TangentKeys<T> keys = load_tangent_keys(p, seq, h_kv, n, columns, t.visible, t);
-    tangent_gradients<T, kVectors>(p, seq, h, m_start, rows, n, columns, keys, t);
-    apply_tangent_slope<T, kVectors>(p, columns, t);
+    const TangentKeys<T> keys = load_tangent_keys(p, {seq, h_kv, n, columns}, t.visible, t);
+    tangent_gradients<T, kVectors>(p, tile, keys, t);
+    apply_tangent_cap_slope<T, kVectors>(p, columns, t);
     // t_dq^T <- t_dq^T + k^T t_e^T + t_k^T e^T
     multiply<kVectors, true>(p.D, columns, transposed(keys.k), t.tds, kRow, t.sum_t, kRow);
     if (keys.tk.data != nullptr) {
@@ -587,13 +587,14 @@ struct AttentionTangentBias : TangentPhase<T> {
                        const TangentTile<T>& t) {
     const int64_t rows = min_of(kBlockM<T>, p.Sq - m), columns = min_of(kBlockN, p.Sk - n);
     const Sequence seq = sequence_of(p, b);
-    if (!tangent_visibility(p, seq, h, m, rows, n, columns, t)) return;
+    const ScoreTile tile = {seq, h, m, rows, n, columns};
+    if (!tangent_visibility(p, tile, t)) return;
     with_vectors<T>(rows, [&](auto vectors) {
       constexpr int kVectors = vectors.value, kRow = kVectors * kLanes<T>;
       const TangentKeys<T> keys =
-          load_tangent_keys(p, seq, h / (p.Hq / p.Hkv), n, columns, nullptr, t);
+          load_tangent_keys(p, {seq, h / (p.Hq / p.Hkv), n, columns}, nullptr, t);
       load_tangent_queries<T, kVectors>(p, b, h, m, rows, t);
-      tangent_gradients<T, kVectors>(p, seq, h, m, rows, n, columns, keys, t);
+      tangent_gradients<T, kVectors>(p, tile, keys, t);
       for (int64_t j = 0; j < columns; ++j) {
         for (int64_t i = 0; i < kRow; i += kLanes<T>) {
           T* sum = t.dbias + j * kBlockM<T> + i;

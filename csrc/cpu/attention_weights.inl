@@ -81,22 +81,19 @@ void load_weights_queries(const AttentionParams& p, int64_t b, int64_t h, int64_
 // dropout; p begins at element i of [columns][kRow]. A lane without a bit in `visible` holds
 // anything; `kept` has a bit for each lane that is visible and not dropped.
 template <typename T, int kVectors, typename F>
-FA_INLINE void for_each_weight(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
-                               int64_t rows, int64_t n_start, int64_t columns,
+FA_INLINE void for_each_weight(const AttentionParams& p, const ScoreTile& tile,
                                const WeightsTile<T>& t, F f) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
-  const Visible seen =
-      tile_visibility(p, sequence_of(p, b), h, m_start, rows, n_start, columns, t.visible);
+  const int64_t columns = tile.columns;
+  const Visible seen = tile_visibility(p, tile, t.visible);
   if (seen == Visible::kNone) return;
   // s <- k q^T
-  const int64_t h_kv = h / (p.Hq / p.Hkv);
-  const Scalars<T> k =
-      key_rows(p, p.key, sequence_of(p, b), h_kv, n_start, columns, p.D, nullptr, t.k);
+  const KeyTile keys = {tile.seq, tile.h / (p.Hq / p.Hkv), tile.n_start, columns};
+  const Scalars<T> k = key_rows(p, p.key, keys, p.D, nullptr, t.k);
   multiply<kVectors, false>(columns, p.D, k, t.q_t, kRow, t.s, kRow);
-  const double factor = finish_scores<T, kVectors>(p, sequence_of(p, b), h, m_start, rows, n_start,
-                                                   columns, t.s, t.bias, t.bias_t, nullptr);
+  const double factor = finish_scores<T, kVectors>(p, tile, t.s, t.bias, t.bias_t, nullptr);
   const bool dropout = p.dropout_threshold > 0;
-  if (dropout) dropout_keep_bits(p, b, h, m_start, rows, n_start, columns, t.keep);
+  if (dropout) dropout_keep_bits(p, tile, t.keep);
 
   const Vec<T> scale = broadcast((T)factor), log2e = broadcast(kLog2e<T>);
   const Vec<T> zero = broadcast((T)0);
@@ -115,35 +112,34 @@ FA_INLINE void for_each_weight(const AttentionParams& p, int64_t b, int64_t h, i
 // -- the weights. Task: one block of kBlockM queries against kWeightTiles tiles of keys, of one
 //    head, or of all heads in order if averaged -------------------------------------------------
 
-// Stores the weights, summed over the heads [h_begin, h_end), in the place of head h_begin.
+// Stores the weights of one block of keys, summed over `heads`, in the place of the first head.
 template <typename T, int kVectors>
-void attention_weights_block(const AttentionParams& p, int64_t b, int64_t h_begin, int64_t h_end,
-                             int64_t m_start, int64_t rows, int64_t n_begin, int64_t n_end,
-                             const WeightsTile<T>& t) {
+void attention_weights_block(const AttentionParams& p, int64_t b, Range heads, int64_t m_start,
+                             int64_t rows, Range block, const WeightsTile<T>& t) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const Vec<T> zero = broadcast((T)0);
-  fill(t.sum, (n_end - n_begin) * kRow, (T)0);
-  const Range keys =
-      intersect(visible_keys(p, sequence_of(p, b), m_start, m_start + rows), {n_begin, n_end});
-  for (int64_t h = h_begin; h < h_end && keys.begin < keys.end; ++h) {
+  const Sequence seq = sequence_of(p, b);
+  fill(t.sum, (block.end - block.begin) * kRow, (T)0);
+  const Range keys = intersect(visible_keys(p, seq, m_start, m_start + rows), block);
+  for (int64_t h = heads.begin; h < heads.end && keys.begin < keys.end; ++h) {
     load_weights_queries<T, kVectors>(p, b, h, m_start, rows, t);
     for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
       const int64_t columns = min_of(kBlockN, keys.end - n);
-      T* sum = t.sum + (n - n_begin) * kRow;
+      T* sum = t.sum + (n - block.begin) * kRow;
       const auto add_up = [&](int64_t i, uint64_t, uint64_t kept, Vec<T> weight) {
         store(sum + i, add(load(sum + i), select_bits(kept, weight, zero)));
       };
-      for_each_weight<T, kVectors>(p, b, h, m_start, rows, n, columns, t, add_up);
+      for_each_weight<T, kVectors>(p, {seq, h, m_start, rows, n, columns}, t, add_up);
     }
   }
   const ScoreView& out = p.weights;
   const T factor = head_share<T>(p) * (T)p.dropout_scale;
-  for (int64_t n = n_begin; n < n_end; n += kBlockN) {
-    const int64_t columns = min_of(kBlockN, n_end - n);
-    transpose_tile(columns, kRow, t.sum + (n - n_begin) * kRow, kRow, t.rows, kBlockN);
+  for (int64_t n = block.begin; n < block.end; n += kBlockN) {
+    const int64_t columns = min_of(kBlockN, block.end - n);
+    transpose_tile(columns, kRow, t.sum + (n - block.begin) * kRow, kRow, t.rows, kBlockN);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t offset =
-          b * out.stride_b + h_begin * out.stride_h + (m_start + i) * out.stride_q + n;
+          b * out.stride_b + heads.begin * out.stride_h + (m_start + i) * out.stride_q + n;
       store_row(element(out.data, out.dtype, offset), out.dtype, t.rows + i * kBlockN, columns,
                 factor);
     }
@@ -169,11 +165,10 @@ struct AttentionWeights {
       const int64_t n_begin = task % parts * kKeys, m_start = task / parts % blocks * kBlockM<T>;
       const int64_t head = task / parts / blocks % heads(p), b = task / parts / blocks / heads(p);
       const int64_t rows = min_of(kBlockM<T>, p.Sq - m_start);
-      const int64_t n_end = min_of(n_begin + kKeys, p.Sk);
+      const Range block = {n_begin, min_of(n_begin + kKeys, p.Sk)};
       const Range hs = p.average_weights ? Range{0, p.Hq} : Range{head, head + 1};
       with_vectors<T>(rows, [&](auto vectors) {
-        attention_weights_block<T, vectors.value>(p, b, hs.begin, hs.end, m_start, rows, n_begin,
-                                                  n_end, tile);
+        attention_weights_block<T, vectors.value>(p, b, hs, m_start, rows, block, tile);
       });
     }
   }
@@ -196,12 +191,14 @@ void attention_weights_delta(const AttentionParams& p, int64_t b, int64_t h, int
     store(delta, add(load(delta), select_bits(kept, product, zero)));
     store(total, add(load(total), select_bits(visible, weight, zero)));
   };
-  const Range keys = visible_keys(p, sequence_of(p, b), m_start, m_start + rows);
+  const Sequence seq = sequence_of(p, b);
+  const Range keys = visible_keys(p, seq, m_start, m_start + rows);
   for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
     const int64_t columns = min_of(kBlockN, keys.end - n);
-    load_scores(p.weights, b, h, m_start, rows, n, columns, t.rows);
+    const ScoreTile tile = {seq, h, m_start, rows, n, columns};
+    load_scores(p.weights, tile, t.rows);
     transpose_tile(rows, columns, t.rows, kBlockN, t.rows_t, kRow);
-    for_each_weight<T, kVectors>(p, b, h, m_start, rows, n, columns, t, add_up);
+    for_each_weight<T, kVectors>(p, tile, t, add_up);
   }
   const T factor = head_share<T>(p) * (T)p.dropout_scale;
   T* delta = (T*)p.delta + (b * p.Hq + h) * p.Sq + m_start;

@@ -103,13 +103,12 @@ struct MaskBlocks {
 
 // Returns the notes of all blocks that a tile touches, combined: kShows without a mask, and kShows
 // | kHides if no notes were taken.
-FA_INLINE uint8_t mask_on_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
-                               int64_t rows, int64_t n_start) {
+FA_INLINE uint8_t mask_on_tile(const AttentionParams& p, const ScoreTile& tile) {
   if (p.mask.data == nullptr) return kShows;
   if (p.mask_blocks == nullptr) return kShows | kHides;
   uint8_t found = 0;
-  for (int64_t row = m_start / kMaskRows; row * kMaskRows < m_start + rows; ++row) {
-    found |= mask_blocks_at(p, b, h, row)[n_start / kBlockN];
+  for (int64_t row = tile.m_start / kMaskRows; row * kMaskRows < tile.m_start + tile.rows; ++row) {
+    found |= mask_blocks_at(p, tile.seq.b, tile.h, row)[tile.n_start / kBlockN];
   }
   return found;
 }
@@ -118,9 +117,11 @@ FA_INLINE uint8_t mask_on_tile(const AttentionParams& p, int64_t b, int64_t h, i
 
 // Computes visible[j] for one tile, whose first key is a multiple of kBlockN. `visible` is valid
 // only if the result is kSome.
-[[maybe_unused]] Visible tile_visibility(const AttentionParams& p, const Sequence& seq, int64_t h,
-                                         int64_t m_start, int64_t rows, int64_t n_start,
-                                         int64_t columns, uint64_t* visible) {
+[[maybe_unused]] Visible tile_visibility(const AttentionParams& p, const ScoreTile& tile,
+                                         uint64_t* visible) {
+  const Sequence& seq = tile.seq;
+  const int64_t m_start = tile.m_start, rows = tile.rows;
+  const int64_t n_start = tile.n_start, columns = tile.columns;
   const uint64_t everybody = low_bits(rows);
   // The diagonal band cuts the tile unless its first query reaches the last key to the right and
   // its last query the first key to the left.
@@ -128,7 +129,7 @@ FA_INLINE uint8_t mask_on_tile(const AttentionParams& p, int64_t b, int64_t h, i
       p.window_right >= 0 && n_start + columns - 1 > m_start + seq.diagonal_offset + p.window_right;
   const bool cut_left =
       p.window_left >= 0 && n_start < m_start + rows - 1 + seq.diagonal_offset - p.window_left;
-  const uint8_t mask_effect = mask_on_tile(p, seq.b, h, m_start, rows, n_start);
+  const uint8_t mask_effect = mask_on_tile(p, tile);
   if ((mask_effect & kShows) == 0) return Visible::kNone;
   const bool masked = (mask_effect & kHides) != 0;
   if (!cut_right && !cut_left && p.key_padding_mask == nullptr && !masked) return Visible::kAll;
@@ -148,7 +149,7 @@ FA_INLINE uint8_t mask_on_tile(const AttentionParams& p, int64_t b, int64_t h, i
   }
   if (masked) {
     const uint8_t* mask = (const uint8_t*)p.mask.data + seq.b * p.mask.stride_b +
-                          h * p.mask.stride_h + m_start * p.mask.stride_q +
+                          tile.h * p.mask.stride_h + m_start * p.mask.stride_q +
                           n_start * p.mask.stride_k;
     const int64_t step = p.mask.stride_k;
     if (p.mask.stride_q == 0) {

@@ -7,7 +7,7 @@
 // 128 bits of one Philox call are the 16-bit values of eight neighbouring columns, low bits first.
 #pragma once
 
-#include "tiles.inl"
+#include "sequence.inl"
 
 namespace fused_attention {
 namespace {
@@ -46,16 +46,17 @@ FA_INLINE PhiloxStream attention_stream(const AttentionParams& p, int64_t b, int
   return stream;
 }
 
-// Sets bit i of keep[j] if dropout keeps the weight of query m_start + i and key n_start + j.
-// n_start is a multiple of 8; whole groups of 8 columns are written.
-void dropout_keep_bits(const AttentionParams& p, int64_t b, int64_t h, int64_t m_start,
-                       int64_t rows, int64_t n_start, int64_t columns, uint64_t* keep) {
-  const PhiloxStream stream = attention_stream(p, b, h);
-  for (int64_t group = 0; group < columns; group += 8) {
+// Sets bit i of keep[j] if dropout keeps the weight of query i and key j of the tile, whose n_start
+// is a multiple of 8. Whole groups of 8 columns are written.
+void dropout_keep_bits(const AttentionParams& p, const ScoreTile& tile, uint64_t* keep) {
+  const PhiloxStream stream = attention_stream(p, tile.seq.b, tile.h);
+  const uint32_t first_group = (uint32_t)(tile.n_start / 8) + p.dropout_group;
+  const uint32_t first_row = (uint32_t)tile.m_start + p.dropout_row;
+  for (int64_t group = 0; group < tile.columns; group += 8) {
     fill(keep + group, 8, (uint64_t)0);
-    for (int64_t i = 0; i < rows; i += kU32Lanes) {
-      VecU32 x[4] = {broadcast_u32((uint32_t)((n_start + group) / 8) + p.dropout_group),
-                     add_u32(broadcast_u32((uint32_t)(m_start + i) + p.dropout_row), iota_u32()),
+    for (int64_t i = 0; i < tile.rows; i += kU32Lanes) {
+      VecU32 x[4] = {broadcast_u32(first_group + (uint32_t)(group / 8)),
+                     add_u32(broadcast_u32(first_row + (uint32_t)i), iota_u32()),
                      broadcast_u32(stream.head), broadcast_u32(stream.offset)};
       philox4x32(x, stream.seed);
       for (int word = 0; word < 4; ++word) {
@@ -121,9 +122,10 @@ struct DropoutKeepMask {
     uint64_t* keep = (uint64_t*)workspace;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / p.Sq, row = task % p.Sq;
+      const Sequence seq = sequence_of(p, head / p.Hq);
       for (int64_t n = 0; n < p.Sk; n += kBlockN) {
         const int64_t columns = min_of(kBlockN, p.Sk - n);
-        dropout_keep_bits(p, head / p.Hq, head % p.Hq, row, 1, n, columns, keep);
+        dropout_keep_bits(p, {seq, head % p.Hq, row, 1, n, columns}, keep);
         for (int64_t j = 0; j < columns; ++j) p.dropout_keep[task * p.Sk + n + j] = keep[j] & 1;
       }
     }

@@ -34,6 +34,17 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
   return seq;
 }
 
+// The keys [n_start, n_start + columns) of key head h of one sequence.
+struct KeyTile {
+  const Sequence& seq;
+  int64_t h, n_start, columns;
+};
+// Their scores with the queries [m_start, m_start + rows) of query head h.
+struct ScoreTile {
+  const Sequence& seq;
+  int64_t h, m_start, rows, n_start, columns;
+};
+
 // A block of at most `size` tokens of one head of one sequence. A block of a packed sequence may be
 // empty: its `start` is then beyond the last token.
 struct Block {
@@ -132,37 +143,36 @@ FA_INLINE int64_t keys_in_a_row(const AttentionParams& p, const Sequence& seq, i
 // word is 0 (no query sees them) become 0, whatever they held, since 0 * NaN is not 0. `visible` is
 // null if every row is seen.
 template <typename T>
-Scalars<T> key_rows(const AttentionParams& p, const TensorView& view, const Sequence& seq,
-                    int64_t h, int64_t start, int64_t rows, int64_t columns,
-                    const uint64_t* visible, T* scratch) {
+Scalars<T> key_rows(const AttentionParams& p, const TensorView& view, const KeyTile& keys,
+                    int64_t D, const uint64_t* visible, T* scratch) {
   bool hidden = false;
-  for (int64_t r = 0; visible != nullptr && r < rows; ++r) hidden |= visible[r] == 0;
+  for (int64_t j = 0; visible != nullptr && j < keys.columns; ++j) hidden |= visible[j] == 0;
   const bool same_type = p.dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
-  if (same_type && !hidden && keys_in_a_row(p, seq, start, rows) == rows) {
-    return {(const T*)key_row(p, view, seq, h, start), view.stride_s, 1};
+  const bool in_a_row = keys_in_a_row(p, keys.seq, keys.n_start, keys.columns) == keys.columns;
+  if (same_type && !hidden && in_a_row) {
+    return {(const T*)key_row(p, view, keys.seq, keys.h, keys.n_start), view.stride_s, 1};
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    T* row = scratch + r * columns;
-    if (hidden && visible[r] == 0) {
-      fill(row, columns, (T)0);
+  for (int64_t j = 0; j < keys.columns; ++j) {
+    T* row = scratch + j * D;
+    if (hidden && visible[j] == 0) {
+      fill(row, D, (T)0);
     } else {
-      load_row(row, key_row(p, view, seq, h, start + r), p.dtype, columns);
+      load_row(row, key_row(p, view, keys.seq, keys.h, keys.n_start + j), p.dtype, D);
     }
   }
-  return {scratch, columns, 1};
+  return {scratch, D, 1};
 }
 
-// Loads the same rows as a tile [padded_rows][round_up(columns)], padded with zeros.
+// Loads the same rows as a tile [padded_rows][round_up(D)], padded with zeros.
 template <typename T>
-void load_key_tile(T* dst, const AttentionParams& p, const TensorView& view, const Sequence& seq,
-                   int64_t h, int64_t start, int64_t rows, int64_t columns, const uint64_t* visible,
-                   int64_t padded_rows) {
-  const int64_t width = round_up(columns, kLanes<T>);
-  for (int64_t r = 0; r < padded_rows; ++r) {
-    T* row = dst + r * width;
-    const bool counts = r < rows && (visible == nullptr || visible[r] != 0);
-    if (counts) load_row(row, key_row(p, view, seq, h, start + r), p.dtype, columns);
-    const int64_t valid = counts ? columns : 0;
+void load_key_tile(T* dst, const AttentionParams& p, const TensorView& view, const KeyTile& keys,
+                   int64_t D, const uint64_t* visible, int64_t padded_rows) {
+  const int64_t width = round_up(D, kLanes<T>);
+  for (int64_t j = 0; j < padded_rows; ++j) {
+    T* row = dst + j * width;
+    const bool counts = j < keys.columns && (visible == nullptr || visible[j] != 0);
+    if (counts) load_row(row, key_row(p, view, keys.seq, keys.h, keys.n_start + j), p.dtype, D);
+    const int64_t valid = counts ? D : 0;
     fill(row + valid, width - valid, (T)0);
   }
 }

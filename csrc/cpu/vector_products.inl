@@ -54,30 +54,27 @@ struct VectorProducts : OnVectors {
   }
 
   template <int kVectors>
-  void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-              int64_t columns, T* s) const {
+  void scores(const AttentionParams& p, const KeyTile& keys, T* s) const {
     constexpr int kRow = kVectors * kLanes<T>;
-    const Scalars<T> keys = key_rows(p, p.key, seq, h_kv, n_start, columns, p.D, nullptr, k);
-    multiply<kVectors, false>(columns, p.D, keys, q_t, kRow, s, kRow);
+    const Scalars<T> rows = key_rows(p, p.key, keys, p.D, nullptr, k);
+    multiply<kVectors, false>(keys.columns, p.D, rows, q_t, kRow, s, kRow);
   }
 
   template <int kVectors>
-  void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-                  int64_t columns, const uint64_t* visible, const uint64_t* keep,
-                  Probabilities<T, kVectors> weights, T* s, const RowState<T>& rows,
-                  T* acc_t) const {
-    weights.replace(columns, s);
+  void accumulate(const AttentionParams& p, const KeyTile& keys, const uint64_t* visible,
+                  const uint64_t* keep, Probabilities<T, kVectors> weights, T* s,
+                  const RowState<T>& rows, T* acc_t) const {
+    weights.replace(keys.columns, s);
     weights.keep_sums(rows);
-    add_values<kVectors>(p, seq, h_kv, n_start, columns, visible, keep, s, acc_t);
+    add_values<kVectors>(p, keys, visible, keep, s, acc_t);
   }
   template <int kVectors>
-  void add_values(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-                  int64_t columns, const uint64_t* visible, const uint64_t* keep, T* weights,
-                  T* acc_t) const {
+  void add_values(const AttentionParams& p, const KeyTile& keys, const uint64_t* visible,
+                  const uint64_t* keep, T* weights, T* acc_t) const {
     constexpr int kRow = kVectors * kLanes<T>;
-    if (keep != nullptr) drop<T, kVectors>(keep, columns, weights);
-    const Scalars<T> values = key_rows(p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, v);
-    multiply<kVectors, true>(p.Dv, columns, Scalars<T>{values.data, values.column, values.row},
+    if (keep != nullptr) drop<T, kVectors>(keep, keys.columns, weights);
+    const Scalars<T> values = key_rows(p, p.value, keys, p.Dv, visible, v);
+    multiply<kVectors, true>(p.Dv, keys.columns, Scalars<T>{values.data, values.column, values.row},
                              weights, kRow, acc_t, kRow);
   }
 };
@@ -88,17 +85,19 @@ struct VectorProducts : OnVectors {
 // The width of a row of D bfloat16 numbers that is paired with its neighbour, in pairs.
 FA_INLINE int64_t paired_rows_width(int64_t D) { return round_up(D, 32); }
 
-// dst[j] <- rows 2 j and 2 j + 1 of keys or values, paired: [ceil(rows / 2)][paired_rows_width(D)].
+// dst[j] <- rows 2 j and 2 j + 1 of keys or values, paired:
+// [ceil(columns / 2)][paired_rows_width(D)].
 // A key that no query sees, or that is past the end, counts as 0, whatever it held.
-void pair_rows_of_keys(const AttentionParams& p, const TensorView& view, const Sequence& seq,
-                       int64_t h_kv, int64_t n_start, int64_t rows, int64_t D,
-                       const uint64_t* visible, Pair* dst) {
-  for (int64_t j = 0; j < rows; j += 2) {
-    const bool odd = j + 1 == rows;
+void pair_rows_of_keys(const AttentionParams& p, const TensorView& view, const KeyTile& keys,
+                       int64_t D, const uint64_t* visible, Pair* dst) {
+  for (int64_t j = 0; j < keys.columns; j += 2) {
+    const bool odd = j + 1 == keys.columns;
     const bool low_used = visible == nullptr || visible[j] != 0;
     const bool high_used = !odd && (visible == nullptr || visible[j + 1] != 0);
-    const auto* low = (const uint16_t*)key_row(p, view, seq, h_kv, n_start + j);
-    const auto* high = (const uint16_t*)key_row(p, view, seq, h_kv, n_start + (odd ? j : j + 1));
+    const auto row_at = [&](int64_t at) {
+      return (const uint16_t*)key_row(p, view, keys.seq, keys.h, keys.n_start + at);
+    };
+    const uint16_t *low = row_at(j), *high = row_at(odd ? j : j + 1);
     Pair* row = dst + j / 2 * paired_rows_width(D);
     for (int64_t d = 0; d < D; d += 32) {
       const uint64_t valid = low_bits(D - d);
@@ -132,14 +131,15 @@ FA_INLINE bool rows_in_pairs(const AttentionParams& p, const TensorView& view, i
 }
 
 // Returns rows of keys or values as pairs: in place, or copied to scratch [rows][pair_width(D)].
-Scalars<Pair> rows_of_pairs(const AttentionParams& p, const TensorView& view, const Sequence& seq,
-                            int64_t h_kv, int64_t n_start, int64_t rows, int64_t D, Pair* scratch) {
-  if (rows_in_pairs(p, view, D) && keys_in_a_row(p, seq, n_start, rows) >= rows) {
-    return {(const Pair*)key_row(p, view, seq, h_kv, n_start), view.stride_s / 2, 1};
+Scalars<Pair> rows_of_pairs(const AttentionParams& p, const TensorView& view, const KeyTile& keys,
+                            int64_t D, Pair* scratch) {
+  const auto row = [&](int64_t j) { return key_row(p, view, keys.seq, keys.h, keys.n_start + j); };
+  if (rows_in_pairs(p, view, D) &&
+      keys_in_a_row(p, keys.seq, keys.n_start, keys.columns) >= keys.columns) {
+    return {(const Pair*)row(0), view.stride_s / 2, 1};
   }
-  for (int64_t j = 0; j < rows; ++j) {
-    copy_row_of_pairs(scratch + j * pair_width(D), key_row(p, view, seq, h_kv, n_start + j), D,
-                      true);
+  for (int64_t j = 0; j < keys.columns; ++j) {
+    copy_row_of_pairs(scratch + j * pair_width(D), row(j), D, true);
   }
   return {scratch, pair_width(D), 1};
 }
@@ -184,18 +184,18 @@ struct PairProducts : OnVectors {
     for (int64_t n = first; n < keys.end; n += kBlockN) {
       const int64_t columns = min_of(kBlockN, seq.Sk - n);
       Pair* values = own_v + n / 2 * width;
-      pair_rows_of_keys(p, p.value, seq, h_kv, n, columns, p.Dv, nullptr, values);
+      pair_rows_of_keys(p, p.value, {seq, h_kv, n, columns}, p.Dv, nullptr, values);
       own_finite[n / kBlockN] = all_finite(values, ceil_div(columns, 2) * width);
     }
   }
   // Returns the values of a tile. Hidden values may stay if they were loaded with the head and all
   // are finite, since 0 times a finite value is 0. Otherwise they count as 0.
-  const Pair* values_of_tile(const AttentionParams& p, const Sequence& seq, int64_t h_kv,
-                             int64_t n_start, int64_t columns, const uint64_t* visible) const {
-    if (by_heads(p) && own_finite[n_start / kBlockN]) {
-      return own_v + n_start / 2 * paired_rows_width(p.Dv);
+  const Pair* values_of_tile(const AttentionParams& p, const KeyTile& keys,
+                             const uint64_t* visible) const {
+    if (by_heads(p) && own_finite[keys.n_start / kBlockN]) {
+      return own_v + keys.n_start / 2 * paired_rows_width(p.Dv);
     }
-    pair_rows_of_keys(p, p.value, seq, h_kv, n_start, columns, p.Dv, visible, v);
+    pair_rows_of_keys(p, p.value, keys, p.Dv, visible, v);
     return v;
   }
 
@@ -212,24 +212,21 @@ struct PairProducts : OnVectors {
   }
 
   template <int kVectors>
-  void scores(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-              int64_t columns, float* s) const {
+  void scores(const AttentionParams& p, const KeyTile& keys, float* s) const {
     constexpr int kRow = kVectors * kLanes<float>;
     const int64_t width = pair_width(p.D);
-    const Scalars<Pair> keys = by_heads(p)
-                                   ? Scalars<Pair>{own_k + n_start * width, width, 1}
-                                   : rows_of_pairs(p, p.key, seq, h_kv, n_start, columns, p.D, k);
-    multiply<kVectors, false>(columns, ceil_div(p.D, 2), keys, q_t, kRow, s, kRow);
+    const Scalars<Pair> rows = by_heads(p) ? Scalars<Pair>{own_k + keys.n_start * width, width, 1}
+                                           : rows_of_pairs(p, p.key, keys, p.D, k);
+    multiply<kVectors, false>(keys.columns, ceil_div(p.D, 2), rows, q_t, kRow, s, kRow);
   }
 
   template <int kVectors>
-  void accumulate(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-                  int64_t columns, const uint64_t* visible, const uint64_t* keep,
-                  Probabilities<float, kVectors> weights, float* s, const RowState<float>& rows,
-                  float* acc_t) const {
+  void accumulate(const AttentionParams& p, const KeyTile& keys, const uint64_t* visible,
+                  const uint64_t* keep, Probabilities<float, kVectors> weights, float* s,
+                  const RowState<float>& rows, float* acc_t) const {
     constexpr int W = kLanes<float>, kRow = kVectors * W;
-    const int64_t pairs = ceil_div(columns, 2);
-    const Pair* values = values_of_tile(p, seq, h_kv, n_start, columns, visible);
+    const int64_t columns = keys.columns, pairs = ceil_div(columns, 2);
+    const Pair* values = values_of_tile(p, keys, visible);
     Pair* paired = (Pair*)s;  // row j takes the place of rows 2 j and 2 j + 1
     const Vec<float> zero = broadcast(0.0f);
     Vec<float> sum[kVectors];
@@ -316,10 +313,9 @@ struct VectorProductsBackward : OnVectors {
     transpose_tile(kRow, width(p.D), q, width(p.D), q_t, kRow);
     transpose_tile(kRow, width(p.Dv), grad_out, width(p.Dv), grad_out_t, kRow);
   }
-  void load_keys(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-                 int64_t columns, const uint64_t* visible) {
-    k = key_rows(p, p.key, seq, h_kv, n_start, columns, p.D, visible, k_tile);
-    v = key_rows(p, p.value, seq, h_kv, n_start, columns, p.Dv, nullptr, v_tile);
+  void load_keys(const AttentionParams& p, const KeyTile& keys, const uint64_t* visible) {
+    k = key_rows(p, p.key, keys, p.D, visible, k_tile);
+    v = key_rows(p, p.value, keys, p.Dv, nullptr, v_tile);
   }
   template <int kVectors>
   void scores(const AttentionParams& p, int64_t columns, T* s, T* dp) const {
@@ -361,10 +357,10 @@ struct VectorProductsBackward : OnVectors {
                   width(p.D), dk, width(p.D));
   }
   template <int kVectors>
-  void add_to_dq(const AttentionParams& p, const Sequence&, int64_t, int64_t, int64_t columns,
-                 const uint64_t*, const T* ds, T* dq_t) const {
+  void add_to_dq(const AttentionParams& p, const KeyTile& keys, const uint64_t*, const T* ds,
+                 T* dq_t) const {
     constexpr int kRow = kVectors * kLanes<T>;
-    multiply<kVectors, true>(p.D, columns, Scalars<T>{k.data, k.column, k.row}, ds, kRow, dq_t,
+    multiply<kVectors, true>(p.D, keys.columns, Scalars<T>{k.data, k.column, k.row}, ds, kRow, dq_t,
                              kRow);
   }
 };
@@ -413,10 +409,9 @@ struct PairProductsBackward : OnVectors {
     transpose_tile(kRow, width_v, (const float*)grad_out, width_v, (float*)grad_out_t, kRow);
     selected_ = kNone;
   }
-  void load_keys(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-                 int64_t columns, const uint64_t*) {
-    k = rows_of_pairs(p, p.key, seq, h_kv, n_start, columns, p.D, k_tile);
-    v = rows_of_pairs(p, p.value, seq, h_kv, n_start, columns, p.Dv, v_tile);
+  void load_keys(const AttentionParams& p, const KeyTile& keys, const uint64_t*) {
+    k = rows_of_pairs(p, p.key, keys, p.D, k_tile);
+    v = rows_of_pairs(p, p.value, keys, p.Dv, v_tile);
   }
   template <int kVectors>
   void scores(const AttentionParams& p, int64_t columns, float* s, float* dp) const {
@@ -468,9 +463,10 @@ struct PairProductsBackward : OnVectors {
     add_to_keys<kVectors>(rows, columns, p.D, q_rows, dk);
   }
   template <int kVectors>
-  void add_to_dq(const AttentionParams& p, const Sequence& seq, int64_t h_kv, int64_t n_start,
-                 int64_t columns, const uint64_t* visible, const float* ds, float* dq_t) const {
+  void add_to_dq(const AttentionParams& p, const KeyTile& keys, const uint64_t* visible,
+                 const float* ds, float* dq_t) const {
     constexpr int kRow = kVectors * kLanes<float>, kWidth = (kRow + 31) / 32 * 32;
+    const int64_t columns = keys.columns;
     round<kVectors>(columns, ds);
     for (int64_t j = 0; j < columns; j += 2) {
       const uint16_t* low = rounded + j * kRow;
@@ -481,7 +477,7 @@ struct PairProductsBackward : OnVectors {
                   ds_rows + j / 2 * kWidth + x);
       }
     }
-    pair_rows_of_keys(p, p.key, seq, h_kv, n_start, columns, p.D, visible, k_rows);
+    pair_rows_of_keys(p, p.key, keys, p.D, visible, k_rows);
     multiply<kVectors, true>(p.D, ceil_div(columns, 2),
                              Scalars<Pair>{k_rows, 1, paired_rows_width(p.D)}, ds_rows, kWidth,
                              dq_t, kRow);
