@@ -24,7 +24,7 @@ COPY := build/matrix/$(TORCH)
 FIND_NATIVE := find csrc tests/native -regex '.*\.\(h\|cpp\|inl\|cuh\|cu\)' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench smoke test test-full test-api test-matrix sanitize gpu lint format build cuda wheel clean
+.PHONY: help demo bench smoke test test-full test-api test-matrix sanitize plants gpu lint format build cuda wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -57,6 +57,9 @@ test-matrix:  ## the tests that need no compiler for GPUs, with another PyTorch,
 
 sanitize: $(VENV)/torch.stamp  ## the kernels without torch, under ASan, UBSan and TSan, and on an emulated Arm CPU
 	$(BIN)/python tests/native/sanitize.py
+
+plants: build $(VENV)/test.stamp  ## how many of 20 faults planted in the CPU kernels the smoke tests catch
+	$(BIN)/python tests/native/plants.py
 
 gpu: $(VENV)/test.stamp  ## on a machine with a GPU: tests, tile sizes, benchmarks; writes a report to commit
 	@$(BIN)/python setup.py --quiet build_ext --inplace

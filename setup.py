@@ -1,18 +1,13 @@
 """Builds the shared object, fused_attention/_native*.so; the rest is in pyproject.toml.
 
-The operators, the CPU kernels, their dispatch and the introspection module are one library. Each
-instruction set is one row of ISAS, with the flags that csrc/cpu/kernels_*.cpp are compiled with for
-it. csrc/cuda/build.py describes a second, optional library, fused_attention/_cuda.so. This file
-writes build.ninja and compile_commands.json, and ninja compiles the sources that have changed. The
-build uses the installed PyTorch and never downloads one. It respects CXX, CXXFLAGS, LDFLAGS,
-MAX_JOBS and
-
-FUSED_ATTENTION_ISAS   the instruction sets to compile ("avx2 avx512"); the baseline is always
-                       compiled. "all" includes amx_emulated, which only tests use
+The operators, the CPU kernels, their dispatch and the introspection module are one library.
+csrc/cpu/build.py has the flags of each instruction set, and csrc/cuda/build.py describes a second,
+optional library, fused_attention/_cuda.so. This file writes build.ninja and compile_commands.json,
+and ninja compiles the sources that have changed. The build uses the installed PyTorch and never
+downloads one. It respects CXX, CXXFLAGS, LDFLAGS and MAX_JOBS.
 """
 
 import os
-import platform
 import runpy
 import shlex
 import shutil
@@ -31,27 +26,8 @@ from setuptools.command.dist_info import dist_info
 os.chdir(Path(__file__).resolve().parent)
 BUILD = Path(f"build/native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
 VERSION = runpy.run_path("python/fused_attention/_version.py")["__version__"]
-CUDA = runpy.run_path("csrc/cuda/build.py")
+CPU, CUDA = runpy.run_path("csrc/cpu/build.py"), runpy.run_path("csrc/cuda/build.py")
 stop = CUDA["stop"]
-
-AVX2 = "-mavx2 -mfma -mf16c"
-AVX512 = (
-    f"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd {AVX2}"
-    # g++ 12 warns about its own AVX-512 headers.
-    " -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
-)
-# The flags of each instruction set, whose vocabulary is csrc/cpu/simd_<name>.inl. All but the
-# baseline are for x86-64.
-ISAS = {
-    "baseline": "",
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512_bf16": f"-mavx512bf16 {AVX512}",
-    "amx": AVX512,
-    "amx_emulated": AVX512,
-}
-if platform.machine().lower() not in ("x86_64", "amd64"):
-    ISAS = {"baseline": ""}
 
 # Never -march=native (the library must run on other machines than the one that built it) and never
 # -ffast-math (NaN and infinity have a meaning here).
@@ -70,22 +46,12 @@ def compiler() -> list[str]:
     return command
 
 
-def chosen_isas() -> list[str]:
-    asked = from_environment("FUSED_ATTENTION_ISAS")
-    for name in asked:
-        if name not in ("all", *ISAS):
-            stop(f"FUSED_ATTENTION_ISAS: expected some of all, {', '.join(ISAS)}, got {name!r}")
-    if "all" in asked:
-        return list(ISAS)
-    return [x for x in ISAS if x in ("baseline", *asked) or (not asked and x != "amx_emulated")]
-
-
 def find_torch() -> Path:
     """Returns the folder of the installed torch package. If an isolated build hides it from import,
     looks next to the programs on PATH, which belong to the environment that started the build."""
-    here = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    here = f"lib/python{sysconfig.get_python_version()}/site-packages"
     hidden = [str(Path(x).parent / here) for x in os.environ.get("PATH", "").split(os.pathsep)]
-    for path in [*sys.path, *map(sysconfig.get_path, ("purelib", "platlib")), *hidden]:
+    for path in [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *hidden]:
         spec = PathFinder.find_spec("torch", [path])
         if spec and spec.origin and (Path(spec.origin).parent / "include").is_dir():
             return Path(spec.origin).parent
@@ -106,7 +72,8 @@ class Unit:
 
     @property
     def object(self) -> Path:
-        return BUILD / self.source.with_name("-".join(filter(None, (self.source.stem, self.variant))) + ".o")
+        stem = "-".join(filter(None, (self.source.stem, self.variant)))
+        return BUILD / self.source.with_name(f"{stem}.o")
 
 
 def operator_units(torch: Path, folder: str) -> list[Unit]:
@@ -119,7 +86,7 @@ def operator_units(torch: Path, folder: str) -> list[Unit]:
     own = {
         # It sees pybind11 only, whose headers in PyTorch 2.10 refuse the stable ABI.
         "introspection.cpp": [f'-DFUSED_ATTENTION_VERSION="{VERSION}"', "-UTORCH_TARGET_VERSION"],
-        "dispatch.cpp": [f"-DFUSED_ATTENTION_ISA_{name.upper()}" for name in chosen_isas()],
+        "dispatch.cpp": [f"-DFUSED_ATTENTION_ISA_{name.upper()}" for name in CPU["chosen_isas"]()],
     }
     sources = [*sorted(Path("csrc").glob("*.cpp")), *sorted(Path(folder).glob("*.cpp"))]
     sources = [source for source in sources if not source.name.startswith("kernels_")]
@@ -130,11 +97,7 @@ def libraries(torch: Path, name: str) -> dict[Path, tuple[list[Unit], list[str]]
     """Returns, for each library, its units in link order (the baseline before the other instruction
     sets) and its linker flags."""
     common = [*FLAGS.split(), *from_environment("CXXFLAGS")]
-    units = [
-        Unit(source, [*common, *ISAS[isa].split(), f"-DFUSED_ATTENTION_ISA={isa}"], isa)
-        for isa in chosen_isas()
-        for source in sorted(Path("csrc/cpu").glob("kernels_*.cpp"))
-    ]
+    units = [Unit(x, [*common, *flags], isa) for x, flags, isa in CPU["kernel_units"]()]
     found = {BUILD / name: ([*units, *operator_units(torch, "csrc/cpu")], ["-pthread"])}
     if CUDA["is_wanted"](torch):
         units = [Unit(*unit, "nvcc") for unit in CUDA["kernel_units"]()]

@@ -1,5 +1,5 @@
 // The kernels of one instruction set, which kernels_*.cpp define. Those files are compiled once for
-// each instruction set, with its flags (setup.py), and FUSED_ATTENTION_ISA names the namespace of
+// each instruction set, with its flags (build.py), and FUSED_ATTENTION_ISA names the namespace of
 // its tables. Nothing else in them may be shared with other objects: no STL, no torch, everything
 // else in an anonymous namespace.
 #pragma once

@@ -1,4 +1,4 @@
-// FA_TYPE and FA_HEAD_DIM come from the list in setup.py.
+// FA_TYPE and FA_HEAD_DIM come from the list in build.py.
 #include "attention_forward_hopper.cuh"
 #include "hopper_kernel.cuh"
 

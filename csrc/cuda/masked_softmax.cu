@@ -1,4 +1,4 @@
-// FA_TYPE comes from the list in setup.py.
+// FA_TYPE comes from the list in build.py.
 #include "kernel.cuh"
 #include "masked_softmax.cuh"
 

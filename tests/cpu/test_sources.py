@@ -20,7 +20,7 @@ WIDEST = ("avx512_bf16", "avx512", "amx", "avx2")
 def flags_of(path):
     if path in KERNELS:
         name = next((name for name in WIDEST if name in path.name), "baseline")
-        return SETUP["ISAS"].get(name, "").split()
+        return SETUP["CPU"]["ISAS"].get(name, "").split()
     return [f"-isystem{SETUP['find_torch']() / 'include'}", SETUP["STABLE_ABI"]]
 
 
@@ -43,7 +43,7 @@ def test_what_is_looked_at():
 
 @pytest.mark.parametrize("path", list(parameters()))
 def test_a_file_opens_alone(path):
-    if any(isa in path.name for isa in WIDEST) and len(SETUP["ISAS"]) == 1:
+    if any(isa in path.name for isa in WIDEST) and len(SETUP["CPU"]["ISAS"]) == 1:
         pytest.skip("for x86-64")
     if shutil.which(SETUP["compiler"]()[0]) is None:
         pytest.skip("no C++ compiler")
@@ -52,3 +52,12 @@ def test_a_file_opens_alone(path):
     command = [*SETUP["compiler"](), *flags, *flags_of(path), "-x", "c++", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, shlex.join(command) + "\n" + done.stderr
+
+
+def test_the_planted_faults_still_fit():
+    """`make plants` replaces pieces of lines, each of which must occur once."""
+    plants = runpy.run_path(str(ROOT / "tests" / "native" / "plants.py"))["PLANTS"]
+    assert len(plants) >= 20
+    for plant in plants:
+        text = (ROOT / "csrc" / "cpu" / plant.file).read_text()
+        assert text.count(plant.old) == 1 and plant.old != plant.new, plant.name

@@ -36,7 +36,7 @@ class Build:
     threads: int
     compiler: list[str] = field(default_factory=lambda: SETUP["compiler"]())
     runner: tuple[str, ...] = ()
-    isas: dict[str, str] = field(default_factory=lambda: SETUP["ISAS"])  # and their flags
+    isas: dict[str, str] = field(default_factory=lambda: SETUP["CPU"]["ISAS"])  # and their flags
 
     @property
     def driver(self) -> Path:
