@@ -15,7 +15,7 @@ from . import operators as ops
 from .call.backends import REFERENCE, choose_for
 from .call.options import NO_WINDOW, NONE, Options
 from .call.plan import find, kind_of_call, kind_of_option, may_be_refusal
-from .call.problem import cast_for_autocast, check_number, check_philox_seed
+from .call.problem import cast_for_autocast, check_number, check_philox_seed, refuse_keyword
 from .call.serve import refused, serve, serve_new
 from .errors import wrong_type, wrong_value
 from .operators._torch import is_any_autocast_enabled, is_compiling
@@ -74,6 +74,7 @@ def attention(
     philox_seed: int | Tensor | None = None,
     precision: str | None = None,
     backend: str = "auto",
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale · query keyᵀ + bias, over the visible keys) value, never holding the scores.
 
@@ -119,6 +120,8 @@ def attention(
     Raises ArgumentValueError (ValueError, RuntimeError) and ArgumentTypeError (TypeError,
     RuntimeError) for wrong arguments, NotImplementedError for what the named backend cannot serve.
     """
+    if unknown:
+        refuse_keyword(next(iter(unknown)), "attention")
     if is_compiling() or is_any_autocast_enabled():
         query, key, value, bias = cast_for_autocast(query, key, value, bias)
     kind = refusal = None

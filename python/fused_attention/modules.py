@@ -271,7 +271,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 continue
             check_tensor(name, mask)
             if mask.dtype != torch.bool and mask.dtype not in DTYPES:
-                _wrong(name, "dtype bool (True = hidden) or floating (added)", mask.dtype)
+                hint = "Hugging Face's attention_mask, 1 for a token, is attention_mask == 0"
+                _wrong(name, "dtype bool (True = hidden) or floating (added)", mask.dtype, hint)
             if mask.device != query.device:
                 _wrong(name, f"device {query.device}, as query has", mask.device)
             if mask.shape not in shapes:

@@ -189,9 +189,17 @@ def _check_attn_mask(attn_mask: Any, query: Tensor, is_causal: bool) -> None:
             "Hint: attention(mask=..., causal=...) applies both"
         )
     check_tensor("attn_mask", attn_mask)
-    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        expected = f"dtype torch.bool, torch.float32 or {query.dtype}, as query has"
-        wrong_value("attn_mask", expected, attn_mask.dtype)
+    allowed = dict.fromkeys((torch.bool, torch.float32, query.dtype))
+    if attn_mask.dtype not in allowed:
+        *others, last = map(str, allowed)
+        hint = ""
+        if not attn_mask.is_floating_point():
+            hint = (
+                "True = may attend: Hugging Face's attention_mask [B, S], 1 for a token, becomes"
+                " attention_mask.bool()[:, None, None, :]"
+            )
+        expected = f"dtype {', '.join(others)} or {last}"
+        wrong_value("attn_mask", expected, attn_mask.dtype, hint)
 
 
 @looks_at_sizes

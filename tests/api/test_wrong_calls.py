@@ -52,6 +52,10 @@ def on(device, *shape):
         return torch.empty(shape, device=device)
 
 
+def self_attention():
+    return {name: randn(2, 4, 5, 8) for name in ("query", "key", "value")}
+
+
 # -- attention and explain ---------------------------------------------------------------
 
 # Each row: arguments that replace those of a valid call, the error, a pattern of its message.
@@ -138,6 +142,38 @@ ATTENTION = [
     ({"dropout_p": 0.5, "philox_seed": 1.0}, TYPE, "philox_seed: .*int.*float"),
     ({"key_padding_mask": torch.ones(2, 7, dtype=int32)}, VALUE, "key_padding_mask: .*int32"),
     ({"backend": None}, VALUE, "backend: .*None"),
+    # Layouts and masks of other libraries
+    ({"mask": torch.ones(2, 7, dtype=torch.int64)}, VALUE, "mask: .*key_padding_mask=.* == 0"),
+    (
+        {"key_padding_mask": torch.ones(2, 7, dtype=torch.int64)},
+        VALUE,
+        "key_padding_mask: .*True = padding.*attention_mask == 0",
+    ),
+    (
+        {"mask": torch.ones(2, 7, dtype=torch.bool)},
+        VALUE,
+        r"mask: .*key_padding_mask=~mask.*mask\[:, None, None, :\]",
+    ),
+    ({"mask": torch.ones(2, 5, 7, dtype=torch.bool)}, VALUE, r"mask: .*pass mask\[:, None\]"),
+    ({"bias": randn(2, 5, 7)}, VALUE, r"bias: .*pass bias\[:, None\]"),
+    (
+        {"query": randn(2, 5, 4, 8), "key": randn(2, 7, 2, 8), "value": randn(2, 7, 2, 8)},
+        VALUE,
+        r"key: .*\[B, S, H, D\].*transpose\(1, 2\)",
+    ),
+    (
+        {name: x.transpose(1, 2) for name, x in self_attention().items()}
+        | {"mask": torch.ones(5, 5, dtype=torch.bool)},
+        VALUE,
+        r"mask: .*\[B, S, H, D\].*transpose\(1, 2\)",
+    ),
+    ({"is_causal": True}, TYPE, 'is_causal: .*keyword of .*causal="top_left"'),
+    ({"enable_gqa": True}, TYPE, "enable_gqa: .*fewer heads as they are"),
+    ({"attn_mask": torch.ones(5, 7, dtype=torch.bool)}, TYPE, "attn_mask: .*mask .*or bias"),
+    ({"attention_mask": None}, TYPE, "attention_mask: .*key_padding_mask="),
+    ({"softmax_scale": 1.0}, TYPE, "softmax_scale: .*use scale"),
+    ({"sinkz": None}, TYPE, "sinkz: .*use sinks"),
+    ({"colour": None}, TYPE, "colour: expected a keyword of .*, got one that it does not have$"),
     *(
         (
             {name: on(device, *x.shape) for name, x in qkv().items()},
@@ -246,7 +282,11 @@ SDPA = {
         {"enable_gqa": True},
         "value.*divide",
     ),
-    "integer mask": ([*sdpa_qkv(None, None, None), torch.ones(3, 5).int()], {}, "attn_mask.*int32"),
+    "integer mask": (
+        [*sdpa_qkv(None, None, None), torch.ones(3, 5).int()],
+        {},
+        r"attn_mask: .*int32.*attention_mask\.bool\(\)",
+    ),
     "mask of a narrower dtype": (
         [*sdpa_qkv(None, None, None), double(3, 5, dtype=torch.bfloat16)],
         {},

@@ -164,7 +164,7 @@ def test_the_reference_is_logged_once_per_reason(caplog):
         assert len(caplog.records) == 1
         message = caplog.text
         assert "cpu: query's head_dim 520" in message
-        assert f"cuda: {backends.CUDA.missing()}" in message
+        assert "cuda" not in message and "triton" not in message  # the tensors are on a CPU
         for _ in range(2):
             attention(**qkv(D=513))
         assert len(caplog.records) == 2 and "head_dim 513" in caplog.text
@@ -176,9 +176,7 @@ def test_the_reference_is_logged_once_per_reason(caplog):
 
 def test_strict_refuses_the_reference(environment):
     environment(STRICT="1")
-    with pytest.raises(
-        NotImplementedError, match="STRICT(.|\n)*cuda: (.|\n)*cpu: query's head_dim 520"
-    ):
+    with pytest.raises(NotImplementedError, match=r"STRICT.*:\n  cpu: query's head_dim 520"):
         attention(**WIDE)
     attention(**qkv())
     attention(**PACKED)
@@ -422,10 +420,9 @@ def test_explain_tells_backend_isa_kernel_tiles_and_memory(isa):
     assert explanation.details.kernel.startswith("attention_forward")
     assert explain(**qkv(Sq=1)).details.kernel == "attention_decode"
     assert explanation.details.block_m > 0 and explanation.details.block_n > 0
-    assert explanation.refused["cuda"] == [backends.CUDA.missing(), "device cpu: only cuda"]
-    assert explanation.refused["triton"][-1] == "device cpu: only cuda"
+    assert explanation.refused == {}  # no reasons of backends for other devices
     text = str(explanation)
-    for word in ("cpu", isa, "attention_forward", "MiB", "queries", "not cuda"):
+    for word in ("cpu", isa, "attention_forward", "MiB", "queries"):
         assert word in text
 
 

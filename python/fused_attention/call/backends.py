@@ -411,15 +411,18 @@ def in_order(call: Asks) -> tuple[str, ...]:
 def first_without_reason(
     call: Asks, task: str = "attention"
 ) -> tuple[Backend, dict[str, list[str]]]:
-    """Returns the row that serves the call, and the reasons against the rows before it."""
+    """Returns the row that serves the call, and the reasons against the rows before it, except
+    rows for other devices."""
     refused: dict[str, list[str]] = {}
-    for name in in_order(call):
+    names = in_order(call)
+    fitting = [name for name in names if call.device.type in row_named(name).devices]
+    for name in fitting or names:
         row = row_named(name)
         reasons = row.refuses(call, task)
         if not reasons:
             if isinstance(call, Problem):
                 for other in BACKENDS[: NAMES.index(name)]:
-                    if other.name not in refused:
+                    if other.name in fitting and other.name not in refused:
                         refused[other.name] = [other.prefers(call)]
             return row, refused
         refused[name] = reasons

@@ -31,7 +31,7 @@ from .backends import (
     requested,
 )
 from .options import Options
-from .problem import Problem, arguments_of, cast_for_autocast
+from .problem import Problem, arguments_of, cast_for_autocast, refuse_keyword
 
 
 class Details(NamedTuple):
@@ -82,6 +82,8 @@ def explain(
     Takes the arguments of `attention`, and raises as it does for wrong ones and for a backend that
     cannot serve the call. FUSED_ATTENTION_STRICT is not applied.
     """
+    for name in options.keys() - set(Options._fields):
+        refuse_keyword(name, "explain")
     query, key, value, options["bias"] = cast_for_autocast(query, key, value, options.get("bias"))
     given = Options(**options)
     problem = Problem.from_call(query, key, value, given)

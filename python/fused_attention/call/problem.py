@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -105,6 +105,31 @@ def as_vector(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 # -- Checks ------------------------------------------------------------------------------
 
+# The options of `attention` that stand for keywords of other libraries.
+COUNTERPARTS = {
+    "is_causal": 'causal="top_left"',
+    "enable_gqa": "no keyword: key and value may have fewer heads as they are",
+    "attn_mask": "mask (bool, True = may attend) or bias (floating)",
+    "attention_mask": "key_padding_mask=attention_mask == 0",
+    "attn_bias": "bias",
+    "dropout": "dropout_p",
+    "softmax_scale": "scale",
+    "scaling": "scale",
+    "logits_soft_cap": "softcap",
+    "sliding_window": "window_size=(sliding_window - 1, 0)",
+    "s_aux": "sinks",
+}
+
+
+def refuse_keyword(name: str, function: str) -> NoReturn:
+    """Raises ArgumentTypeError for a keyword that `function` does not have."""
+    import difflib
+
+    near = difflib.get_close_matches(name, Options._fields, 1)
+    hint = COUNTERPARTS.get(name) or (near[0] if near else "")
+    expected = f"a keyword of {function}()"
+    wrong_type(name, expected, "one that it does not have", f"use {hint}" if hint else "")
+
 
 def shape_of(x: Tensor) -> str:
     return str(tuple(x.shape))
@@ -135,13 +160,41 @@ def check_shape(name: str, x: Tensor, meaning: str, *shapes: tuple[int, ...]) ->
         wrong_value(name, f"shape {meaning} = {numbers}", shape_of(x))
 
 
-def check_broadcastable(name: str, x: Tensor, target: tuple[int, int, int, int]) -> None:
+def check_broadcastable(
+    name: str, x: Tensor, target: tuple[int, int, int, int], heads_kv: int
+) -> None:
     fits = x.dim() <= 4
     for size, full in zip(reversed(x.shape), reversed(target), strict=False):
         fits = fits and (size == 1 or size == full)
     if not fits:
         expected = f"a shape that broadcasts to [B, Hq, Sq, Sk] = {target}"
-        wrong_value(name, expected, shape_of(x))
+        wrong_value(name, expected, shape_of(x), mask_shape_hint(name, x, target, heads_kv))
+
+
+BSHD_HINT = "if query, key and value are [B, S, H, D], pass their transpose(1, 2)"
+
+
+def mask_dtype_hint(mask: Tensor) -> str:
+    """Says how a mask of another dtype than bool can be passed."""
+    if mask.is_floating_point():
+        return "pass additive masks as bias"
+    if mask.dim() == 2:
+        return (
+            "use mask.bool(); but Hugging Face's attention_mask [B, Sk], 1 for a token, becomes"
+            " key_padding_mask=attention_mask == 0"
+        )
+    return "use mask.bool()"
+
+
+def mask_shape_hint(name: str, x: Tensor, scores: tuple[int, ...], heads_kv: int) -> str:
+    """Guesses from the shape of a mask or bias which dimension is missing or out of place."""
+    B, Hq, Sq, Sk = scores
+    shape = tuple(x.shape)
+    if name == "mask" and shape == (B, Sk):
+        return "pass key_padding_mask=~mask, where True = padding, or mask[:, None, None, :]"
+    if shape == (B, Sq, Sk):
+        return f"pass {name}[:, None], with a dimension for the heads"
+    return BSHD_HINT if shape[-2:] == (Hq, heads_kv) else ""
 
 
 def check_number(name: str, x: Any, hint: str = "") -> None:
@@ -188,7 +241,9 @@ def check_key_value_shapes(query: Tensor, key: Tensor, value: Tensor, heads_dim:
         wrong_value("value", expected, shape_of(value))
     heads_q, heads_kv = query.shape[1], key.shape[heads_dim]
     if heads_q != heads_kv and (heads_kv == 0 or heads_q % heads_kv != 0):
-        wrong_value("key", f"a number of heads that divides query's {heads_q}", heads_kv)
+        fits = query.dim() == 4 and query.shape[2] % max(key.shape[3 - heads_dim], 1) == 0
+        hint = BSHD_HINT if fits else ""
+        wrong_value("key", f"a number of heads that divides query's {heads_q}", heads_kv, hint)
 
 
 # The members of torch.nn.attention.bias.CausalVariant, a module that takes a second to import.
@@ -364,18 +419,19 @@ class Problem:
                 if packed and name in ("mask", "bias", "key_padding_mask"):
                     wrong_value(name, "None for packed sequences (cu_seqlens_q)", "a tensor")
         if o.mask is not None:
-            hint = (
-                "pass additive masks as bias" if o.mask.is_floating_point() else "use mask.bool()"
-            )
-            check_dtype("mask", o.mask, torch.bool, f"True = may attend; {hint}")
-            check_broadcastable("mask", o.mask, scores)
+            hint = f"True = may attend; {mask_dtype_hint(o.mask)}"
+            check_dtype("mask", o.mask, torch.bool, hint)
+            check_broadcastable("mask", o.mask, scores, heads_kv)
         if o.bias is not None:
             if o.bias.dtype not in DTYPES:
                 hint = "pass boolean masks as mask" if o.bias.dtype == torch.bool else "cast it"
                 wrong_value("bias", "a floating dtype", o.bias.dtype, hint)
-            check_broadcastable("bias", o.bias, scores)
+            check_broadcastable("bias", o.bias, scores, heads_kv)
         if o.key_padding_mask is not None:
-            check_dtype("key_padding_mask", o.key_padding_mask, torch.bool, "True = padding")
+            hint = "True = padding"
+            if not o.key_padding_mask.is_floating_point():
+                hint += "; Hugging Face's attention_mask, 1 for a token, is attention_mask == 0"
+            check_dtype("key_padding_mask", o.key_padding_mask, torch.bool, hint)
             check_shape("key_padding_mask", o.key_padding_mask, "[B, Sk]", (batch, seqlen_k))
         if o.alibi_slopes is not None:
             if o.alibi_slopes.dtype not in DTYPES:
