@@ -24,7 +24,7 @@ COPY := build/matrix/$(TORCH)
 FIND_NATIVE := find csrc tests/native -regex '.*\.\(h\|cpp\|inl\|cuh\|cu\)' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench smoke test test-full test-api test-matrix sanitize plants gpu lint format build cuda wheel clean
+.PHONY: help demo bench smoke test test-full test-api test-matrix sanitize plants gpu lint format build cuda wheel try-wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -86,6 +86,13 @@ wheel: $(VENV)/wheel.stamp  ## a wheel for this Python in dist/ (FUSED_ATTENTION
 	rm -rf build/wheel
 	FUSED_ATTENTION_CUDA=$${FUSED_ATTENTION_CUDA:-0} $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+
+try-wheel:  ## install the wheel of dist/ beside a PyTorch (TORCH=torch==2.10.0) in a new environment, and verify it
+	rm -rf build/try-wheel
+	$(PYTHON) -m venv build/try-wheel
+	build/try-wheel/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(TORCH) numpy
+	build/try-wheel/bin/python -m pip install --quiet --disable-pip-version-check --no-index --no-deps --find-links dist fused_attention
+	cd build/try-wheel && bin/python -m fused_attention doctor && bin/python -m fused_attention verify --quick
 
 clean:  ## remove .venv, what was built, and what was downloaded
 	rm -rf $(VENV) .cache build dist benchmarks/results/demo python/*.egg-info *.egg-info
