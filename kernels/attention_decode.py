@@ -13,11 +13,14 @@ O(splits Sq Dv).
 import triton
 import triton.language as tl
 
-from .attention_forward import attend
+from .attention_forward import QueryBlock, attend
 from .primitives import (
     LOG2E,
     LOWEST,
+    KernelTraits,
+    SoftmaxState,
     batch_of,
+    empty_state,
     finish_softmax,
     load_tile,
     row_number,
@@ -30,17 +33,20 @@ from .primitives import (
 
 @triton.jit
 def attention_decode_kernel(
-    q, k, v, out, lse, split_acc, split_max, split_sum, call, Hkv, splits, rows,
+    q, k, v, out, lse, partials, call, Hkv, splits, rows,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr, EVEN_N: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one of the `splits` of the keys of one key head.
 
-    With several splits, each stores its partial: float32 split_acc [splits, rows, Dv], split_max
-    and split_sum [splits, rows]. A single split stores out and lse, and the partials are None.
-    rows: B Hq Sq, packed Hq Tq.
+    With several splits, each stores its partial in a SoftmaxState of float32: acc [splits, rows,
+    Dv], row_max and row_sum [splits, rows]. A single split stores out and lse, and partials is
+    None. rows: B Hq Sq, packed Hq Tq.
     """
+    traits: tl.constexpr = KernelTraits(
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX, PRECISION
+    )
     split, pid = tl.program_id(0) % splits, tl.program_id(0) // splits
     b, h_kv = (pid // Hkv).to(tl.int64), (pid % Hkv).to(tl.int64)
     seq = sequence_of(call, b)
@@ -60,34 +66,29 @@ def attention_decode_kernel(
         r = tl.where(in_q, r, 0)
         h, i = h_kv * call.group + r // seq.Sq, (r % seq.Sq).to(INDEX)
         q_tile = load_tile(q, q_b, h[:, None], seq.q_start, i, offs_d, in_q, D, BLOCK_D)
-        row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q_tile, k, v, call, seq, h[:, None], h_kv, 0, seq.Sq,
-            i[:, None], begin, end, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, SCALE_ONLY, INDEX,
-            PRECISION, True, None,
-        )  # fmt: skip
+        queries = QueryBlock(q_tile, seq, h[:, None], 0, seq.Sq, i[:, None])
+        state = empty_state(BLOCK_M, BLOCK_DV)
+        state = attend(state, queries, k, v, h_kv, call, begin, end, traits, True, None)
         row = row_number(call, seq, h) + i
-        if split_acc is None:
+        if partials is None:
             sink = None
             if call.sinks is not None:
                 sink = sinks_of(call, h, seq.q_start + i)
-            o, value = finish_softmax(acc, row_max, row_sum, call, sink, SCALE_ONLY)
+            o, value = finish_softmax(state, call, sink, SCALE_ONLY)
             store_tile(out, q_b, h[:, None], seq.q_start, i, offs_dv, in_q, DV, o)
             if lse is not None:
                 tl.store(lse + row, value, mask=in_q)
         else:
             at = split.to(tl.int64) * rows + row
-            tl.store(split_max + at, row_max, mask=in_q)
-            tl.store(split_sum + at, row_sum, mask=in_q)
-            pointers = split_acc + at[:, None] * DV + offs_dv[None, :]
-            tl.store(pointers, acc, mask=in_q[:, None] & (offs_dv < DV)[None, :])
+            tl.store(partials.row_max + at, state.row_max, mask=in_q)
+            tl.store(partials.row_sum + at, state.row_sum, mask=in_q)
+            pointers = partials.acc + at[:, None] * DV + offs_dv[None, :]
+            tl.store(pointers, state.acc, mask=in_q[:, None] & (offs_dv < DV)[None, :])
 
 
 @triton.jit
 def attention_combine_kernel(
-    split_acc, split_max, split_sum, out, lse, call, splits, rows,
+    partials, out, lse, call, splits, rows,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, SCALE_ONLY: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of out; the rows are [B, Hq, Sq], packed [Hq, Tq]."""
@@ -97,21 +98,21 @@ def attention_combine_kernel(
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     for split in tl.range(0, splits):
         at = tl.cast(split, tl.int64) * rows + row
-        m = tl.load(split_max + at, mask=inside, other=float("-inf"))
+        m = tl.load(partials.row_max + at, mask=inside, other=float("-inf"))
         row_max = tl.maximum(row_max, m)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for split in tl.range(0, splits):
         at = tl.cast(split, tl.int64) * rows + row
-        m = tl.load(split_max + at, mask=inside, other=float("-inf"))
+        m = tl.load(partials.row_max + at, mask=inside, other=float("-inf"))
         # alpha <- exp(m_s - m); l_s and acc_s are 0 if a split saw no key
         if SCALE_ONLY:
             alpha = tl.exp2(m - row_max)
         else:
             alpha = tl.exp2((m - row_max) * LOG2E)
         # l <- l + alpha l_s, acc <- acc + alpha acc_s
-        row_sum += alpha * tl.load(split_sum + at, mask=inside, other=0.0)
-        pointers = split_acc + at[:, None] * DV + offs_dv[None, :]
+        row_sum += alpha * tl.load(partials.row_sum + at, mask=inside, other=0.0)
+        pointers = partials.acc + at[:, None] * DV + offs_dv[None, :]
         mask = inside[:, None] & (offs_dv < DV)[None, :]
         acc += alpha[:, None] * tl.load(pointers, mask=mask, other=0.0)
 
@@ -120,7 +121,7 @@ def attention_combine_kernel(
     sink = None
     if call.sinks is not None:
         sink = sinks_of(call, h, i)
-    o, value = finish_softmax(acc, row_max, row_sum, call, sink, SCALE_ONLY)
+    o, value = finish_softmax(SoftmaxState(acc, row_max, row_sum), call, sink, SCALE_ONLY)
     store_tile(out, b[:, None], h[:, None], 0, i, offs_dv, inside, DV, o)
     if lse is not None:
         tl.store(lse + row, value, mask=inside)

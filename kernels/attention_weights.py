@@ -15,6 +15,8 @@ import triton.language as tl
 
 from .primitives import (
     LOG2E,
+    KernelTraits,
+    ScoreTile,
     any_visible,
     dropout_keep_in_call,
     load_lse,
@@ -31,20 +33,21 @@ from .primitives import (
 
 
 @triton.jit
-def weights_tile(
-    q_tile, k, lse_i, call, seq, h, m_start, n_start, offs_m, offs_n,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SCALE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def weights_tile(q_tile, k, lse_i, call, tile, traits):
     """Returns the weights of one head before dropout, 0 where hidden, and which ones are kept."""
-    i, j, offs_d = offs_m[:, None], offs_n[None, :], tl.arange(0, BLOCK_D)
-    seen = visible_tile(call, seq, h, m_start, n_start, i, j)
+    BLOCK_M: tl.constexpr = traits.BLOCK_M
+    BLOCK_N: tl.constexpr = traits.BLOCK_N
+    D: tl.constexpr = traits.D
+    BLOCK_D: tl.constexpr = traits.BLOCK_D
+    seq, h, n_start = tile.seq, tile.h, tile.n_start
+    offs_n, offs_d = tl.arange(0, BLOCK_N).to(traits.INDEX), tl.arange(0, BLOCK_D)
+    seen = visible_tile(call, tile)
     columns = any_visible(seen, 0)
     k_tile = load_tile(k, seq.b, h // call.group, n_start, offs_n, offs_d, columns, D, BLOCK_D)
-    s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-    p, _ = probabilities_of(s, lse_i, seen, call, seq, h, m_start, n_start, i, j, SCALE_ONLY)
+    s = tl.dot(q_tile, tl.trans(k_tile), input_precision=traits.PRECISION)
+    p, _ = probabilities_of(s, lse_i, seen, call, tile, traits.SCALE_ONLY)
     if call.dropout is not None:
-        matrix, row = seq.b * call.Hq + h, m_start + tl.arange(0, BLOCK_M)[:, None]
+        matrix, row = seq.b * call.Hq + h, tile.m_start + tl.arange(0, BLOCK_M)[:, None]
         seen = seen & dropout_keep_in_call(call, matrix, row, n_start, BLOCK_M, BLOCK_N)
     return p, seen
 
@@ -55,7 +58,10 @@ def attention_weights_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SCALE_ONLY: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """weights: Scores, with a head stride of 0 if averaged. heads: 1 if averaged, else Hq."""
+    """weights: ScoreView, with a head stride of 0 if averaged. heads: 1 if averaged, else Hq."""
+    traits: tl.constexpr = KernelTraits(
+        D, None, BLOCK_M, BLOCK_N, BLOCK_D, None, SCALE_ONLY, INDEX, PRECISION
+    )
     m_blocks, n_blocks = tl.cdiv(call.Sq, BLOCK_M), tl.cdiv(call.Sk, BLOCK_N)
     pid = tl.program_id(0)
     n_start, pid = pid % n_blocks * BLOCK_N, pid // n_blocks
@@ -71,10 +77,8 @@ def attention_weights_kernel(
         offs_d = tl.arange(0, BLOCK_D)
         q_tile = load_tile(q, seq.b, h, m_start, offs_m, offs_d, in_q, D, BLOCK_D)
         lse_i = load_lse(lse + row_number(call, seq, h) + m_start + offs_m, in_q)[:, None]
-        p, kept = weights_tile(
-            q_tile, k, lse_i, call, seq, h, m_start, n_start, offs_m, offs_n,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, SCALE_ONLY, PRECISION,
-        )  # fmt: skip
+        tile = ScoreTile(seq, h, m_start, n_start, offs_m[:, None], offs_n[None, :])
+        p, kept = weights_tile(q_tile, k, lse_i, call, tile, traits)
         acc += tl.where(kept, p, 0.0)
     if call.dropout is not None:
         acc *= call.dropout.scale
@@ -91,6 +95,9 @@ def attention_weights_delta_kernel(
     SCALE_ONLY: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head."""
+    traits: tl.constexpr = KernelTraits(
+        D, None, BLOCK_M, BLOCK_N, BLOCK_D, None, SCALE_ONLY, INDEX, PRECISION
+    )
     seq, h, m_start = query_block(call, BLOCK_M)
     offs_m, offs_n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
     in_q, at = m_start + offs_m < seq.Sq, row_number(call, seq, h) + m_start + offs_m
@@ -100,12 +107,10 @@ def attention_weights_delta_kernel(
     total, product = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     begin, _, _, end = seen_blocks(call, seq, m_start, BLOCK_M, BLOCK_N)
     for n_start in tl.range(begin, end, BLOCK_N):
-        p, kept = weights_tile(
-            q_tile, k, lse_i[:, None], call, seq, h, m_start, n_start, offs_m, offs_n,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, SCALE_ONLY, PRECISION,
-        )  # fmt: skip
+        tile = ScoreTile(seq, h, m_start, n_start, i, j)
+        p, kept = weights_tile(q_tile, k, lse_i[:, None], call, tile, traits)
         # dw may be anything where a weight is not kept
-        dw = weights_gradient(call, seq, h, m_start, n_start, i, j)
+        dw = weights_gradient(call, tile)
         product += tl.sum(tl.where(kept, p * dw, 0.0), 1)
         total += tl.sum(p, 1)
     if call.sinks is not None:

@@ -31,9 +31,10 @@ from .primitives import (
     Dropout,
     Padding,
     Pages,
-    Rows,
-    Scores,
+    RowView,
+    ScoreView,
     Slopes,
+    SoftmaxState,
     Starts,
     WeightsGradient,
     dropout_keep_mask_kernel,
@@ -117,9 +118,9 @@ def ceil_div(a: int, b: int) -> int:
 # -- Operands ------------------------------------------------------------------------------
 
 
-def rows(x: Tensor) -> Rows:
-    """Returns the Rows of x, [B, H, S, D] with a last stride of 1."""
-    return Rows(x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
+def row_view(x: Tensor) -> RowView:
+    """Returns a view of the rows of x, [B, H, S, D] with a last stride of 1."""
+    return RowView(x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
 
 
 def descriptor(x: Tensor, block: int, call: AttentionParams, arch: Arch) -> TensorDescriptor | None:
@@ -148,13 +149,13 @@ def descriptor(x: Tensor, block: int, call: AttentionParams, arch: Arch) -> Tens
     return TensorDescriptor(x, [*sizes, D], [*strides, 1], [1, 1, block, padded_head_dim(D)])
 
 
-def scores(x: Tensor | None, data: Tensor | None = None) -> Scores | None:
-    """Returns the Scores of a tensor with four dimensions, of which those of size 1 are broadcast.
-    data: its elements, if they are not those of x."""
+def score_view(x: Tensor | None, data: Tensor | None = None) -> ScoreView | None:
+    """Returns a view of a tensor with four dimensions, of which those of size 1 are broadcast to
+    the scores. data: its elements, if they are not those of x."""
     if x is None:
         return None
     strides = [0 if x.shape[i] == 1 else x.stride(i) for i in range(4)]
-    return Scores(x if data is None else data, *strides)
+    return ScoreView(x if data is None else data, *strides)
 
 
 def is_wide(tiles: Tiles, *operands: Any) -> bool:
@@ -162,9 +163,9 @@ def is_wide(tiles: Tiles, *operands: Any) -> bool:
     longest = max(tiles.block_m, tiles.block_n)
     last = 0
     for x in operands:
-        if isinstance(x, Rows):
+        if isinstance(x, RowView):
             last = max(last, longest * abs(x.stride_s) + 256)
-        elif isinstance(x, Scores | WeightsGradient):
+        elif isinstance(x, ScoreView | WeightsGradient):
             last = max(last, tiles.block_m * abs(x.stride_q) + tiles.block_n * abs(x.stride_k))
         elif isinstance(x, Padding):
             last = max(last, tiles.block_n * abs(x.stride_k))
@@ -233,8 +234,8 @@ def describe(query: Tensor, key: Tensor, arguments: Arguments) -> AttentionParam
         offset=None if a.causal == 2 else 0,
         left=window(a.window_left),
         right=0 if a.causal else window(a.window_right),
-        mask=scores(a.mask, None if a.mask is None else a.mask.view(torch.uint8)),
-        bias=scores(a.bias),
+        mask=score_view(a.mask, None if a.mask is None else a.mask.view(torch.uint8)),
+        bias=score_view(a.bias),
         key_padding=padding,
         alibi=slopes,
         sinks=a.sinks,
@@ -331,7 +332,7 @@ def forward_launch(
     D, DV = query.shape[-1], value.shape[-1]
     head_dim = max(D, DV)
     tiles = tiles or attention_tiles("forward", arch, query.dtype, head_dim, is_per_score(call))
-    q, k, v, o = (rows(x) for x in (query, key, value, out))
+    q, k, v, o = (row_view(x) for x in (query, key, value, out))
     wide = is_wide(tiles, q, k, v, o, call.mask, call.bias, call.key_padding)
     call = for_tiles(call, tiles)
     descriptors = [descriptor(x, tiles.block_n, call, arch) for x in (key, value)]
@@ -391,20 +392,20 @@ def decode_launches(
     out: Tensor,
     lse: Tensor | None,
     splits: int,
-    parts: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
+    partials: SoftmaxState | None,
     longest: int,
     call: AttentionParams,
     precision: int,
     arch: Arch,
     tiles: Tiles | None = None,
 ) -> list[Launch]:
-    """Plans the decode. parts: the partials of several splits (accumulator, maximum and sum),
-    float32 [splits, rows, Dv], [splits, rows] and [splits, rows], where rows are those of lse.
+    """Plans the decode. partials: those of several splits, in float32 (acc [splits, rows, Dv],
+    row_max and row_sum [splits, rows], where rows are those of lse), or None for a single split.
     longest: the queries of the longest sequence, as far as is known."""
     D, DV, Hkv = query.shape[-1], value.shape[-1], key.shape[1]
     rows_of_key = call.group * longest
     tiles = tiles or decode_tiles(arch, query.dtype, max(D, DV), rows_of_key, is_per_score(call))
-    q, k, v, o = (rows(x) for x in (query, key, value, out))
+    q, k, v, o = (row_view(x) for x in (query, key, value, out))
     # The queries of a tile may be of several heads; the offset of a head has 64 bits anyway.
     wide = is_wide(tiles, q, k, v, o, call.mask, call.bias, call.key_padding)
     constants = _constants(call, tiles, arch, query, DV, precision, wide)
@@ -415,7 +416,7 @@ def decode_launches(
         Launch(
             attention_decode.attention_decode_kernel,
             (programs,),
-            (q, k, v, o, lse, *parts, for_tiles(call, tiles), Hkv, splits, number),
+            (q, k, v, o, lse, partials, for_tiles(call, tiles), Hkv, splits, number),
             constants,
             tiles.num_warps,
             tiles.num_stages,
@@ -427,7 +428,7 @@ def decode_launches(
             Launch(
                 attention_decode.attention_combine_kernel,
                 (ceil_div(number, tiles.block_m),),
-                (*parts, o, lse, call, splits, number),
+                (partials, o, lse, call, splits, number),
                 combine,
                 tiles.num_warps,
                 1,
@@ -483,19 +484,20 @@ def backward_launches(
     """
     B, Hq, Sq, D = query.shape
     Hkv, DV = key.shape[1], value.shape[-1]
-    q, k, v, o, do = (rows(x) for x in (query, key, value, out, grad_out))
-    gradients = [rows(x) for x in (dq, dk, dv)]
-    dlse = None if grad_lse is None else scores(grad_lse.unsqueeze(-1))
+    q, k, v, o, do = (row_view(x) for x in (query, key, value, out, grad_out))
+    gradients = [row_view(x) for x in (dq, dk, dv)]
+    dlse = None if grad_lse is None else score_view(grad_lse.unsqueeze(-1))
 
     def plan(kernel: str) -> tuple[Tiles, dict[str, Any]]:
         head_dim = max(D, DV)
         own = tiles or attention_tiles(kernel, arch, query.dtype, head_dim, is_per_score(call))
         operands = (q, k, v, o, do, *gradients, dlse, call.mask, call.bias, call.key_padding)
         wide = is_wide(own, *operands, call.weights)
-        constants = _constants(call, own, arch, query, DV, precision, wide)
-        return own, constants | {"EVEN_M": call.cu_seqlens_q is None and Sq % own.block_m == 0}
+        return own, _constants(call, own, arch, query, DV, precision, wide)
 
     (keys, key_constants), (queries, query_constants) = plan("dkdv"), plan("dq")
+    del key_constants["EVEN_N"]  # its loop is over queries
+    key_constants["EVEN_M"] = call.cu_seqlens_q is None and Sq % keys.block_m == 0
     names = ("DV", "BLOCK_M", "BLOCK_DV", "INDEX")
     delta_constants = {name: query_constants[name] for name in names}
     launches = [
@@ -529,7 +531,7 @@ def backward_launches(
                 *(q, k, v, do, lse, delta, *gradients[1:], key_call, Hkv, *users),
                 *(descriptor(x, keys.block_m, key_call, arch) for x in (query, grad_out)),
             ),
-            {name: x for name, x in key_constants.items() if name != "EVEN_N"},
+            key_constants,
             keys.num_warps,
             keys.num_stages,
         ),
@@ -572,9 +574,9 @@ def dbias_launch(
     B, Hq, Sq, D = query.shape
     Sk, DV = call.Sk, value.shape[-1]
     tiles = tiles or attention_tiles("dq", arch, query.dtype, max(D, DV), is_per_score(call))
-    operands = [rows(x) for x in (query, key, value, grad_out)]
+    operands = [row_view(x) for x in (query, key, value, grad_out)]
     first = dbias[0] if chunks > 1 else dbias
-    target = scores(first, dbias)
+    target = score_view(first, dbias)
     assert target is not None
     m_blocks, n_blocks = ceil_div(Sq, tiles.block_m), ceil_div(Sk, tiles.block_n)
     work = BiasGradient.of(first.shape, B, Hq, m_blocks, n_blocks)
@@ -603,7 +605,7 @@ WEIGHTS_CONSTANTS = ("D", "BLOCK_M", "BLOCK_N", "BLOCK_D", "SCALE_ONLY", "INDEX"
 def weights_gradient(grad_weights: Tensor | None, average: bool, Hq: int) -> WeightsGradient | None:
     if grad_weights is None:
         return None
-    dw = scores(grad_weights.unsqueeze(1) if average else grad_weights)
+    dw = score_view(grad_weights.unsqueeze(1) if average else grad_weights)
     assert dw is not None
     return WeightsGradient(*dw, 1.0 / max(Hq, 1) if average else 1.0)
 
@@ -621,7 +623,7 @@ def weights_launch(
     """weights: [B, Hq, Sq, Sk], or [B, 1, Sq, Sk] if averaged."""
     D, heads = query.shape[-1], weights.shape[1]
     tiles = tiles or attention_tiles("dq", arch, query.dtype, D)
-    q, k, w = rows(query), rows(key), scores(weights)
+    q, k, w = row_view(query), row_view(key), score_view(weights)
     wide = is_wide(tiles, q, k, w, call.mask, call.bias, call.key_padding)
     constants = _constants(call, tiles, arch, query, D, precision, wide)
     blocks = ceil_div(call.Sq, tiles.block_m) * ceil_div(call.Sk, tiles.block_n)

@@ -38,6 +38,15 @@ class SoftmaxParams(NamedTuple):
     dropout: Any
 
 
+class RowTile(NamedTuple):
+    """A tile of scores and weights: columns n_start + offs_n of some rows."""
+
+    row: Any  # the numbers of the rows, int64 [ROWS]
+    valid: Any  # whether there is such a row, [ROWS]
+    n_start: Any
+    offs_n: Any  # 0, 1, 2, ... [BLOCK]
+
+
 @triton.jit
 def row_offsets(row, sizes, strides):
     """Returns the offsets of the rows: Σ index_d · stride_d."""
@@ -49,59 +58,60 @@ def row_offsets(row, sizes, strides):
 
 
 @triton.jit
-def row_pointers(x, offsets, n_start, offs_n):
-    start = tl.cast(n_start, tl.int64) * x.stride_k
-    return x.data + (offsets[:, None] + start) + offs_n[None, :].to(tl.int64) * x.stride_k
+def row_pointers(x, offsets, tile):
+    start = tl.cast(tile.n_start, tl.int64) * x.stride_k
+    return x.data + (offsets[:, None] + start) + tile.offs_n[None, :].to(tl.int64) * x.stride_k
 
 
 @triton.jit
-def visible_columns(call, row, valid, n_start, offs_n):
-    seen = valid[:, None] & (n_start + offs_n < call.columns)[None, :]
+def inside_rows(call, tile):
+    """Returns which elements of a tile exist."""
+    return tile.valid[:, None] & (tile.n_start + tile.offs_n < call.columns)[None, :]
+
+
+@triton.jit
+def visible_columns(call, tile):
+    seen = inside_rows(call, tile)
     if call.offset is not None:
-        last = row % call.queries + call.offset
-        seen = seen & (n_start + offs_n[None, :] <= last[:, None])
+        last = tile.row % call.queries + call.offset
+        seen = seen & (tile.n_start + tile.offs_n[None, :] <= last[:, None])
     return seen
 
 
 @triton.jit
-def row_logits(x, mask, bias, call, row, offsets, valid, n_start, offs_n):
+def row_logits(x, mask, bias, offsets, call, tile):
     """Returns s = scale * x + bias, -inf where hidden, and what is visible. offsets: x, mask,
     bias."""
-    seen = visible_columns(call, row, valid, n_start, offs_n)
+    seen = visible_columns(call, tile)
     if mask is not None:
-        seen = seen & (
-            tl.load(row_pointers(mask, offsets[1], n_start, offs_n), mask=seen, other=0) != 0
-        )
-    s = tl.load(row_pointers(x, offsets[0], n_start, offs_n), mask=seen, other=0.0)
+        seen = seen & (tl.load(row_pointers(mask, offsets[1], tile), mask=seen, other=0) != 0)
+    s = tl.load(row_pointers(x, offsets[0], tile), mask=seen, other=0.0)
     s = s.to(tl.float32) * call.scale
     if bias is not None:
-        value = tl.load(row_pointers(bias, offsets[2], n_start, offs_n), mask=seen, other=0.0)
+        value = tl.load(row_pointers(bias, offsets[2], tile), mask=seen, other=0.0)
         s += value.to(tl.float32)
     return tl.where(seen, s, float("-inf")), seen
 
 
 @triton.jit
-def row_keep(call, row, n_start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def row_keep(call, tile):
+    row, n_start = tile.row, tile.n_start
     matrix, i = (row // call.queries)[:, None], (row % call.queries)[:, None]
-    return dropout_keep(call.dropout, matrix, i, n_start, ROWS, BLOCK)
+    return dropout_keep(call.dropout, matrix, i, n_start, row.shape[0], tile.offs_n.shape[0])
 
 
 @triton.jit
-def store_weights(
-    p, seen, out, weights, call, row, offsets, valid, n_start, offs_n,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def store_weights(p, seen, out, weights, offsets, call, tile):
     """Stores out = dropout(p), and p in weights if it is kept for the backward; hidden columns are
-    exactly 0."""
-    inside = valid[:, None] & (n_start + offs_n < call.columns)[None, :]
+    exactly 0. offsets: out."""
+    inside = inside_rows(call, tile)
     p = tl.where(seen, p, 0.0)
     if weights is not None:
-        at = row[:, None] * call.columns + n_start + offs_n[None, :]
+        at = tile.row[:, None] * call.columns + tile.n_start + tile.offs_n[None, :]
         tl.store(weights + at, p.to(weights.dtype.element_ty), mask=inside)
     if call.dropout is not None:
-        keep = row_keep(call, row, n_start, ROWS, BLOCK)
-        p = tl.where(keep, p * call.dropout.scale, 0.0)
-    pointers = row_pointers(out, offsets, n_start, offs_n)
+        p = tl.where(row_keep(call, tile), p * call.dropout.scale, 0.0)
+    pointers = row_pointers(out, offsets, tile)
     tl.store(pointers, p.to(out.data.dtype.element_ty), mask=inside)
 
 
@@ -128,7 +138,8 @@ def masked_softmax_kernel(
 
     # -- m <- rowmax(s), l <- rowsum(exp(s - m)) --
     if ONE_BLOCK:
-        s, seen = row_logits(x, mask, bias, call, row, offsets, valid, 0, offs_n)
+        tile = RowTile(row, valid, 0, offs_n)
+        s, seen = row_logits(x, mask, bias, offsets, call, tile)
         row_max = tl.max(s, 1)
         # -inf - (-inf) is NaN: for a fully masked row 0 replaces the maximum, and all p are 0
         origin = tl.where(row_max == float("-inf"), 0.0, row_max)
@@ -138,7 +149,8 @@ def masked_softmax_kernel(
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
         row_sum = tl.zeros([ROWS], tl.float32)
         for n_start in tl.range(0, call.columns, BLOCK):
-            s, _ = row_logits(x, mask, bias, call, row, offsets, valid, n_start, offs_n)
+            tile = RowTile(row, valid, n_start, offs_n)
+            s, _ = row_logits(x, mask, bias, offsets, call, tile)
             new_max = tl.maximum(row_max, tl.max(s, 1))
             origin = tl.where(new_max == float("-inf"), 0.0, new_max)
             alpha = tl.exp2((row_max - origin) * LOG2E)
@@ -162,34 +174,29 @@ def masked_softmax_kernel(
     # -- p <- exp(s - m) / l --
     if ONE_BLOCK:
         p = p * factor[:, None]
-        store_weights(p, seen, out, weights, call, row, out_at, valid, 0, offs_n, ROWS, BLOCK)
+        store_weights(p, seen, out, weights, out_at, call, tile)
     else:
         for n_start in tl.range(0, call.columns, BLOCK):
-            s, seen = row_logits(x, mask, bias, call, row, offsets, valid, n_start, offs_n)
+            tile = RowTile(row, valid, n_start, offs_n)
+            s, seen = row_logits(x, mask, bias, offsets, call, tile)
             p = tl.exp2((s - origin[:, None]) * LOG2E) * factor[:, None]
-            store_weights(
-                p, seen, out, weights, call, row, out_at, valid, n_start, offs_n, ROWS, BLOCK
-            )
+            store_weights(p, seen, out, weights, out_at, call, tile)
 
 
 # -- backward ------------------------------------------------------------------------------
 
 
 @triton.jit
-def weights_and_gradients(
-    weights, grad_out, call, number, offsets, valid, n_start, offs_n,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Returns p and dp. dp is 0 where p is (as in hidden columns), even if grad_out is NaN
-    there."""
-    inside = valid[:, None] & (n_start + offs_n < call.columns)[None, :]
-    p = tl.load(row_pointers(weights, offsets[0], n_start, offs_n), mask=inside, other=0.0)
+def weights_and_gradients(weights, grad_out, offsets, call, tile):
+    """Returns p and dp. dp is 0 where p is (as in hidden columns), even if grad_out is NaN there.
+    offsets: weights, grad_out."""
+    inside = inside_rows(call, tile)
+    p = tl.load(row_pointers(weights, offsets[0], tile), mask=inside, other=0.0)
     p = p.to(tl.float32)
-    dp = tl.load(row_pointers(grad_out, offsets[1], n_start, offs_n), mask=inside, other=0.0)
+    dp = tl.load(row_pointers(grad_out, offsets[1], tile), mask=inside, other=0.0)
     dp = tl.where(p != 0.0, dp.to(tl.float32), 0.0)
     if call.dropout is not None:
-        keep = row_keep(call, number, n_start, ROWS, BLOCK)
-        dp = tl.where(keep, dp * call.dropout.scale, 0.0)
+        dp = tl.where(row_keep(call, tile), dp * call.dropout.scale, 0.0)
     return p, dp
 
 
@@ -210,16 +217,14 @@ def masked_softmax_backward_kernel(
     dx_at = row_offsets(row, call.sizes, dx.strides)
     # -- delta <- rowsum(p * dp) --
     if ONE_BLOCK:
-        p, dp = weights_and_gradients(
-            weights, grad_out, call, row, offsets, valid, 0, offs_n, ROWS, BLOCK
-        )
+        tile = RowTile(row, valid, 0, offs_n)
+        p, dp = weights_and_gradients(weights, grad_out, offsets, call, tile)
         total = tl.sum(p * dp, 1)
     else:
         total = tl.zeros([ROWS], tl.float32)
         for n_start in tl.range(0, call.columns, BLOCK):
-            p, dp = weights_and_gradients(
-                weights, grad_out, call, row, offsets, valid, n_start, offs_n, ROWS, BLOCK
-            )
+            tile = RowTile(row, valid, n_start, offs_n)
+            p, dp = weights_and_gradients(weights, grad_out, offsets, call, tile)
             total += tl.sum(p * dp, 1)
     if delta is not None:
         tl.store(delta + row, total, mask=valid)
@@ -230,18 +235,15 @@ def masked_softmax_backward_kernel(
     # -- dx <- scale * p * (dp - delta) --
     if ONE_BLOCK:
         ds = tl.where(p != 0.0, p * (dp - total[:, None]), 0.0) * call.scale
-        inside = valid[:, None] & (offs_n < call.columns)[None, :]
-        pointers = row_pointers(dx, dx_at, 0, offs_n)
-        tl.store(pointers, ds.to(dx.data.dtype.element_ty), mask=inside)
+        pointers = row_pointers(dx, dx_at, tile)
+        tl.store(pointers, ds.to(dx.data.dtype.element_ty), mask=inside_rows(call, tile))
     else:
         for n_start in tl.range(0, call.columns, BLOCK):
-            p, dp = weights_and_gradients(
-                weights, grad_out, call, row, offsets, valid, n_start, offs_n, ROWS, BLOCK
-            )
+            tile = RowTile(row, valid, n_start, offs_n)
+            p, dp = weights_and_gradients(weights, grad_out, offsets, call, tile)
             ds = tl.where(p != 0.0, p * (dp - total[:, None]), 0.0) * call.scale
-            inside = valid[:, None] & (n_start + offs_n < call.columns)[None, :]
-            pointers = row_pointers(dx, dx_at, n_start, offs_n)
-            tl.store(pointers, ds.to(dx.data.dtype.element_ty), mask=inside)
+            pointers = row_pointers(dx, dx_at, tile)
+            tl.store(pointers, ds.to(dx.data.dtype.element_ty), mask=inside_rows(call, tile))
 
 
 @triton.jit
@@ -277,9 +279,8 @@ def masked_softmax_dbias_kernel(
         numbers = row_offsets(row, call.sizes, number.strides)
         total = tl.load(delta + numbers, mask=valid, other=0.0)
         for n_start in tl.range(n_first, n_last, BLOCK):
-            p, dp = weights_and_gradients(
-                weights, grad_out, call, numbers, offsets, valid, n_start, offs_n, ROWS, BLOCK
-            )
+            tile = RowTile(numbers, valid, n_start, offs_n)
+            p, dp = weights_and_gradients(weights, grad_out, offsets, call, tile)
             acc += tl.where(p != 0.0, p * (dp - total[:, None]), 0.0)
     at = dbias + tl.cast(chunk, tl.int64) * chunk_stride + group * width
     if SUM_COLUMNS:

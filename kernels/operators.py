@@ -17,6 +17,7 @@ from ..errors import ArgumentValueError, describe_error
 from ..operators.arguments import DIFFERENTIABLE, INPUTS, Arguments
 from ..operators.memory import has_shared_elements, share_memory
 from . import launch
+from .primitives import SoftmaxState
 from .tiles import Arch, arch_of
 
 HIGHEST = 0  # the precision of float32 products
@@ -114,16 +115,16 @@ def schedule_forward(
     if splits == 0:
         launches = [launch.forward_launch(*operands, call, arguments.precision, arch)]
     else:
-        parts: Any = (None, None, None)
+        partials = None
         if splits > 1:
             sizes = (splits, out.shape[:-1].numel())
             acc = out.new_empty((*sizes, out.shape[-1]), dtype=torch.float32)
-            limits = out.new_empty((2, *sizes), dtype=torch.float32)
+            row_max, row_sum = limits = out.new_empty((2, *sizes), dtype=torch.float32)
             buffers |= {"partial sums of the splits": acc, "maxima and sums of the splits": limits}
-            parts = (acc, *limits)
+            partials = SoftmaxState(acc, row_max, row_sum)
         longest_q, _ = launch.longest_sequences(call, arguments)
         launches = launch.decode_launches(
-            *operands, splits, parts, longest_q, call, arguments.precision, arch
+            *operands, splits, partials, longest_q, call, arguments.precision, arch
         )
     reason = f"few queries a key head; its keys in {splits} splits" if splits else ""
     if lse is None:

@@ -22,7 +22,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 # -- Operands: strides in elements; None where a call has no such operand ------------------
 
 
-class Rows(NamedTuple):
+class RowView(NamedTuple):
     """[B, H, S, D], last stride 1. Packed sequences: [1, H, T, D]; pages: [pages, H, page size, D].
 
     stride_b is 0 where the first size is 1.
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     descriptor: Any = None  # reads whole tiles, see `launch.descriptor`
 
 
-class Scores(NamedTuple):
+class ScoreView(NamedTuple):
     """Broadcast against the scores [B, Hq, Sq, Sk]: a stride is 0 where it is broadcast."""
 
     data: Any
@@ -77,7 +77,7 @@ class Starts(NamedTuple):
 
 
 class WeightsGradient(NamedTuple):
-    """The gradient of the returned weights: Scores, of which each head takes `share`."""
+    """The gradient of the returned weights: a ScoreView, of which each head takes `share`."""
 
     data: Any
     stride_b: Any
@@ -113,8 +113,8 @@ class AttentionParams(NamedTuple):
     offset: Any  # query i is aligned with key i + offset; None: Sk - Sq of each sequence
     left: Any  # left side of the window, in tokens; None = unlimited
     right: Any  # right side; 0 if causal
-    mask: Any  # Scores of bytes, nonzero = may attend
-    bias: Any  # Scores
+    mask: Any  # ScoreView of bytes, nonzero = may attend
+    bias: Any  # ScoreView
     key_padding: Any
     alibi: Any
     sinks: Any  # float32 [Hq]
@@ -125,6 +125,38 @@ class AttentionParams(NamedTuple):
     # in, as the last field must be: Triton 3.6 forgets the constants inside a field that no
     # constant follows.
     whole_pages: Any
+
+
+# -- Tiles of scores -----------------------------------------------------------------------
+
+
+class KernelTraits(NamedTuple):
+    """What is compiled into a kernel: the sizes of its tiles, and how scores are computed.
+
+    A kernel builds its traits once, from its constants, and declares them as tl.constexpr: an
+    assignment without that declaration would turn the numbers into values at run time.
+    """
+
+    D: Any  # head sizes of query and key, and of value
+    DV: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    BLOCK_D: Any  # D and DV, padded to what a tile can have
+    BLOCK_DV: Any
+    SCALE_ONLY: Any  # logits are scale * q·k, with scale > 0
+    INDEX: Any  # the type of offsets inside a tile
+    PRECISION: Any  # of the products
+
+
+class ScoreTile(NamedTuple):
+    """Where a tile of scores lies. Its queries are m_start + i, its keys n_start + j."""
+
+    seq: Any  # Sequence
+    h: Any  # the query head: a number, or one for each query, in the shape of i
+    m_start: Any
+    n_start: Any
+    i: Any
+    j: Any
 
 
 # -- Sequences -----------------------------------------------------------------------------
@@ -318,6 +350,15 @@ def score_pointers(x, b, h, m_start, n_start, i, j):
     return base + (i * x.stride_q + j * x.stride_k)
 
 
+@triton.jit
+def load_scores(x, tile):
+    """Loads the elements of a ScoreView that belong to a tile, 0 outside of the sequence."""
+    seq, m_start, n_start, i, j = tile.seq, tile.m_start, tile.n_start, tile.i, tile.j
+    inside = (m_start + i < seq.Sq) & (n_start + j < seq.Sk)
+    pointers = score_pointers(x, seq.b, tile.h, m_start, n_start, i, j)
+    return tl.load(pointers, mask=inside, other=0)
+
+
 # -- Visibility ----------------------------------------------------------------------------
 
 
@@ -365,9 +406,10 @@ def seeing_blocks(call, seq, n_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
-def visible_tile(call, seq, h, m_start, n_start, i, j):
+def visible_tile(call, tile):
     """Returns which queries of a tile see which of its keys."""
-    query = m_start + i
+    seq, n_start, j = tile.seq, tile.n_start, tile.j
+    query = tile.m_start + tile.i
     # the last key of the tile that each query sees, from n_start on; -1 for queries past the end
     last = seq.Sk - 1
     if call.right is not None:
@@ -384,9 +426,7 @@ def visible_tile(call, seq, h, m_start, n_start, i, j):
         seen = seen & (tl.load(base + j * padding.stride_k, mask=inside, other=1) == 0)
     if call.mask is not None:
         # the mask is read where scores are hidden, too: the lanes of a vector must not differ
-        inside = (query < seq.Sq) & (n_start + j < seq.Sk)
-        pointers = score_pointers(call.mask, seq.b, h, m_start, n_start, i, j)
-        seen = seen & (tl.load(pointers, mask=inside, other=0) != 0)
+        seen = seen & (load_scores(call.mask, tile) != 0)
     return seen
 
 
@@ -469,8 +509,8 @@ def clear_unseen_keys(dk, dv, call, seq, h_kv, n_start, BLOCK_M: tl.constexpr, I
             h = h_kv * call.group + in_group
             # All queries are visited: bounds kept until here would take registers in the main loop.
             for m_start in tl.range(0, seq.Sq, BLOCK_M, num_stages=1):
-                tile = visible_tile(call, seq, h, m_start, n_start, i, j)
-                count = tl.maximum(count, tl.max(tile.to(tl.int32), 1))
+                seen = visible_tile(call, ScoreTile(seq, h, m_start, n_start, i, j))
+                count = tl.maximum(count, tl.max(seen.to(tl.int32), 1))
         dk, dv = tl.where(count[:, None] != 0, dk, 0.0), tl.where(count[:, None] != 0, dv, 0.0)
     return dk, dv
 
@@ -495,8 +535,8 @@ def clear_blind_queries(dq, lse, call, seq, h, m_start, BLOCK_N: tl.constexpr, I
         i, j = offs_m[:, None], tl.arange(0, BLOCK_N).to(INDEX)[None, :]
         count = tl.zeros([BLOCK_M], tl.int32)
         for n_start in tl.range(0, seq.Sk, BLOCK_N, num_stages=1):
-            tile = visible_tile(call, seq, h, m_start, n_start, i, j)
-            count = tl.maximum(count, tl.max(tile.to(tl.int32), 1))
+            seen = visible_tile(call, ScoreTile(seq, h, m_start, n_start, i, j))
+            count = tl.maximum(count, tl.max(seen.to(tl.int32), 1))
         dq = tl.where(count[:, None] != 0, dq, 0.0)
     return dq
 
@@ -520,11 +560,9 @@ def tanh(x):
 
 
 @triton.jit
-def logits(s, call, seq, h, m_start, n_start, i, j):
-    """Returns the logits, before masking, from s = q·k, and the cap slope d logit / d (scale q·k).
-
-    h is a number, or one for each query, in the shape of i.
-    """
+def logits(s, call, tile):
+    """Returns the logits of a tile, before masking, from s = q·k, and the cap slope d logit / d
+    (scale q·k)."""
     s = s * call.scale
     slope = 1.0
     if call.softcap is not None:
@@ -533,13 +571,13 @@ def logits(s, call, seq, h, m_start, n_start, i, j):
         s = t * call.softcap
         slope = 1.0 - t * t
     if call.bias is not None:
-        inside = (m_start + i < seq.Sq) & (n_start + j < seq.Sk)
-        pointers = score_pointers(call.bias, seq.b, h, m_start, n_start, i, j)
-        s += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        s += load_scores(call.bias, tile).to(tl.float32)
     if call.alibi is not None:
         # s <- s - slope * |i + offset - j|
-        distance = tl.abs(m_start + i + seq.offset - (n_start + j)).to(tl.float32)
-        s -= tl.load(call.alibi.data + seq.b * call.alibi.stride_b + h) * distance
+        seq, alibi = tile.seq, call.alibi
+        distance = tl.abs(tile.m_start + tile.i + seq.offset - (tile.n_start + tile.j))
+        distance = distance.to(tl.float32)
+        s -= tl.load(alibi.data + seq.b * alibi.stride_b + tile.h) * distance
     return s, slope
 
 
@@ -554,18 +592,18 @@ def load_lse(pointer, rows):
 
 
 @triton.jit
-def probabilities_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, SCALE_ONLY: tl.constexpr):
+def probabilities_of(s, lse, seen, call, tile, SCALE_ONLY: tl.constexpr):
     """Returns the probabilities before dropout, from s = q·k, and the cap slope d logit / d (scale
     q·k).
 
-    lse: as load_lse returns it, in the shape of i. seen: None if all is visible.
+    lse: as load_lse returns it, in the shape of tile.i. seen: None if all is visible.
     """
     slope = 1.0
     # p <- exp(s - lse)
     if SCALE_ONLY:
         exponent = s * (call.scale * LOG2E) - lse * LOG2E
     else:
-        s, slope = logits(s, call, seq, h, m_start, n_start, i, j)
+        s, slope = logits(s, call, tile)
         exponent = (s - lse) * LOG2E
     if seen is not None:
         # The exponent is hidden and not p: with p the compiler would hide the halves of words,
@@ -577,26 +615,42 @@ def probabilities_of(s, lse, seen, call, seq, h, m_start, n_start, i, j, SCALE_O
 
 
 @triton.jit
-def weights_gradient(call, seq, h, m_start, n_start, i, j):
+def weights_gradient(call, tile):
     """Loads the gradient that each weight of a tile receives as a returned weight."""
-    inside = (m_start + i < seq.Sq) & (n_start + j < seq.Sk)
-    pointers = score_pointers(call.weights, seq.b, h, m_start, n_start, i, j)
-    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * call.weights.share
+    return load_scores(call.weights, tile).to(tl.float32) * call.weights.share
 
 
 # -- Softmax -------------------------------------------------------------------------------
 
 
+class SoftmaxState(NamedTuple):
+    """The state of the online softmax of BLOCK_M rows. An operand of this type has pointers to the
+    states of several splits, their partials."""
+
+    acc: Any  # [BLOCK_M, BLOCK_DV]
+    row_max: Any  # [BLOCK_M], in powers of two if SCALE_ONLY
+    row_sum: Any  # [BLOCK_M]
+
+
 @triton.jit
-def online_softmax_update(acc, row_max, row_sum, s, scale, SCALE_ONLY: tl.constexpr):
-    """Adds one block of scores to the online softmax (Milakov & Gimelshein 2018, Algorithm 3),
-    whose row_max starts at LOWEST. Hidden scores are -inf.
+def empty_state(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Returns the state of rows that have met no key."""
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    return SoftmaxState(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), row_max, row_sum)
+
+
+@triton.jit
+def online_softmax_update(state, s, scale, SCALE_ONLY: tl.constexpr):
+    """Adds one block of scores to the online softmax (Milakov & Gimelshein 2018, Algorithm 3), but
+    not yet p v to its accumulator. Hidden scores are -inf.
 
     SCALE_ONLY: logits are scale * s, and row_max is in powers of two, so that a probability costs
     one fused multiply-add. Otherwise s are logits, whose difference is taken before it is
     multiplied by log2 e: a logit of -FLT_MAX, which hides keys in many models, would overflow.
-    Returns acc * alpha, row_max, row_sum, p.
+    Returns the new state and p.
     """
+    row_max = state.row_max
     if SCALE_ONLY:
         # m <- max(m, rowmax(s))
         new_max = tl.maximum(row_max, tl.max(s, 1) * (scale * LOG2E))
@@ -608,8 +662,8 @@ def online_softmax_update(acc, row_max, row_sum, s, scale, SCALE_ONLY: tl.conste
         p = tl.exp2((s - new_max[:, None]) * LOG2E)
         alpha = tl.exp2((row_max - new_max) * LOG2E)
     # l <- alpha l + rowsum(p), acc <- alpha acc
-    row_sum = row_sum * alpha + tl.sum(p, 1)
-    return acc * alpha[:, None], new_max, row_sum, p
+    row_sum = state.row_sum * alpha + tl.sum(p, 1)
+    return SoftmaxState(state.acc * alpha[:, None], new_max, row_sum), p
 
 
 @triton.jit
@@ -623,8 +677,9 @@ def sinks_of(call, h, token):
 
 
 @triton.jit
-def finish_softmax(acc, row_max, row_sum, call, sink, SCALE_ONLY: tl.constexpr):
+def finish_softmax(state, call, sink, SCALE_ONLY: tl.constexpr):
     """Returns out and lse of rows that have met all their keys. sink: that of each row, or None."""
+    acc, row_max, row_sum = state.acc, state.row_max, state.row_sum
     fully_masked = row_sum == 0.0  # then acc is 0 too, unless it met a NaN that other rows see
     if SCALE_ONLY:
         row_max = row_max * LN2

@@ -59,6 +59,7 @@ def launches(request: Request) -> list[Any]:
     import torch
 
     from fused_attention.kernels import launch, operators, tiles
+    from fused_attention.kernels.primitives import SoftmaxState
     from fused_attention.operators.arguments import Arguments
 
     arch, dtype = tiles.ARCHS[request.target], getattr(torch, request.dtype)
@@ -151,9 +152,9 @@ def launches(request: Request) -> list[Any]:
     if splits == 0:
         started.append(launch.forward_launch(query, key, value, out, lse, *rest))
     else:
-        parts = (meta(splits, lse.numel(), Dv, dtype=torch.float32),) + (lse,) * 2
-        parts = parts if splits > 1 else (None,) * 3
-        operands = (query, key, value, out, lse, splits, parts, request.Sq)
+        acc = meta(splits, lse.numel(), Dv, dtype=torch.float32)
+        partials = SoftmaxState(acc, lse, lse) if splits > 1 else None
+        operands = (query, key, value, out, lse, splits, partials, request.Sq)
         started += launch.decode_launches(*operands, *rest)
     gradients = (query, key, value, dsinks)
     started += launch.backward_launches(

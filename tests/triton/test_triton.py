@@ -489,7 +489,7 @@ def test_warps_are_specialized_only_where_the_compiler_takes_it():
 
 
 def test_strides_of_broadcast_operands_are_zero():
-    x = launch.scores(meta(1, 8, 1, 777))
+    x = launch.score_view(meta(1, 8, 1, 777))
     assert (x.stride_b, x.stride_h, x.stride_q, x.stride_k) == (0, 777, 0, 1)
 
 
