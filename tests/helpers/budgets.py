@@ -7,8 +7,8 @@ data/triton_budgets.json has, for each {target, kernel, head size, causal or not
 pinned Triton compiles: tiles, registers, bytes of stack, shared memory, the counts of instructions
 that must be there, and the mix of the main loop per 1024 scores (main_loop.py). The limits are
 measured for bfloat16 and hold for float16 as well. test_budgets.py compares a selection of them,
-and all of them with --full. docs/triton_code.md shows the mixes beside those of a plain kernel, and
-every figure that misses its goal, with the cause.
+and all of them with --full. docs/triton_code.md shows the mixes beside those of a tutorial kernel,
+and every figure that misses its goal, with the cause.
 """
 
 from __future__ import annotations
@@ -99,25 +99,27 @@ def entry_of(target: str, code: CompiledLaunch, tile: int, num_warps: int) -> di
 
 # As in Triton's tutorial: (tile sizes, num_warps, num_stages).
 PLAIN_TILES = {
-    "plain forward": ({"BLOCK_M": 128, "BLOCK_N": 64}, 4, 3),
-    "plain backward": ({"BLOCK": 128, "STEP": 32}, 4, 2),
+    "tutorial forward": ({"BLOCK_M": 128, "BLOCK_N": 64}, 4, 3),
+    "tutorial backward": ({"BLOCK": 128, "STEP": 32}, 4, 2),
 }
 
 
-def measure_plain(name: str, target: str, D: int) -> list[dict[str, Any]]:
-    """Returns an entry for each loop, in order, of a kernel of plain_kernels.py in bfloat16."""
+def measure_tutorial(name: str, target: str, D: int) -> list[dict[str, Any]]:
+    """Returns an entry for each loop, in order, of a kernel of tutorial_kernels.py in bfloat16."""
     import torch
 
-    import plain_kernels
+    import tutorial_kernels
     from fused_attention.kernels.launch import Launch
 
     blocks, num_warps, num_stages = PLAIN_TILES[name]
     x = torch.empty(16, 1024, D, dtype=torch.bfloat16, device="meta")
     row = torch.empty(16, 1024, device="meta")
     tensors, scales = (
-        ((x,) * 4 + (row,), 1) if name == "plain forward" else ((x, x, x, x, row, row, x, x, x), 2)
+        ((x,) * 4 + (row,), 1)
+        if name == "tutorial forward"
+        else ((x, x, x, x, row, row, x, x, x), 2)
     )
-    kernel = getattr(plain_kernels, name.replace(" ", "_"))
+    kernel = getattr(tutorial_kernels, name.replace(" ", "_"))
     args = (*tensors, 1024, *[0.125] * scales)
     launch = Launch(kernel, (1,), args, blocks | {"D": D}, num_warps, num_stages)
     code = compile_launch(target, launch)
@@ -132,11 +134,11 @@ def measure_plain(name: str, target: str, D: int) -> list[dict[str, Any]]:
 
 
 def load() -> dict[str, Any]:
-    """Returns {"triton": version, "limits": {name: entry}, "plain": {name: entries of its loops}}.
+    """Returns {"triton": version, "limits": {name: entry}, "tutorial": {name: entries of loops}}.
 
-    A name in "plain" is for example "sm_80 plain forward 64".
+    A name in "tutorial" is for example "sm_80 tutorial forward 64".
     """
-    return json.loads(LIMITS.read_text()) if LIMITS.exists() else {"limits": {}, "plain": {}}
+    return json.loads(LIMITS.read_text()) if LIMITS.exists() else {"limits": {}, "tutorial": {}}
 
 
 def excesses(entry: dict[str, Any], limit: dict[str, Any]) -> list[str]:
@@ -162,7 +164,7 @@ def excesses(entry: dict[str, Any], limit: dict[str, Any]) -> list[str]:
 
 # Goals per 1024 scores of the main loop: what the best known kernels of each kind need when they
 # are compiled the same way, and about 10 % on top. The goals of the backward in two kernels on
-# sm_90, and on sm_80 at head size 128, are the best of a plain Triton backward over its tile sizes,
+# sm_90, and on sm_80 at head size 128, are the best of the tutorial's backward over its tile sizes,
 # and as much on top. "int+move" counts instructions that are neither products nor softmax, and
 # "shared" counts cycles.
 GOALS: dict[tuple[str, str, int], dict[str, float]] = {
@@ -285,7 +287,7 @@ def write(document: dict[str, Any]) -> None:
     LIMITS.write_text(
         f'{{\n "triton": {json.dumps(metadata.version("triton"))},\n'
         f' "limits": {{\n{lines(limits)}\n }},\n'
-        f' "plain": {{\n{lines(document["plain"])}\n }}\n}}\n'
+        f' "tutorial": {{\n{lines(document["tutorial"])}\n }}\n}}\n'
     )
 
 
@@ -298,10 +300,10 @@ def write_limits(names: Sequence[str]) -> None:
         write(document)
 
 
-def write_plain() -> None:
+def write_tutorial() -> None:
     document = load()
     for name, target, D in itertools.product(PLAIN_TILES, ("sm_80", "sm_90"), (64, 128)):
-        document["plain"][f"{target} {name} {D}"] = measure_plain(name, target, D)
+        document["tutorial"][f"{target} {name} {D}"] = measure_tutorial(name, target, D)
     write(document)
 
 
@@ -326,7 +328,7 @@ documented throughputs, and *exposed* an estimate of the tensor cores' utilisati
 overlaps with them and the softmax does not. Both compare variants of one kernel; they say nothing
 of time.
 
-*plain* is attention as a Triton tutorial writes it (`tests/helpers/plain_kernels.py`: even
+*tutorial* is attention as a Triton tutorial writes it (`tests/helpers/tutorial_kernels.py`: even
 sizes, one layout, no features, a backward of two passes in one kernel), with the tutorial's tile
 sizes.
 
@@ -383,10 +385,10 @@ def comparison(document: dict[str, Any], target: str, D: int) -> Iterator[str]:
                 f"ours, {kernel}", document["limits"][name_of(target, kernel, D, True, "plain")]
             )
         )
-    (forward,) = document["plain"][f"{target} plain forward {D}"]
-    dkdv, dq = document["plain"][f"{target} plain backward {D}"]
+    (forward,) = document["tutorial"][f"{target} tutorial forward {D}"]
+    dkdv, dq = document["tutorial"][f"{target} tutorial backward {D}"]
     for title, entry in (("forward", forward), ("dkdv", dkdv), ("dq", dq)):
-        rows.append(mix_row(f"plain, {title}", entry))
+        rows.append(mix_row(f"tutorial, {title}", entry))
     yield from table(rows)
 
 
@@ -422,7 +424,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="measure nothing, only write the page")
     arguments = parser.parse_args()
     if not arguments.page:
-        write_plain()
+        write_tutorial()
         known = load()["limits"] if arguments.missing and LIMITS.exists() else {}
         only = [name for name in CONFIGURATIONS if arguments.only in name and name not in known]
         write_limits(only)

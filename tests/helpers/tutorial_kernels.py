@@ -6,7 +6,7 @@ import triton.language as tl
 
 
 @triton.jit
-def plain_forward(
+def tutorial_forward(
     q, k, v, out, lse, seqlen, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def plain_forward(
 
 
 @triton.jit
-def plain_backward(
+def tutorial_backward(
     q, k, v, do, lse, delta, dq, dk, dv, seqlen, scale, scale_log2,
     BLOCK: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
