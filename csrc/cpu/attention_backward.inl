@@ -283,10 +283,10 @@ struct AttentionBackwardSinks {
 
 // dbias is summed over the queries, if the bias is broadcast over them, by the owners of keys. Else
 // the owners of queries store it.
-bool has_dbias_of_keys(const AttentionParams& p) {
+FA_INLINE bool has_dbias_of_keys(const AttentionParams& p) {
   return p.dbias.data != nullptr && p.dbias.stride_q == 0;
 }
-bool has_dbias_of_queries(const AttentionParams& p) {
+FA_INLINE bool has_dbias_of_queries(const AttentionParams& p) {
   return p.dbias.data != nullptr && p.dbias.stride_q != 0;
 }
 

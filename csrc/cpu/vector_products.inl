@@ -88,8 +88,9 @@ FA_INLINE int64_t paired_rows_width(int64_t D) { return round_up(D, 32); }
 // dst[j] <- rows 2 j and 2 j + 1 of keys or values, paired:
 // [ceil(columns / 2)][paired_rows_width(D)].
 // A key that no query sees, or that is past the end, counts as 0, whatever it held.
-void pair_rows_of_keys(const AttentionParams& p, const TensorView& view, const KeyTile& keys,
-                       int64_t D, const uint64_t* visible, Pair* dst) {
+[[maybe_unused]] void pair_rows_of_keys(const AttentionParams& p, const TensorView& view,
+                                        const KeyTile& keys, int64_t D, const uint64_t* visible,
+                                        Pair* dst) {
   for (int64_t j = 0; j < keys.columns; j += 2) {
     const bool odd = j + 1 == keys.columns;
     const bool low_used = visible == nullptr || visible[j] != 0;
@@ -106,7 +107,7 @@ void pair_rows_of_keys(const AttentionParams& p, const TensorView& view, const K
   }
 }
 
-bool all_finite(const Pair* x, int64_t count) {
+[[maybe_unused]] bool all_finite(const Pair* x, int64_t count) {
   const __m512i magnitude = _mm512_set1_epi16(0x7fff);
   __m512i top = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; i += 16) {
