@@ -21,14 +21,11 @@ AOTITorchError empty_strided(Sizes sizes, const int64_t* strides, ScalarType dty
 std::shared_ptr<const void> integers_of(const Tensor& tensor);
 
 // Makes the device of a tensor the current device while the object lives.
-class OnDeviceOf {
- public:
+struct OnDeviceOf {
   explicit OnDeviceOf(const Tensor& tensor);
   ~OnDeviceOf();
   OnDeviceOf(const OnDeviceOf&) = delete;
-
- private:
-  [[maybe_unused]] void* guard_ = nullptr;
+  void* guard = nullptr;  // CUDA's; the CPU needs none
 };
 
 // Returns about how many tasks the bias gradient of masked softmax is divided into.

@@ -18,7 +18,11 @@ FA_INLINE void store(Pair* p, PairVec a) { _mm512_storeu_si512(p, (__m512i)a.bit
 FA_INLINE PairVec broadcast(Pair x) {
   int bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
-  return {(__m512bh)_mm512_set1_epi32(bits)};
+  __m512i all = _mm512_set1_epi32(bits);
+#if defined(__clang__) && __clang_major__ == 16
+  __asm__("" : "+v"(all));  // clang 16 crashes when it moves a broadcast across the cast below
+#endif
+  return {(__m512bh)all};
 }
 FA_INLINE __m512 fma(PairVec a, PairVec b, __m512 c) { return _mm512_dpbf16_ps(c, a.bits, b.bits); }
 

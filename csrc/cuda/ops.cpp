@@ -59,9 +59,9 @@ OnDeviceOf::OnDeviceOf(const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_cuda() || substitute != nullptr, "query: expected a CUDA tensor");
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
   device_index = tensor.get_device_index();
-  if (tensor.is_cuda()) guard_ = new DeviceGuard(device_index);
+  if (tensor.is_cuda()) guard = new DeviceGuard(device_index);
 }
-OnDeviceOf::~OnDeviceOf() { delete (DeviceGuard*)guard_; }
+OnDeviceOf::~OnDeviceOf() { delete (DeviceGuard*)guard; }
 
 int64_t bias_tasks() { return cuda::kBiasTasks; }
 
