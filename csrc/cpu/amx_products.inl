@@ -393,7 +393,7 @@ struct AmxProducts {
     const int64_t columns = keys.columns;
     if (pending == kPending) flush<kVectors>(p, acc_t);
     __m512 sum[kVectors];  // of the rounded weights
-    for (int x = 0; x < kVectors; ++x) sum[x] = load(rows.rounded_sum + x * W);
+    for (int x = 0; x < kVectors; ++x) sum[x] = broadcast(0.0f);
     PlanesOf<uint16_t> values;
     if (columns_of_v(p, keys, visible, &values)) {
       uint32_t* waiting = p_pairs.data + pending_keys / 2 * kRow;
@@ -433,8 +433,11 @@ struct AmxProducts {
       flush<kVectors>(p, acc_t);
       on_vectors.template add_values<kVectors>(p, keys, visible, keep, s, acc_t);
     }
-    weights.keep_sums(rows);
-    for (int x = 0; x < kVectors; ++x) store(rows.rounded_sum + x * W, sum[x]);
+    weights.add_sums(rows);
+    for (int x = 0; x < kVectors; ++x) {
+      float* total = rows.rounded_sum + x * W;
+      store(total, add(load(total), sum[x]));
+    }
   }
 };
 

@@ -23,15 +23,16 @@ constexpr int64_t kWeightTiles = 8;  // tiles of one task, which share the loade
 
 template <typename T>
 struct WeightsTile {
-  T *q, *q_t;                // queries [kBlockM][D], transposed [D][kBlockM]
-  T* lse;                    // [kBlockM]
-  T* s;                      // scores [kBlockN][kBlockM]
-  T* sum;                    // weights, summed over the heads [kWeightTiles * kBlockN][kBlockM]
-  T *rows, *rows_t;          // weights or dw of one tile [kBlockM][kBlockN], dw transposed
-  T *delta, *total;          // [kBlockM]
-  T* k;                      // converted keys [kBlockN][D]
-  T *bias, *bias_t;          // [kBlockM][kBlockN] and transposed
-  uint64_t *visible, *keep;  // [kBlockN]
+  T *q, *q_t;                  // queries [kBlockM][D], transposed [D][kBlockM]
+  T* lse;                      // [kBlockM]
+  T* s;                        // scores [kBlockN][kBlockM]
+  T* sum;                      // weights, summed over the heads [kWeightTiles * kBlockN][kBlockM]
+  T *rows, *rows_t;            // weights or dw of one tile [kBlockM][kBlockN], dw transposed
+  T *delta, *total;            // [kBlockM]
+  T *tile_delta, *tile_total;  // what one tile adds to them
+  T* k;                        // converted keys [kBlockN][D]
+  T *bias, *bias_t;            // [kBlockM][kBlockN] and transposed
+  uint64_t *visible, *keep;    // [kBlockN]
 
   size_t place(const AttentionParams& p, void* workspace) {
     constexpr int M = kBlockM<T>;
@@ -46,6 +47,8 @@ struct WeightsTile {
     rows_t = arena.take<T>(M * kBlockN);
     delta = arena.take<T>(M);
     total = arena.take<T>(M);
+    tile_delta = arena.take<T>(M);
+    tile_total = arena.take<T>(M);
     k = arena.take<T>(kBlockN * p.D);
     const bool has_bias = p.bias.data != nullptr;
     bias = arena.take<T>(has_bias ? M * kBlockN : 0);
@@ -187,7 +190,7 @@ void attention_weights_delta(const AttentionParams& p, int64_t b, int64_t h, int
   // delta <- delta + w dw; 0 where hidden, whatever dw is there
   const auto add_up = [&](int64_t i, uint64_t visible, uint64_t kept, Vec<T> weight) {
     const Vec<T> product = mul(weight, load(t.rows_t + i));
-    T *delta = t.delta + i % kRow, *total = t.total + i % kRow;
+    T *delta = t.tile_delta + i % kRow, *total = t.tile_total + i % kRow;
     store(delta, add(load(delta), select_bits(kept, product, zero)));
     store(total, add(load(total), select_bits(visible, weight, zero)));
   };
@@ -198,7 +201,13 @@ void attention_weights_delta(const AttentionParams& p, int64_t b, int64_t h, int
     const ScoreTile tile = {seq, h, m_start, rows, n, columns};
     load_scores(p.weights, tile, t.rows);
     transpose_tile(rows, columns, t.rows, kBlockN, t.rows_t, kRow);
+    fill(t.tile_delta, kRow, (T)0);
+    fill(t.tile_total, kRow, (T)0);
     for_each_weight<T, kVectors>(p, tile, t, add_up);
+    for (int64_t i = 0; i < kRow; ++i) {
+      t.delta[i] += t.tile_delta[i];
+      t.total[i] += t.tile_total[i];
+    }
   }
   const T factor = head_share<T>(p) * (T)p.dropout_scale;
   T* delta = (T*)p.delta + (b * p.Hq + h) * p.Sq + m_start;

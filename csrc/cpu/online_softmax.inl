@@ -78,15 +78,16 @@ bool raise_max(int64_t columns, double factor, T rescale_threshold, const T* s,
   return grew;
 }
 
-// Computes the weights p = exp(s * factor - row_max) of a tile, one vector at a time, and adds each
-// to row_sum.
+// Computes the weights p = exp(s * factor - row_max) of a tile, one vector at a time. They are
+// added up on their own before their sum goes to row_sum: added one by one to the sum of a long
+// row, they would lose their last bits.
 template <typename T, int kVectors>
 class Probabilities {
  public:
   Probabilities(double factor, const RowState<T>& rows) : factor_(broadcast((T)factor)) {
     for (int x = 0; x < kVectors; ++x) {
       max_[x] = finite_max<T>(load(rows.max + x * kLanes<T>));
-      sum_[x] = load(rows.sum + x * kLanes<T>);
+      sum_[x] = broadcast((T)0);
     }
   }
   // Returns the weights of the scores at s, which belong to vector x of queries.
@@ -105,8 +106,11 @@ class Probabilities {
       }
     }
   }
-  void keep_sums(const RowState<T>& rows) const {
-    for (int x = 0; x < kVectors; ++x) store(rows.sum + x * kLanes<T>, sum_[x]);
+  void add_sums(const RowState<T>& rows) const {
+    for (int x = 0; x < kVectors; ++x) {
+      T* sum = rows.sum + x * kLanes<T>;
+      store(sum, add(load(sum), sum_[x]));
+    }
   }
 
  private:

@@ -65,7 +65,7 @@ struct VectorProducts : OnVectors {
                   const uint64_t* keep, Probabilities<T, kVectors> weights, T* s,
                   const RowState<T>& rows, T* acc_t) const {
     weights.replace(keys.columns, s);
-    weights.keep_sums(rows);
+    weights.add_sums(rows);
     add_values<kVectors>(p, keys, visible, keep, s, acc_t);
   }
   template <int kVectors>
@@ -231,7 +231,7 @@ struct PairProducts : OnVectors {
     Pair* paired = (Pair*)s;  // row j takes the place of rows 2 j and 2 j + 1
     const Vec<float> zero = broadcast(0.0f);
     Vec<float> sum[kVectors];
-    for (int x = 0; x < kVectors; ++x) sum[x] = load(rows.rounded_sum + x * W);
+    for (int x = 0; x < kVectors; ++x) sum[x] = zero;
     // Rounds the weights of `count` keys, from j on.
     const auto round_rows = [&](int64_t j, auto count, auto drops) {
       constexpr bool kOdd = count.value == 1;
@@ -251,8 +251,11 @@ struct PairProducts : OnVectors {
       for (int64_t j = 0; j + 2 <= columns; j += 2) round_rows(j, Constant<2>(), drops);
       if (columns % 2 == 1) round_rows(columns - 1, Constant<1>(), drops);
     });
-    weights.keep_sums(rows);
-    for (int x = 0; x < kVectors; ++x) store(rows.rounded_sum + x * W, sum[x]);
+    weights.add_sums(rows);
+    for (int x = 0; x < kVectors; ++x) {
+      float* total = rows.rounded_sum + x * W;
+      store(total, add(load(total), sum[x]));
+    }
     multiply<kVectors, true>(p.Dv, pairs, Scalars<Pair>{values, 1, paired_rows_width(p.Dv)}, paired,
                              kRow, acc_t, kRow);
   }

@@ -108,6 +108,17 @@ def test_every_tail_of_queries_and_keys(isa, seqlen):
             assert not testing.check(case, backend="cpu"), (dtype, seqlen_k)
 
 
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("Sq", [3, 70], ids=["decode", "tiles"])
+def test_the_error_does_not_grow_with_the_number_of_keys(isa, Sq, dtype):
+    """Sums of thousands of weights lose their last bits if each weight is added to the total."""
+    case = Case(dtype=dtype, B=1, Hq=1, Hkv=1, Sq=Sq, Sk=16384, D=32, Dv=32)
+    inputs = testing.make_inputs(case)
+    answers = testing.run(inputs, backend="cpu"), testing.exact(inputs), testing.naive(inputs)
+    errors = {(e.result, e.measure): e.ratio for e in testing.errors(*answers)}
+    assert errors["out", "rms"] < 0.7 and errors["lse", "rms"] < 0.2, errors
+
+
 @pytest.mark.skipif("amx_emulated" not in _native.isas(), reason="needs AVX-512")
 @pytest.mark.parametrize("case", [case for case in PAIRS if case.Sk >= 128], ids=case_id)
 def test_float32_on_tiles(case):
