@@ -24,7 +24,7 @@ COPY := build/matrix/$(TORCH)
 FIND_NATIVE := find csrc tests/native -regex '.*\.\(h\|cpp\|inl\|cuh\|cu\)' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench smoke test test-full test-api test-matrix sanitize plants gpu lint format build cuda wheel try-wheel clean
+.PHONY: help demo bench peers record smoke test test-full test-api test-matrix sanitize plants gpu lint format build cuda wheel try-wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,12 @@ demo: build $(VENV)/demo.stamp  ## the main job on real input: a pre-trained mod
 
 bench: build $(VENV)/bench.stamp  ## ours beside PyTorch's and others on the table of shapes (BENCH="--quick --impl module:function")
 	$(BIN)/python -m fused_attention bench $(BENCH)
+
+peers: $(VENV)/test.stamp  ## the libraries that bench compares us with (benchmarks/peers.txt: 200 MB, versions and hashes pinned)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --require-hashes -r benchmarks/peers.txt
+
+record: build  ## measure this processor's row of benchmarks/results/processors.csv, about 4 minutes
+	$(BIN)/python benchmarks/record.py
 
 smoke: build $(VENV)/test.stamp  ## under a minute: the CPU kernels against the definition, by the instruction set in force
 	$(QUIET_OPENMP) $(BIN)/python -m pytest -q tests/test_smoke.py

@@ -14,8 +14,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import torch
@@ -23,11 +21,11 @@ import torch
 import result_tables
 from fused_attention import _native
 from fused_attention.tools.benchmark.bench import Measurement, Report, bench
-from fused_attention.tools.benchmark.harness import machine, real_time_priority
 from fused_attention.tools.benchmark.onnx_runtime import onnx_runtime
 from fused_attention.tools.benchmark.peers import OURS, PEERS, flex
+from fused_attention.tools.benchmark.report import as_text
 from fused_attention.tools.benchmark.shapes import CLASSES, CaseClass
-from fused_attention.tools.console import table
+from fused_attention.tools.console import table, width
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PYTORCH, FLEX, ONNX = "PyTorch SDPA", "FlexAttention", "ONNX Runtime"
@@ -55,56 +53,29 @@ HEADER = [
 ]
 
 
-def ceiling(dtype: str, threads: int, seconds: float = 0.05) -> float:
-    """Returns the GF/s of products on registers, all threads at once, the best of five tries."""
-
-    def work(rounds: int) -> float:
-        done = [0.0] * threads
-
-        def run(i: int) -> None:
-            done[i] = _native.multiply_registers(dtype, rounds)
-
-        workers = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
-        begin = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        return sum(done) / (time.perf_counter() - begin) / 1e9
-
-    rounds = 1000
-    while True:
-        begin = time.perf_counter()
-        work(rounds)
-        if time.perf_counter() - begin > seconds:
-            return max(work(rounds) for _ in range(5))
-        rounds *= 2
-
-
 def measure(
     classes: list[CaseClass], seconds: float, threads: int
-) -> list[tuple[CaseClass, float, Report]]:
-    """Measures each class, and the ceiling of its dtype in GF/s."""
+) -> list[tuple[CaseClass, Report]]:
+    """Measures each class."""
     peers = {OURS: PEERS[OURS], PYTORCH: PEERS[PYTORCH], FLEX: flex}
     results = []
     for group in classes:
         if not group.isa:
             peers[ONNX] = onnx_runtime
-        dtype = str(group.cases[0].dtype).removeprefix("torch.")
-        with real_time_priority():
-            top = ceiling(dtype, threads)
-        report = bench(group.cases, peers, seconds=seconds, threads=threads)
-        print(report, file=sys.stderr, flush=True)
-        results.append((group, top, report))
+        report = bench({group.name: [*group.cases]}, peers, seconds=seconds, threads=[threads])
+        if report.interrupted:
+            sys.exit(130)
+        print(as_text(report, width()), file=sys.stderr, flush=True)
+        results.append((group, report))
     return results
 
 
-def stored_row(group: CaseClass, top: float, measured: Measurement) -> result_tables.Row:
-    row = {"class": group.name, "case": measured.case, "peer": measured.peer}
+def stored_row(measured: Measurement) -> result_tables.Row:
+    row = {"class": measured.suite, "case": measured.case, "peer": measured.peer}
     if measured.timing is not None:
         row |= result_tables.timed(measured.timing)
         row["median / ours"] = 1.0 if measured.peer == OURS else measured.ratio
-        row["GF/s"], row["of ceiling"] = measured.gflops, measured.gflops / top
+        row["GF/s"], row["of ceiling"] = measured.gflops, measured.of_ceiling
         row["extra MiB"] = None if measured.extra_bytes is None else measured.extra_bytes / 2**20
         row["error"] = measured.error
     return row | {"note": measured.reason}
@@ -114,7 +85,7 @@ def mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
-def summary(group: CaseClass, top: float, report: Report) -> list[str]:
+def summary(group: CaseClass, report: Report) -> list[str]:
     of = {
         peer: [m for m in report.measurements if m.peer == peer]
         for peer in (OURS, PYTORCH, FLEX, ONNX)
@@ -125,7 +96,7 @@ def summary(group: CaseClass, top: float, report: Report) -> list[str]:
         found = [m.ratio for m in of[peer] if m.ratio is not None]
         return f"{min(found):.2f}x" if found else "-"
 
-    rate = mean([m.gflops for m in of[OURS]])
+    rate, share = (mean([getattr(m, x) for m in of[OURS]]) for x in ("gflops", "of_ceiling"))
     missing = len(group.cases) - len(ratios)
     return [
         group.name,
@@ -136,7 +107,7 @@ def summary(group: CaseClass, top: float, report: Report) -> list[str]:
         lowest(FLEX),
         lowest(ONNX),
         f"{rate:.0f}",
-        f"{100 * rate / top:.0f} %",
+        f"{100 * share:.0f} %",
         f"{max(m.error for m in of[OURS]):.1e}",
         f"{max(m.error for m in of[PYTORCH]):.1e}",
     ]
@@ -148,13 +119,9 @@ def run(chosen: list[CaseClass], isa: str, seconds: float, threads: int) -> None
         _native.set_isa(isa)
     results = measure([group for group in chosen if group.isa == isa], seconds, threads)
     print(table(HEADER, [summary(*result) for result in results]))
-    about = machine() | {"isa": _native.active_isa(), "threads": threads}
-    about["real_time"] = all(report.real_time for *_, report in results)
-    rows = [
-        stored_row(group, top, measured)
-        for group, top, report in results
-        for measured in report.measurements
-    ]
+    about = results[0][1].machine | {"isa": _native.active_isa(), "threads": threads}
+    about["real_time"] = all(report.real_time for _, report in results)
+    rows = [stored_row(measured) for _, report in results for measured in report.measurements]
     path = RESULTS / ("_".join(filter(None, ("attention", isa))) + ".csv")
     result_tables.update(path, about, rows, "class")
     print("saved", path.name)

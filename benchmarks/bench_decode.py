@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import result_tables
 from fused_attention import _native, attention
 from fused_attention.tools.benchmark.harness import interleave, machine, real_time_priority
-from fused_attention.tools.benchmark.peers import flex
+from fused_attention.tools.benchmark.peers import flex, in_pages
 from fused_attention.tools.benchmark.shapes import Case, Inputs
 from fused_attention.tools.testing import num_threads
 
@@ -25,12 +25,6 @@ RESULTS = Path(__file__).resolve().parent / "results" / "decode.csv"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OURS, PYTORCH, READ = "fused_attention", "PyTorch SDPA", "reading once"
 Calls = dict[str, Callable[[], object]]
-
-
-def in_pages(x: torch.Tensor, page_size: int, order: torch.Tensor) -> torch.Tensor:
-    """Returns x [1, H, S, D] as pages [pages, page_size, H, D]; the n-th is at order[n]."""
-    pages = x[0].transpose(0, 1).unflatten(0, (-1, page_size))
-    return torch.empty_like(pages).index_copy_(0, order, pages)
 
 
 def decode_calls(Sq: int, Sk: int, dtype: torch.dtype, with_flex: bool) -> tuple[Calls, int]:

@@ -10,17 +10,12 @@ results/models.csv and results/models.png.
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import result_tables
-from fused_attention.models.attend import IMPLEMENTATIONS, Padded
-from fused_attention.models.pretrained import SoundFront
-from fused_attention.models.training import token_loss
-from fused_attention.models.transformer import Config, Transformer
+from fused_attention.models.attend import IMPLEMENTATIONS
 from fused_attention.tools import console
 from fused_attention.tools.benchmark.harness import (
     extra_memory,
@@ -28,122 +23,14 @@ from fused_attention.tools.benchmark.harness import (
     machine,
     real_time_priority,
 )
+from fused_attention.tools.benchmark.workloads import MODELS, Model, model_calls
 
 RESULTS = Path(__file__).resolve().parent / "results"
-WHISPER = Config(
-    51865,
-    encoder_layers=6,
-    decoder_layers=1,
-    dim=512,
-    heads=8,
-    hidden=2048,
-    activation="gelu",
-    positions="learned",
-    max_positions=448,
-    max_source_positions=1500,
-)
-SMOLLM2 = Config(
-    49152,
-    encoder_layers=0,
-    decoder_layers=30,
-    dim=576,
-    heads=9,
-    kv_heads=3,
-    hidden=1536,
-    activation="swiglu",
-    norm="rms",
-    positions="rotary",
-    max_positions=8192,
-    bias=False,
-    scale_embedding=False,
-)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One case to measure: `make` returns a model, and a call of it."""
-
-    name: str
-    tokens: int  # tokens that one call reads or writes
-    make: Callable[[], tuple[Transformer, Callable[[], object]]]
-
-
-def whisper_encoder() -> tuple[Transformer, Callable[[], object]]:
-    model = Transformer(WHISPER, front=SoundFront(80, 512)).eval()
-    spectrum = torch.randn(1, 80, 3000)
-    return model, torch.inference_mode()(lambda: model.encode(spectrum).hidden)
-
-
-def prefill(length: int) -> tuple[Transformer, Callable[[], object]]:
-    model = Transformer(SMOLLM2).eval()
-    tokens = torch.randint(0, SMOLLM2.vocab_size, (1, length))
-
-    def call() -> object:
-        return model.step(tokens, model.start(None, 1, length))
-
-    return model, call
-
-
-def decode(length: int, count: int) -> tuple[Transformer, Callable[[], object]]:
-    model = Transformer(SMOLLM2).eval()
-    cache = model.start(None, 1, length + count)
-    model.step(torch.randint(0, SMOLLM2.vocab_size, (1, length)), cache)
-    lengths, longest = cache.lengths, cache.longest
-
-    def call() -> object:
-        cache.lengths, cache.longest = lengths, longest
-        for _ in range(count):
-            logits = model.step(torch.zeros(1, 1, dtype=torch.long), cache)
-        return logits
-
-    return model, call
-
-
-def training_step(batch: int, seqlen: int, target: int) -> tuple[Transformer, Callable[[], object]]:
-    model = Transformer(Config(8000)).train()
-    source = torch.randint(4, 8000, (batch, seqlen))
-    tokens = torch.randint(4, 8000, (batch, target + 1))
-
-    def call() -> object:
-        model.zero_grad()
-        loss = token_loss(model(tokens[:, :-1], None, source), tokens[:, 1:], Padded())
-        loss.backward()
-        return loss
-
-    return model, call
-
-
-def cases(quick: bool) -> list[Case]:
-    if quick:
-        return [
-            Case("training, 8 × 40", 8 * 80, lambda: training_step(8, 40, 40)),
-            Case("training, 1 × 512", 640, lambda: training_step(1, 512, 128)),
-        ]
-    sizes = ((64, 40, 40), (8, 512, 128), (4, 1024, 128), (2, 2048, 128))
-    return [
-        Case("Whisper base, encoder", 1500, whisper_encoder),
-        Case("SmolLM2, reads 2048", 2048, lambda: prefill(2048)),
-        Case("SmolLM2, writes 16 after 2048", 16, lambda: decode(2048, 16)),
-        *(
-            Case(f"training, {b} × {s}", b * (s + t), lambda b=b, s=s, t=t: training_step(b, s, t))
-            for b, s, t in sizes
-        ),
-    ]
-
-
-def measure(case: Case, seconds: float) -> list[result_tables.Row]:
+def measure(case: Model, seconds: float) -> list[result_tables.Row]:
     """Returns a row for each way to compute attention."""
-    torch.manual_seed(0)
-    model, call = case.make()
-
-    def with_attention(attention: str) -> Callable[[], object]:
-        def run() -> object:
-            model.use_attention(attention)
-            return call()
-
-        return run
-
-    calls = {name: with_attention(name) for name in IMPLEMENTATIONS}
+    calls = model_calls(case)
     with real_time_priority() as real_time:
         timings = interleave(calls, budget=seconds, warmup=1)
     rows = result_tables.beside({"case": case.name, "tokens": case.tokens}, timings, "fused")
@@ -196,7 +83,7 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="only draw the stored table")
     parser.add_argument("--seconds", type=float, default=30.0, help="per case")
     options = parser.parse_args()
-    chosen = [] if options.plot else cases(options.quick)
+    chosen = [] if options.plot else MODELS[:2] if options.quick else MODELS[2:]
     rows = []
     with console.progress(len(chosen)) as step:
         for case in chosen:

@@ -21,11 +21,11 @@ import fused_attention
 import result_tables
 from fused_attention.tools.benchmark.harness import Timing, interleave, machine, real_time_priority
 from fused_attention.tools.benchmark.peers import PEERS, bind
+from fused_attention.tools.benchmark.report import save_plot
 from fused_attention.tools.benchmark.shapes import DEMO, Case, make_inputs
 from fused_attention.tools.cli import main as command_line
 from fused_attention.tools.testing import num_threads
 from minilm import SENTENCES, Encoder, fetch, sdpa_calls
-from plot import save_plot
 
 RESULTS = Path(__file__).resolve().parent / "results" / "demo"
 OURS, PYTORCH = "fused_attention", "PyTorch SDPA"
@@ -171,7 +171,12 @@ def show_benchmark(budget: float, thread_count: int, model: dict[str, object]) -
             style="yellow",
         )
     plot = RESULTS / "benchmark.png"
-    save_plot([(case, timings) for case, timings, _ in measured], thread_count, plot)
+    groups = {
+        f"{case.name}\n{case.B}×{case.Hq}×{case.Sq}×{case.D}": timings
+        for case, timings, _ in measured
+    }
+    cpu, version = machine()["cpu"], torch.__version__
+    save_plot(groups, f"Attention on {cpu}, {thread_count} threads, torch {version}", plot)
     console.print(f"Plot: {os.path.relpath(plot)}")
     rows = []
     for case, timings, difference in measured:

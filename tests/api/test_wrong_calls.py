@@ -711,7 +711,7 @@ COMMANDS = [
     (["bench", "--impl", "math:pi"], "not callable"),
     (["bench", "--seconds", "soon"], "--seconds: expected a number > 0, got 'soon'"),
     (["bench", "--seconds", "-1"], "--seconds: expected a number > 0, got '-1'"),
-    (["bench", "--threads", "0"], "--threads: expected an int >= 1, got '0'"),
+    (["bench", "--threads", "0"], "--threads: expected numbers >= 1 such as 2 or 1,2,4, got '0'"),
     (
         ["bench", "--json", "/no/such/folder/x.json"],
         "--json: expected a file in a folder that exists",

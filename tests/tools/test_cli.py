@@ -134,6 +134,12 @@ def test_explain_needs_no_memory_for_its_tensors(capsys):
     assert code == 0 and "cpu" in out
 
 
+@pytest.mark.parametrize("short, dtype", cli.SHORT_NAMES.items())
+def test_explain_takes_short_names_of_dtypes(capsys, short, dtype):
+    shape = ("explain", "--shape", "1,8,64,64", "--dtype")
+    assert run(capsys, *shape, short) == run(capsys, *shape, dtype)
+
+
 def test_explain_of_what_only_the_reference_serves(capsys):
     code, out, _ = run(capsys, "explain", "--shape", "1,8,16,600")
     assert code == 0 and "reference" in out and "head_dim 600" in out

@@ -5,8 +5,9 @@ doctor    prints what this machine and build have; exits with 0 if a fast backen
 explain   prints what serves a call of a given shape, and why each preferred backend refuses it
 features  prints the capability table in Markdown
 verify    runs the correctness matrix on our kernels or another function; exits with 0 if all
-          is right, else with 1
-bench     times our kernels, PyTorch's, FlexAttention and another function on the table of shapes
+          is right, 1 if something is wrong, 2 if nothing could be checked, 130 if interrupted
+bench     times our kernels, other libraries and another function on tables of cases; exits with 0
+          if all results are right, 1 if one is wrong, 130 if interrupted. bench compare: two runs
 tune      measures the fastest tile sizes on this GPU, and prints them as rows of kernels/tiles.py
 
 The commands fetch, train, translate, summarize, generate, transcribe and embed are in
@@ -21,6 +22,7 @@ import math
 import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from ..call.problem import DTYPES
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..operators._torch import fake_tensors
 from .console import write_json
+from .contracts import CHOICE, LEVELS
 from .model_commands import CommandError, add_commands
 
 ENVIRONMENT_VARIABLES = (
@@ -45,6 +48,8 @@ ENVIRONMENT_VARIABLES = (
 )
 NUMBERS = {name: x for name, x in OPTIONS._asdict().items() if isinstance(x, float)}
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+SHORT_NAMES |= {"float": "float32", "half": "float16", "double": "float64"}
 
 
 # -- doctor ------------------------------------------------------------------------------
@@ -117,10 +122,11 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(size(part) for part in text.split(","))
 
 
-def threads(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected an int >= 1, got {text!r}")
-    return int(text)
+def thread_counts(text: str) -> list[int]:
+    counts = text.split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise argparse.ArgumentTypeError(f"expected numbers >= 1 such as 2 or 1,2,4, got {text!r}")
+    return [int(count) for count in counts]
 
 
 def seconds(text: str) -> float:
@@ -133,12 +139,32 @@ def seconds(text: str) -> float:
     return value
 
 
+def percentage(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a percentage >= 0, got {text!r}")
+    return value
+
+
 def new_file(text: str) -> str:
     """Checks the path now, rather than after minutes of work."""
     folder = os.path.dirname(text) or "."
     if not os.path.isdir(folder) or os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
     return text
+
+
+def folder(text: str) -> Path:
+    if os.path.exists(text) and not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"expected a folder, got {text!r}")
+    return Path(text)
+
+
+def dtype_name(text: str) -> str:
+    return SHORT_NAMES.get(text, text)
 
 
 def query_shape(text: str) -> tuple[int, ...]:
@@ -152,6 +178,15 @@ def device(text: str) -> torch.device:
         return torch.device(text)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def usable_device(text: str) -> str:
+    """Returns the device's name, after a tensor has been made there."""
+    try:
+        torch.empty(1, device=device(text)).item()
+    except Exception as error:  # by device: RuntimeError, AssertionError, NotImplementedError
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    return text
 
 
 def explain_shape(arguments: argparse.Namespace) -> int:
@@ -201,45 +236,82 @@ def features(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from . import console, foreign, verify
+    from . import console, foreign, targets, verify
 
     if arguments.impl:
         if arguments.backend or arguments.isa:
             raise ArgumentValueError("--impl: expected without --backend and --isa, which are ours")
         implementation = foreign.load(arguments.impl, arguments.signature)
-        targets = [verify.foreign_target(implementation)]
+        implementations = [targets.foreign_target(implementation)]
     else:
-        targets = verify.own_targets(arguments.backend, arguments.isa)
-    with console.progress(len(verify.matrix(arguments.quick))) as step:
-        backward = not arguments.forward_only
-        reports = verify.verify(targets, quick=arguments.quick, backward=backward, step=step)
+        implementations = targets.own_targets(arguments.backend, arguments.isa)
+    checks = verify.selected(arguments.quick, cases=arguments.case, skip=arguments.skip)
+    with console.progress(len(checks)) as step:
+        reports = verify.verify(
+            implementations,
+            checks,
+            contract=arguments.contract,
+            backward=not arguments.forward_only,
+            allow=arguments.allow,
+            step=step,
+        )
     for report in reports:
         print(report)
-    passed = not any(report.faults for report in reports)
-    document = {"passed": passed, "targets": [report.as_json() for report in reports]}
-    write_json(arguments.json, {**document, "machine": diagnose()})
-    return 0 if passed else 1
+    if arguments.repro:
+        for file in verify.write_reproductions(arguments.repro, implementations, reports):
+            print(f"wrote {file}")
+    interrupted = any(report.interrupted for report in reports)
+    wrong = any(report.faults for report in reports)
+    nothing = not any(report.calls for report in reports)
+    code = 130 if interrupted else 1 if wrong else 2 if nothing else 0
+    document: dict[str, Any] = {"passed": code == 0, "interrupted": interrupted}
+    document |= {"targets": [report.as_json() for report in reports], "machine": diagnose()}
+    write_json(arguments.json, document)
+    return code
 
 
 def bench(arguments: argparse.Namespace) -> int:
     from . import console, foreign
-    from .benchmark import bench, peers, shapes
+    from .benchmark import bench, peers, report, suites
 
+    tables = suites.chosen(arguments.suite, arguments.quick)
+    if arguments.device != "cpu":
+        suites.require_attention(tables)
     implementation = None
     if arguments.impl:
         implementation = foreign.load(arguments.impl, arguments.signature)
-    cases = shapes.QUICK if arguments.quick else shapes.FULL
-    with console.progress(len(cases)) as step:
-        report = bench.bench(
-            cases,
+    if arguments.png:
+        report.require_matplotlib()
+    counts = arguments.threads or [torch.get_num_threads()]
+    with console.progress(len(counts) * sum(map(len, tables.values()))) as step:
+        result = bench.bench(
+            tables,
             peers.bench_peers(implementation),
             seconds=arguments.seconds or (1.0 if arguments.quick else 3.0),
-            threads=arguments.threads or torch.get_num_threads(),
+            threads=counts,
+            device=arguments.device,
             step=step,
         )
-    print(report)
-    write_json(arguments.json, report.as_json())
-    return 0
+    print(console.marked(report.as_text(result, console.width()), "WRONG"))
+    write_json(arguments.json, report.as_json(result))
+    console.write_text("--markdown", arguments.markdown, report.as_markdown(result))
+    console.write_text("--html", arguments.html, report.as_html(result))
+    if arguments.png:
+        report.save_png(result, arguments.png)
+    if result.interrupted:
+        return 130
+    return 1 if result.wrong else 0
+
+
+def bench_compare(arguments: argparse.Namespace) -> int:
+    from . import console
+    from .benchmark import compare
+
+    before, after = (compare.rounds_of(path) for path in arguments.reports)
+    changes = compare.changes(before, after)
+    only = len(before.keys() ^ after.keys())
+    print(compare.as_text(changes, only, arguments.threshold, console.width()))
+    return 1 if any(change.slower_by(arguments.threshold) for change in changes) else 0
 
 
 def tune(arguments: argparse.Namespace) -> int:
@@ -283,7 +355,7 @@ def parser() -> argparse.ArgumentParser:
     add("--kv-heads", type=size, metavar="Hkv", help="key heads; default: Hq")
     add("--sk", type=size, metavar="Sk", help="keys; default: Sq")
     add("--dv", type=size, metavar="Dv", help="value's head_dim; default: D")
-    add("--dtype", choices=DTYPE_NAMES, default="float32")
+    add("--dtype", type=dtype_name, choices=DTYPE_NAMES, default="float32")
     add("--device", type=device, default="cpu")
     add("--causal", choices=("top_left", "bottom_right"), nargs="?", const="top_left")
     add("--window", type=int, nargs=2, default=(-1, -1), metavar=("LEFT", "RIGHT"))
@@ -309,20 +381,48 @@ def parser() -> argparse.ArgumentParser:
     add("--backend", help="check only this backend")
     add("--isa", help="check only this instruction set of the backend cpu")
     add("--forward-only", action="store_true", help="no gradients")
+    add(
+        "--contract",
+        choices=LEVELS,
+        metavar="CONTRACT",
+        help=f"what is demanded: {CHOICE}",
+    )
+    repeated: dict[str, Any] = {"action": "append", "default": []}
+    add("--case", **repeated, metavar="ID", help="run only this case, such as pair/7; repeatable")
+    add("--skip", **repeated, metavar="FEATURE", help="leave out a feature or dtype; repeatable")
+    add("--allow", **repeated, metavar="ID", help="a case that may fail; repeatable")
+    add("--repro", type=folder, metavar="DIR", help="write a script for each fault: DIR/FAULT.py")
     add_implementation(command)
     command.set_defaults(run=verify)
 
-    command = commands.add_parser("bench", help="how fast is it? times ours beside others")
+    command = commands.add_parser(
+        "bench",
+        help="how fast is it? times ours beside others",
+        epilog="bench compare A.json B.json compares two files of --json. Exit codes: 0 all results"
+        " are right, 1 one is wrong, 2 invalid arguments, 130 interrupted.",
+    )
     add = command.add_argument
     add("--quick", action="store_true", help="small cases, under three minutes")
+    names = "forward, backward, decode, varlen, masks, softmax, training, models or frontend"
+    add("--suite", action="append", default=[], metavar="SUITE", help=f"{names}; may be repeated")
     add("--seconds", type=seconds, help="spent on each case; default: 3, or 1 with --quick")
-    add("--threads", type=threads, help="default: those of torch")
+    add("--threads", type=thread_counts, metavar="N[,N...]", help="default: those of torch")
+    add("--device", type=usable_device, default="cpu", help="default: cpu")
     add_implementation(command)
+    add("--markdown", type=new_file, metavar="FILE", help="write a table for a pull request")
+    add("--html", type=new_file, metavar="FILE", help="write a page with bars")
+    add("--png", type=new_file, metavar="FILE", help="write a picture, by matplotlib")
     command.set_defaults(run=bench)
+    actions = command.add_subparsers(metavar="[compare]")
+    command = actions.add_parser("compare", help="compares two files of --json")
+    add = command.add_argument
+    add("reports", nargs=2, metavar="FILE", help="A.json B.json, which bench --json has written")
+    add("--threshold", type=percentage, default=5.0, help="slowdown that fails, in %%; default: 5")
+    command.set_defaults(run=bench_compare)
 
     command = commands.add_parser("tune", help="measures the fastest tile sizes on this GPU")
     add = command.add_argument
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--dtype", type=dtype_name, choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--head-dims", type=int, nargs="+", choices=(64, 128, 256), default=(64, 128, 256))
     add("--json", type=new_file, metavar="FILE", help="write the result to this file")
     command.set_defaults(run=tune)

@@ -112,7 +112,7 @@ def load(name: str, signature: str | None = None) -> Implementation:
         function: Any = importlib.import_module(module_name)
         for attribute in path.split("."):
             function = getattr(function, attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the module may raise anything
         raise ArgumentValueError(f"--impl: cannot import {name!r}: {error}") from error
     if not callable(function):
         raise ArgumentValueError(f"--impl: {name!r} is not callable")

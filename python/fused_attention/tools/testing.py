@@ -431,6 +431,34 @@ AXES: dict[str, list[Any]] = {
 }
 
 
+# Changes of the plain case in which faults are visible that no feature shows alone.
+TOGETHER: tuple[dict[str, Any], ...] = (
+    {"Sq": 131, "Sk": 19, "causal": "top_left"},
+    {"Sq": 131, "Sk": 19, "causal": "bottom_right", "window_size": (5, 60)},
+    {"Sq": 131, "Sk": 19, "window_size": (40, 60)},
+    {"causal": "bottom_right", "window_size": (7, -1)},
+    {"Sq": 40, "Sk": 40},
+    {"Sq": 40, "Sk": 40, "mask": "BHQK"},
+    {"Sq": 40, "Sk": 40, "mask": "B11K"},
+    {"Sq": 40, "Sk": 40, "bias": "BHQK"},
+    {"softcap": 3.0, "bias": "BHQK"},
+    {"softcap": 3.0, "mask": "BHQK"},
+    {"softcap": 3.0, "scale": -0.4},
+    {"Hq": 6, "Hkv": 2, "softcap": 3.0, "bias": "1HQK"},
+    {"alibi": "H", "causal": "bottom_right"},
+    {"alibi": "H", "causal": "top_left"},
+    {"sinks": True, "mask": "BHQK"},
+    {"dropout_p": 0.25, "Hq": 6, "Hkv": 2},
+    # What PyTorch's signature can say, in 16 bits
+    {"dtype": torch.bfloat16, "causal": "top_left", "Hq": 6, "Hkv": 2},
+    {"dtype": torch.bfloat16, "mask": "B11K", "layout": "BSHD"},
+    {"dtype": torch.bfloat16, "bias": "BHQK"},
+    {"dtype": torch.float16, "causal": "top_left", "scale": 0.3},
+    {"dtype": torch.float16, "mask": "BHQK", "Hq": 6, "Hkv": 2},
+    {"dtype": torch.float16, "bias": "1HQK", "layout": "BSHD"},
+)
+
+
 def case_of(values: Sequence[Any], seed: int) -> Case:
     """Returns the case that has these values, one for each of AXES."""
     options = dict(zip(AXES, values, strict=True))
@@ -439,14 +467,19 @@ def case_of(values: Sequence[Any], seed: int) -> Case:
 
 
 def single_features() -> list[Case]:
-    """Returns a case for each value of each axis, all else plain: these name a fault best."""
+    """Returns a case for each value of each axis, all else plain, and the cases of TOGETHER.
+
+    These name a fault best.
+    """
     plain = [values[0] for values in AXES.values()]
     plain[0] = "ragged"
     cases: dict[tuple[Any, ...], None] = {}
     for axis, values in enumerate(AXES.values()):
         for value in values:
             cases[tuple(plain[:axis] + [value] + plain[axis + 1 :])] = None
-    return [case_of(values, seed) for seed, values in enumerate(cases, 1)]
+    alone = [case_of(values, seed) for seed, values in enumerate(cases, 1)]
+    more = enumerate(TOGETHER, len(alone) + 1)
+    return alone + [replace(case_of(plain, seed), **changes) for seed, changes in more]
 
 
 def pairs_of_features() -> list[Case]:

@@ -1,5 +1,8 @@
-"""python -m fused_attention bench: ours beside others, on one table of shapes.
+"""python -m fused_attention bench: our kernels beside others, on tables of cases.
 
-shapes   the cases and their inputs     harness  interleaved measurement
-peers    what is compared               bench    the measurement of a case and its table
+shapes       the cases of attention        workloads  softmax, training, models, frontend
+peers        what is compared              suites     the tables by name
+trial        one case, ready to measure    harness    interleaved measurement, intervals
+bench        measures the cases            report     tables, Markdown, JSON, HTML, PNG
+compare      one report beside another
 """

@@ -1,198 +1,192 @@
-"""Measures the cases of a table: time, extra memory and error of each peer, and our ratio to it.
-
-Error: the largest of `out` against the definition in float64, over the last queries of the first
-batch and key head (all of a large case would not fit); gradients are what `verify` is for.
-"""
+"""Measures the cases of a table: time, extra memory and error of each peer, and our ratio to it."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from ... import reference
-from ..console import Progress, table
-from ..foreign import NotOffered
+from ... import _native
+from ..console import Progress
 from ..testing import num_threads
-from .harness import Timing, extra_memory, interleave, machine, real_time_priority
-from .peers import OURS, Peer, bind
-from .shapes import Case, Inputs, make_inputs
+from . import harness
+from .harness import Interval, Timing, extra_memory, interleave, real_time_priority
+from .peers import OURS, Peer, versions
+from .suites import Item, Workload
+from .trial import Call, Trial, attention_trial
 
-ERROR_QUERIES = 256
+MIN_ROUNDS = 9
+CEILING = "ceiling"  # the name of the ceiling's call among the calls of the peers
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one peer on one case; `reason` says why it has none."""
+    """One peer on one case, or the reason why it was not measured."""
 
+    suite: str
     case: str
     peer: str
+    threads: int
     timing: Timing | None = None
-    gflops: float = 0.0
+    gflops: float | None = None  # None where products do not limit the speed
+    of_ceiling: float | None = None  # the share of what this machine can reach
     extra_bytes: int | None = None
-    error: float | None = None  # None: random (dropout)
+    error: float | None = None  # None: random (dropout), or not compared
+    allowed: float | None = None  # by the correctness rule
+    wrong: bool = False  # the error breaks the correctness rule
     ratio: float | None = None  # its median over ours
-    reason: str = ""
+    interval: Interval | None = None  # of the ratio, 95 %
+    reason: str = ""  # why there is no time, or no ratio
 
-    def row(self) -> list[str]:
-        if self.timing is None:
-            return [self.case, self.peer, "-", "-", "-", "-", "-", "-", self.reason]
-        memory = "?" if self.extra_bytes is None else f"{self.extra_bytes / 2**20:.1f}"
-        ratio = self.reason if self.ratio is None else f"{self.ratio:.2f}x"
-        return [
-            self.case,
-            self.peer,
-            f"{self.timing.median:.3f}",
-            f"{self.timing.minimum:.3f}",
-            f"{100 * self.timing.spread:.0f} %",
-            f"{self.gflops:.0f}",
-            memory,
-            "-" if self.error is None else f"{self.error:.1e}",
-            ratio,
-        ]
+    @property
+    def verdict(self) -> str:
+        """Returns what the column "ratio" says: above 1 ours is faster."""
+        if self.wrong:
+            return "WRONG"
+        if self.ratio is None or self.interval is None:
+            return "busy" if self.reason.startswith("busy") else "-"
+        return "level" if harness.level(self.interval) else f"{self.ratio:.2f}x"
 
 
-HEADER = ["case", "peer", "median ms", "min", "spread", "GF/s", "extra MiB", "error", "ours faster"]
+@dataclass
+class Report:
+    """What one run has measured, on which machine."""
+
+    measurements: list[Measurement] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+    device: str = "cpu"
+    real_time: bool = True
+    interrupted: bool = False
+    ceilings: dict[str, float] = field(default_factory=dict)  # GF/s by dtype and threads
+    machine: dict[str, object] = field(default_factory=harness.machine)
+    isa: str = field(default_factory=_native.active_isa)
+    versions: dict[str, str] = field(default_factory=versions)
+
+    @property
+    def wrong(self) -> list[Measurement]:
+        return [m for m in self.measurements if m.wrong]
 
 
-def exact(case: Case, inputs: Inputs) -> torch.Tensor:
-    """The definition in float64, for the rows that `error_of` looks at."""
-    first, group = max(0, case.Sq - ERROR_QUERIES), case.Hq // case.Hkv
-    seen = case.band(first)
-    if inputs.mask is not None:
-        seen = seen & inputs.mask[:1]
-    bias = None if inputs.bias is None else inputs.bias[:, :group, first:].detach().double()
-    query = inputs.query[:1, :group, first:].detach().double()
-    key, value = (x[:1, :1].detach().double() for x in (inputs.key, inputs.value))
-    out = reference.attention_reference(query, key, value, mask=seen, bias=bias)
-    assert isinstance(out, torch.Tensor)
-    return out
+def prepare(item: Item, peers: dict[str, Peer], device: str) -> Trial:
+    return item.make() if isinstance(item, Workload) else attention_trial(item, peers, device)
 
 
-def error_of(out: torch.Tensor, case: Case, want: torch.Tensor) -> float:
-    first, group = max(0, case.Sq - ERROR_QUERIES), case.Hq // case.Hkv
-    return (out.detach()[:1, :group, first:].double() - want).abs().max().item()
+def synchronized(call: Call, device: str) -> Call:
+    """Returns a call that waits until the device has finished."""
+    if device == "cpu":
+        return call
+    module = torch.get_device_module(device)
+
+    def run() -> object:
+        result = call()
+        module.synchronize()
+        return result
+
+    return run
+
+
+def products(dtype: torch.dtype, device: str, threads: int) -> float:
+    """Returns the GF/s of products: on registers of the CPU, or of a large matmul of a device."""
+    if device == "cpu":
+        with real_time_priority():
+            return harness.ceiling(str(dtype).removeprefix("torch."), threads)
+    x = torch.randn(8192, 8192, device=device).to(dtype)
+    call = synchronized(lambda: x @ x, device)
+    return 2 * 8192**3 / interleave({"matmul": call}, budget=1.0)["matmul"].minimum / 1e6
 
 
 def measure(
-    case: Case, peers: dict[str, Peer], seconds: float, real_time: list[bool]
-) -> list[Measurement]:
-    """Every peer that can do the case, interleaved."""
-    inputs = make_inputs(case)
-    want = None if case.dropout_p else exact(case, inputs)
-    calls, errors, memory, reasons = {}, {}, {}, {}
-    for name, peer in peers.items():
-        try:
-            out = peer(case, inputs)()
-            calls[name] = bind(peer, case, inputs)
-            calls[name]()
-        except NotOffered as refusal:
-            reasons[name] = str(refusal)
-            calls.pop(name, None)
-            continue
-        except Exception as exception:  # of somebody else's function: anything
-            calls.pop(name, None)
-            message = (str(exception).strip().splitlines() or [""])[0][:60]
-            reasons[name] = f"{type(exception).__name__}: {message}"
-            continue
-        errors[name] = None if want is None else error_of(out, case, want)
-        del out
-        memory[name] = extra_memory(calls[name])
+    suite: str, item: Item, peers: dict[str, Peer], seconds: float, threads: int, report: Report
+) -> None:
+    """Adds the measurements of every peer on one case, interleaved, to the report."""
+    trial = prepare(item, peers, report.device)
+    calls = {name: synchronized(call, report.device) for name, call in trial.calls.items()}
+    memory = {
+        name: extra_memory(call) if report.device == "cpu" else None for name, call in calls.items()
+    }
+    top = None
+    if trial.flops:
+        kind = f"{str(trial.dtype).removeprefix('torch.')}, {threads} threads"
+        if kind not in report.ceilings:
+            report.ceilings[kind] = products(trial.dtype, report.device, threads)
+        top = report.ceilings[kind]
+    rounds = dict(calls)
+    if trial.ceiling is not None:
+        rounds[CEILING] = synchronized(trial.ceiling, report.device)
     with real_time_priority() as granted:
-        timings = interleave(calls, budget=seconds, min_rounds=7) if calls else {}
-    real_time.append(granted)
-    measured = []
-    for name in peers:
+        timings = interleave(rounds, budget=seconds, min_rounds=MIN_ROUNDS) if calls else {}
+    report.real_time &= granted
+    ours = timings.get(OURS)
+    if OURS in trial.judged and trial.judged[OURS].wrong:
+        ours = None  # the time of a wrong result is no measure for others
+    rows = []
+    for name in [*calls, *trial.reasons]:
+        place = suite, item.name, name, threads
         timing = timings.get(name)
         if timing is None:
-            measured.append(Measurement(case.name, name, reason=reasons[name]))
+            rows.append(Measurement(*place, reason=trial.reasons[name]))
             continue
-        ratio, reason = compare(timings.get(OURS), timing)
-        measured.append(
+        judged = trial.judged.get(name)
+        wrong = judged is not None and judged.wrong
+        ratio, interval, reason = compare(None if wrong else ours, timing)
+        gflops = trial.flops / timing.median / 1e6 if trial.flops else None
+        of_ceiling = gflops / top if gflops and top else None
+        if trial.ceiling is not None:
+            of_ceiling = timings[CEILING].median / timing.median
+        rows.append(
             Measurement(
-                case.name,
-                name,
-                timing,
-                gflops=case.flops() / timing.median / 1e6,
+                *place,
+                timing=timing,
+                gflops=gflops,
+                of_ceiling=of_ceiling,
                 extra_bytes=memory[name],
-                error=errors[name],
+                error=judged.error if judged else None,
+                allowed=judged.allowed if judged else None,
+                wrong=wrong,
                 ratio=ratio,
+                interval=interval,
                 reason=reason,
             )
         )
-    return measured
+    report.measurements += rows  # at once, so that an interrupt leaves no part of a case
 
 
-def compare(ours: Timing | None, theirs: Timing) -> tuple[float | None, str]:
-    """Their median over ours, or why that would mean nothing."""
+def compare(ours: Timing | None, theirs: Timing) -> tuple[float | None, Interval | None, str]:
+    """Returns their median over ours with its interval, or why that would mean nothing."""
     if ours is None or ours is theirs:
-        return None, ""
+        return None, None, ""
     if ours.disturbed or theirs.disturbed:
         share = min(t.minimum / t.median for t in (ours, theirs))
-        return None, f"refused: min is {share:.2f} of median"
-    return theirs.median / ours.median, ""
-
-
-@dataclass(frozen=True)
-class Report:
-    threads: int
-    real_time: bool
-    measurements: list[Measurement]
-
-    def as_json(self) -> dict[str, Any]:
-        def finite(x: Any) -> Any:
-            return None if isinstance(x, float) and not math.isfinite(x) else x
-
-        rows = [
-            {name: finite(x) for name, x in asdict(measurement).items()}
-            for measurement in self.measurements
-        ]
-        return {
-            "threads": self.threads,
-            "real_time_priority": self.real_time,
-            "machine": machine(),
-            "measurements": rows,
-        }
-
-    def __str__(self) -> str:
-        rows, last = [], ""
-        for measurement in self.measurements:
-            row = measurement.row()
-            rows.append([row[0] if row[0] != last else "", *row[1:]])
-            last = row[0]
-        priority = (
-            "at real-time priority"
-            if self.real_time
-            else "at normal priority: real time needs root"
-        )
-        refused = sum(m.reason.startswith("refused") for m in self.measurements)
-        lines = [table(HEADER, rows), f"{self.threads} threads, interleaved, {priority}."]
-        if refused:
-            lines.append(
-                f"{refused} ratios refused: something else kept the machine busy, and the minimum"
-                " is below 0.7 of the median."
-            )
-        return "\n".join(lines)
+        return None, None, f"busy: min is {share:.2f} of median"
+    interval = harness.ratio_interval(theirs.values, ours.values, paired=True)
+    return theirs.median / ours.median, interval, ""
 
 
 def bench(
-    cases: Iterable[Case],
+    tables: dict[str, list[Item]],
     peers: dict[str, Peer],
     *,
     seconds: float,
-    threads: int,
+    threads: Sequence[int],
+    device: str = "cpu",
     step: Progress = lambda text: None,
 ) -> Report:
-    """Measures every case with every peer; `step` is called after each case."""
-    measurements: list[Measurement] = []
-    real_time: list[bool] = []
-    with num_threads(threads), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's, of the kernels that it cannot take
-        for case in cases:
-            measurements += measure(case, peers, seconds, real_time)
-            step(case.name)
-    return Report(threads, all(real_time), measurements)
+    """Measures every case of every table with each number of threads; calls `step` after a case.
+
+    An interrupt (Ctrl-C) ends it: the report then has the cases that were finished.
+    """
+    report = Report(threads=list(threads), device=device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns about kernels that it cannot use
+            for count in threads:
+                with num_threads(count):
+                    for suite, table in tables.items():
+                        for item in table:
+                            measure(suite, item, peers, seconds, count, report)
+                            step(item.name)
+    except KeyboardInterrupt:
+        report.interrupted = True
+    return report

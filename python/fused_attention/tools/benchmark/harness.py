@@ -1,7 +1,8 @@
-"""Interleaved measurement: what is compared runs in turn, so that a slow moment hits everyone.
+"""Interleaved measurement: all calls run in turn, so that a slow moment affects each of them.
 
-Results are medians over the rounds. The minimum and the spread are kept beside them: where the
-median is far above the minimum, something else was running, and the result says so.
+Results are medians over the rounds. The rounds themselves are kept: `ratio_interval` resamples them
+(the bootstrap; Efron 1979) to say how far a ratio of two medians can be trusted. Where a median is
+far above its minimum, something else kept the machine busy, and the result says so.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import ctypes
 import os
 import platform
 import statistics
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ... import __version__
+from ... import __version__, _native
+
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,19 @@ class Timing:
     minimum: float
     spread: float
     rounds: int
+    values: tuple[float, ...] = ()  # milliseconds of each round, in order
 
     @property
     def disturbed(self) -> bool:
-        """Whether the machine was busy with something else for a good part of the rounds: then
-        the median is no measure, and a ratio of two would be one of luck."""
+        """Says whether something else kept the machine busy during many of the rounds: then the
+        median measures that, and a ratio of two medians is chance."""
         return self.minimum < 0.7 * self.median
 
 
-def summarise(seconds: list[float]) -> Timing:
+def summarise(seconds: Sequence[float]) -> Timing:
     first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Timing(median * 1e3, min(seconds) * 1e3, (third - first) / median, len(seconds))
+    values = tuple(value * 1e3 for value in seconds)
+    return Timing(median * 1e3, min(values), (third - first) / median, len(values), values)
 
 
 def interleave(
@@ -51,39 +58,119 @@ def interleave(
     max_rounds: int = 200,
     warmup: int = 2,
     after_round: Callable[[float], None] = lambda fraction: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Times every call once a round, in an order that rotates, for about `budget` seconds.
 
-    `after_round` is told the fraction that is done, outside what is timed.
+    `after_round` is called with the fraction of the budget that is used, outside what is timed.
+    `clock` returns seconds.
     """
     for call in calls.values():
         for _ in range(warmup):
             call()
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    start = time.perf_counter()
+    start = clock()
     for done in range(max_rounds):
         shift = done % len(names)
         for name in names[shift:] + names[:shift]:
-            begin = time.perf_counter()
+            begin = clock()
             calls[name]()
-            seconds[name].append(time.perf_counter() - begin)
-        elapsed = time.perf_counter() - start
+            seconds[name].append(clock() - begin)
+        elapsed = clock() - start
         after_round(min(1.0, max(elapsed / budget, (done + 1) / max_rounds)))
         if elapsed >= budget and done + 1 >= min_rounds:
             break
     return {name: summarise(values) for name, values in seconds.items()}
 
 
+# -- Intervals ---------------------------------------------------------------------------
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+def _medians(values: Sequence[float], rounds: Tensor) -> Tensor:
+    """Returns the median of each row of resampled rounds: float64 [RESAMPLES]."""
+    drawn = torch.tensor(values, dtype=torch.float64)[rounds].sort(-1).values
+    middle = drawn.shape[-1] // 2
+    return (drawn[:, middle] + drawn[:, -middle - 1]) / 2
+
+
+def _rounds(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(count, (RESAMPLES, count), generator=generator)
+
+
+def _interval(medians: Tensor) -> Interval:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = medians.quantile(torch.tensor([tail, 1 - tail], dtype=medians.dtype)).tolist()
+    return low, high
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """Returns the 95 % bootstrap interval of the median."""
+    generator = torch.Generator().manual_seed(0)
+    return _interval(_medians(values, _rounds(len(values), generator)))
+
+
+def ratio_interval(above: Sequence[float], below: Sequence[float], *, paired: bool) -> Interval:
+    """Returns the 95 % bootstrap interval of median(above) / median(below).
+
+    paired: both were measured in the same rounds, and the same rounds are drawn of both, so that
+    what slowed both of them in a round cancels. Rounds of two runs are drawn independently.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rounds = _rounds(len(below), generator)
+    others = rounds if paired else _rounds(len(above), generator)
+    return _interval(_medians(above, others) / _medians(below, rounds))
+
+
+def level(interval: Interval) -> bool:
+    """Says whether the interval contains 1: then neither side of the ratio is faster."""
+    return interval[0] <= 1.0 <= interval[1]
+
+
+# -- The machine -------------------------------------------------------------------------
+
+
+def ceiling(dtype: str, threads: int, seconds: float = 0.05) -> float:
+    """Returns the GF/s of products on registers, all threads at once, the best of five tries.
+
+    The products are those of `dtype` on the instruction set in force.
+    """
+
+    def work(rounds: int) -> float:
+        done = [0.0] * threads
+
+        def run(i: int) -> None:
+            done[i] = _native.multiply_registers(dtype, rounds)
+
+        workers = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
+        begin = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return sum(done) / (time.perf_counter() - begin) / 1e9
+
+    rounds = 1000
+    while True:
+        begin = time.perf_counter()
+        work(rounds)
+        if time.perf_counter() - begin > seconds:
+            return max(work(rounds) for _ in range(5))
+        rounds *= 2
+
+
 @contextlib.contextmanager
 def real_time_priority(priority: int = 10) -> Iterator[bool]:
-    """Inside, other processes do not interrupt ours; yields whether the system allowed that.
+    """Inside, other processes do not interrupt this one; yields whether the system allowed that.
 
-    It usually needs root. Without it, medians and interleaving have to do.
+    It usually needs root.
     """
 
     def schedule(policy: int, value: int) -> None:
-        for thread in os.listdir("/proc/self/task"):  # the pool of PyTorch too
+        for thread in os.listdir("/proc/self/task"):  # PyTorch's pool has threads of its own
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setscheduler(int(thread), policy, os.sched_param(value))
 
@@ -100,15 +187,17 @@ def real_time_priority(priority: int = 10) -> Iterator[bool]:
 
 
 def extra_memory(call: Callable[[], object]) -> int | None:
-    """Bytes that a call needs beyond what is there before it and the tensors that it returns: the
-    peak of the process's resident memory, which Linux forgets on request. None elsewhere."""
+    """Returns the bytes that a call needs beyond its inputs and results, or None if unknown.
+
+    This is the peak of the process's resident memory, which Linux resets on request.
+    """
 
     def resident(field: str) -> int:
         status = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
 
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # or what earlier calls left would be used again
+        ctypes.CDLL(None).malloc_trim(0)  # else the call reuses what earlier calls have freed
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
         returned = call()
@@ -121,7 +210,7 @@ def extra_memory(call: Callable[[], object]) -> int | None:
 
 
 def machine() -> dict[str, object]:
-    """What a result depends on, as far as it can be known."""
+    """Returns what a result depends on, where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     first = {name.strip(): of for name, _, of in (line.partition(": ") for line in lines[::-1])}

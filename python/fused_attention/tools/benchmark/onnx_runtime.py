@@ -1,5 +1,7 @@
-"""ONNX Runtime as a peer, where `onnx` and `onnxruntime` are installed: its MultiHeadAttention and
-the standard's Attention (opset 23), of which the faster one for the case is taken.
+"""ONNX Runtime as a peer, where `onnx` and `onnxruntime` are installed.
+
+It has two operators, Microsoft's MultiHeadAttention and the standard's Attention (opset 23); the
+one that is faster for the case is measured.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ Forward = Callable[[], Tensor]
 
 
 def onnx_runtime(case: Case, inputs: Inputs) -> Forward:
-    """A peer, see `peers`. float32 and float16; no window, dropout, or causal mask with another."""
+    """Runs the forward in float32 and float16, without a window or a mask beside causal."""
     if not (importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime")):
         raise NotOffered("onnx and onnxruntime are not installed")
+    if inputs.query.device.type != "cpu":
+        raise NotOffered("CPU only")
     if case.backward or case.dropout_p or case.window_size != (-1, -1):
         raise NotOffered("no backward, dropout or window")
     if case.causal and (inputs.mask is not None or inputs.bias is not None):
@@ -42,7 +46,7 @@ def _seconds(call: Forward) -> float:
 
 
 def _attention(case: Case, inputs: Inputs) -> Forward | None:
-    """The standard's: [B, H, S, D], any number of key heads, a mask that broadcasts."""
+    """The standard's operator takes [B, H, S, D], any number of key heads, and a mask."""
     operands = {"Q": inputs.query, "K": inputs.key, "V": inputs.value}
     mask = inputs.bias if inputs.mask is None else inputs.mask
     if inputs.bias is not None and inputs.mask is not None:
@@ -56,7 +60,7 @@ def _attention(case: Case, inputs: Inputs) -> Forward | None:
 
 
 def _multi_head_attention(case: Case, inputs: Inputs) -> Forward | None:
-    """Microsoft's: [B, S, H * D], one key head for each query head."""
+    """Microsoft's operator takes [B, S, H * D], with one key head for each query head."""
     if inputs.mask is not None or inputs.bias is not None or case.Hq != case.Hkv:
         return None
     names = ("query", "key", "value")
@@ -82,7 +86,7 @@ def _session(
     out: Tensor,
     result: Forward,
 ) -> Forward | None:
-    """One node, with memory bound beforehand; None if there is no kernel for it."""
+    """Returns a call of one node on memory bound beforehand, or None if it has no kernel."""
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -105,7 +109,7 @@ def _session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4
-    # Its threads would spin into the time of who comes next.
+    # Its threads would spin during the next peer's call.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(

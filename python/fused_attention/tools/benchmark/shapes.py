@@ -1,7 +1,8 @@
-"""The shapes that are measured: one table, and the inputs made from a row of it."""
+"""The shapes that are measured: tables of cases, and the inputs made from a row of them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,20 +24,36 @@ class Case:
     Dv: int
     dtype: torch.dtype = torch.float32
     causal: bool = False  # only with Sq = Sk, where every library means the same by it
-    mask: Literal["", "padding"] = ""
+    mask: Literal["", "padding", "random"] = ""  # random: [B, 1, Sq, Sk], a fifth is hidden
     bias: Literal["", "per head"] = ""  # [1, Hq, Sq, Sk]; its gradient is wanted if backward is
     dropout_p: float = 0.0
     window_size: tuple[int, int] = (-1, -1)  # tokens to the left and right, -1 = all
     backward: bool = False
-    precision: str | None = None  # of float32, ours; what others compute is their default
+    precision: str | None = None  # how ours computes float32; others use their default
+    # The lengths of B sequences, the longest first. Whoever takes packed sequences gets them
+    # packed; the others get them padded to Sq = Sk = lengths[0] tokens, with a padding mask.
+    lengths: tuple[int, ...] = ()
+    page_size: int = 0  # whoever takes pages gets keys and values in pages, in random order
+
+    @property
+    def decodes(self) -> bool:
+        """Says whether few queries read a long cache, so that memory limits the speed."""
+        return self.Sq <= 16 and self.Sk >= 16 * self.Sq
 
     def flops(self) -> int:
-        """Multiplications and additions of the two (with backward, seven) matrix products."""
-        forward = 2 * self.B * self.Hq * (self.D + self.Dv) * self.visible_scores()
+        """Returns the operations of the two (with backward, seven) matrix products."""
+        scores = self.B * self.visible_scores()
+        if self.lengths:
+            scores = sum(n * n for n in self.lengths) // (2 if self.causal else 1)
+        forward = 2 * self.Hq * (self.D + self.Dv) * scores
         return int(forward * (3.5 if self.backward else 1.0))
 
+    def bytes_of_cache(self) -> int:
+        """Returns the bytes of keys and values."""
+        return self.B * self.Hkv * self.Sk * (self.D + self.Dv) * self.dtype.itemsize
+
     def visible_scores(self) -> int:
-        """Of one head, before masks: half of them (by convention) if causal."""
+        """Returns the scores of one head before masks: half of them (by convention) if causal."""
         if self.window_size == (-1, -1):
             return self.Sq * self.Sk // (2 if self.causal else 1)
         left, right = self.window_size
@@ -46,7 +63,7 @@ class Case:
         return sum(max(b - a, 0) for a, b in zip(first, last, strict=True))
 
     def band(self, first_query: int = 0) -> Tensor:
-        """Who sees whom by `causal` and `window_size`: bool [1, 1, Sq - first_query, Sk]."""
+        """Returns who sees whom by `causal` and `window_size`: [1, 1, Sq - first_query, Sk]."""
         left, right = self.window_size
         right = 0 if self.causal else right
         ahead = torch.arange(self.Sk) - torch.arange(first_query, self.Sq).unsqueeze(1)
@@ -60,7 +77,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of one call; those in `differentiated` are what a backward pass is asked for."""
+    """The tensors of one call; a backward pass computes the gradients of `differentiated`."""
 
     query: Tensor
     key: Tensor
@@ -71,25 +88,31 @@ class Inputs:
     differentiated: tuple[Tensor, ...]
 
 
-def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Standard normal inputs; a padding mask leaves each sequence between half and all its keys."""
+def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
+    """Draws normal inputs; a padding mask leaves each sequence between half and all its keys."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        tensor = torch.randn(*shape, generator=generator).to(case.dtype)
+        tensor = torch.randn(*shape, generator=generator).to(device, case.dtype)
         return tensor.requires_grad_(case.backward)
 
     query = normal(case.B, case.Hq, case.Sq, case.D)
     key = normal(case.B, case.Hkv, case.Sk, case.D)
     value = normal(case.B, case.Hkv, case.Sk, case.Dv)
     mask = bias = grad_out = None
-    if case.mask:
+    if case.mask == "random":
+        mask = torch.rand(case.B, 1, case.Sq, case.Sk, generator=generator) > 0.2
+        mask[..., 0] = True  # every query sees a key
+    elif case.mask or case.lengths:
         lengths = torch.randint(case.Sk // 2, case.Sk + 1, (case.B, 1, 1, 1), generator=generator)
+        if case.lengths:
+            lengths = torch.tensor(case.lengths).view(-1, 1, 1, 1)
         mask = torch.arange(case.Sk) < lengths  # [B, 1, 1, Sk], True = may attend
     if case.bias:
         bias = normal(1, case.Hq, case.Sq, case.Sk)
     if case.backward:
         grad_out = normal(case.B, case.Hq, case.Sq, case.Dv).detach()
+    mask = None if mask is None else mask.to(device)
     wanted = (query, key, value) if bias is None else (query, key, value, bias)
     return Inputs(query, key, value, mask, bias, grad_out, wanted if case.backward else ())
 
@@ -121,10 +144,10 @@ class CaseClass:
     """Cases whose ratios to PyTorch are judged together, by their geometric mean."""
 
     name: str
-    must: float  # the floor, and what the ceilings of a machine with AMX allow
-    aim: float
+    must: float  # the ratio that must be reached
+    aim: float  # the ratio that the ceilings of a machine with AMX allow
     cases: list[Case]
-    isa: str = ""  # both sides held to it; "": each with the best it has
+    isa: str = ""  # both sides are limited to it; "": each uses the best that it has
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -148,7 +171,7 @@ _RAGGED = [
     (1, 8, 1000, 64),
 ]
 
-# Of attention forward.
+# The classes of attention forward.
 CLASSES = [
     CaseClass("bf16 full, D 64", 2.3, 3.5, _squares(_LONG_64, BF16)),
     CaseClass("bf16 full, D 128", 1.9, 3.0, _squares(_LONG[3:], BF16)),
@@ -189,7 +212,7 @@ CLASSES = [
     CaseClass("GQA causal, fp32", 2.1, 3.0, _gqa(FP32)),
 ]
 
-# `bench --quick`: one of each kind, small.
+# The cases of `bench --quick` are small, one of each kind.
 QUICK = [
     square("float32", 1, 8, 1024, 64),
     square("float32, causal", 1, 8, 1024, 64, causal=True),
@@ -201,15 +224,61 @@ QUICK = [
     square("dropout, fwd+bwd", 1, 8, 512, 64, dropout_p=0.1, backward=True),
     square("bias grad, fwd+bwd", 1, 8, 512, 64, bias="per head", backward=True),
 ]
-FULL = [
-    *FORWARD_FLOAT32,
-    *(square(f"bfloat16, {S}", 1, 8, S, 64, dtype=torch.bfloat16) for S in (1024, 4096)),
-    square("float16, 1024", 1, 8, 1024, 64, dtype=torch.float16),
+_DTYPES = {"float32": FP32, "bfloat16": BF16, "float16": FP16}
+_OTHER_DTYPES = (("float32", FP32), ("float16", FP16))
+_BACKWARD: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "dropout": {"dropout_p": 0.1},
+    "bias": {"bias": "per head"},
+}
+
+
+def _lengths(count: int, longest: int) -> tuple[int, ...]:
+    """Returns lengths from `longest` down to 16 tokens in a geometric series."""
+    steps = torch.linspace(math.log2(longest), 4, count)
+    return tuple(steps.exp2().round().int().tolist())
+
+
+# The suites of attention. `--quick` takes the first QUICK_CASES cases of each.
+QUICK_CASES = 3
+FORWARD = [
+    *(square(f"{name}, 1024", 1, 8, 1024, 64, dtype=d) for name, d in _DTYPES.items()),
+    *FORWARD_FLOAT32[1:],
+    square("bfloat16, 4096", 1, 8, 4096, 64, dtype=BF16),
     square("head_dim 128", 1, 16, 2048, 128, causal=True),
+    Case("GQA, 2048", 1, 32, 8, 2048, 2048, 128, 128, causal=True),
+]
+BACKWARD = [
+    square(f"{kind}, {name}", 8, 12, 512, 64, dtype=dtype, backward=True, **options)
+    for name, dtype in (("float32", FP32), ("bfloat16", BF16))
+    for kind, options in _BACKWARD.items()
+]
+DECODE = [
+    *(Case(f"bfloat16, {S} keys", 1, 32, 8, 1, S, 128, 128, BF16) for S in (4096, 512, 16384)),
+    *(Case(f"{name}, 4096 keys", 1, 32, 8, 1, 4096, 128, 128, d) for name, d in _OTHER_DTYPES),
+    Case("4 queries, bfloat16", 1, 32, 8, 4, 4096, 128, 128, BF16),
+    Case("16 sequences, bfloat16", 16, 32, 8, 1, 2048, 128, 128, BF16),
+    *(
+        Case(f"pages of {n}, bfloat16", 1, 32, 8, 1, 4096, 128, 128, BF16, page_size=n)
+        for n in (16, 256)
+    ),
+]
+VARLEN = [
+    Case(f"{len(n)} sequences, {name}", len(n), 8, 8, n[0], n[0], 64, 64, dtype, lengths=n)
+    for n in (_lengths(8, 512), _lengths(32, 2048))
+    for name, dtype in _DTYPES.items()
+]
+MASKS = [
     square("padding mask, 512", 8, 12, 512, 64, mask="padding"),
     square("bias, 512", 8, 12, 512, 64, bias="per head"),
     square("window 256, 4096", 1, 8, 4096, 64, window_size=(256, 0)),
-    Case("GQA, 2048", 1, 32, 8, 2048, 2048, 128, 128, causal=True),
-    *(Case(f"GQA decode, {S}", 1, 32, 8, 1, S, 128, 128) for S in (4096, 16384)),
-    *(case for case in DEMO if case.backward),
+    square("random mask, 512", 8, 12, 512, 64, mask="random"),
+    square("causal, padding, 512", 8, 12, 512, 64, mask="padding", causal=True),
+    square("bias, padding, 512", 8, 12, 512, 64, mask="padding", bias="per head"),
+    square("padding, bfloat16", 8, 12, 512, 64, mask="padding", dtype=BF16),
+    square("window, bfloat16", 1, 8, 4096, 64, window_size=(256, 0), dtype=BF16),
 ]
+
+# The cases of `bench` without a suite.
+FULL = [*FORWARD, *MASKS[:3], *DECODE[:3], *(case for case in DEMO if case.backward)]
