@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -288,7 +289,11 @@ def test_an_interrupt_keeps_what_is_known(capsys, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "report.json"
-    code, out, err = run(capsys, "--quick", "--impl", "interrupting:f", "--json", str(file))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        code, out, err = run(capsys, "--quick", "--impl", "interrupting:f", "--json", str(file))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130 and "Traceback" not in err
     assert "FAILED  scale missing" in out and re.search(
         r"interrupted after \d\d of 1\d\d cases$", out.rstrip()
