@@ -57,6 +57,7 @@ test-api: build $(VENV)/test.stamp
 
 test-matrix:  ## the tests that need no compiler for GPUs, with another PyTorch, in a copy (TORCH=torch==2.10.0)
 	mkdir -p $(COPY)
+	find $(COPY) -mindepth 1 -maxdepth 1 ! -name .venv ! -name build -exec rm -r {} +
 	git ls-files -z | xargs -0 cp -P --parents -t $(COPY)
 	sed -i '/^triton/d; /^nvidia-/d' $(COPY)/constraints.txt  # a PyTorch for CUDA brings the Triton and the CUDA that it needs
 	$(MAKE) -C $(COPY) test-api
