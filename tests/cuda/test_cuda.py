@@ -298,7 +298,7 @@ FEW = {
     "everything": dataclasses.replace(
         DECODE, B=2, Sq=3, Sk=700, Dv=10, causal="bottom_right", window_size=(690, 0),
         mask="BHQK", bias="1HQK", key_padding=True, softcap=4.0, alibi="BH", sinks=True,
-        layout="BSHD",
+        memory_format="BSHD",
     ),
     "wide": dataclasses.replace(DECODE, D=256, Dv=200, dtype=torch.float16),
     "wide float32": dataclasses.replace(DECODE, D=200, Dv=256, scale=-0.3, Sk=40),
@@ -388,7 +388,7 @@ ON_HOPPER = {
     "full": Case(dtype=torch.bfloat16, B=1, Hq=2, Hkv=1, Sq=200, Sk=300, D=64, Dv=64),
     "causal": Case(
         dtype=torch.float16, B=1, Hq=1, Hkv=1, Sq=140, Sk=400, D=128, Dv=128,
-        causal="bottom_right", sinks=True, layout="BSHD",
+        causal="bottom_right", sinks=True, memory_format="BSHD",
     ),
     "window": Case(
         dtype=torch.bfloat16, B=1, Hq=1, Hkv=1, Sq=300, Sk=520, D=40, Dv=64, causal="bottom_right",

@@ -234,7 +234,7 @@ def test_gradients_accumulate(options):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_gradients_have_the_dtype_and_memory_order_of_their_inputs(dtype):
     for layout in ("BHSD", "BSHD"):
-        case = Case(dtype=dtype, Hq=4, bias="11QK", sinks=True, layout=layout)
+        case = Case(dtype=dtype, Hq=4, bias="11QK", sinks=True, memory_format=layout)
         inputs = testing.make_inputs(dataclasses.replace(case, bias_dtype=torch.float32))
         leaves = inputs.differentiable()
         attention(**leaves, **inputs.keywords).float().sum().backward()

@@ -201,11 +201,11 @@ BOTH_HALVES = {"B": 2, "Hq": 4, "Hkv": 2, "Sq": 101, "Sk": 205, "D": 33, "Dv": 1
 RULE = {
     "plain": {},
     "causal": {"causal": "bottom_right", "mask": "B1QK"},
-    "window": {"window_size": (40, 20), "layout": "BSHD"},
+    "window": {"window_size": (40, 20), "memory_format": "BSHD"},
     "softcap": {"softcap": 3.0, "alibi": "BH", "key_padding": True},
     "bias": {"bias": "1HQK", "dropout_p": 0.25},
     "bias of keys": {"bias": "111K", "sinks": True, "bias_dtype": torch.float32},
-    "bias of queries": {"bias": "BHQ1", "layout": "strided", "scale": -0.4},
+    "bias of queries": {"bias": "BHQ1", "memory_format": "strided", "scale": -0.4},
     "sinks": {"sinks": True, "dropout_p": 0.3, "causal": "top_left"},
 }
 

@@ -119,7 +119,7 @@ SCALE_ONLY = {
     "narrow window": {"window_size": (3, -1), "causal": "bottom_right"},
     "sinks": {"sinks": True, "causal": "bottom_right"},
     "one key head": {"Hkv": 1},
-    "BSHD": {"layout": "BSHD", "causal": "bottom_right"},
+    "BSHD": {"memory_format": "BSHD", "causal": "bottom_right"},
     "other width of values": {"Dv": 40},
     "few keys": {"Sk": 5},
     "no row sees a key": {"causal": "bottom_right", "Sq": 900, "Sk": 70},

@@ -31,10 +31,10 @@ CASES = {
     "everything": Case(
         B=2, Hq=4, Hkv=2, Sq=3, Sk=2300, D=48, Dv=40, causal="bottom_right",
         window_size=(2100, 0), mask="BHQK", bias="1HQK", key_padding=True, softcap=4.0, alibi="BH",
-        sinks=True, dropout_p=0.3, layout="BSHD",
+        sinks=True, dropout_p=0.3, memory_format="BSHD",
     ),
     "masks of heads": dataclasses.replace(DECODE, B=2, mask="BHQK", bias="BH1K"),
-    "strided": dataclasses.replace(DECODE, layout="strided", scale=-0.3),
+    "strided": dataclasses.replace(DECODE, memory_format="strided", scale=-0.3),
 }  # fmt: skip
 
 

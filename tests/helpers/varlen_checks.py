@@ -35,7 +35,7 @@ OPTIONS = {
         alibi="BH",
         sinks=True,
         scale=-0.3,
-        layout="BSHD",
+        memory_format="BSHD",
     ),
 }
 

@@ -88,7 +88,7 @@ CHECKED = [  # every memory format meets every group and every dtype
 
 @pytest.mark.parametrize("op, group, dtype, layout", CHECKED)
 def test_opcheck(op, group, dtype, layout):
-    case = dataclasses.replace(CASES[group], dtype=dtype, layout=layout, Sq=4, Sk=6)
+    case = dataclasses.replace(CASES[group], dtype=dtype, memory_format=layout, Sq=4, Sk=6)
     opcheck(ATTENTION[op], (), arguments(op, case))
 
 
@@ -187,7 +187,7 @@ def test_fake_kernels_tell_the_dtypes_of_biases_and_lse(dtype, bias_dtype):
 @pytest.mark.parametrize("op", ATTENTION)
 def test_a_symbolic_trace_serves_other_sizes(op):
     small, large = (
-        arguments(op, Case(B=b, Hq=h, Hkv=h, Sq=sq, Sk=sk, D=d, Dv=d, layout="BSHD"))
+        arguments(op, Case(B=b, Hq=h, Hkv=h, Sq=sq, Sk=sk, D=d, Dv=d, memory_format="BSHD"))
         for b, h, sq, sk, d in ((2, 3, 4, 5, 8), (3, 4, 17, 99, 6))
     )
     tensors = [n for n, x in small.items() if isinstance(x, torch.Tensor)]

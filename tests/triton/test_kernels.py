@@ -81,7 +81,9 @@ def test_covering_set(target, name):
 
 TMA = {
     "full": case(Sk=300),
-    "causal": case(dtype=torch.bfloat16, causal="bottom_right", Sq=200, Sk=300, layout="BSHD"),
+    "causal": case(
+        dtype=torch.bfloat16, causal="bottom_right", Sq=200, Sk=300, memory_format="BSHD"
+    ),
     "window, gqa": case(D=128, Dv=72, Hkv=1, Sq=300, Sk=300, window_size=(280, 200)),
     "dropout, bias": case(Sk=300, D=40, dropout_p=0.2, bias="1HQK"),
 }

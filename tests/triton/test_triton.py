@@ -317,7 +317,7 @@ def test_a_huge_batch_of_nothing_starts_nothing(monkeypatch):
 
 def test_outputs_lie_in_memory_as_the_fake_kernels_say():
     for layout in ("BHSD", "BSHD", "strided"):
-        inputs = testing.make_inputs(Case(layout=layout, Dv=8, Hkv=1))
+        inputs = testing.make_inputs(Case(memory_format=layout, Dv=8, Hkv=1))
         got = run(inputs)
         for name, like in (("out", "query"), ("dquery", "query"), ("dkey", "key")):
             expected = fake.empty_like_format(inputs.tensors[like], got[name].shape[-1])
@@ -425,7 +425,7 @@ def test_old_versions_compile_without_wgmma(monkeypatch, lacks_fences, before):
 
 BY_DESCRIPTOR = {
     "dense": ({}, True),
-    "other layout": ({"layout": "BSHD", "dtype": torch.bfloat16}, True),
+    "other layout": ({"memory_format": "BSHD", "dtype": torch.bfloat16}, True),
     "head size 40": ({"D": 40}, True),
     "one head": ({"H": 1, "B": 1, "D": 100}, False),  # rows of 200 bytes
     "one row": ({"S": 1, "H": 1, "B": 1, "D": 100}, True),  # the stride of rows is not used
@@ -447,7 +447,11 @@ def test_whose_tiles_come_by_descriptor(name):
     how = {"B": 2, "H": 4, "S": 300, "D": 64, "dtype": torch.float16, "arch": "sm_90"} | how
     B, H, S, D = (how[x] for x in "BHSD")
     x = meta(B, S, H, D + how.get("first", 0), dtype=how["dtype"])[..., how.get("first", 0) :]
-    x = x.transpose(1, 2) if how.get("layout") else meta(*x.transpose(1, 2).shape, dtype=x.dtype)
+    x = (
+        x.transpose(1, 2)
+        if how.get("memory_format")
+        else meta(*x.transpose(1, 2).shape, dtype=x.dtype)
+    )
     if "first" in how:
         x = torch.empty(B * H * S * D + 1, dtype=x.dtype)[1:].view(B, H, S, D)
     if "expand" in how:

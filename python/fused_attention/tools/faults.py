@@ -682,7 +682,9 @@ def name_of_fault(
             return found(f"fully masked rows are not 0{nan}", MASKED_ROWS)
         if not forward and bool(mine.isnan().any()):
             return found(f"NaN in the gradient of fully masked rows ({first})", MASKED_ROWS)
-    if case.layout != "BHSD" and passes(target, replace(case, layout="BHSD"), not forward):
+    if case.memory_format != "BHSD" and passes(
+        target, replace(case, memory_format="BHSD"), not forward
+    ):
         return found("strides of the inputs ignored")
     rough = rough_name(case, first, mine, truth)
     if rough in known and not rough.startswith(VAGUE):  # saves the imitations

@@ -162,9 +162,9 @@ def inputs(case: Case, gradients: bool) -> list[str]:
         return ", ".join(map(str, case.broadcast_shape(letters)))
 
     for name in ("query", "key", "value"):
-        if case.layout == "BSHD":
+        if case.memory_format == "BSHD":
             lines.append(f"{name} = {name}.transpose(1, 2).contiguous().transpose(1, 2)")
-        if case.layout == "strided":
+        if case.memory_format == "strided":
             lines.append(f"{name} = torch.stack([{name}, {name}], -1).flatten(-2)[..., ::2]")
     if case.bias:
         lines.append(f"bias = randn({shape(case.bias)}, dtype={case.bias_dtype or case.dtype})")

@@ -72,7 +72,7 @@ class Case:
     alibi: str | None = None  # "H" or "BH"
     sinks: bool = False
     dropout_p: float = 0.0
-    layout: str = "BHSD"  # memory format: "BHSD", "BSHD", or "strided" (last stride 2)
+    memory_format: str = "BHSD"  # "BHSD", "BSHD", or "strided" (last stride 2)
     seed: int = 0
 
     def broadcast_shape(self, letters: str) -> tuple[int, ...]:
@@ -104,11 +104,11 @@ class Inputs:
         }
 
 
-def _laid_out(x: Tensor, layout: str) -> Tensor:
+def _laid_out(x: Tensor, memory_format: str) -> Tensor:
     """Returns the same values in another memory format."""
-    if layout == "BSHD":
+    if memory_format == "BSHD":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "strided":
+    if memory_format == "strided":
         wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
         wide[..., ::2] = x
         return wide[..., ::2]
@@ -130,9 +130,9 @@ def make_inputs(case: Case) -> Inputs:
     )  # fmt: skip
     accumulated = torch.promote_types(case.dtype, torch.float32)
     tensors = {
-        "query": _laid_out(randn(B, Hq, Sq, D), case.layout),
-        "key": _laid_out(randn(B, Hkv, Sk, D), case.layout),
-        "value": _laid_out(randn(B, Hkv, Sk, Dv), case.layout),
+        "query": _laid_out(randn(B, Hq, Sq, D), case.memory_format),
+        "key": _laid_out(randn(B, Hkv, Sk, D), case.memory_format),
+        "value": _laid_out(randn(B, Hkv, Sk, Dv), case.memory_format),
     }
     if case.bias:
         shape = case.broadcast_shape(case.bias)
@@ -427,7 +427,7 @@ AXES: dict[str, list[Any]] = {
     "alibi": [None, "H", "BH"],
     "sinks": [False, True],
     "dropout_p": [0.0, 0.25, 1.0],
-    "layout": ["BHSD", "BSHD", "strided"],
+    "memory_format": ["BHSD", "BSHD", "strided"],
 }
 
 
@@ -451,11 +451,11 @@ TOGETHER: tuple[dict[str, Any], ...] = (
     {"dropout_p": 0.25, "Hq": 6, "Hkv": 2},
     # What PyTorch's signature can say, in 16 bits
     {"dtype": torch.bfloat16, "causal": "top_left", "Hq": 6, "Hkv": 2},
-    {"dtype": torch.bfloat16, "mask": "B11K", "layout": "BSHD"},
+    {"dtype": torch.bfloat16, "mask": "B11K", "memory_format": "BSHD"},
     {"dtype": torch.bfloat16, "bias": "BHQK"},
     {"dtype": torch.float16, "causal": "top_left", "scale": 0.3},
     {"dtype": torch.float16, "mask": "BHQK", "Hq": 6, "Hkv": 2},
-    {"dtype": torch.float16, "bias": "1HQK", "layout": "BSHD"},
+    {"dtype": torch.float16, "bias": "1HQK", "memory_format": "BSHD"},
 )
 
 

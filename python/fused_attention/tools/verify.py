@@ -62,7 +62,7 @@ FEATURES: dict[str, Callable[[Case], Any]] = {
     "dropout": lambda case: case.dropout_p,
     "gqa": lambda case: case.Hq != case.Hkv,
     "value_head_dim": lambda case: case.Dv != case.D,
-    "strides": lambda case: case.layout != "BHSD",
+    "strides": lambda case: case.memory_format != "BHSD",
 }
 DTYPES = [name_of(dtype) for dtype in testing.DTYPES]
 SKIPPABLE = (*FEATURES, *DTYPES)

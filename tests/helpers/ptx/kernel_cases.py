@@ -16,7 +16,7 @@ def case(**changes) -> Case:
 
 COVERING = {
     "causal, gqa": case(causal="bottom_right", Hkv=1, Sk=300),
-    "even": case(dtype=torch.bfloat16, Sq=128, Sk=128, layout="BSHD"),
+    "even": case(dtype=torch.bfloat16, Sq=128, Sk=128, memory_format="BSHD"),
     "everything": case(
         **{"dtype": torch.bfloat16, "Sq": 70, "D": 40, "mask": "B1QK", "bias": "1HQK"},
         **{"key_padding": True, "window_size": (60, -1), "softcap": 3.0, "alibi": "H"},
