@@ -44,7 +44,7 @@ record: build  ## measure this processor's row of benchmarks/results/processors.
 smoke: build $(VENV)/test.stamp  ## under a minute: the CPU kernels against the definition, by the instruction set in force
 	$(QUIET_OPENMP) $(BIN)/python -m pytest -q tests/test_smoke.py
 
-test: build $(VENV)/test.stamp  ## the tests (a covering selection, 6 to 12 minutes on 2 cores)
+test: build $(VENV)/test.stamp  ## the tests (a covering selection, 6 minutes on 2 cores of a Zen 5)
 	$(QUIET_OPENMP) $(BIN)/python -m pytest -q -n $(JOBS) -m "not serial"
 	$(BIN)/python -m pytest -q -m serial
 

@@ -62,7 +62,10 @@ def naive(input, mask, bias, sinks, grad, options):
             return terms.sum(-1).sum(-1).reshape(-1, sinks.numel()).sum(0)
 
         got["dsinks"] = per_sink(-sink_weight * delta).to(sinks.dtype)
-        got["magnitude of dsinks"] = per_sink(sink_weight * (p * dp).abs().sum(-1, keepdim=True))
+        # These sums are float32 at least, whatever the dtype of the input.
+        unit = torch.finfo(wide).eps / torch.finfo(dtype).eps
+        magnitudes = sink_weight * (p * dp).abs().sum(-1, keepdim=True)
+        got["magnitude of dsinks"] = unit * per_sink(magnitudes)
     return got
 
 
