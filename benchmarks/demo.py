@@ -20,7 +20,7 @@ from rich.table import Table
 import fused_attention
 import result_tables
 from fused_attention.tools.benchmark.harness import Timing, interleave, machine, real_time_priority
-from fused_attention.tools.benchmark.peers import PEERS, bind
+from fused_attention.tools.benchmark.peers import PEERS, whole
 from fused_attention.tools.benchmark.report import save_plot
 from fused_attention.tools.benchmark.shapes import DEMO, Case, make_inputs
 from fused_attention.tools.cli import main as command_line
@@ -133,7 +133,7 @@ def show_benchmark(budget: float, thread_count: int, model: dict[str, object]) -
 
             show(0.0)
             inputs = make_inputs(case)
-            calls = {name: bind(peer, case, inputs) for name, peer in PEERS.items()}
+            calls = {name: whole(peer(case, inputs), case, inputs) for name, peer in PEERS.items()}
             timings = interleave(calls, budget=budget, after_round=show)
             measured.append((case, timings, largest_difference(calls, case)))
 

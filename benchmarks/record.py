@@ -17,7 +17,7 @@ import torch
 import result_tables
 from fused_attention import _native
 from fused_attention.tools import console
-from fused_attention.tools.benchmark.bench import Report, bench
+from fused_attention.tools.benchmark.bench import PASSES, Report, bench
 from fused_attention.tools.benchmark.peers import OURS, PEERS
 from fused_attention.tools.benchmark.report import as_text
 from fused_attention.tools.benchmark.shapes import CLASSES
@@ -61,7 +61,7 @@ def main() -> int:
     options = parser.parse_args()
     tables = {group.name: [*group.cases] for group in CLASSES if not group.isa}
     peers = {name: PEERS[name] for name in (OURS, PYTORCH)}
-    with console.progress(sum(map(len, tables.values()))) as step:
+    with console.progress(PASSES * sum(map(len, tables.values()))) as step:
         report = bench(tables, peers, seconds=options.seconds, threads=[options.threads], step=step)
     print(console.marked(as_text(report, console.width()), "WRONG"))
     if report.interrupted:

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from fused_attention.tools.benchmark.peers import bench_peers, bind  # noqa: E402
+from fused_attention.tools.benchmark.peers import bench_peers, whole  # noqa: E402
 from fused_attention.tools.benchmark.shapes import QUICK, make_inputs  # noqa: E402
 from fused_attention.tools.foreign import NotOffered  # noqa: E402
 
@@ -19,7 +19,8 @@ from fused_attention.tools.foreign import NotOffered  # noqa: E402
 def test_speed(benchmark, case, peer):
     benchmark.group = case.name
     try:
-        call = bind(bench_peers()[peer], case, make_inputs(case))
+        inputs = make_inputs(case)
+        call = whole(bench_peers()[peer](case, inputs), case, inputs)
         call()
     except NotOffered as reason:
         pytest.skip(str(reason))

@@ -34,6 +34,12 @@ def in_a_process(*arguments, **environment):
     )
 
 
+def test_a_closed_pipe_is_no_traceback():
+    command = f"{sys.executable} -m fused_attention features | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout == f"{cli.CLOSED}\n" and result.stderr == ""
+
+
 def test_doctor(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0

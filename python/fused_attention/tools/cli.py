@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ ENVIRONMENT_VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "OMP_NUM_THREADS",
 )
+CLOSED = 128 + 13  # the exit code of a program that SIGPIPE has ended
 NUMBERS = {name: x for name, x in OPTIONS._asdict().items() if isinstance(x, float)}
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -283,7 +285,7 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.png:
         report.require_matplotlib()
     counts = arguments.threads or [torch.get_num_threads()]
-    with console.progress(len(counts) * sum(map(len, tables.values()))) as step:
+    with console.progress(bench.PASSES * len(counts) * sum(map(len, tables.values()))) as step:
         result = bench.bench(
             tables,
             peers.bench_peers(implementation),
@@ -308,10 +310,9 @@ def bench_compare(arguments: argparse.Namespace) -> int:
     from . import console
     from .benchmark import compare
 
-    before, after = (compare.rounds_of(path) for path in arguments.reports)
+    before, after = (compare.read(path) for path in arguments.reports)
     changes = compare.changes(before, after)
-    only = len(before.keys() ^ after.keys())
-    print(compare.as_text(changes, only, arguments.threshold, console.width()))
+    print(compare.as_text(before, after, arguments.threshold, console.width()))
     return 1 if any(change.slower_by(arguments.threshold) for change in changes) else 0
 
 
@@ -436,7 +437,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = parser()
     arguments = top.parse_args(argv)
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
     except (ArgumentValueError, ArgumentTypeError, NotImplementedError) as error:
         top.exit(2, f"{top.prog}: {error}\n")
     except CommandError as error:

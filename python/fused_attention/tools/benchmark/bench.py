@@ -1,9 +1,12 @@
-"""Measures the cases of a table: time, extra memory and error of each peer, and our ratio to it."""
+"""Measures the cases of a table: time, extra memory and error of each peer, and our ratio to it.
+
+The whole table is measured in several passes, one after the other. See `harness` for the reason.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,12 +15,13 @@ from ... import _native
 from ..console import Progress
 from ..testing import num_threads
 from . import harness
-from .harness import Interval, Timing, extra_memory, interleave, real_time_priority
+from .harness import Interval, Timing, extra_memory, interleave, real_time_priority, timing_of
 from .peers import OURS, Peer, versions
 from .suites import Item, Workload
-from .trial import Call, Trial, attention_trial
+from .trial import Call, Judgement, Trial, attention_trial
 
-MIN_ROUNDS = 9
+PASSES = 5
+MIN_ROUNDS = 1  # of a pass: `prepare` has run each call once
 CEILING = "ceiling"  # the name of the ceiling's call among the calls of the peers
 
 
@@ -97,60 +101,88 @@ def products(dtype: torch.dtype, device: str, threads: int) -> float:
     return 2 * 8192**3 / interleave({"matmul": call}, budget=1.0)["matmul"].minimum / 1e6
 
 
-def measure(
-    suite: str, item: Item, peers: dict[str, Peer], seconds: float, threads: int, report: Report
-) -> None:
-    """Adds the measurements of every peer on one case, interleaved, to the report."""
-    trial = prepare(item, peers, report.device)
+def ceiling_name(dtype: torch.dtype, threads: int) -> str:
+    return f"{str(dtype).removeprefix('torch.')}, {threads} threads"
+
+
+Place = tuple[str, str, int]  # suite, case, threads
+
+
+@dataclass
+class Record:
+    """What the passes have measured of one case, by peer."""
+
+    dtype: torch.dtype
+    flops: float
+    memory: dict[str, int | None]
+    judged: dict[str, Judgement] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)  # of peers that failed in any pass
+    passes: list[dict[str, Timing]] = field(default_factory=list)
+
+    def timings(self) -> dict[str, Timing]:
+        """Returns the passes of each peer that ran in all of them."""
+        return {
+            name: timing_of([rounds for one in self.passes for rounds in one[name].passes])
+            for name in self.passes[0]
+            if name not in self.reasons
+        }
+
+
+def run_pass(trial: Trial, record: Record | None, seconds: float, report: Report) -> Record:
+    """Measures every peer on one case, interleaved, and returns the record with this pass."""
+    on_cpu = report.device == "cpu"
     calls = {name: synchronized(call, report.device) for name, call in trial.calls.items()}
-    memory = {
-        name: extra_memory(call) if report.device == "cpu" else None for name, call in calls.items()
-    }
-    top = None
-    if trial.flops:
-        kind = f"{str(trial.dtype).removeprefix('torch.')}, {threads} threads"
-        if kind not in report.ceilings:
-            report.ceilings[kind] = products(trial.dtype, report.device, threads)
-        top = report.ceilings[kind]
-    rounds = dict(calls)
+    if record is None:
+        memory = {name: extra_memory(call) if on_cpu else None for name, call in calls.items()}
+        record = Record(trial.dtype, trial.flops, memory)
     if trial.ceiling is not None:
-        rounds[CEILING] = synchronized(trial.ceiling, report.device)
+        calls[CEILING] = synchronized(trial.ceiling, report.device)
+        calls[CEILING]()
     with real_time_priority() as granted:
-        timings = interleave(rounds, budget=seconds, min_rounds=MIN_ROUNDS) if calls else {}
+        timings = {}
+        if trial.calls:
+            timings = interleave(calls, budget=seconds, min_rounds=MIN_ROUNDS, warmup=0)
     report.real_time &= granted
+    record.passes.append(timings)
+    record.reasons |= trial.reasons
+    record.judged = trial.judged | {name: j for name, j in record.judged.items() if j.wrong}
+    return record
+
+
+def measurements(place: Place, record: Record, top: float | None) -> Iterator[Measurement]:
+    """Yields a row for each peer. top: the ceiling in GF/s, where products limit the speed."""
+    suite, case, threads = place
+    timings = record.timings()
+    ceiling = timings.pop(CEILING, None)
     ours = timings.get(OURS)
-    if OURS in trial.judged and trial.judged[OURS].wrong:
+    if OURS in record.judged and record.judged[OURS].wrong:
         ours = None  # the time of a wrong result is no measure for others
-    rows = []
-    for name in [*calls, *trial.reasons]:
-        place = suite, item.name, name, threads
-        timing = timings.get(name)
-        if timing is None:
-            rows.append(Measurement(*place, reason=trial.reasons[name]))
-            continue
-        judged = trial.judged.get(name)
+    for name, timing in timings.items():
+        judged = record.judged.get(name)
         wrong = judged is not None and judged.wrong
         ratio, interval, reason = compare(None if wrong else ours, timing)
-        gflops = trial.flops / timing.median / 1e6 if trial.flops else None
+        gflops = record.flops / timing.median / 1e6 if record.flops else None
         of_ceiling = gflops / top if gflops and top else None
-        if trial.ceiling is not None:
-            of_ceiling = timings[CEILING].median / timing.median
-        rows.append(
-            Measurement(
-                *place,
-                timing=timing,
-                gflops=gflops,
-                of_ceiling=of_ceiling,
-                extra_bytes=memory[name],
-                error=judged.error if judged else None,
-                allowed=judged.allowed if judged else None,
-                wrong=wrong,
-                ratio=ratio,
-                interval=interval,
-                reason=reason,
-            )
+        if ceiling is not None:
+            of_ceiling = ceiling.median / timing.median
+        yield Measurement(
+            suite,
+            case,
+            name,
+            threads,
+            timing=timing,
+            gflops=gflops,
+            of_ceiling=of_ceiling,
+            extra_bytes=record.memory.get(name),
+            error=judged.error if judged else None,
+            allowed=judged.allowed if judged else None,
+            wrong=wrong,
+            ratio=ratio,
+            interval=interval,
+            reason=reason,
         )
-    report.measurements += rows  # at once, so that an interrupt leaves no part of a case
+    for name, reason in record.reasons.items():
+        yield Measurement(suite, case, name, threads, reason=reason)
 
 
 def compare(ours: Timing | None, theirs: Timing) -> tuple[float | None, Interval | None, str]:
@@ -160,8 +192,7 @@ def compare(ours: Timing | None, theirs: Timing) -> tuple[float | None, Interval
     if ours.disturbed or theirs.disturbed:
         share = min(t.minimum / t.median for t in (ours, theirs))
         return None, None, f"busy: min is {share:.2f} of median"
-    interval = harness.ratio_interval(theirs.values, ours.values, paired=True)
-    return theirs.median / ours.median, interval, ""
+    return theirs.median / ours.median, harness.ratio_interval(theirs, ours), ""
 
 
 def bench(
@@ -173,20 +204,35 @@ def bench(
     device: str = "cpu",
     step: Progress = lambda text: None,
 ) -> Report:
-    """Measures every case of every table with each number of threads; calls `step` after a case.
+    """Measures every case of every table with each number of threads; `seconds` is for one case.
 
-    An interrupt (Ctrl-C) ends it: the report then has the cases that were finished.
+    Calls `step` after each case of each of the PASSES passes. An interrupt (Ctrl-C) ends it: the
+    report then has the passes that were finished.
     """
     report = Report(threads=list(threads), device=device)
+    records: dict[Place, Record] = {}
+
+    def run(suite: str, item: Item, count: int) -> None:
+        place = suite, item.name, count
+        with num_threads(count):
+            trial = prepare(item, peers, device)
+            kind = ceiling_name(trial.dtype, count)
+            if trial.flops and kind not in report.ceilings:
+                report.ceilings[kind] = products(trial.dtype, device, count)
+            records[place] = run_pass(trial, records.get(place), seconds / PASSES, report)
+        step(item.name)
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch warns about kernels that it cannot use
-            for count in threads:
-                with num_threads(count):
+            for _ in range(PASSES):
+                for count in threads:
                     for suite, table in tables.items():
                         for item in table:
-                            measure(suite, item, peers, seconds, count, report)
-                            step(item.name)
+                            run(suite, item, count)
     except KeyboardInterrupt:
         report.interrupted = True
+    for place, record in records.items():
+        top = report.ceilings.get(ceiling_name(record.dtype, place[2]))
+        report.measurements += measurements(place, record, top)
     return report

@@ -1,14 +1,17 @@
 """Interleaved measurement: all calls run in turn, so that a slow moment affects each of them.
 
-Results are medians over the rounds. The rounds themselves are kept: `ratio_interval` resamples them
-(the bootstrap; Efron 1979) to say how far a ratio of two medians can be trusted. Where a median is
-far above its minimum, something else kept the machine busy, and the result says so.
+The rounds of one pass run one after another, and its result is their median. Several passes,
+minutes apart and each with new tensors, see what the rounds of one pass share: the clock of that
+minute, and where the memory lies. Intervals are therefore taken over passes (Student's t on the
+logarithms of their medians), not over rounds. Where a median is far above its minimum, something
+else kept the machine busy, and the result says so.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import statistics
@@ -20,7 +23,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ... import __version__, _native
 
@@ -29,13 +31,13 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call over the rounds; spread = (third - first quartile) / median."""
+    """Milliseconds of one call over the rounds of one or more passes."""
 
-    median: float
+    median: float  # of the rounds of a pass; the geometric mean over the passes
     minimum: float
-    spread: float
-    rounds: int
-    values: tuple[float, ...] = ()  # milliseconds of each round, in order
+    spread: float  # (third - first quartile) / median of all rounds
+    rounds: int  # of all passes
+    passes: tuple[tuple[float, ...], ...] = ()  # milliseconds of each round, in order
 
     @property
     def disturbed(self) -> bool:
@@ -43,11 +45,20 @@ class Timing:
         median measures that, and a ratio of two medians is chance."""
         return self.minimum < 0.7 * self.median
 
+    @property
+    def logarithms(self) -> list[float]:
+        """Returns the logarithm of each pass's median."""
+        return [math.log(statistics.median(values)) for values in self.passes]
 
-def summarise(seconds: Sequence[float]) -> Timing:
-    first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
-    values = tuple(value * 1e3 for value in seconds)
-    return Timing(median * 1e3, min(values), (third - first) / median, len(values), values)
+
+def timing_of(passes: Sequence[Sequence[float]]) -> Timing:
+    """Summarises the milliseconds of the rounds of one or more passes."""
+    values = [value for rounds in passes for value in rounds]
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if values[1:] else 3 * values
+    first, middle, third = quartiles
+    median = statistics.geometric_mean(map(statistics.median, passes))
+    kept = tuple(tuple(rounds) for rounds in passes)
+    return Timing(median, min(values), (third - first) / middle, len(values), kept)
 
 
 def interleave(
@@ -60,7 +71,7 @@ def interleave(
     after_round: Callable[[float], None] = lambda fraction: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Times every call once a round, in an order that rotates, for about `budget` seconds.
+    """Times every call once a round, in an order that rotates: one pass of about `budget` seconds.
 
     `after_round` is called with the fraction of the budget that is used, outside what is timed.
     `clock` returns seconds.
@@ -81,53 +92,55 @@ def interleave(
         after_round(min(1.0, max(elapsed / budget, (done + 1) / max_rounds)))
         if elapsed >= budget and done + 1 >= min_rounds:
             break
-    return {name: summarise(values) for name, values in seconds.items()}
+    return {name: timing_of([[1e3 * x for x in of]]) for name, of in seconds.items()}
 
 
 # -- Intervals ---------------------------------------------------------------------------
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
+# The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom; the last serves all beyond.
+QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def _medians(values: Sequence[float], rounds: Tensor) -> Tensor:
-    """Returns the median of each row of resampled rounds: float64 [RESAMPLES]."""
-    drawn = torch.tensor(values, dtype=torch.float64)[rounds].sort(-1).values
-    middle = drawn.shape[-1] // 2
-    return (drawn[:, middle] + drawn[:, -middle - 1]) / 2
+def _around(middle: float, error: float, freedom: float) -> Interval:
+    """Returns exp(middle +- t * error), the 95 % interval of a ratio from its logarithm."""
+    margin = QUANTILES[min(int(freedom), len(QUANTILES)) - 1] * error
+    return math.exp(middle - margin), math.exp(middle + margin)
 
 
-def _rounds(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(count, (RESAMPLES, count), generator=generator)
+def interval(logarithms: Sequence[float]) -> Interval | None:
+    """Returns the 95 % interval of exp(mean), or None for a single pass."""
+    count = len(logarithms)
+    if count < 2:
+        return None
+    error = statistics.stdev(logarithms) / math.sqrt(count)
+    return _around(statistics.fmean(logarithms), error, count - 1)
 
 
-def _interval(medians: Tensor) -> Interval:
-    tail = (1 - CONFIDENCE) / 2
-    low, high = medians.quantile(torch.tensor([tail, 1 - tail], dtype=medians.dtype)).tolist()
-    return low, high
+def ratio_interval(above: Timing, below: Timing) -> Interval | None:
+    """Returns the 95 % interval of above / below, which were measured in the same passes.
 
-
-def median_interval(values: Sequence[float]) -> Interval:
-    """Returns the 95 % bootstrap interval of the median."""
-    generator = torch.Generator().manual_seed(0)
-    return _interval(_medians(values, _rounds(len(values), generator)))
-
-
-def ratio_interval(above: Sequence[float], below: Sequence[float], *, paired: bool) -> Interval:
-    """Returns the 95 % bootstrap interval of median(above) / median(below).
-
-    paired: both were measured in the same rounds, and the same rounds are drawn of both, so that
-    what slowed both of them in a round cancels. Rounds of two runs are drawn independently.
+    The ratio is taken in each pass, so that what slowed both of them in a pass cancels.
     """
-    generator = torch.Generator().manual_seed(0)
-    rounds = _rounds(len(below), generator)
-    others = rounds if paired else _rounds(len(above), generator)
-    return _interval(_medians(above, others) / _medians(below, rounds))
+    pairs = zip(above.logarithms, below.logarithms, strict=True)
+    return interval([a - b for a, b in pairs])
 
 
-def level(interval: Interval) -> bool:
+def change_interval(after: Sequence[float], before: Sequence[float]) -> Interval | None:
+    """Returns the 95 % interval of exp(mean(after) - mean(before)) of two runs (Welch's t test),
+    from the logarithms of their passes, or None if one of the runs had a single pass."""
+    if min(len(after), len(before)) < 2:
+        return None
+    squares = [statistics.variance(x) / len(x) for x in (after, before)]
+    total = sum(squares)
+    weights = sum(s**2 / (len(x) - 1) for s, x in zip(squares, (after, before), strict=True))
+    freedom = total**2 / weights if weights else 1.0
+    middle = statistics.fmean(after) - statistics.fmean(before)
+    return _around(middle, math.sqrt(total), freedom)
+
+
+def level(between: Interval) -> bool:
     """Says whether the interval contains 1: then neither side of the ratio is faster."""
-    return interval[0] <= 1.0 <= interval[1]
+    return between[0] <= 1.0 <= between[1]
 
 
 # -- The machine -------------------------------------------------------------------------

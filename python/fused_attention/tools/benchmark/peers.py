@@ -32,8 +32,17 @@ Peer = Callable[[Case, Inputs], Forward]
 _torch_sdpa = F.scaled_dot_product_attention
 
 
+MOST_SCORES = 2**30  # bytes; peers that hold the score matrix several times refuse larger ones
+
+
+def refuse_large_scores(case: Case) -> None:
+    if case.bytes_of_scores() > MOST_SCORES:
+        raise NotOffered(f"a score matrix of {case.bytes_of_scores() / 2**30:.1f} GiB")
+
+
 def naive(case: Case, inputs: Inputs) -> Forward:
     """Computes the formula of textbooks, which holds the whole score matrix, several times."""
+    refuse_large_scores(case)
     device = inputs.query.device
     seen = None if case.causal or case.window_size == (-1, -1) else case.band().to(device)
 
@@ -80,6 +89,8 @@ def torch_kernel(name: str) -> Peer:
     def peer(case: Case, inputs: Inputs) -> Forward:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        if name == "MATH":
+            refuse_large_scores(case)
         call, backend = torch_sdpa(case, inputs), getattr(SDPBackend, name)
 
         def forward() -> Tensor:
@@ -232,9 +243,8 @@ def bench_peers(implementation: Implementation | None = None) -> dict[str, Peer]
     return peers
 
 
-def bind(peer: Peer, case: Case, inputs: Inputs) -> Callable[[], object]:
+def whole(forward: Forward, case: Case, inputs: Inputs) -> Callable[[], object]:
     """Returns a call that runs the case once: forward, and backward if the case has one."""
-    forward = peer(case, inputs)
 
     def forward_and_backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(), inputs.differentiated, inputs.grad_out)

@@ -17,7 +17,7 @@ from .harness import Timing
 from .peers import OURS
 
 Cells = Callable[[Measurement], str]
-FORMAT = 1  # of the JSON document
+FORMAT = 2  # of the JSON document
 
 
 def percent(share: float | None) -> str:
@@ -26,6 +26,11 @@ def percent(share: float | None) -> str:
 
 def between(interval: harness.Interval | None) -> str:
     return "-" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}"
+
+
+def around(timing: Timing) -> harness.Interval:
+    """Returns the 95 % interval of the median; of a single pass, the median twice."""
+    return harness.interval(timing.logarithms) or (timing.median, timing.median)
 
 
 def _timing(cell: Callable[[Timing], str]) -> Cells:
@@ -79,7 +84,10 @@ def notes(report: Report) -> Iterator[str]:
     priority = "real-time" if report.real_time else "normal"
     libraries = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     if report.interrupted:
-        yield "INTERRUPTED: the table has only the cases that were finished."
+        yield (
+            "INTERRUPTED: the table has only the cases that were finished, and there is no interval"
+            " for those that were measured once."
+        )
     yield (
         f"{about['cpu']} (family {about['cpu_family']}, model {about['cpu_model']}), {report.isa};"
         f" threads: {count}; {priority} priority; {libraries}."
@@ -127,7 +135,7 @@ def scaling(report: Report) -> list[list[str]]:
         speedup, interval = "-", None
         if first in timings and last in timings:
             a, b = timings[first], timings[last]
-            interval = harness.ratio_interval(a.values, b.values, paired=False)
+            interval = harness.ratio_interval(a, b)
             speedup = f"{a.median / b.median:.2f}x"
         rows.append([case, peer, *times, speedup, between(interval)])
     return rows
@@ -218,7 +226,7 @@ ul { font-size: .85rem; color: #4a5566; }
 def bars(group: list[Measurement]) -> str:
     """Returns an SVG of one case: a bar for each median, and a line for its 95 % interval."""
     label, scale, height = 170, 430.0, 22
-    known = [(m, m.timing, harness.median_interval(m.timing.values)) for m in group if m.timing]
+    known = [(m, m.timing, around(m.timing)) for m in group if m.timing]
     longest = max(max(timing.median, interval[1]) for _, timing, interval in known)
     parts = []
     for number, (m, timing, (low, high)) in enumerate(known):
@@ -297,13 +305,14 @@ def save_plot(groups: dict[str, dict[str, Timing]], title: str, path: Path | str
         height = HEIGHT / len(timings)
         for place, (name, timing) in enumerate(timings.items()):
             y = row + (place - (len(timings) - 1) / 2) * height
-            low, high = harness.median_interval(timing.values)
+            low, high = around(timing)
             axes.barh(y, timing.median, 0.9 * height, color=colours[name])
             axes.plot([low, high], [y, y], color="black", lw=1)
             ratio, interval, _ = compare(timings.get(OURS), timing)
             text = f"  {timing.median:.3g} ms"
-            if ratio is not None and interval is not None:
-                text += " (level)" if harness.level(interval) else f" ({ratio:.2f})"
+            if ratio is not None:
+                same = interval is not None and harness.level(interval)
+                text += " (level)" if same else f" ({ratio:.2f})"
             axes.text(max(timing.median, high), y, text, va="center", fontsize=8)
     for name in names:
         axes.barh(0, 0, color=colours[name], label=name)

@@ -52,6 +52,10 @@ class Case:
         """Returns the bytes of keys and values."""
         return self.B * self.Hkv * self.Sk * (self.D + self.Dv) * self.dtype.itemsize
 
+    def bytes_of_scores(self) -> int:
+        """Returns the bytes of one matrix of all scores."""
+        return self.B * self.Hq * self.Sq * self.Sk * self.dtype.itemsize
+
     def visible_scores(self) -> int:
         """Returns the scores of one head before masks: half of them (by convention) if causal."""
         if self.window_size == (-1, -1):

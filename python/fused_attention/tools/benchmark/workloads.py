@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,13 @@ from ...models.training import token_loss
 from ...models.transformer import Config, Transformer
 from .peers import OURS
 from .trial import Call, Judgement, Trial, judge
+
+
+def warmed(call: Call) -> tuple[Call, None]:
+    """Runs a call whose result is not judged."""
+    call()
+    return call, None
+
 
 # -- Masked softmax ------------------------------------------------------------------------
 
@@ -88,9 +96,10 @@ def softmax_trial(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tria
         want, naive = logits.softmax(-1), logits.float().softmax(-1).to(dtype)
 
     def make(call: Callable[[], Any]) -> tuple[Call, Judgement | None]:
+        out = call()
         if what != "forward":
             return call, None
-        return call, judge(call()[:1, :1, :256], want, (naive,))
+        return call, judge(out[:1, :1, :256], want, (naive,))
 
     for peer, call in calls.items():
         trial.add(peer, lambda call=call: make(call))  # type: ignore[misc]
@@ -164,7 +173,7 @@ def training_trial(length: int, regular: bool, autocast: bool) -> Trial:
     trial = Trial(torch.bfloat16 if autocast else torch.float32)
     trial.flops = counted_flops(steps[PYTORCH_MODULES])
     for peer in (OURS, PYTORCH_MODULES):
-        trial.add(peer, lambda peer=peer: (steps[peer], None))  # type: ignore[misc]
+        trial.add(peer, partial(warmed, steps[peer]))
     return trial
 
 
@@ -293,7 +302,7 @@ def model_trial(case: Model) -> Trial:
     trial = Trial(torch.float32, counted_flops(calls["naive"]))
     names = {"fused": OURS, "sdpa": "PyTorch SDPA", "naive": "naive maths"}
     for name, call in calls.items():
-        trial.add(names[name], lambda call=call: (call, None))  # type: ignore[misc]
+        trial.add(names[name], partial(warmed, call))
     return trial
 
 
@@ -361,5 +370,5 @@ def surface_trial(name: str, grad: bool) -> Trial:
     trial = Trial(torch.float32, ceiling=repeated(lambda: x.view(8)))
     for peer, call in ((OURS, ours), ("PyTorch", theirs)):
         if call is not None:
-            trial.add(peer, lambda call=call: (repeated(call), None))  # type: ignore[misc]
+            trial.add(peer, partial(warmed, repeated(call)))
     return trial
