@@ -15,7 +15,8 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 // The diagonal that `causal`, `window` and ALiBi are measured from: key j meets query i at
 //  = i + offset. The offset is 0 for top-left and Sk - Sq of each sequence for bottom-right
 // lignment.
-enum class Causal : int32_t { kNone = 0, kTopLeft = 1, kBottomRight = 2 };
+// kBottomRightOnly: nothing is causal, but window and ALiBi are measured from the bottom right.
+enum class Causal : int32_t { kNone = 0, kTopLeft = 1, kBottomRight = 2, kBottomRightOnly = 3 };
 
 // A [B, H, S, D] tensor whose last stride is 1.
 struct TensorView {

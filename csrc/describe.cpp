@@ -249,7 +249,7 @@ static double effective_softcap(double softcap, double scale, bool wide) {
 }
 
 void describe_options(AttentionParams& p, const Options& o, Held& held) {
-  STD_TORCH_CHECK(o.causal >= 0 && o.causal <= 2, "causal: expected 0, 1 or 2, got ", o.causal);
+  STD_TORCH_CHECK(o.causal >= 0 && o.causal <= 3, "causal: expected 0 to 3, got ", o.causal);
   STD_TORCH_CHECK(o.window_left >= -1 && o.window_right >= -1,
                   "window: expected tokens, or -1 for no limit");
   // Positions plus lengths must fit 31 bits. The random numbers of dropout come by eight columns.
@@ -268,8 +268,10 @@ void describe_options(AttentionParams& p, const Options& o, Held& held) {
   const int64_t longest = p.Sq + p.Sk + std::abs(p.diagonal_start);
   const auto window = [&](int64_t tokens) { return tokens > longest ? -1 : tokens; };
   p.window_left = window(o.window_left);
-  p.window_right = o.causal != 0 ? 0 : window(o.window_right);
-  p.bottom_right = o.causal == (int64_t)Causal::kBottomRight;
+  const auto causal = (Causal)o.causal;
+  const bool hides_future = causal == Causal::kTopLeft || causal == Causal::kBottomRight;
+  p.window_right = hides_future ? 0 : window(o.window_right);
+  p.bottom_right = causal == Causal::kBottomRight || causal == Causal::kBottomRightOnly;
   p.scale = o.scale;
   STD_TORCH_CHECK(std::isfinite(o.scale), "scale: expected a finite number, got ", o.scale);
   STD_TORCH_CHECK(o.softcap >= 0, "softcap: expected a number >= 0, got ", o.softcap);

@@ -231,9 +231,9 @@ def describe(query: Tensor, key: Tensor, arguments: Arguments) -> AttentionParam
         pages=pages,
         scale=float(a.scale),
         softcap=effective_softcap(a.softcap),
-        offset=None if a.causal == 2 else 0,
+        offset=None if a.causal in (2, 3) else 0,  # None: bottom right
         left=window(a.window_left),
-        right=0 if a.causal else window(a.window_right),
+        right=0 if a.causal in (1, 2) else window(a.window_right),
         mask=score_view(a.mask, None if a.mask is None else a.mask.view(torch.uint8)),
         bias=score_view(a.bias),
         key_padding=padding,

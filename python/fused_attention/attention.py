@@ -58,6 +58,7 @@ def attention(
     bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     causal: bool | str | CausalVariant = False,
+    diagonal: str | None = None,
     window_size: tuple[int, int] = NO_WINDOW,
     scale: float | None = None,
     softcap: float = NONE,
@@ -89,8 +90,9 @@ def attention(
     causal: "top_left" (query i sees keys j <= i: scaled_dot_product_attention), "bottom_right"
         (j <= i + Sk - Sq: flash_attn, key/value caches), or True if Sq = Sk, where the two agree.
         The members of torch.nn.attention.bias.CausalVariant are accepted too.
-    window_size: (left, right) in tokens: i + off - left <= j <= i + off + right, where off is 0, or
-        Sk - Sq for "bottom_right". -1 = no limit.
+    diagonal: "top_left" (off = 0) or "bottom_right" (off = Sk - Sq): what causal, window_size and
+        alibi_slopes are measured from. None is what causal says, and "top_left" without causal.
+    window_size: (left, right) in tokens: i + off - left <= j <= i + off + right. -1 = no limit.
     scale: a number, default 1/sqrt(D).
     softcap: in logits, 0 = none: scores become softcap · tanh(scores / softcap), before the bias.
         A softcap of 2^96 or more (float64: 2^992) caps nothing.
@@ -128,6 +130,7 @@ def attention(
     is_plain = (
         mask is None
         and bias is None
+        and diagonal is None
         and key_padding_mask is None
         and alibi_slopes is None
         and sinks is None
@@ -161,6 +164,7 @@ def attention(
         bias,
         key_padding_mask,
         causal,
+        diagonal,
         window_size,
         scale,
         softcap,

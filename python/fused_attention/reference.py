@@ -28,9 +28,16 @@ INF = float("inf")
 # -- Visibility --------------------------------------------------------------------------
 
 
-def diagonal_offset(causal: bool | str | None, seqlen_q: int, used: Tensor) -> Tensor:
+def diagonal_offset(
+    causal: bool | str | None, seqlen_q: int, used: Tensor, diagonal: str | None = None
+) -> Tensor:
     """Returns `off`, int64 [B, 1, 1, 1]: query i is aligned with key i + off."""
     from_the_end = (used.to(torch.int64) - seqlen_q).view(-1, 1, 1, 1)
+    if diagonal is not None:
+        is_known = diagonal in ("top_left", "bottom_right")
+        if not is_known or causal not in (None, False, True, diagonal):
+            raise ValueError(f"diagonal: got {diagonal!r} with causal {causal!r}")
+        causal = diagonal
     if causal == "bottom_right":
         return from_the_end
     if causal not in (None, False, True, "top_left"):
@@ -347,6 +354,7 @@ def attention_reference(
     bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     causal: bool | str | None = False,
+    diagonal: str | None = None,
     window_size: tuple[int, int] = (-1, -1),
     scale: float | None = None,
     softcap: float = 0.0,
@@ -381,7 +389,8 @@ def attention_reference(
         Both broadcast to [B, Hq, Sq, Sk]. key_padding_mask: bool [B, Sk], True = hidden.
     causal: query i sees keys j <= i + off. "top_left": off = 0; "bottom_right": off = Sk - Sq;
         True: if both agree. window_size (left, right): i + off - left <= j <= i + off + right in
-        tokens, -1 = no limit; also without causal, with off = 0 then.
+        tokens, -1 = no limit. diagonal: the same words, for a window or ALiBi without causal; None
+        is off = 0 then.
     alibi_slopes: [Hq] or [B, Hq], adds -slope · |i + off - j|; not differentiable.
     sinks: [Hq] logits that only enter the denominator; differentiable.
     dropout_p: probability, in steps of 1/65536. Bits come from philox (int64 [2]: seed, offset) or
@@ -410,6 +419,7 @@ def attention_reference(
             value,
             *packed,
             causal=causal,
+            diagonal=diagonal,
             window_size=window_size,
             scale=scale,
             softcap=softcap,
@@ -439,7 +449,7 @@ def attention_reference(
     # A device without autocast, such as meta, has none to disable: naming the CPU does no harm.
     available = torch.amp.is_autocast_available(query.device.type)
     with torch.autocast(query.device.type if available else "cpu", enabled=False):
-        off = diagonal_offset(causal, Sq, used) + (q_start - k_start)
+        off = diagonal_offset(causal, Sq, used, diagonal) + (q_start - k_start)
         seen = visible((B, Hq, Sq, Sk), off, used, causal, window_size, mask, key_padding_mask)
         query_sees = seen.any(dim=-1).unsqueeze(-1)  # [B, Hq, Sq, 1]
         key_is_seen = seen.any(dim=-2).unsqueeze(-1)  # [B, Hq, Sk, 1]

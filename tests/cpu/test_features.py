@@ -32,6 +32,7 @@ TARGETS = [
     (row, isa) for row in BACKENDS for isa in (_native.isas() if row.name == "cpu" else [None])
 ]
 PAIRS = testing.pairs_of_features()
+DIAGONALS = [case for case in testing.single_features() if case.diagonal]
 
 
 def check_or_refuse(row, case: Case, factor: float) -> None:
@@ -55,7 +56,7 @@ def run_on(target, case: Case, factor: float = 2.0) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=target_id)
-@pytest.mark.parametrize("case", PAIRS, ids=case_id)
+@pytest.mark.parametrize("case", [*PAIRS, *DIAGONALS], ids=case_id)
 def test_pairs_of_features(target, case):
     run_on(target, case)
 

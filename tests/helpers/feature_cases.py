@@ -23,6 +23,7 @@ _VARIANTS = {
     "causal bottom_right": {"causal": "bottom_right"},
     "window": {"window_size": (1, 1)},
     "window and causal": {"window_size": (2, -1), "causal": "bottom_right"},
+    "window and diagonal": {"window_size": (2, 1), "diagonal": "bottom_right"},
     "scale": {"scale": -0.7},
     "softcap": {"softcap": 0.8},
     "alibi H": {"alibi": "H"},

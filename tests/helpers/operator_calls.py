@@ -1,5 +1,6 @@
 """The arguments of the operators, from `testing.Inputs`."""
 
+from fused_attention.call.problem import causal_number
 from fused_attention.tools import testing
 
 
@@ -9,7 +10,7 @@ def arguments(inputs: testing.Inputs, precision: int = 0):
     scale = options["scale"]
     numbers = (
         tensors["query"].shape[-1] ** -0.5 if scale is None else scale,
-        {False: 0, "top_left": 1, "bottom_right": 2}[options["causal"]],
+        causal_number(options["causal"], False, options["diagonal"]),
         *options["window_size"],
         precision,
     )

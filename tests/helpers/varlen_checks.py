@@ -28,6 +28,9 @@ OPTIONS = {
     "bottom right": dataclasses.replace(SCALE_ONLY, causal="bottom_right"),
     "window": dataclasses.replace(SCALE_ONLY, causal="bottom_right", window_size=(40, 0)),
     "window of both sides": dataclasses.replace(SCALE_ONLY, window_size=(9, 70)),
+    "window at the bottom right": dataclasses.replace(
+        SCALE_ONLY, window_size=(9, 30), diagonal="bottom_right"
+    ),
     "all the rest": dataclasses.replace(
         SCALE_ONLY,
         causal="bottom_right",

@@ -33,6 +33,7 @@ def make_cases():
         "causal, top-left": {"causal": "top_left"},
         "causal, bottom-right": {"causal": "bottom_right"},
         "window": {"causal": "bottom_right", "window_size": (9, 0)},
+        "window, bottom-right": {"diagonal": "bottom_right", "window_size": (9, 2)},
         "rows without a key": {"window_size": (3, 3), "key_padding_mask": padding.clone().flip(1)},
         "padding": {"key_padding_mask": padding},
         "mask": {"mask": random(B, 1, SQ, SK) > 0},

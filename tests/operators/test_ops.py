@@ -233,7 +233,7 @@ WRONG = {
     "heads of query no multiple": {"query": lambda x: x[:, :3]},
     "no heads of key": {"key": lambda x: x[:, :0], "value": lambda x: x[:, :0]},
     "head_dim of key": {"key": lambda x: x[..., 1:]},
-    "causal 3": {"causal": 3},
+    "causal 4": {"causal": 4},
     "causal -1": {"causal": -1},
     "window -2": {"window_left": -2},
     "window -3": {"window_right": -3},

@@ -28,7 +28,7 @@ from ..derivatives import autograd
 from ..errors import wrong_value
 from ..operators import OPERATORS, cuda
 from ..operators._torch import assume_constant_result, exports_onnx, is_compiling
-from ..operators.arguments import CAUSAL, Arguments, split
+from ..operators.arguments import BOTTOM_RIGHT_ONLY, CAUSAL, Arguments, split
 from .plan import LEAVE, PLANS, Plan, plan_of_operators
 from .problem import DTYPES, FEATURES, Problem
 
@@ -131,8 +131,9 @@ def reference(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, lse: b
         (options.pop("window_left"), options.pop("window_right")),
     )
     del options["precision"]
-    causal = next(name for name, x in CAUSAL.items() if x == number)
-    options |= {"causal": causal, "window_size": window, "return_lse": lse}
+    causal = next((name for name, x in CAUSAL.items() if x == number), False)
+    diagonal = "bottom_right" if number == BOTTOM_RIGHT_ONLY else None
+    options |= {"causal": causal, "diagonal": diagonal, "window_size": window, "return_lse": lse}
     return attention_reference(query, key, value, **options)
 
 

@@ -26,6 +26,7 @@ class Options(NamedTuple):
     bias: Tensor | None = None
     key_padding_mask: Tensor | None = None
     causal: Any = False
+    diagonal: Any = None
     window_size: Any = NO_WINDOW
     scale: Any = None
     softcap: Any = NONE
@@ -57,6 +58,7 @@ class Keywords(TypedDict, total=False):
     bias: Tensor | None
     key_padding_mask: Tensor | None
     causal: bool | str | CausalVariant
+    diagonal: str | None
     window_size: tuple[int, int]
     scale: float | None
     softcap: float

@@ -25,6 +25,7 @@ from ..operators._torch import (
     transform_is_active,
 )
 from ..operators.arguments import (
+    BOTTOM_RIGHT_ONLY,
     CAUSAL,
     NUMBERS,
     PRECISION,
@@ -250,9 +251,19 @@ def check_key_value_shapes(query: Tensor, key: Tensor, value: Tensor, heads_dim:
 _VARIANTS = {"UPPER_LEFT": "top_left", "LOWER_RIGHT": "bottom_right"}
 
 
-def causal_number(causal: Any, same_lengths: bool) -> int:
+def causal_number(causal: Any, same_lengths: bool, diagonal: Any = None) -> int:
+    """Returns the number that stands for `causal` and `diagonal` together."""
     if type(causal).__name__ == "CausalVariant":
         causal = _VARIANTS[causal.name]
+    if diagonal is not None:
+        if diagonal not in _VARIANTS.values():
+            wrong_value("diagonal", 'None, "top_left" or "bottom_right"', repr(diagonal))
+        if causal in _VARIANTS.values() and causal != diagonal:
+            wrong_value("diagonal", f"None or {causal!r}, as causal says", repr(diagonal))
+        if causal is False:
+            return CAUSAL[False] if diagonal == "top_left" else BOTTOM_RIGHT_ONLY
+        if causal is True:
+            causal = diagonal
     if isinstance(causal, (bool, int, str)) and causal in CAUSAL:
         return CAUSAL[causal]
     if isinstance(causal, int) and causal == 1:
@@ -453,7 +464,7 @@ class Problem:
             and o.seqused_k is None
             and (o.cu_seqlens_q is o.cu_seqlens_k if packed else seqlen_q == seqlen_k)
         )
-        causal = causal_number(o.causal, same_lengths)
+        causal = causal_number(o.causal, same_lengths, o.diagonal)
         window_left, window_right = window_numbers(o.window_size)
         scale = o.scale
         if scale is None:
@@ -486,7 +497,7 @@ class Problem:
             "bias": o.bias is not None,
             "bias_gradient": bias_gradient,
             "key_padding_mask": o.key_padding_mask is not None,
-            "causal": causal != CAUSAL[False],
+            "causal": causal in (CAUSAL["top_left"], CAUSAL["bottom_right"]),
             "window_size": (window_left, window_right) != NO_WINDOW,
             "softcap": o.softcap != 0.0,
             "alibi_slopes": o.alibi_slopes is not None,

@@ -57,7 +57,8 @@ class AttentionMap:
             _, self.lse = attention(self.query, self.key, no_value, return_lse=True, **said)
         for name in ONLY_OF_LSE:
             said.pop(name, None)
-        self.causal, self.window_size = said.pop("causal", False), said.pop("window_size", (-1, -1))
+        self.causal, self.diagonal = said.pop("causal", False), said.pop("diagonal", None)
+        self.window_size = said.pop("window_size", (-1, -1))
         self.mask, self.padding = said.pop("mask", None), said.pop("key_padding_mask", None)
         self.of_scores = said
         self.dtype = torch.promote_types(query.dtype, torch.float32)
@@ -128,7 +129,7 @@ class AttentionMap:
         used = torch.full((B,), Sk, device=self.key.device)
         # Query rows[n] is row n of the block, so its offset grows by rows[n] - n.
         moved = (rows - torch.arange(len(rows), device=rows.device)).view(1, 1, -1, 1)
-        off = diagonal_offset(self.causal, Sq, used) + moved
+        off = diagonal_offset(self.causal, Sq, used, self.diagonal) + moved
 
         def part(x: Tensor | None) -> Tensor | None:
             """Selects these heads and rows of a mask or bias that broadcasts to [B, Hq, Sq, Sk]."""

@@ -53,6 +53,7 @@ class Arguments(NamedTuple):
 
 # The numbers that stand for options that are words.
 CAUSAL: dict[Any, int] = {False: 0, "top_left": 1, "bottom_right": 2}
+BOTTOM_RIGHT_ONLY = 3  # not causal, but window and ALiBi are measured from the bottom right
 PRECISION = {"highest": 0, "high": 1, "medium": 2}
 
 INPUTS = ("query", "key", "value")  # before the arguments, in a forward

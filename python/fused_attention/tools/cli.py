@@ -204,6 +204,7 @@ def explain_shape(arguments: argparse.Namespace) -> int:
 
         options: dict[str, Any] = {
             "causal": arguments.causal or False,
+            "diagonal": arguments.diagonal,
             "window_size": tuple(arguments.window),
             "return_lse": arguments.lse,
             "backend": arguments.backend,
@@ -360,6 +361,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", type=dtype_name, choices=DTYPE_NAMES, default="float32")
     add("--device", type=device, default="cpu")
     add("--causal", choices=("top_left", "bottom_right"), nargs="?", const="top_left")
+    add("--diagonal", choices=("top_left", "bottom_right"), help="of a window without causal")
     add("--window", type=int, nargs=2, default=(-1, -1), metavar=("LEFT", "RIGHT"))
     for name, default in NUMBERS.items():
         add("--" + name.replace("_", "-"), type=float, default=default)

@@ -54,7 +54,7 @@ class Definition:
         return self.case.D**-0.5 if self.case.scale is None else self.case.scale
 
     def offset(self) -> int:
-        return self.case.Sk - self.case.Sq if self.case.causal == "bottom_right" else 0
+        return self.case.offset
 
     def left_offset(self) -> int:
         return self.offset()
@@ -153,7 +153,7 @@ def of_window(case: Case) -> Iterator[tuple[str, Changes]]:
     """Yields the imitated faults of causal and window_size."""
     left, right = (math.inf if side < 0 else side for side in case.window_size)
     corner = case.Sk - case.Sq
-    bottom = case.causal == "bottom_right"
+    bottom = "bottom_right" in (case.causal, case.diagonal)
     if bottom and corner < 0:
         yield "offset of bottom-right clamped to 0", {"offset": lambda d: 0}
     if case.causal:
@@ -290,7 +290,7 @@ def of_scores(case: Case, inputs: Inputs) -> Iterator[tuple[str, Changes]]:
         yield "alibi_slopes ignored", {"slopes": lambda d: 0 * slopes(d)}
         yield "alibi_slopes with the wrong sign", {"slopes": lambda d: -slopes(d)}
         yield "alibi_slopes multiplied by the scale", {"slopes": lambda d: scale * slopes(d)}
-        other = 0 if case.causal == "bottom_right" else corner
+        other = corner - case.offset
         ahead = "alibi_slopes: distance from the wrong corner"
         yield ahead, {"distance": lambda d: (d.i + other - d.j).abs()}
         for one in (1, -1):

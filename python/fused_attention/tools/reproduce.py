@@ -197,7 +197,7 @@ def options(case: Case) -> str:
         "philox_seed": case.dropout_p,
     }
     texts = [f", {name}={name}" for name, is_used in tensors.items() if is_used]
-    for name in ("causal", "window_size", "scale", "softcap", "dropout_p"):
+    for name in ("causal", "diagonal", "window_size", "scale", "softcap", "dropout_p"):
         if getattr(case, name) != getattr(Case(), name):
             texts.append(f", {name}={getattr(case, name)!r}")
     return "".join(texts)
@@ -208,7 +208,7 @@ def definition(case: Case, differentiated: str | None) -> list[str]:
     sizes = f"{case.B}, {case.Hq}, {case.Sq}, {case.Sk}"
     group = case.Hq // case.Hkv
     left, right = case.window_size
-    off = case.Sk - case.Sq if case.causal == "bottom_right" else 0
+    off = case.offset
     lines = ["# The definition, in float64"]
     if differentiated:
         lines.append(f"exact = {differentiated}.detach().double().requires_grad_()")

@@ -62,6 +62,7 @@ class Case:
     D: int = 16
     Dv: int = 16
     causal: bool | str = False
+    diagonal: str | None = None
     window_size: tuple[int, int] = (-1, -1)
     mask: str | None = None  # a broadcast shape such as "1H1K", see `broadcast_shape`
     bias: str | None = None
@@ -74,6 +75,12 @@ class Case:
     dropout_p: float = 0.0
     memory_format: str = "BHSD"  # "BHSD", "BSHD", or "strided" (last stride 2)
     seed: int = 0
+
+    @property
+    def offset(self) -> int:
+        """The key that query 0 is aligned with."""
+        bottom_right = "bottom_right" in (self.causal, self.diagonal)
+        return self.Sk - self.Sq if bottom_right else 0
 
     def broadcast_shape(self, letters: str) -> tuple[int, ...]:
         """Returns the sizes that the letters stand for: (1, Hq, Sq, 1) for "1HQ1"."""
@@ -141,6 +148,7 @@ def make_inputs(case: Case) -> Inputs:
         tensors["sinks"] = randn(Hq, dtype=accumulated)
     options: dict[str, Any] = {
         "causal": case.causal,
+        "diagonal": case.diagonal,
         "window_size": case.window_size,
         "scale": case.scale,
         "softcap": case.softcap,
@@ -221,7 +229,7 @@ def _naive(inputs: Inputs, backwards: bool) -> Results:
     do = inputs.grad_out.to(accumulated)
     scale = options["scale"] if options["scale"] is not None else 1.0 / math.sqrt(D)
     used = torch.full((B,), Sk)
-    off = reference.diagonal_offset(options["causal"], Sq, used)
+    off = reference.diagonal_offset(options["causal"], Sq, used, options.get("diagonal"))
     seen = reference.visible(
         (B, Hq, Sq, Sk),
         off,
@@ -453,6 +461,18 @@ TOGETHER: tuple[dict[str, Any], ...] = (
     {"dtype": torch.float16, "causal": "top_left", "scale": 0.3},
     {"dtype": torch.float16, "mask": "BHQK", "Hq": 6, "Hkv": 2},
     {"dtype": torch.float16, "bias": "1HQK", "memory_format": "BSHD"},
+    # diagonal means something only without causal, so it is no axis of its own.
+    {"diagonal": "bottom_right", "window_size": (7, 3)},
+    {
+        "diagonal": "bottom_right",
+        "window_size": (7, -1),
+        "Hq": 6,
+        "Hkv": 2,
+        "dtype": torch.bfloat16,
+    },
+    {"diagonal": "bottom_right", "window_size": (-1, 3), "alibi": "BH", "key_padding": True},
+    {"diagonal": "bottom_right", "alibi": "H", "Sq": 1, "Sk": 197},
+    {"diagonal": "bottom_right", "window_size": (40, 60), "Sq": 131, "Sk": 19},
 )
 
 

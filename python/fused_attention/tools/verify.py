@@ -54,6 +54,7 @@ FEATURES: dict[str, Callable[[Case], Any]] = {
     "bias": lambda case: case.bias,
     "key_padding_mask": lambda case: case.key_padding,
     "causal": lambda case: case.causal,
+    "diagonal": lambda case: case.diagonal,
     "window_size": lambda case: case.window_size != (-1, -1),
     "scale": lambda case: case.scale is not None,
     "softcap": lambda case: case.softcap,
