@@ -11,11 +11,10 @@ is switched off.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from ..errors import wrong_type, wrong_value
 from ..operators._torch import cpu_keys, native_sdpa
 from ..operators.arguments import CAUSAL, Arguments, joined_if_dense, split
 from ..sdpa import sdpa
+from .handle import Handle
 
 NAME = "fused_attention"  # in PyTorch's registry of flash attention implementations
 
@@ -171,7 +171,6 @@ class _State:
     """The state of this process that all patches share."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
         fast = [row for row in BACKENDS if not row.missing() and row is not REFERENCE]
         self.devices = {device for row in fast for device in row.devices}
         self.on = False  # apart from `patches`, because compiled code guards on it
@@ -225,55 +224,7 @@ class _State:
 _state = _State()
 
 
-class SdpaPatch:
-    """The result of `patch_sdpa`: a context manager, and a handle with `undo()`."""
-
-    def __init__(self, places: list[tuple[ModuleType, str]]) -> None:
-        self._places = places
-        self._depth = 0
-        self._entered = False
-        self._apply()
-
-    @property
-    def active(self) -> bool:
-        return self._depth > 0
-
-    def undo(self) -> None:
-        """Undoes this patch, however often it was entered; does nothing if it was undone before.
-
-        Other patches stay active, in whatever order they are undone. Raises RuntimeError and
-        changes nothing if other code has replaced the function since and not put it back.
-        """
-        while self._depth:
-            self._undo()
-
-    def __enter__(self) -> SdpaPatch:
-        if self._entered or not self.active:
-            self._apply()
-        self._entered = True
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._depth:
-            self._undo()
-
-    def _apply(self) -> None:
-        with _state.lock:
-            _state.apply(self._places)
-            self._depth += 1
-
-    def _undo(self) -> None:
-        with _state.lock:
-            _state.undo(self._places)
-            self._depth -= 1
-
-
-def patch_sdpa(modules: Iterable[ModuleType] = ()) -> SdpaPatch:
+def patch_sdpa(modules: Iterable[ModuleType] = ()) -> Handle:
     """Replaces PyTorch's scaled_dot_product_attention by fused attention, at once.
 
         with patch_sdpa():
@@ -323,4 +274,4 @@ def patch_sdpa(modules: Iterable[ModuleType] = ()) -> SdpaPatch:
                 getattr(module, "__name__", repr(module)),
             )
         places += [(module, name) for name in names if (module, name) not in places]
-    return SdpaPatch(places)
+    return Handle(lambda: _state.apply(places), lambda: _state.undo(places))
