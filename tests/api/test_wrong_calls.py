@@ -94,7 +94,7 @@ ATTENTION = [
     ({"causal": True}, VALUE, 'causal: .*"top_left" or "bottom_right"'),
     ({"causal": "left"}, VALUE, "causal: .*top_left.*bottom_right.*'left'"),
     ({"causal": None}, VALUE, "causal: .*None"),
-    ({"diagonal": "right"}, VALUE, "diagonal: .*\"top_left\" or \"bottom_right\", got 'right'"),
+    ({"diagonal": "right"}, VALUE, 'diagonal: .*"top_left" or "bottom_right", got \'right\''),
     ({"diagonal": True}, VALUE, "diagonal: .*got True"),
     ({"causal": "top_left", "diagonal": "bottom_right"}, VALUE, "diagonal: .*as causal says"),
     ({"window_size": 3}, VALUE, "window_size: .*tokens.*3"),
