@@ -35,9 +35,12 @@ from .contracts import (
 from .faults import blind_rows, forgiven, layout_taken, name_of_fault
 from .foreign import NotOffered
 from .targets import Target
-from .testing import CHANCE, DRAWS, Case, Error, Results
+from .testing import CHANCE, Case, Error, Results
 
 RANDOM_CASES = 2000  # in the whole matrix; none with --quick
+# A near miss (see testing.CHANCE) is drawn again until one draw passes. With one query, 4 of 60
+# draws of a right kernel missed by chance: among thousands of cases three in a row happen, five not.
+DRAWS = 5
 RANDOM_FACTOR = 4.0  # times the naive error, instead of 2: see testing.errors
 
 
