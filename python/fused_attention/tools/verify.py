@@ -39,7 +39,7 @@ from .testing import CHANCE, Case, Error, Results
 
 RANDOM_CASES = 2000  # in the whole matrix; none with --quick
 # A near miss (see testing.CHANCE) is drawn again until one draw passes. With one query, 4 of 60
-# draws of a right kernel missed by chance: among thousands of cases three in a row happen, five not.
+# draws of a right kernel missed by chance: three in a row happen among thousands of cases.
 DRAWS = 5
 RANDOM_FACTOR = 4.0  # times the naive error, instead of 2: see testing.errors
 
