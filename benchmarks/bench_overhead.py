@@ -1,9 +1,9 @@
 """The overhead of a call, with almost nothing to compute (1×1×1×8): results/overhead.csv.
 
 Every surface is called without a gradient and recording one, beside PyTorch's equivalent if there
-is one: scaled_dot_product_attention on transposed views for flash-attn's functions, and the function
-of "sdpa" for that of transformers. All calls are timed in turn, so that a slow moment affects all.
-`--budget 0.5` is quick.
+is one: for flash-attn's functions that is scaled_dot_product_attention on transposed views, and for
+the function of transformers its own for "sdpa". All calls are timed in turn, so that a slow moment
+affects all. `--budget 0.5` is quick.
 """
 
 import argparse
