@@ -24,7 +24,7 @@ COPY := build/matrix/$(TORCH)
 FIND_NATIVE := find csrc tests/native -regex '.*\.\(h\|cpp\|inl\|cuh\|cu\)' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench peers record smoke test test-full test-api test-matrix sanitize plants gpu lint format build cuda wheel try-wheel clean
+.PHONY: help demo bench peers record smoke test test-full compat test-api test-matrix sanitize plants gpu lint format build cuda wheel try-wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,9 @@ test-matrix:  ## the tests that need no compiler for GPUs, with another PyTorch,
 	git ls-files -z | xargs -0 cp -P --parents -t $(COPY)
 	sed -i '/^triton/d; /^nvidia-/d' $(COPY)/constraints.txt  # a PyTorch for CUDA brings the Triton and the CUDA that it needs
 	$(MAKE) -C $(COPY) test-api
+
+compat: build $(VENV)/test.stamp $(VENV)/compat.stamp  ## what flash-attn, ONNX and transformers test of attention, against ours (fetches their sources)
+	$(QUIET_OPENMP) $(BIN)/python tests/compat/run.py --jobs $(JOBS)
 
 sanitize: $(VENV)/torch.stamp  ## the kernels without torch, under ASan, UBSan and TSan, and on an emulated Arm CPU
 	$(BIN)/python tests/native/sanitize.py

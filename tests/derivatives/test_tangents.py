@@ -134,7 +134,7 @@ def naive(inputs, directions, grad_direction, backwards):
     do, tdo = inputs.grad_out.to(wide), grad_direction.to(wide)
     scale = options["scale"] if options["scale"] is not None else 1 / math.sqrt(D)
     used = torch.full((B,), Sk)
-    off = reference.diagonal_offset(options["causal"], Sq, used, options["diagonal"])
+    off = reference.diagonal_offset(options["causal"], Sq, used, options.get("diagonal"))
     seen = reference.visible(
         *((B, Hq, Sq, Sk), off, used, options["causal"], options["window_size"]),
         *(options.get("mask"), options.get("key_padding_mask")),

@@ -10,7 +10,7 @@ def arguments(inputs: testing.Inputs, precision: int = 0):
     scale = options["scale"]
     numbers = (
         tensors["query"].shape[-1] ** -0.5 if scale is None else scale,
-        causal_number(options["causal"], False, options["diagonal"]),
+        causal_number(options["causal"], False, options.get("diagonal")),
         *options["window_size"],
         precision,
     )

@@ -616,7 +616,6 @@ def remapped(function, step=1, length=7):
         {"mask_function": PACKED, "kv_length": 6},
         {"mask_function": PACKED, "attention_mask": torch.ones(2, 7, dtype=torch.bool)},
     ],
-    ids=str,
 )
 def test_what_is_not_known_becomes_a_complete_mask(change):
     request = {"batch_size": 2, "q_length": 7, "kv_length": 7} | dict.fromkeys(SKIPS, False)
