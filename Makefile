@@ -19,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # Test processes share the cores: threads that spin while they wait would make it three times slower.
 QUIET_OPENMP := OMP_WAIT_POLICY=passive
 # The tests that run with any PyTorch: not those of the code that compilers for GPUs emit.
-API_TESTS := $(addprefix tests/,test_smoke.py api call cpu derivatives models operators tools)
+API_TESTS := $(addprefix tests/,test_smoke.py api call cpu derivatives integrations models operators tools)
 COPY := build/matrix/$(TORCH)
 FIND_NATIVE := find csrc tests/native -regex '.*\.\(h\|cpp\|inl\|cuh\|cu\)' -print0
 

@@ -226,7 +226,7 @@ def test_versions_are_counted_where_autograd_s_key_is_out_of_reach(monkeypatch):
 
 
 def test_a_scalar_option_is_named_in_twelve_files():
-    """Checks the walk in CONTRIBUTING.md: all files that name softcap, but tools and integrations."""
+    """Checks the walk in CONTRIBUTING.md; tools and integrations are not part of it."""
     named = {
         str(path.relative_to(ROOT))
         for folder in ("csrc", "kernels", "python")

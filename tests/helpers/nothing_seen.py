@@ -63,7 +63,9 @@ def seen_of(inputs: testing.Inputs) -> torch.Tensor:
     used = torch.full((B,), Sk)
     names = ("causal", "window_size", "mask", "key_padding_mask")
     options = {name: inputs.options[name] for name in names if name in inputs.options}
-    off = reference.diagonal_offset(inputs.options["causal"], Sq, used, inputs.options.get("diagonal"))
+    off = reference.diagonal_offset(
+        inputs.options["causal"], Sq, used, inputs.options.get("diagonal")
+    )
     return reference.visible((B, Hq, Sq, Sk), off, used, **options)
 
 
