@@ -28,7 +28,7 @@ from ..attention import attention
 from ..attention_weights import attention_with_weights
 from ..call.options import NO_WINDOW
 from ..errors import wrong_type, wrong_value
-from ..operators._torch import assume_constant_result, is_compiling
+from ..operators._torch import assume_constant_result, is_compiling, without_torch_function
 from .handle import Handle
 
 # -- The pattern of a mask ---------------------------------------------------------------
@@ -246,7 +246,7 @@ class LazyMask(Tensor):
     _make: Callable[[], Tensor]
 
     # Operators reach __torch_dispatch__; what only asks for the shape and the like does not.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = without_torch_function
 
     @staticmethod
     def __new__(

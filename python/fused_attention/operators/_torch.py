@@ -249,3 +249,7 @@ def without_fake_tensors() -> Iterator[None]:
         return
     with unset_fake_temporarily():
         yield
+
+
+# The `__torch_function__` of a subclass of Tensor whose calls go straight to __torch_dispatch__.
+without_torch_function: Any = torch._C._disabled_torch_function_impl
