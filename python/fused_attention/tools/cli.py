@@ -313,7 +313,7 @@ def bench_compare(arguments: argparse.Namespace) -> int:
 
     before, after = (compare.read(path) for path in arguments.reports)
     changes = compare.changes(before, after)
-    print(compare.as_text(before, after, arguments.threshold, console.width()))
+    print(compare.as_text(changes, before, after, arguments.threshold, console.width()))
     return 1 if any(change.slower_by(arguments.threshold) for change in changes) else 0
 
 

@@ -138,12 +138,11 @@ def changes(before: Run, after: Run) -> list[Change]:
     return rows
 
 
-def as_text(before: Run, after: Run, threshold: float, width: int) -> str:
+def as_text(rows: list[Change], before: Run, after: Run, threshold: float, width: int) -> str:
     """Returns the table for a terminal, no line of which is wider than `width`.
 
-    threshold: in percent.
+    rows: the `changes` from before to after. threshold: in percent.
     """
-    rows = changes(before, after)
     several = len({change.key[3] for change in rows}) > 1
     cells = [
         [
