@@ -26,7 +26,7 @@ import importlib
 import operator
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, wraps
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
@@ -45,7 +45,7 @@ from ..attention_weights import attention_with_weights
 from ..cache import kv_cache_append_
 from ..call.options import NO_WINDOW, NONE
 from ..call.problem import check_lengths, check_number, check_shape, check_tensor, shape_of
-from ..errors import ArgumentValueError, wrong_value
+from ..errors import ArgumentTypeError, ArgumentValueError, wrong_value
 from ..operators._torch import is_compiling
 from .handle import Handle
 
@@ -482,7 +482,20 @@ def room_of(k_cache: Tensor, block_table: Tensor | None) -> int:
     return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
-@torch.no_grad()
+def _without_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.no_grad()` as a decorator, which costs nothing where gradients are off already."""
+
+    @wraps(function)
+    def call(**arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(**arguments)
+        with torch.no_grad():
+            return function(**arguments)
+
+    return call
+
+
+@_without_gradient
 def attend_to_cache(
     *,
     q: Tensor,
@@ -509,11 +522,15 @@ def attend_to_cache(
     options: those of `attention`. cu_seqlens_q, cu_seqlens_k_new: q, or k and v, are packed.
     rotary_seqlens: takes the place of cache_seqlens in the rotation.
     """
-    given = {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
-    _check_needed(given | {"cache_seqlens": cache_seqlens})
+    grows = not (k is None and v is None and rotary_cos is None and rotary_sin is None)
+    if grows:
+        given = {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+        _check_needed(given | {"cache_seqlens": cache_seqlens})
     _check_cache(q, k_cache, v_cache, cu_seqlens_q, block_table)
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    lengths = _per_sequence("cache_seqlens", cache_seqlens, batch, q)
+    lengths = cache_seqlens
+    if grows or not isinstance(lengths, Tensor):  # `attention` checks a tensor
+        lengths = _per_sequence("cache_seqlens", lengths, batch, q)
     packed = cu_seqlens_q is not None or cu_seqlens_k_new is not None
     table = _table(block_table, cache_batch_idx, k_cache, batch, packed)
     key, value = k_cache, v_cache
@@ -521,7 +538,6 @@ def attend_to_cache(
         if key.shape[0] != batch:
             key, value = key[:batch], value[:batch]
         key, value = key.transpose(1, 2), value.transpose(1, 2)
-    room = room_of(k_cache, table)
     if k is not None:
         for name, x in (("k", k), ("v", v)):
             check_layout(name, x, DENSE if cu_seqlens_k_new is None else PACKED)
@@ -536,15 +552,16 @@ def attend_to_cache(
     options |= {"seqused_k": lengths, "block_table": table, "return_lse": return_lse}
     if cache_leftpad is not None:
         leftpad = _per_sequence("cache_leftpad", cache_leftpad, batch, q)
-        tokens = torch.arange(room, device=q.device)
+        tokens = torch.arange(room_of(k_cache, table), device=q.device)
         options["key_padding_mask"] = tokens < leftpad.unsqueeze(1)
     if cu_seqlens_q is not None:
         options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
     try:
         return attend(q, key, value, **options)
-    except ArgumentValueError:
+    except (ArgumentValueError, ArgumentTypeError):
         if lengths is not None:  # `attention` calls them seqused_k
-            _check_numbers("cache_seqlens", lengths, room + 1)
+            _per_sequence("cache_seqlens", lengths, batch, q)
+            _check_numbers("cache_seqlens", lengths, room_of(k_cache, table) + 1)
         raise
 
 
