@@ -681,6 +681,12 @@ def test_results_require_no_gradient():
     q, cache = torch.zeros(1, 1, 2, 8, requires_grad=True), torch.zeros(1, 4, 2, 8)
     out = flash_attn_with_kvcache(q, cache, cache.clone(), q, q, cache_seqlens=2)
     assert not out.requires_grad and not cache.requires_grad
+    angles = torch.zeros(4, 2, requires_grad=True)
+    rotary = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    out = flash_attn_with_kvcache(q, cache, cache.clone(), q, q, **rotary, cache_seqlens=2)
+    assert not out.requires_grad and not cache.requires_grad
+    wanted = cache.clone().requires_grad_()
+    assert not flash_attn_with_kvcache(q.detach(), wanted, cache, cache_seqlens=2).requires_grad
 
 
 # -- Rotary positions --------------------------------------------------------------------

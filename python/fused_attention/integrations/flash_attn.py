@@ -26,7 +26,7 @@ import importlib
 import operator
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial, wraps
+from functools import partial
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
@@ -482,20 +482,6 @@ def room_of(k_cache: Tensor, block_table: Tensor | None) -> int:
     return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
-def _without_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.no_grad()` as a decorator, which costs nothing where gradients are off already."""
-
-    @wraps(function)
-    def call(**arguments: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return function(**arguments)
-        with torch.no_grad():
-            return function(**arguments)
-
-    return call
-
-
-@_without_gradient
 def attend_to_cache(
     *,
     q: Tensor,
@@ -538,16 +524,20 @@ def attend_to_cache(
         if key.shape[0] != batch:
             key, value = key[:batch], value[:batch]
         key, value = key.transpose(1, 2), value.transpose(1, 2)
+    if q.requires_grad or k_cache.requires_grad or v_cache.requires_grad:
+        q, key, value = q.detach(), key.detach(), value.detach()
     if k is not None:
         for name, x in (("k", k), ("v", v)):
             check_layout(name, x, DENSE if cu_seqlens_k_new is None else PACKED)
+        k, v = k.detach(), v.detach()
         if rotary_cos is not None:
             starts = _per_sequence("rotary_seqlens", rotary_seqlens, batch, q)
             starts = lengths if starts is None else starts
             step = 1 if options["causal"] or options["window_size"] != NO_WINDOW else 0
             rotary = (rotary_cos, rotary_sin, rotary_interleaved)
-            q = _rotated(q, *rotary, _positions(q, starts, cu_seqlens_q, step), "rotary_")
-            k = _rotated(k, *rotary, _positions(k, starts, cu_seqlens_k_new), "rotary_")
+            with torch.no_grad():  # the tables may require a gradient
+                q = _rotated(q, *rotary, _positions(q, starts, cu_seqlens_q, step), "rotary_")
+                k = _rotated(k, *rotary, _positions(k, starts, cu_seqlens_k_new), "rotary_")
         lengths = _append(key, value, k, v, lengths, table, cu_seqlens_k_new)
     options |= {"seqused_k": lengths, "block_table": table, "return_lse": return_lse}
     if cache_leftpad is not None:
