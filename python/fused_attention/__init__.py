@@ -29,9 +29,13 @@ from .attention import attention, dropout_mask
 from .cache import kv_cache_append_
 from .call.explain import explain
 from .errors import ArgumentTypeError, ArgumentValueError
+from .integrations import torch_varlen as _torch_varlen  # noqa: F401  # kernels of PyTorch's
+from .integrations import torch_varlen as _torch_varlen  # noqa: F401  # kernels of PyTorch's
 from .integrations.patch import patch_sdpa
 from .merge import merge_attention_states
 from .modules import MultiheadAttention, replace_multihead_attention
+from .operators import flops as _flops  # noqa: F401  # for FlopCounterMode
+from .operators import flops as _flops  # noqa: F401  # for FlopCounterMode
 from .sdpa import scaled_dot_product_attention
 from .softmax import (
     ScaledMaskedSoftmax,
