@@ -28,13 +28,12 @@ from ._version import __version__
 from .attention import attention, dropout_mask
 from .cache import kv_cache_append_
 from .call.explain import explain
+from .call.record import record_calls
 from .errors import ArgumentTypeError, ArgumentValueError
-from .integrations import torch_varlen as _torch_varlen  # noqa: F401  # kernels of PyTorch's
 from .integrations import torch_varlen as _torch_varlen  # noqa: F401  # kernels of PyTorch's
 from .integrations.patch import patch_sdpa
 from .merge import merge_attention_states
 from .modules import MultiheadAttention, replace_multihead_attention
-from .operators import flops as _flops  # noqa: F401  # for FlopCounterMode
 from .operators import flops as _flops  # noqa: F401  # for FlopCounterMode
 from .sdpa import scaled_dot_product_attention
 from .softmax import (
@@ -64,6 +63,7 @@ __all__ = [
     "masked_softmax_",
     "merge_attention_states",
     "patch_sdpa",
+    "record_calls",
     "replace_multihead_attention",
     "scaled_dot_product_attention",
     "scaled_masked_softmax",

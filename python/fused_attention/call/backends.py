@@ -29,6 +29,7 @@ from ..errors import wrong_value
 from ..operators import OPERATORS, cuda
 from ..operators._torch import assume_constant_result, exports_onnx, is_compiling
 from ..operators.arguments import BOTTOM_RIGHT_ONLY, CAUSAL, Arguments, split
+from .observe import announce
 from .plan import LEAVE, PLANS, Plan, plan_of_operators
 from .problem import DTYPES, FEATURES, Problem
 
@@ -121,6 +122,7 @@ def _plan(problem: Problem) -> Plan:
     return plan_of_operators(problem, OPERATORS, autograd.FUNCTIONS)
 
 
+@announce
 def reference(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, lse: bool = False) -> Any:
     """Calls the reference like an operator; returns out, or (out, lse)."""
     from ..reference import attention_reference

@@ -12,16 +12,28 @@ class Handle:
 
     apply, undo: make and undo the change once. They run under a lock that all handles share. undo
     may raise RuntimeError, and then has changed nothing. Handles of the same change nest if its
-    apply and undo count.
+    apply and undo count. name: of the change. report: says, first in one line, what it did.
     """
 
     _lock = threading.RLock()
 
-    def __init__(self, apply: Callable[[], None], undo: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        apply: Callable[[], None],
+        undo: Callable[[], None],
+        name: str = "",
+        report: Callable[[], str] = str,
+    ) -> None:
         self._apply, self._undo = apply, undo
+        self._name, self.report = name, report
         self._depth = 0
         self._entered = False
         self._do()
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "undone"
+        words = (self._name, state, self.report().partition("\n")[0])
+        return f"<{type(self).__name__} {', '.join(filter(None, words))}>"
 
     @property
     def active(self) -> bool:

@@ -25,10 +25,11 @@ from .. import operators as ops
 from ..call.backends import BACKENDS, CPU, REFERENCE, Request
 from ..call.problem import as_4d, precision_number
 from ..errors import wrong_type, wrong_value
-from ..operators._torch import cpu_keys, native_sdpa
+from ..operators._torch import cpu_keys, is_compiling, native_sdpa
 from ..operators.arguments import CAUSAL, Arguments, joined_if_dense, split
 from ..sdpa import sdpa
 from .handle import Handle
+from .tally import Tally
 
 NAME = "fused_attention"  # in PyTorch's registry of flash attention implementations
 
@@ -50,8 +51,17 @@ def _sdpa(
     """Calls our attention if a kernel of ours serves the call, else the original function."""
     inputs = (query, key, value, attn_mask, dropout_p, is_causal)
     ours = isinstance(query, Tensor) and query.device.type in _state.devices
-    if _state.on and ours and not query.is_nested:
-        return sdpa(*inputs, scale, enable_gqa, _state.original)
+    if _state.on and not is_compiling():
+        _state.tally.count()
+    if _state.on and ours and not (query.is_nested and query.layout == torch.strided):
+        return sdpa(*inputs, scale, enable_gqa, _leave)
+    return _leave(*inputs, scale=scale, enable_gqa=enable_gqa)
+
+
+def _leave(*inputs: Any, scale: float | None, enable_gqa: bool) -> Tensor:
+    """Calls the original function, and notes why."""
+    if _state.on and not is_compiling():
+        _state.tally.leave(*inputs, scale=scale, enable_gqa=enable_gqa)
     return _state.original(*inputs, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -59,7 +69,11 @@ def _sdpa(
 
 
 class _FlashHandle:
-    """Replaces PyTorch's fused operators for the CPU by ours until `remove()`."""
+    """Replaces PyTorch's fused operators for the CPU by ours until `remove()`.
+
+    PyTorch makes and removes it: `torch.nn.attention.activate_flash_attention_impl`, and
+    `restore_flash_attention_impl`.
+    """
 
     def __init__(self) -> None:
         forward = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -71,6 +85,7 @@ class _FlashHandle:
         def flash(query: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not _is_served(query):
                 return native.call_boxed(cpu, query, *args, **kwargs)
+            _state.tally.operators += 1
             return _flash(query, *args, **kwargs)
 
         def flash_backward(grad_out: Tensor, query: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +163,8 @@ def _flash_backward(
     return _sequence_first(dq), _sequence_first(dk), _sequence_first(dv)
 
 
-# PyTorch 2.10 has a registry that cannot restore the original.
+# Importing this module offers the implementation by its name, and activates nothing. PyTorch 2.10
+# has a registry that cannot restore the original.
 _HAS_REGISTRY = hasattr(torch.nn.attention, "restore_flash_attention_impl")
 if _HAS_REGISTRY:
     torch.nn.attention.register_flash_attention_impl(NAME, register_fn=_FlashHandle)
@@ -176,6 +192,7 @@ class _State:
         self.on = False  # apart from `patches`, because compiled code guards on it
         self.patches = 0
         self.original: Any = F.scaled_dot_product_attention
+        self.tally = Tally()  # since the first of the patches that are active
         self.replaced: dict[tuple[int, str], _Replaced] = {}
         self.fast_path = True
         self.flash = False  # whether the implementation in the registry was activated here
@@ -183,6 +200,7 @@ class _State:
     def apply(self, places: list[tuple[ModuleType, str]]) -> None:
         if not self.on:
             self.on = True
+            self.tally.clear()
             self.original = F.scaled_dot_product_attention
             self.fast_path = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
@@ -248,8 +266,12 @@ def patch_sdpa(modules: Iterable[ModuleType] = ()) -> Handle:
     dropout, a mask with a gradient, Ev != E, or tensors that are not 4-D; for such calls name the
     module in `modules`.
 
-    Nested tensors, and calls that no kernel here serves (a head_dim above 512, other dtypes or
-    devices), go where they went before. So do wrong calls, which get PyTorch's errors.
+    Jagged tensors are packed sequences, causal ones too. Strided nested tensors, and calls that no
+    kernel here serves (a head_dim above 512, other dtypes or devices), go where they went before.
+    So do wrong calls, which get PyTorch's errors.
+
+    `report()` of the handle says how many calls ours served since the first active patch, which
+    went to the original, and why. Calls of compiled code are not counted.
 
     Patches nest, and may be undone in any order: the original comes back when the last is undone.
     The function is an attribute of a module, so a patch holds for every thread of the process:
@@ -274,4 +296,9 @@ def patch_sdpa(modules: Iterable[ModuleType] = ()) -> Handle:
                 getattr(module, "__name__", repr(module)),
             )
         places += [(module, name) for name in names if (module, name) not in places]
-    return Handle(lambda: _state.apply(places), lambda: _state.undo(places))
+    return Handle(
+        lambda: _state.apply(places),
+        lambda: _state.undo(places),
+        "patch_sdpa",
+        lambda: _state.tally.report(),
+    )

@@ -157,6 +157,50 @@ def int_sizes(x: Tensor) -> tuple[int, ...]:
     return x.shape
 
 
+# -- Modes below autograd ----------------------------------------------------------------
+
+try:
+    from torch.utils import _python_dispatch as _dispatch
+
+    _Mode: Any = _dispatch.TorchDispatchMode
+    _pop_mode, _push_mode = _dispatch._pop_mode, _dispatch._push_mode
+    current_modes = _dispatch._get_current_dispatch_mode_stack
+except (ImportError, AttributeError):
+
+    class _Mode:  # type: ignore[no-redef]
+        def __init__(self) -> None:
+            raise NotImplementedError("record_calls: this PyTorch has no modes of dispatch")
+
+    def current_modes() -> list[Any]:
+        return []
+
+
+class DispatchMode(_Mode):
+    """A mode whose `__torch_dispatch__` gets each operator that this thread runs, the backward's
+    too. Compiled code stays compiled under it, and only the operators that it calls are seen."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operator imports Dynamo, which takes a second
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
+def leave_mode(mode: DispatchMode) -> None:
+    """Ends a mode of this thread, even if others were entered since."""
+    above = []
+    while (top := _pop_mode()) is not mode:
+        above.append(top)
+    _push_mode(mode)
+    mode.__exit__(None, None, None)
+    for other in reversed(above):
+        _push_mode(other)
+
+
 # -- Operators ---------------------------------------------------------------------------
 
 

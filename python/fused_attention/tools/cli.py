@@ -3,6 +3,7 @@
 doctor    prints what this machine and build have; exits with 0 if a fast backend is usable here,
           else with 1
 explain   prints what serves a call of a given shape, and why each preferred backend refuses it
+record    runs a script, and prints what served its calls of attention, and why; exits as the script
 features  prints the capability table in Markdown
 verify    runs the correctness matrix on our kernels or another function; exits with 0 if all
           is right, 1 if something is wrong, 2 if nothing could be checked, 130 if interrupted
@@ -159,6 +160,12 @@ def new_file(text: str) -> str:
     return text
 
 
+def existing_file(text: str) -> str:
+    if not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"expected a file that exists, got {text!r}")
+    return text
+
+
 def folder(text: str) -> Path:
     if os.path.exists(text) and not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"expected a folder, got {text!r}")
@@ -228,6 +235,16 @@ def explain_shape(arguments: argparse.Namespace) -> int:
         )
     print(explanation)
     return 0
+
+
+def record(arguments: argparse.Namespace) -> int:
+    from . import console
+    from .record import run_recorded
+
+    code, calls = run_recorded(arguments.script, arguments.arguments)
+    print(calls.table())
+    console.write_text("--json", arguments.json, calls.to_json() + "\n")
+    return code
 
 
 def features(arguments: argparse.Namespace) -> int:
@@ -375,6 +392,13 @@ def parser() -> argparse.ArgumentParser:
     add("--lse", action="store_true", help="return_lse")
     add("--backend", default="auto")
     command.set_defaults(run=explain_shape)
+
+    command = commands.add_parser("record", help="what served the calls of a script, and why?")
+    add = command.add_argument
+    add("--json", type=new_file, metavar="FILE", help="write the table to this file too")
+    add("script", type=existing_file, metavar="SCRIPT", help="run as python SCRIPT")
+    add("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the script")
+    command.set_defaults(run=record)
 
     command = commands.add_parser("features", help="prints the capability table in Markdown")
     command.set_defaults(run=features)
