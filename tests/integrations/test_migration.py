@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 import fused_attention
-from fused_attention.integrations import flash_attn
+from fused_attention.integrations import flash_attn, megatron, xformers
 from paths import ROOT
 
 PAGE = (ROOT / "docs" / "migration.md").read_text()
@@ -35,12 +35,21 @@ def names():
         "k_cache": torch.randn(B, 12, H, D), "v_cache": torch.randn(B, 12, H, D),
         "cu_q": torch.tensor([0, 5, 8], dtype=torch.int32),
         "cu_k": torch.tensor([0, 7, 9], dtype=torch.int32),
+        "pages": torch.tensor([[4, 0, 5], [2, 3, 1]], dtype=torch.int32), "sinks": torch.randn(H),
+        "H": H, "D": D,
         "qp": torch.randn(8, H, D), "kp": torch.randn(9, H, D), "vp": torch.randn(9, H, D),
     }  # fmt: skip
     found |= {f"{name}_bshd": found[name].transpose(1, 2) for name in "qkv"}
+    found["q_5d"] = found["q_bshd"].unflatten(2, (2, 2))
+    found |= {
+        f"{n}_5d": found[f"{n}2"].transpose(1, 2).unsqueeze(3).expand(-1, -1, -1, 2, -1)
+        for n in "kv"
+    }
     found |= {"F": F, "math": math, "torch": torch, "causal_lower_right": causal_lower_right}
     own = {name: getattr(fused_attention, name) for name in fused_attention.__all__}
-    return found | own | {n: x for n, x in vars(flash_attn).items() if n.startswith("flash_attn_")}
+    others = {n: x for n, x in vars(flash_attn).items() if n.startswith("flash_attn_")}
+    others |= {n: x for n, x in vars(xformers).items() if n.startswith("memory_") or "Mask" in n}
+    return found | own | others | {n: getattr(megatron, n) for n in megatron.__all__}
 
 
 def test_every_row_of_the_tables_is_read():

@@ -22,17 +22,9 @@ another lse.
 
 from __future__ import annotations
 
-import importlib
 import operator
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from importlib.abc import Loader
-from importlib.machinery import ModuleSpec
-from importlib.metadata import Distribution, DistributionFinder
-from importlib.util import find_spec
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -48,6 +40,7 @@ from ..call.problem import check_lengths, check_number, check_shape, check_tenso
 from ..errors import ArgumentTypeError, ArgumentValueError, wrong_value
 from ..operators._torch import is_compiling
 from .handle import Handle
+from .stand_in import StandIn
 
 Options = dict[str, Any]  # keywords of `attention`
 
@@ -773,76 +766,17 @@ _FUNCTIONS = (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-_MODULES: dict[str, Iterable[Callable[..., Any]]] = {
-    "flash_attn": _FUNCTIONS,
-    "flash_attn.flash_attn_interface": _FUNCTIONS,
-    "flash_attn.bert_padding": (index_first_axis, index_put_first_axis, pad_input, unpad_input),
-    "flash_attn.layers": (),
-    "flash_attn.layers.rotary": (apply_rotary_emb,),
-}
-_METADATA = {
-    "METADATA": f"Metadata-Version: 2.1\nName: flash-attn\nVersion: {VERSION}\n",
-    "top_level.txt": "flash_attn\n",
-}
-
-
-_ANY_PACKAGE = DistributionFinder.Context()
-
-
-class _Metadata(Distribution):
-    """What importlib.metadata reads of an installed package."""
-
-    def read_text(self, filename: str) -> str | None:
-        return _METADATA.get(filename)
-
-    def locate_file(self, path: Any) -> Path:
-        return Path(path)
-
-
-class _Package(DistributionFinder, Loader):
-    """Finds and loads the modules `flash_attn.*`, and their metadata, while it is installed."""
-
-    def __init__(self) -> None:
-        self.handles = 0
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name not in _MODULES:
-            return None
-        is_package = any(module.startswith(f"{name}.") for module in _MODULES)
-        return ModuleSpec(name, self, is_package=is_package)
-
-    def exec_module(self, module: ModuleType) -> None:
-        for function in _MODULES[module.__name__]:
-            setattr(module, function.__name__, function)
-        if module.__name__ == "flash_attn":
-            module.__dict__["__version__"] = VERSION
-            importlib.import_module("flash_attn.flash_attn_interface")
-
-    def find_distributions(self, context: Any = _ANY_PACKAGE) -> list[_Metadata]:
-        is_meant = context.name is None or context.name.lower().replace("_", "-") == "flash-attn"
-        return [_Metadata()] if is_meant else []
-
-    def install(self) -> None:
-        if self.handles == 0:
-            if "flash_attn" in sys.modules or find_spec("flash_attn") is not None:
-                raise RuntimeError(
-                    "install: flash_attn is installed or imported already, and is not replaced. "
-                    "Hint: import its functions from fused_attention.integrations.flash_attn"
-                )
-            sys.meta_path.insert(0, self)
-        self.handles += 1
-
-    def uninstall(self) -> None:
-        self.handles -= 1
-        if self.handles == 0:
-            sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
-            for name in _MODULES:
-                spec = getattr(sys.modules.get(name), "__spec__", None)
-                if spec is not None and spec.loader is self:
-                    del sys.modules[name]
-
-
-_package = _Package()
+_STAND_IN = StandIn(
+    "flash-attn",
+    VERSION,
+    {
+        "flash_attn": _FUNCTIONS,
+        "flash_attn.flash_attn_interface": _FUNCTIONS,
+        "flash_attn.bert_padding": (index_first_axis, index_put_first_axis, pad_input, unpad_input),
+        "flash_attn.layers": (),
+        "flash_attn.layers.rotary": (apply_rotary_emb,),
+    },
+)
 
 
 def install() -> Handle:
@@ -864,4 +798,4 @@ def install() -> Handle:
 
     Raises RuntimeError if a flash_attn is importable or imported already.
     """
-    return Handle(_package.install, _package.uninstall)
+    return _STAND_IN.handle()
