@@ -1,22 +1,23 @@
-"""MultiheadAttention: torch.nn's layer with its attention computed by `attention`.
+"""MultiheadAttention: torch.nn's layer with its attention computed by `attention`, and the encoder
+and decoder layers of torch.nn around it.
 
     heads = attention(q W_q, k W_k, v W_v) per head;  output = concat(heads) W_o
 
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2. Parameters, arguments, masks and
-errors are those of torch.nn.MultiheadAttention, with four differences. Padding and causality reach
+errors are those of torch.nn.MultiheadAttention, with five differences. Padding and causality reach
 the kernel as options of their own, so no [N·H, L, S] mask is made and memory is linear in L.
-Dropout runs inside the kernel. Returned weights are computed tile by tile
+is_causal needs no mask. Dropout runs inside the kernel. Returned weights are computed tile by tile
 (`attention_weights.py`). A sample without a visible key gives 0 in every mode, never NaN.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from .attention import attention
 from .attention_weights import attention_with_weights
@@ -28,6 +29,7 @@ from .call.problem import (
     shape_of,
 )
 from .errors import ArgumentTypeError, ArgumentValueError, describe_error
+from .nested import any_nested, check_same_sequences, nest, options_of, pack, pad, unpad
 from .operators._torch import looks_at_sizes, transform_is_active
 
 
@@ -53,10 +55,10 @@ class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention`: same constructor, parameters, state dict, call and errors.
 
     Differences, all on purpose: memory linear in the lengths with every mask, with dropout, in
-    training and in evaluation; a sample whose keys are all padding gives weights 0 and output
-    out_proj.bias in every mode; key_padding_mask and attn_mask may be of different dtypes; and
-    the bits of dropout are those of `attention` (torch.manual_seed decides). torch.jit.script is
-    not supported.
+    training and in evaluation; is_causal=True needs no attn_mask; a sample whose keys are all
+    padding gives weights 0 and output out_proj.bias in every mode; key_padding_mask and attn_mask
+    may be of different dtypes; and the bits of dropout are those of `attention` (torch.manual_seed
+    decides). torch.jit.script is not supported.
 
     The output projection is a call of out_proj, whereas the original reads out_proj.weight: hooks,
     pruning and parametrizations of out_proj take effect, and any module that maps [..., embed_dim]
@@ -138,23 +140,28 @@ class MultiheadAttention(nn.MultiheadAttention):
             scores; differentiable.
         need_weights: also return them, after dropout: [N, L, S] (unbatched [L, S]), averaged over
             the heads; with average_attn_weights=False [N, num_heads, L, S]. Differentiable once.
-        is_causal: promises that attn_mask, which must be given, is the causal mask (top-left).
-            attn_mask is then not read, unless it requires a gradient or extra keys follow
-            (add_bias_kv, add_zero_attn).
+        is_causal: query i sees keys j <= i (top-left, as in scaled_dot_product_attention, also if
+            L != S). The original demands attn_mask beside it; here attn_mask may be None. If given,
+            is_causal promises that it is the causal mask, and it is not read unless it requires a
+            gradient or extra keys follow (add_bias_kv, add_zero_attn). Extra keys are seen by every
+            query; for them alone a mask [L, S] is made.
 
         Two floating masks are added into one of [N, L, S], or of attn_mask's size if that is
         larger, unless the padding can be seen to hold only 0 and -inf (on a CPU, not compiled,
         without gradient). A boolean attn_mask is inverted into a copy of its own size; nothing else
-        grows with L·S. Nested tensors [N, *, E] need batch_first and no masks; their weights are
-        padded with 0.
+        grows with L·S.
+
+        Nested tensors [N, *, E] need batch_first and no masks; is_causal is served. Jagged ones are
+        not padded with need_weights=False, and output has the ragged size of query, so that it can
+        be added to it. Returned weights are padded with 0.
 
         Raises ModuleArgumentError, which is both an AssertionError and a RuntimeError; the original
         raises one or the other.
         """
-        if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
-            masked = key_padding_mask is not None or attn_mask is not None or is_causal
+        if any_nested(query, key, value):
+            masked = key_padding_mask is not None or attn_mask is not None
             return self._attend_nested(
-                query, key, value, masked, need_weights, average_attn_weights
+                query, key, value, masked, is_causal, need_weights, average_attn_weights
             )
         call = self._prepare(query, key, value, key_padding_mask, attn_mask, is_causal)
         out, weights = self._attend(*call, need_weights, average_attn_weights)
@@ -195,9 +202,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """Returns q, k and v of the heads, [N, H, L or S, D], and the options of `attention`."""
         weights, bias = self._in_projection()
-        N, L, S = self._check(
-            query, key, value, key_padding_mask, attn_mask, is_causal, parameter=weights[0]
-        )
+        N, L, S = self._check(query, key, value, key_padding_mask, attn_mask, weights[0])
         q, k, v = (self._heads(x) for x in self._project(query, key, value, weights, bias))
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.view(N, S)
@@ -213,7 +218,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
             extra += 1
-        causal = is_causal and not extra and attn_mask is not None and not attn_mask.requires_grad
+        if is_causal and extra and attn_mask is None:
+            attn_mask = torch.ones(L, S, dtype=torch.bool, device=query.device).triu(1)
+        causal = is_causal and not extra and (attn_mask is None or not attn_mask.requires_grad)
         if causal:
             attn_mask = None
         if attn_mask is not None:
@@ -236,7 +243,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         value: Tensor,
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
-        is_causal: bool,
         parameter: Tensor,
     ) -> tuple[int, int, int]:
         """Returns N, L and S; raises unless the arguments fit together.
@@ -249,9 +255,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         rank = query.dim()
         if rank not in (2, 3):
             _wrong("query", "2 (unbatched) or 3 dimensions", f"{rank}: {shape_of(query)}")
-        for name, x in (("key", key), ("value", value)):
-            if x.dim() != rank:
-                _wrong(name, f"{rank} dimensions, as query has", f"{x.dim()}: {shape_of(x)}")
+        if not key.dim() == value.dim() == rank:
+            ranks = f"{rank}-D but found {key.dim()}-D and {value.dim()}-D tensors respectively"
+            name = "value" if key.dim() == rank else "key"
+            raise ModuleArgumentError(f"{name}: expected `key` and `value` to be {ranks}")
         if query.shape[-1] != self.embed_dim:
             _wrong("query", f"[..., embed_dim = {self.embed_dim}]", shape_of(query))
         if key.shape[-1] != self.kdim:
@@ -263,9 +270,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         N, L, S = query.shape[batch] if rank == 3 else 1, query.shape[sequence], key.shape[sequence]
         if rank == 3 and key.shape[batch] != N:
             _wrong("key", f"batch size {N}, as query {shape_of(query)}", shape_of(key))
-        for name, mask, shapes in (
-            ("key_padding_mask", key_padding_mask, [(N, S) if rank == 3 else (S,)]),
-            ("attn_mask", attn_mask, [(L, S), (N * self.num_heads, L, S)]),
+        for name, mask, ranks, shapes in (
+            ("key_padding_mask", key_padding_mask, f"`None` or {rank - 1}-D", ((S,), (N, S))),
+            ("attn_mask", attn_mask, "`None`, 2-D or 3-D", ((L, S), (N * self.num_heads, L, S))),
         ):
             if mask is None:
                 continue
@@ -275,13 +282,13 @@ class MultiheadAttention(nn.MultiheadAttention):
                 _wrong(name, "dtype bool (True = hidden) or floating (added)", mask.dtype, hint)
             if mask.device != query.device:
                 _wrong(name, f"device {query.device}, as query has", mask.device)
+            if f"{mask.dim()}-D" not in ranks:
+                found = f"`{name}` to be {ranks} but found {mask.dim()}-D tensor instead"
+                raise ModuleArgumentError(f"{name}: expected {found}: {shape_of(mask)}")
             if mask.shape not in shapes:
-                _wrong(name, f"shape {' or '.join(map(str, shapes))}", shape_of(mask))
-        if is_causal and attn_mask is None:
-            raise ModuleArgumentError(
-                "attn_mask: Need attn_mask if specifying the is_causal hint. "
-                "Hint: nn.Transformer.generate_square_subsequent_mask makes it"
-            )
+                shape = shapes[mask.dim() - len(shapes[0])]
+                found = f"{shape} but got {shape_of(mask)}"
+                raise ModuleArgumentError(f"{name}: Expected `{name}` shape to be {found}")
         device, dtype = parameter.device, parameter.dtype
         autocast = has_autocast(device.type) and torch.is_autocast_enabled(device.type)
         for name, x in (("query", query), ("key", key), ("value", value)):
@@ -366,10 +373,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         key: Tensor,
         value: Tensor,
         masked: bool,
+        is_causal: bool,
         need_weights: bool,
         average_attn_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Pads the nested tensors, attends, and nests the output again."""
+        """Attends within packed sequences; within padded ones for weights and extra keys."""
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not (x.is_nested and x.dim() == 3 and self.batch_first) or masked:
                 kind = "a nested one" if x.is_nested else "a dense one"
@@ -379,25 +387,31 @@ class MultiheadAttention(nn.MultiheadAttention):
                     kind + " with masks" * masked,
                     "pad it with to_padded_tensor() and pass key_padding_mask",
                 )
-        samples = {id(x): x.unbind() for x in (query, key, value)}
-        padded = {name: pad_sequence(list(x), batch_first=True) for name, x in samples.items()}
-        q_lengths, k_lengths = (
-            torch.tensor([len(x) for x in samples[id(given)]], device=given.device).unsqueeze(1)
-            for given in (query, key)
-        )
-        dense = padded[id(query)]
-        places = torch.arange(padded[id(key)].shape[1], device=key.device)
-        call = self._prepare(
-            dense, padded[id(key)], padded[id(value)], places >= k_lengths, None, False
-        )
-        out, weights = self._attend(*call, need_weights, average_attn_weights)
-        if weights is not None:
-            beyond = torch.arange(dense.shape[1], device=query.device) >= q_lengths
-            beyond = beyond if average_attn_weights else beyond.unsqueeze(1)
-            weights = weights.masked_fill(beyond.unsqueeze(-1), 0.0)
-        out = self._project_output(out, dense)
-        parts = [x[: len(own)] for x, own in zip(out, samples[id(query)], strict=True)]
-        return torch.nested.as_nested_tensor(parts, layout=query.layout), weights
+        packs = {id(x): pack("query, key or value", x, 1) for x in (query, key, value)}
+        of_query, of_key, of_value = (packs[id(x)] for x in (query, key, value))
+        if len(of_key.offsets) != len(of_query.offsets):
+            _wrong("key", f"batch size {query.size(0)}, as query", key.size(0))
+        check_same_sequences("value", of_value, "key", of_key)
+        rows = of_query.rows, of_key.rows, of_value.rows
+        if not (need_weights or self.bias_k is not None or self.add_zero_attn):
+            weights, bias = self._in_projection()
+            self._check(*rows, None, None, weights[0])
+            heads = (self.num_heads, self.head_dim)
+            q, k, v = (x.unflatten(-1, heads) for x in self._project(*rows, weights, bias))
+            causal = "top_left" if is_causal else False
+            dropout_p = float(self.dropout) if self.training else 0.0
+            sequences = options_of(of_query, of_key)
+            out = attention(q, k, v, causal=causal, dropout_p=dropout_p, **sequences)
+            return nest(self.out_proj(out.flatten(-2)), of_query), None
+        dense = {id(x): pad(x) for x in packs.values()}
+        (q, q_rows), (k, k_rows), (v, _) = (dense[id(x)] for x in (of_query, of_key, of_value))
+        call = self._prepare(q, k, v, k_rows < 0, None, is_causal)
+        out, returned = self._attend(*call, need_weights, average_attn_weights)
+        if returned is not None:
+            beyond = q_rows < 0 if average_attn_weights else q_rows.unsqueeze(1) < 0
+            returned = returned.masked_fill(beyond.unsqueeze(-1), 0.0)
+        out = unpad(out.transpose(1, 2).flatten(-2), q_rows, len(of_query.rows))
+        return nest(self.out_proj(out), of_query), returned
 
 
 def _masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> dict[str, Any]:
@@ -475,3 +489,82 @@ def _disable_native_paths(model: nn.Module) -> None:
             parent.enable_nested_tensor = parent.use_nested_tensor = False
         else:
             parent.activation_relu_or_gelu = 0
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer`: same constructor, parameters, state dict and call.
+
+    self_attn is a `MultiheadAttention`.
+    Differences, all on purpose: is_causal=True without src_mask is causal; evaluation never takes
+    PyTorch's native path, and so gives the result of training without dropout, whatever a floating
+    src_key_padding_mask holds; a jagged nested src needs no padding, in training too. An
+    nn.TransformerEncoder built around the layer makes no nested tensors; pass it
+    enable_nested_tensor=False, or it warns of that.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout,
+            activation,
+            layer_norm_eps,
+            batch_first,
+            norm_first,
+            bias,
+            device,
+            dtype,
+        )
+        replace_multihead_attention(self)
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer`: same constructor, parameters, state dict and call.
+
+    self_attn and multihead_attn are `MultiheadAttention`s. Differences, on purpose: tgt_is_causal
+    without tgt_mask and memory_is_causal without memory_mask are causal (top-left); tgt and memory
+    may be jagged nested tensors.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout,
+            activation,
+            layer_norm_eps,
+            batch_first,
+            norm_first,
+            bias,
+            device,
+            dtype,
+        )
+        replace_multihead_attention(self)

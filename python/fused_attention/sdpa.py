@@ -12,7 +12,16 @@ from torch import Tensor
 
 from .call.backends import choose, plan_of_kernel
 from .call.options import Options
-from .call.plan import LEAVE, find, kind_of_call, kind_of_option, may_be_refusal, remember, run
+from .call.plan import (
+    LEAVE,
+    find,
+    kind_of_call,
+    kind_of_option,
+    may_be_refusal,
+    remember,
+    run,
+    run_new,
+)
 from .call.problem import Problem, cast_for_autocast, check_tensor, shape_of
 from .call.serve import serve
 from .errors import (
@@ -22,7 +31,23 @@ from .errors import (
     wrong_type,
     wrong_value,
 )
-from .operators._torch import int_sizes, is_any_autocast_enabled, is_compiling, looks_at_sizes
+from .nested import (
+    Packed,
+    any_nested,
+    check_nested,
+    check_same_sequences,
+    nest,
+    not_served,
+    options_of,
+    pack,
+)
+from .operators._torch import (
+    int_sizes,
+    is_any_autocast_enabled,
+    is_compiling,
+    looks_at_sizes,
+    ragged_dim,
+)
 
 
 def scaled_dot_product_attention(
@@ -47,6 +72,11 @@ def scaled_dot_product_attention(
     is_causal: top-left; RuntimeError together with attn_mask, as PyTorch documents.
     dropout_p: applied whenever it is not 0. Random bits follow torch.manual_seed, but are not
         PyTorch's.
+
+    Nested tensors [B, H, j, E] or [B, j, E], ragged along j, of jagged or strided layout: each
+    sequence is a call of its own, is_causal included. Jagged ones are packed sequences of
+    `attention`, neither padded nor copied; key may be ragged unlike query; out has query's ragged
+    size. attn_mask raises NotImplementedError.
 
     Memory is linear in L in more cases than the original's: with dropout, a bias that requires a
     gradient, Ev != E, any rank and any mask. A row that sees no key gives 0; NaN in a query stays
@@ -94,6 +124,11 @@ def sdpa(
             if not may_be_refusal(error):
                 raise
             refusal = error
+    if plan is None and any_nested(q, k, v):
+        out = _nested(q, k, v, mask, dropout_p, is_causal, number, enable_gqa, original)
+        if out is not None:
+            return out
+        plan = LEAVE
     if plan is None or refusal is not None:
         try:
             call = _describe(q, k, v, mask, dropout_p, is_causal, number, enable_gqa)
@@ -120,6 +155,78 @@ def sdpa(
         return out.unflatten(0, call.leading)
     out = run(plan, *call.tensors, call.options)
     return out if call.rank == 4 else out[0] if call.rank == 3 else out[0, 0]
+
+
+def _nested(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: Any,
+    enable_gqa: bool,
+    original: Callable[..., Tensor] | None,
+) -> Tensor | None:
+    """Serves nested tensors; returns None for a call that a patch leaves to `original`."""
+    try:
+        packed = _pack(query, key, value, attn_mask, is_causal, enable_gqa)
+        q, k, v = (x.rows for x in packed)
+        if packed[0].dim == 1 and query.dim() == 4:  # heads in any number, of one length
+            out = sdpa(q, k, v, None, dropout_p, is_causal, scale, enable_gqa, original)
+            return nest(out, packed[0])
+        if query.dim() == 3:
+            q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+        options = Options(
+            causal="top_left" if is_causal else False,
+            scale=scale,
+            dropout_p=dropout_p,
+            **options_of(packed[0], packed[1]),
+        )
+        plan = None
+        if original is not None:
+            plan = plan_of_kernel(Problem.from_call(q, k, v, options))
+    except (ArgumentValueError, ArgumentTypeError, NotImplementedError):
+        if original is None:
+            raise
+        return None
+    if plan is not None and plan.leaves_call:
+        return None
+    out = serve(q, k, v, options) if plan is None else run_new(plan, q, k, v, options)
+    return nest(out.squeeze(1) if query.dim() == 3 else out, packed[0])
+
+
+def _pack(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: Any,
+    enable_gqa: bool,
+) -> tuple[Packed, Packed, Packed]:
+    """Returns query, key and value as packed sequences [T, H, E] ([T, E] if there are no heads),
+    or as packed heads [T, S, E] where the dimension of the heads is the ragged one."""
+    tensors = {"query": query, "key": key, "value": value}
+    check_nested(tensors)
+    rank = query.dim()
+    if attn_mask is not None:
+        not_served("attn_mask")
+    if rank not in (3, 4):
+        not_served(f"query, key and value of {rank} dimensions")
+    if not isinstance(is_causal, bool):
+        wrong_type("is_causal", "a bool", type(is_causal).__name__)
+    heads_are_ragged = rank == 4 and query.layout == torch.jagged and ragged_dim(query) == 1
+    dim = 1 if heads_are_ragged else rank - 2
+    q, k, v = (pack(name, x, dim) for name, x in tensors.items())
+    check_same_sequences("value", v, "key", k)
+    if heads_are_ragged:
+        check_same_sequences("key", k, "query", q)
+    elif rank == 4 and not enable_gqa:
+        heads_q, heads_k, heads_v = (x.rows.shape[1] for x in (q, k, v))
+        if (heads_k, heads_v) not in ((heads_q, heads_q), (1, 1)):
+            hint = "fewer heads in key and value need enable_gqa=True"
+            wrong_value("key, value", f"{heads_q} heads", (heads_k, heads_v), hint)
+    return q, k, v
 
 
 def _scale_number(scale: Any) -> Any:
@@ -206,7 +313,9 @@ def _check_attn_mask(attn_mask: Any, query: Tensor, is_causal: bool) -> None:
 def _causal_of(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> str:
     """Returns the alignment that a CausalBias stands for."""
     if is_causal:
-        raise ArgumentValueError("attn_mask: CausalBias should not be used with is_causal=True")
+        raise ArgumentValueError(
+            "attn_mask: CausalBias should not be used with causal=True. Hint: drop is_causal"
+        )
     sizes = (bias.seq_len_q, bias.seq_len_kv)
     if bias.variant.name == "UPPER_LEFT" or sizes[0] == sizes[1]:
         return "top_left"

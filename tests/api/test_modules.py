@@ -204,6 +204,28 @@ def test_is_causal_for_other_lengths_is_top_left():
         )
 
 
+@pytest.mark.parametrize("lengths", [(L, L), (L, S), (S, L)])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("construction", ["default", "batch_first", "bias_kv and zero_attn"])
+def test_is_causal_needs_no_mask(construction, need_weights, lengths):
+    """The original raises then. Extra keys are seen by every query."""
+    theirs, ours = pair(**CONSTRUCTIONS[construction] | {"vdim": None})
+    batch_first = construction == "batch_first"
+    for batched in (True, False):
+        query, key = (sequence(n, E, batch_first, batched) for n in lengths)
+        inputs = {"query": query, "key": key, "value": key}
+        mask = torch.ones(*lengths, dtype=torch.bool).triu(1)
+        for padding in (None, torch.arange(lengths[1]) > 3):
+            masks = {} if padding is None else {"key_padding_mask": padding}
+            if masks and batched:
+                masks["key_padding_mask"] = padding.expand(N, -1)
+            expected = run(theirs, inputs, masks | {"attn_mask": mask}, need_weights=need_weights)
+            got = run(ours, inputs, masks, need_weights=need_weights, is_causal=True)
+            assert_same(got, expected)
+    with pytest.raises(RuntimeError, match="Need attn_mask"):
+        theirs(query, key, key, is_causal=True)
+
+
 def test_extra_keys_are_seen_in_causal_attention_too():
     """The original hides them if it need not return weights, and shows them if it must."""
     theirs, ours = pair(add_bias_kv=True, add_zero_attn=True)
@@ -1038,6 +1060,7 @@ def test_explain_says_what_serves_the_call():
 @pytest.mark.parametrize(
     "masks, expected",
     [
+        ({"attn_mask": None}, ("causal",)),
         ({"attn_mask": "causal", "key_padding_mask": "bool"}, ("padding", "causal")),
         ({"attn_mask": "causal", "key_padding_mask": "0 and -inf"}, ("padding", "causal")),
         ({"key_padding_mask": "float"}, ((N, 1, 1, L),)),
@@ -1067,7 +1090,7 @@ def test_masks_reach_the_kernel_unexpanded(masks, expected, monkeypatch):
     _, ours = pair(torch.float32)
     x = sequence(L, dtype=torch.float32)
     keywords = {name: tensors.get(mask, mask) for name, mask in masks.items()}
-    is_causal = masks.get("attn_mask") == "causal"
+    is_causal = masks.get("attn_mask", "none") in ("causal", None)
     ours(x, x, x, need_weights=False, is_causal=is_causal, **keywords)
     got = []
     if seen["key_padding_mask"] is not None:

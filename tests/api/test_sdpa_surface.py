@@ -266,12 +266,23 @@ def test_autocast():
 # -- Errors ------------------------------------------------------------------------------
 
 
-def test_nested_and_sparse_tensors_are_refused_by_name():
+def test_sparse_tensors_are_refused_by_name():
     dense = randn(2, 3, 4, 8)
     ours(dense, dense, dense)
-    for other in (torch.nested.nested_tensor([randn(3, 4, 8)] * 2), dense.to_sparse()):
-        with pytest.raises(RuntimeError, match="query.*dense"):
-            ours(other, other, other)
+    sparse = dense.to_sparse()
+    with pytest.raises(RuntimeError, match="query.*dense"):
+        ours(sparse, sparse, sparse)
+
+
+def test_nested_tensors_after_dense_ones():
+    """A plan of dense calls does not serve nested tensors of the same sizes; test_nested.py has the
+    rest."""
+    dense = randn(2, 3, 4, 8)
+    expected = ours(dense, dense, dense)
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor(list(dense), layout=layout)
+        for got, want in zip(ours(nested, nested, nested).unbind(), expected, strict=True):
+            torch.testing.assert_close(got, want)
 
 
 # -- A scale that is a tensor ------------------------------------------------------------

@@ -245,6 +245,19 @@ def native_sdpa() -> Any:
     return getattr(_C._nn, "scaled_dot_product_attention", None)
 
 
+# -- Nested tensors ----------------------------------------------------------------------
+
+
+def ragged_dim(x: Tensor) -> int:
+    """Returns the ragged dimension of a jagged tensor."""
+    return int(x._ragged_idx)  # type: ignore[attr-defined]
+
+
+def seqlen_bounds(x: Tensor) -> tuple[int | None, int | None]:
+    """Returns the shortest and longest length of a jagged tensor, as far as it knows them."""
+    return getattr(x, "_maybe_min_seqlen", None), getattr(x, "_maybe_max_seqlen", None)
+
+
 # -- vmap and fake tensors ---------------------------------------------------------------
 
 
