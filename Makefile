@@ -63,7 +63,7 @@ test-matrix:  ## the tests that need no compiler for GPUs, with another PyTorch,
 	sed -i '/^triton/d; /^nvidia-/d' $(COPY)/constraints.txt  # a PyTorch for CUDA brings the Triton and the CUDA that it needs
 	$(MAKE) -C $(COPY) test-api
 
-compat: build $(VENV)/test.stamp $(VENV)/compat.stamp  ## what flash-attn, ONNX and transformers test of attention, against ours (fetches their sources; COMPAT="onnx -k gqa")
+compat: build $(VENV)/test.stamp $(VENV)/compat.stamp  ## what flash-attn, ONNX and transformers test of attention, against ours, and real weights (fetches their sources and 310 MB; COMPAT="onnx -k gqa")
 	$(QUIET_OPENMP) $(BIN)/python tests/compat/run.py --jobs $(JOBS) $(COMPAT)
 
 sanitize: $(VENV)/torch.stamp  ## the kernels without torch, under ASan, UBSan and TSan, and on an emulated Arm CPU

@@ -45,4 +45,11 @@ ROUNDING = {
             " rounding: ours are below 1e-5."
         ),
     },
+    "weights": {
+        "real_weights::test_output_attentions[[]*-f32]*": (
+            "Weights are exp(score - lse), not divided by their sum. In the first layers of MiniLM"
+            " and Whisper both are 20 to 50, and rounding them moves weights near 1 by up to 4e-6;"
+            " those of softmax err by 5e-7."
+        ),
+    },
 }

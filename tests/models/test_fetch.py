@@ -464,3 +464,10 @@ def test_names_and_the_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("FUSED_ATTENTION_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     assert str(module.cache_directory()) == "/x/fused_attention"
+
+
+def test_apt_works_in_a_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = module._private_apt(Path("downloads"), ())
+    assert options == ["-c", str(tmp_path / "downloads" / "apt.conf")]
+    assert f'Dir::State::lists "{tmp_path}/downloads/lists"' in Path(options[1]).read_text()

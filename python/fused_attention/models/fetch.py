@@ -254,6 +254,7 @@ def _some(sizes: dict[str, int], source: Path, folder: str) -> dict[str, int]:
 
 def _private_apt(downloads: Path, languages: tuple[str, ...]) -> list[str]:
     """Returns options that make apt-get work in `downloads` only, with the system's sources."""
+    downloads = downloads.resolve()  # apt-get runs in this folder
     for name in ("lists/partial", "cache/archives/partial"):
         (downloads / name).mkdir(parents=True, exist_ok=True)
     wanted = " ".join(f'"{language}";' for language in languages or ("none",))
