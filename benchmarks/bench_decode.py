@@ -4,10 +4,13 @@ Decoding has one sequence and one or four queries, 32 heads on 8 key heads, D 12
 cache and with pages in random order. Its ceiling is reading the keys and values once: in each round
 torch.sum over as many bytes of float32 measures the bandwidth of the memory at that moment.
 Variable length has 32 sequences of 16 to 2048 tokens, packed, against the same tokens padded and
-masked, and against the rate of a dense call of 1024 tokens.
+masked, and against the rate of a dense call of 1024 tokens. A mixed batch, as a server has it, is
+one call for 4 prompts of 512 tokens and 28 sequences that decode one token after 100 to 8000, in
+pages of 16; beside it the prompts and the others as calls of their own, and vLLM if installed.
 """
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,11 +22,13 @@ from fused_attention import _native, attention
 from fused_attention.tools.benchmark.harness import interleave, machine, real_time_priority
 from fused_attention.tools.benchmark.peers import flex, in_pages
 from fused_attention.tools.benchmark.shapes import Case, Inputs
+from fused_attention.tools.benchmark.vllm_cpu import packed_forward
 from fused_attention.tools.testing import num_threads
 
 RESULTS = Path(__file__).resolve().parent / "results" / "decode.csv"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OURS, PYTORCH, READ = "fused_attention", "PyTorch SDPA", "reading once"
+PARTS = "fused_attention, two calls"
 Calls = dict[str, Callable[[], object]]
 
 
@@ -76,6 +81,46 @@ def varlen_calls(lengths: list[int], dtype: torch.dtype) -> Calls:
     }
 
 
+def mixed_calls(dtype: torch.dtype) -> Calls:
+    """Returns the calls to time: 32 heads on 8 key heads, D 128, causal."""
+    lengths = torch.linspace(100, 8000, 28).long()[torch.randperm(28)]
+    lengths = torch.cat([torch.full((4,), 512), lengths])
+    queries = torch.tensor([512] * 4 + [1] * 28)
+    query = torch.randn(int(queries.sum()), 32, 128).to(dtype)
+    key, value = (torch.randn(int(lengths.sum()), 8, 128).to(dtype) for _ in range(2))
+    counts = (lengths + 15) // 16
+    order = torch.randperm(int(counts.sum()))
+    pages = []
+    for x in (key, value):
+        padded = [
+            F.pad(part, (0, 0, 0, 0, 0, -len(part) % 16)) for part in x.split(lengths.tolist())
+        ]
+        pages.append(in_pages(torch.cat(padded).transpose(0, 1).unsqueeze(0), 16, order))
+    table = torch.nn.utils.rnn.pad_sequence(
+        list(order.to(torch.int32).split(counts.tolist())), batch_first=True
+    )
+
+    def part(begin: int, end: int) -> Callable[[], torch.Tensor]:
+        starts = F.pad(queries.cumsum(0), (1, 0)).to(torch.int32)
+        rows = query[starts[begin] : starts[end]]
+        options = {
+            "cu_seqlens_q": starts[begin : end + 1] - starts[begin],
+            "seqused_k": lengths[begin:end].to(torch.int32),
+            "block_table": table[begin:end].contiguous(),
+            "max_seqlen_q": int(queries[begin:end].max()),
+            "causal": "bottom_right",
+        }
+        return lambda: attention(rows, *pages, **options)
+
+    prompts, others = part(0, 4), part(4, 32)
+    calls: Calls = {OURS: part(0, 32), PARTS: lambda: (prompts(), others())}
+    if importlib.util.find_spec("vllm"):
+        forward = packed_forward(query, key, value, queries, lengths, True)
+        torch.testing.assert_close(forward(), calls[OURS](), atol=2e-2, rtol=2e-2)
+        calls["vLLM"] = forward
+    return calls
+
+
 def report(title: str, timings: dict, ratios: dict[str, float]) -> None:
     disturbed = any(timing.disturbed for timing in timings.values())
     times = f"{timings[OURS].median:8.3f} ms"
@@ -121,6 +166,14 @@ def main() -> None:
             )
             rows += [own | {rate: ratios[rate]}, *others]
             report(f"32 sequences {name:8}", timings, ratios)
+            timings = interleave(mixed_calls(dtype), budget=options.budget)
+            rows += result_tables.beside({"what": "mixed batch", "dtype": name}, timings, OURS)
+            ratios = {
+                f"{peer} / ours": timing.median / timings[OURS].median
+                for peer, timing in timings.items()
+                if peer != OURS
+            }
+            report(f"mixed batch {name:8}", timings, ratios)
     about = machine() | {"isa": _native.active_isa(), "threads": options.threads}
     about |= {"real_time": real_time, "sequences": " ".join(map(str, lengths))}
     result_tables.write(RESULTS, about, rows)

@@ -1,7 +1,7 @@
 """The overhead of a call, with almost nothing to compute (1×1×1×8): results/overhead.csv.
 
 Every surface is called without a gradient and recording one, beside PyTorch's equivalent if there
-is one: for flash-attn's functions that is scaled_dot_product_attention on transposed views, and for
+is one: for functions of other libraries that is scaled_dot_product_attention on views, and for
 the function of transformers its own for "sdpa". If `make compat` has fetched flash-attn's source,
 its functions are timed too: its own Python, around a stand-in for its CUDA library that computes
 nothing and only makes the results. All calls are timed in turn, so that a slow moment affects all.
@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 import result_tables
-from fused_attention.integrations import flash_attn
+from fused_attention.integrations import flash_attn, megatron, xformers
 from fused_attention.tools.benchmark.harness import interleave, machine, real_time_priority
 from fused_attention.tools.benchmark.trial import Call
 from fused_attention.tools.benchmark.workloads import REPEATS, repeated, surfaces
@@ -117,13 +118,36 @@ def integrations(grad: bool) -> dict[str, Surface]:
     calls = {
         name: Surface(call, made[1][name], made[2].get(name)) for name, call in made[0].items()
     }
+    q, k, v = (torch.randn(1, 1, 1, 8).requires_grad_(grad) for _ in range(3))
+    packed = torch.randn(1, 1, 8).requires_grad_(grad)
+    sequences = (packed, packed, packed, *[torch.tensor([0, 1], dtype=torch.int32)] * 2, 1, 1)
+    mask = xformers.LowerTriangularMask()
+    scores = torch.randn(1, 1, 1, 1).requires_grad_(grad)
+    softmax = megatron.FusedScaleMaskSoftmax(
+        False, False, megatron.AttnMaskType.causal, True, None, True, None
+    )
+    calls |= {
+        "memory_efficient_attention": Surface(
+            lambda: xformers.memory_efficient_attention(q, k, v),
+            lambda: SDPA.flash_attn_func(q, k, v),
+        ),
+        "memory_efficient_attention, causal": Surface(
+            lambda: xformers.memory_efficient_attention(q, k, v, mask),
+            lambda: SDPA.flash_attn_func(q, k, v, causal=True),
+        ),
+        "torch.nn.attention.varlen_attn": Surface(
+            lambda: varlen_attn(*sequences), lambda: SDPA.flash_attn_varlen_func(*sequences)
+        ),
+        "FusedScaleMaskSoftmax": Surface(
+            lambda: softmax(scores, None), lambda: torch.softmax(scores, -1)
+        ),
+    }
     try:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
     except ImportError:
         return calls
     from fused_attention.integrations.transformers import fused_attention_forward
 
-    q, k, v = (torch.randn(1, 1, 1, 8).requires_grad_(grad) for _ in range(3))
     inputs = nn.Module(), q, k, v, None
     calls["transformers: attention function"] = Surface(
         lambda: fused_attention_forward(*inputs, scaling=0.3, is_causal=True),

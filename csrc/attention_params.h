@@ -57,6 +57,8 @@ struct AttentionParams {
   const int32_t* block_table = nullptr;   // [B, pages]: key n of sequence b is row n % page_size of
   int64_t block_table_stride_b = 0;       // page [b, n / page_size]; key and value are views
   int64_t page_size = 0;                  // [all pages, Hkv, page_size, D or Dv]
+  // The numbers of queries of the packed sequences that are served; kernels see no query of others.
+  int64_t least_queries = 0, most_queries = INT64_MAX;
 
   // The call workspace, in which phases hand results on to one another, 64-byte aligned.
   void* call_workspace = nullptr;
@@ -109,10 +111,21 @@ struct AttentionParams {
   ScoreView weights;
   bool average_weights = false;
 
+  // What attention_statistics writes; null is what is not asked for. Contiguous; float, double for
+  // float64.
+  void* mass = nullptr;         // [B, Hq, Sk], the sums of the weights over the queries
+  void* entropy = nullptr;      // [B, Hq, Sq]
+  void* top_weights = nullptr;  // [B, Hq, Sq, num_top], the largest weights, falling,
+  int64_t* top_keys = nullptr;  // and their keys; 0 and -1 where there is no other above 0
+  int64_t num_top = 0;
+
   // For attention_jvp and attention_backward_jvp. The latter writes its results to dq, dk, dv,
   // dbias and dsinks.
   Tangents tangent;
 
+  bool serves_queries(int64_t count) const {
+    return least_queries <= count && count <= most_queries;
+  }
   // Whether softcap bends the scores: their cap slope is then not 1.
   bool bends_scores() const { return softcap > 0; }
 };

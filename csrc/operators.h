@@ -59,6 +59,9 @@ constexpr const char* kAttentionBackwardJvp =
 constexpr const char* kAttentionWeights =
     "attention_weights(Tensor query, Tensor key, Tensor lse, bool average" FA_OPTIONS_SCHEMA
     ") -> Tensor";
+constexpr const char* kAttentionStatistics =
+    "attention_statistics(Tensor query, Tensor key, Tensor lse, bool mass, bool entropy, "
+    "int num_top" FA_OPTIONS_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor)";
 constexpr const char* kDropoutKeepMask =
     "dropout_keep_mask(Tensor philox, float dropout_p, SymInt batch, SymInt heads, "
     "SymInt seqlen_q, SymInt seqlen_k) -> Tensor";

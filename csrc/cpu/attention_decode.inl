@@ -402,8 +402,8 @@ struct DecodeSplit {
     tile.place(p, workspace);
     const int64_t splits = decode_splits(p);
     for (int64_t task = begin; task < end; ++task) {
-      split(p, sequence_of(p, task / splits / p.Hkv), task / splits % p.Hkv, task % splits, splits,
-            tile);
+      const Sequence seq = sequence_of(p, task / splits / p.Hkv);
+      if (seq.Sq > 0) split(p, seq, task / splits % p.Hkv, task % splits, splits, tile);
     }
   }
 

@@ -1,5 +1,5 @@
-// The CPU operators attention_forward, attention_backward, attention_weights, dropout_keep_mask and
-// check_sequences.
+// The CPU operators attention_forward, attention_backward, attention_weights, attention_statistics,
+// dropout_keep_mask and check_sequences.
 #include <string.h>
 
 #include <algorithm>
@@ -36,7 +36,7 @@ std::optional<CallWorkspace> note_mask_blocks(AttentionParams& p) {
   return blocks;
 }
 
-void run_forward(AttentionParams& p) {
+void run_kernel(AttentionParams& p) {
   const std::optional<CallWorkspace> mask_blocks = note_mask_blocks(p);
   const ForwardKernel& kernel = choose_forward(kernel_table(), p);
   note_kernel(kernel.name, kernel.reason, kernel.tiles(p));
@@ -49,6 +49,29 @@ void run_forward(AttentionParams& p) {
     // Tasks of whole heads share few keys, so that each thread may have a range of its own.
     if (phase.run != nullptr) run(phase, p, phase.num_tasks(p) <= p.B * p.Hq);
   }
+}
+
+// Packed sequences of so few queries that the first kernel of the table serves them are a part of
+// their own, whatever else is in the batch.
+void run_forward(AttentionParams& p) {
+  if (p.cu_seqlens_q != nullptr) {
+    AttentionParams few = p;
+    few.most_queries = 0;
+    for (int64_t b = 0; b < p.B; ++b) {
+      few.Sq = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
+      if (few.Sq > few.most_queries && kernel_table().attention_forward[0]->serves(few)) {
+        few.most_queries = few.Sq;
+      }
+    }
+    if (few.most_queries > 0 && few.most_queries < p.Sq) {
+      p.least_queries = few.most_queries + 1;
+      few.least_queries = 1;
+      shorten_to_longest(few);
+      run_kernel(few);
+      shorten_to_longest(p);
+    }
+  }
+  run_kernel(p);
 }
 
 constexpr Buffer kOut = {"the output [B, Hq, Sq, Dv]", "split the batch", Owner::kResult};
@@ -170,19 +193,27 @@ Gradients backward(const BackwardArguments& call) {
 }
 
 namespace {
+// Describes a call whose lse is known: no values, and no sinks, which lse contains.
+void describe_weights_call(AttentionParams& p, const Input& query, const Input& key,
+                           const Tensor& lse, Options options, Held& held) {
+  STD_TORCH_CHECK(
+      !options.cu_seqlens_q && !options.cu_seqlens_k && !options.seqused_k && !options.block_table,
+      "cu_seqlens, seqused_k and block_table: expected none");
+  options.sinks.reset();
+  options.precision = 0;  // "highest"
+  describe_query_and_key(p, query, key);
+  describe_call(p, options, key.shape, held);
+  check_lse(p, lse, "lse");
+}
+
 // Returns [B, Sq, Sk] if averaged over the heads, else [B, Hq, Sq, Sk].
 Tensor weights(const Tensor& query, const Tensor& key, const Tensor& lse, bool average,
                const Options& options) {
   note_operator("attention_weights");
-  STD_TORCH_CHECK(
-      !options.cu_seqlens_q && !options.cu_seqlens_k && !options.seqused_k && !options.block_table,
-      "cu_seqlens, seqused_k and block_table: expected none");
   const Input q(query, "query"), k(key, "key");
   AttentionParams p;
-  describe_query_and_key(p, q, k);
   Held held;
-  describe_call(p, options, k.shape, held);
-  check_lse(p, lse, "lse");
+  describe_weights_call(p, q, k, lse, options, held);
   const ScalarType dtype = query.scalar_type();
   Tensor result = average ? empty({"the averaged attention weights [B, Sq, Sk]",
                                    "need_weights=False returns none", Owner::kResult},
@@ -210,10 +241,54 @@ void attention_weights(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   const Tensor query = stack.tensor(), key = stack.tensor(), lse = stack.tensor();
   const bool average = stack.flag();
-  Options options = stack.options();
-  options.sinks.reset();  // lse contains them
-  options.precision = 0;  // "highest"
-  stack.give(weights(query, key, lse, average, options));
+  stack.give(weights(query, key, lse, average, stack.options()));
+}
+
+// Returns mass [B, Hq, Sk] and entropy [B, Hq, Sq], each [B, 0] if it is not asked for, and the top
+// weights and keys [B, Hq, Sq, num_top].
+void attention_statistics(StableIValue* values, uint64_t, uint64_t) {
+  note_operator("attention_statistics");
+  Stack stack(values);
+  const Tensor query = stack.tensor(), key = stack.tensor(), lse = stack.tensor();
+  const bool of_keys = stack.flag(), of_rows = stack.flag();
+  AttentionParams p;
+  p.num_top = stack.next<int64_t>();
+  const Options options = stack.options();
+  STD_TORCH_CHECK(p.num_top >= 0, "num_top: expected a number >= 0, got ", p.num_top);
+  const Input q(query, "query"), k(key, "key");
+  Held held;
+  describe_weights_call(p, q, k, lse, options, held);
+  const auto result = [&](const char* what, bool asked, int64_t size) {
+    const Buffer buffer = {what, "split the batch", Owner::kResult};
+    return asked ? empty(buffer, {p.B, p.Hq, size}, lse_dtype(p))
+                 : empty(buffer, {p.B, 0}, lse_dtype(p));
+  };
+  Tensor mass = result("the attention mass of the keys [B, Hq, Sk]", of_keys, p.Sk);
+  Tensor entropy = result("the entropy of the rows [B, Hq, Sq]", of_rows, p.Sq);
+  const Buffer buffer = {"the largest weights of the rows [B, Hq, Sq, num_top]",
+                         "a smaller num_top needs less", Owner::kResult};
+  Tensor top = empty(buffer, {p.B, p.Hq, p.Sq, p.num_top}, lse_dtype(p));
+  Tensor keys = empty(buffer, top.sizes(), ScalarType::Long);
+  if (p.B * p.Hq * p.Sq * p.Sk == 0) {
+    for (Tensor* x : {&mass, &entropy, &top}) torch::stable::zero_(*x);
+    std::fill_n((int64_t*)address_of(keys), count_elements(keys.sizes()), -1);
+  } else {
+    const Tensor kept_lse = dense_lse(p, lse);
+    if (of_keys) p.mass = address_of(mass);
+    if (of_rows) p.entropy = address_of(entropy);
+    p.top_weights = address_of(top);
+    p.top_keys = (int64_t*)address_of(keys);
+    const std::optional<CallWorkspace> mask_blocks = note_mask_blocks(p);
+    const StatisticsKernels& kernels = kernel_table().attention_statistics;
+    note_kernel("attention_statistics", "tile by tile, from the log-sum-exp", {});
+    std::optional<CallWorkspace> shared;
+    if (const size_t bytes = kernels.call_workspace_bytes(p)) {
+      p.call_workspace = shared.emplace(bytes).data();
+    }
+    run(kernels.rows, p);
+    run(kernels.mass, p);
+  }
+  stack.give(mass, entropy, top, keys);
 }
 
 // -- dropout --------------------------------------------------------------------------------------

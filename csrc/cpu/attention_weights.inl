@@ -80,16 +80,17 @@ void load_weights_queries(const AttentionParams& p, int64_t b, int64_t h, int64_
   }
 }
 
-// Calls f(i, visible, kept, p) for each vector p of the weights of one tile of one head, before
-// dropout; p begins at element i of [columns][kRow]. A lane without a bit in `visible` holds
-// anything; `kept` has a bit for each lane that is visible and not dropped.
+// Calls f(i, x, visible, kept, p, log_p) for each vector p of the weights of one tile of one head,
+// before dropout; p is vector x of its row and begins at element i of [columns][kRow]. f may write
+// to t.s + i. A lane without a bit in `visible` holds anything; `kept` has a bit for each lane that
+// is visible and not dropped. Returns whether a weight is visible; without one, f is not called.
 template <typename T, int kVectors, typename F>
-FA_INLINE void for_each_weight(const AttentionParams& p, const ScoreTile& tile,
+FA_INLINE bool for_each_weight(const AttentionParams& p, const ScoreTile& tile,
                                const WeightsTile<T>& t, F f) {
   constexpr int W = kLanes<T>, kRow = kVectors * W;
   const int64_t columns = tile.columns;
   const Visible seen = tile_visibility(p, tile, t.visible);
-  if (seen == Visible::kNone) return;
+  if (seen == Visible::kNone) return false;
   // s <- k q^T
   const KeyTile keys = {tile.seq, tile.h / (p.Hq / p.Hkv), tile.n_start, columns};
   const Scalars<T> k = key_rows(p, p.key, keys, p.D, nullptr, t.k);
@@ -107,9 +108,10 @@ FA_INLINE void for_each_weight(const AttentionParams& p, const ScoreTile& tile,
       // p <- exp(s * scale - lse)
       const int64_t i = j * kRow + x * W;
       const Vec<T> distance = fma_once(load(t.s + i), scale, sub(zero, load(t.lse + x * W)));
-      f(i, visible >> (x * W), kept >> (x * W), exp2<T>(mul(distance, log2e)));
+      f(i, x, visible >> (x * W), kept >> (x * W), exp2<T>(mul(distance, log2e)), distance);
     }
   }
+  return true;
 }
 
 // -- the weights. Task: one block of kBlockM queries against kWeightTiles tiles of keys, of one
@@ -129,7 +131,7 @@ void attention_weights_block(const AttentionParams& p, int64_t b, Range heads, i
     for (int64_t n = keys.begin / kBlockN * kBlockN; n < keys.end; n += kBlockN) {
       const int64_t columns = min_of(kBlockN, keys.end - n);
       T* sum = t.sum + (n - block.begin) * kRow;
-      const auto add_up = [&](int64_t i, uint64_t, uint64_t kept, Vec<T> weight) {
+      const auto add_up = [&](int64_t i, int, uint64_t, uint64_t kept, Vec<T> weight, Vec<T>) {
         store(sum + i, add(load(sum + i), select_bits(kept, weight, zero)));
       };
       for_each_weight<T, kVectors>(p, {seq, h, m_start, rows, n, columns}, t, add_up);
@@ -188,9 +190,10 @@ void attention_weights_delta(const AttentionParams& p, int64_t b, int64_t h, int
   fill(t.delta, kRow, (T)0);
   fill(t.total, kRow, (T)0);
   // delta <- delta + w dw; 0 where hidden, whatever dw is there
-  const auto add_up = [&](int64_t i, uint64_t visible, uint64_t kept, Vec<T> weight) {
+  const auto add_up = [&](int64_t i, int x, uint64_t visible, uint64_t kept, Vec<T> weight,
+                          Vec<T>) {
     const Vec<T> product = mul(weight, load(t.rows_t + i));
-    T *delta = t.tile_delta + i % kRow, *total = t.tile_total + i % kRow;
+    T *delta = t.tile_delta + x * W, *total = t.tile_total + x * W;
     store(delta, add(load(delta), select_bits(kept, product, zero)));
     store(total, add(load(total), select_bits(visible, weight, zero)));
   };

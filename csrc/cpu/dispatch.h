@@ -39,6 +39,12 @@ struct WeightsKernels {
   Phase delta;  // adds the gradient of returned weights to the delta of the backward
 };
 
+struct StatisticsKernels {
+  Phase rows;
+  Phase mass;  // adds what the tasks of `rows` left in the call workspace
+  size_t (*call_workspace_bytes)(const AttentionParams&);
+};
+
 constexpr int kMaxTangentPhases = 5;
 struct TangentKernels {
   Phase jvp;
@@ -65,6 +71,7 @@ struct KernelTable {
   const ForwardKernel* const* attention_forward;  // best first, the last serves every call
   const BackwardKernels& attention_backward;
   const WeightsKernels& attention_weights;
+  const StatisticsKernels& attention_statistics;
   const TangentKernels& attention_tangents;
   const SoftmaxKernels& masked_softmax;
   Phase dropout_keep_mask;

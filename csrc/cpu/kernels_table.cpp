@@ -129,6 +129,7 @@ constinit const KernelTable FUSED_ATTENTION_ISA::kernels = {
     .attention_forward = FUSED_ATTENTION_ISA::attention_forward,
     .attention_backward = FUSED_ATTENTION_ISA::attention_backward,
     .attention_weights = FUSED_ATTENTION_ISA::attention_weights,
+    .attention_statistics = FUSED_ATTENTION_ISA::attention_statistics,
     .attention_tangents = FUSED_ATTENTION_ISA::attention_tangents,
     .masked_softmax = FUSED_ATTENTION_ISA::masked_softmax,
     .dropout_keep_mask = phase<DropoutKeepMask>(),

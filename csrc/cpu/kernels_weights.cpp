@@ -1,5 +1,5 @@
-// The kernels of returned attention weights (see phases.inl).
-#include "attention_weights.inl"
+// The kernels of returned attention weights and of their statistics (see phases.inl).
+#include "attention_statistics.inl"
 #include "phases.inl"
 
 namespace fused_attention {
@@ -7,6 +7,15 @@ namespace fused_attention {
 constinit const WeightsKernels FUSED_ATTENTION_ISA::attention_weights = {
     .weights = phase<ByType<AttentionWeights>>(),
     .delta = phase<ByType<AttentionWeightsDelta>>(),
+};
+constinit const StatisticsKernels FUSED_ATTENTION_ISA::attention_statistics = {
+    .rows = phase<ByType<AttentionStatistics>>(),
+    .mass = phase<ByType<AttentionMass>>(),
+    .call_workspace_bytes =
+        [](const AttentionParams& p) {
+          return p.dtype == DType::kFloat64 ? AttentionMass<double>::call_workspace_bytes(p)
+                                            : AttentionMass<float>::call_workspace_bytes(p);
+        },
 };
 
 }  // namespace fused_attention

@@ -63,6 +63,7 @@ constexpr Operator kOperators[] = {
     {"attention_jvp", kAttentionJvp, attention_jvp},
     {"attention_backward_jvp", kAttentionBackwardJvp, attention_backward_jvp},
     {"attention_weights", kAttentionWeights, attention_weights},
+    {"attention_statistics", kAttentionStatistics, attention_statistics},
     {"dropout_keep_mask", kDropoutKeepMask, TORCH_BOX(&dropout_keep_mask)},
     {"check_sequences", kCheckSequences, check_sequences},
     {"kv_cache_append_", kKvCacheAppend, TORCH_BOX(&kv_cache_append_)},

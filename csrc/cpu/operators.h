@@ -40,6 +40,7 @@ Gradients zeros(Tensor& dq, Tensor& dk, Tensor& dv, Tensor& dbias, Tensor& dsink
 // -- the operators, beside those of attention_operators.h -----------------------------------------
 
 void attention_weights(StableIValue* values, uint64_t, uint64_t);
+void attention_statistics(StableIValue* values, uint64_t, uint64_t);
 void attention_jvp(StableIValue* values, uint64_t, uint64_t);
 void attention_backward_jvp(StableIValue* values, uint64_t, uint64_t);
 // Returns bool [batch, heads, seqlen_q, seqlen_k]: True where dropout keeps the weight.

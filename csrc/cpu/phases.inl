@@ -14,6 +14,7 @@ extern const ForwardKernel attention_decode;
 extern const ForwardKernel* const attention_forward[];
 extern const BackwardKernels attention_backward;
 extern const WeightsKernels attention_weights;
+extern const StatisticsKernels attention_statistics;
 extern const TangentKernels attention_tangents;
 extern const SoftmaxKernels masked_softmax;
 extern const KernelTable kernels;

@@ -20,6 +20,7 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
   if (p.cu_seqlens_q != nullptr) {
     seq.q_start = p.cu_seqlens_q[b];
     seq.Sq = p.cu_seqlens_q[b + 1] - seq.q_start;
+    if (!p.serves_queries(seq.Sq)) seq.Sq = 0;
   }
   if (p.cu_seqlens_k != nullptr) {
     seq.k_start = p.cu_seqlens_k[b];

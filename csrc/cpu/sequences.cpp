@@ -68,7 +68,9 @@ void shorten_to_longest(AttentionParams& p) {
   if (p.seqused_k == nullptr && p.cu_seqlens_k == nullptr) Sk = p.Sk;
   for (int64_t b = 0; b < p.B; ++b) {
     if (p.cu_seqlens_q != nullptr) {
-      Sq = std::max<int64_t>(Sq, p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b]);
+      const int64_t queries = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
+      if (!p.serves_queries(queries)) continue;
+      Sq = std::max(Sq, queries);
     }
     if (p.seqused_k != nullptr) {
       Sk = std::max<int64_t>(Sk, p.seqused_k[b]);

@@ -26,6 +26,8 @@ except ImportError as error:
 
 from ._version import __version__
 from .attention import attention, dropout_mask
+from .attention_statistics import attention_statistics
+from .attention_weights import attention_weights
 from .cache import kv_cache_append_
 from .call.explain import explain
 from .call.record import record_calls
@@ -33,7 +35,12 @@ from .errors import ArgumentTypeError, ArgumentValueError
 from .integrations import torch_varlen as _torch_varlen  # noqa: F401  # kernels of PyTorch's
 from .integrations.patch import patch_sdpa
 from .merge import merge_attention_states
-from .modules import MultiheadAttention, replace_multihead_attention
+from .modules import (
+    MultiheadAttention,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+    replace_multihead_attention,
+)
 from .operators import flops as _flops  # noqa: F401  # for FlopCounterMode
 from .sdpa import scaled_dot_product_attention
 from .softmax import (
@@ -54,8 +61,12 @@ __all__ = [
     "ScaledMaskedSoftmax",
     "ScaledSoftmax",
     "ScaledUpperTriangMaskedSoftmax",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "__version__",
     "attention",
+    "attention_statistics",
+    "attention_weights",
     "dropout_mask",
     "explain",
     "kv_cache_append_",

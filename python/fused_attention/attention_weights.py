@@ -1,4 +1,4 @@
-"""The attention weights, for callers who ask for them: computed tile by tile from the lse.
+"""`attention_weights`: the weights, for callers who ask for them, tile by tile from the lse.
 
     weights_ij = dropout(exp(s_ij - lse_i)),  0 where key j is hidden;  s and lse as in `attention`
 
@@ -10,18 +10,83 @@ forward and backward, dropout included; time is O(B·Hq·Sq·Sk·D), half of it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from .call.backends import REFERENCE, choose, reference
-from .call.options import Options
-from .call.problem import Problem, arguments_of, cast_for_autocast
+from .call.options import Keywords, Options
+from .call.problem import (
+    Problem,
+    arguments_of,
+    cast_for_autocast,
+    check_tensor,
+    refuse_keyword,
+)
 from .derivatives import autograd
+from .errors import wrong_value
 from .operators._torch import check_transforms, is_compiling, is_tracing
-from .operators.arguments import Arguments, split
+from .operators.arguments import SEQUENCES, Arguments, split
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_KEYWORDS = frozenset(Keywords.__annotations__)
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    reduce: Literal["mean"] | None = None,
+    **options: Unpack[Keywords],
+) -> Tensor:
+    """Returns softmax(scale · query keyᵀ + bias), the factors of the values in `attention`.
+
+    query [B, Hq, Sq, D], key [B, Hkv, Sk, D] and the options as in `attention`, dropout included.
+    Returns [B, Hq, Sq, Sk] in query's dtype, or with reduce="mean" [B, Sq, Sk], averaged over the
+    heads (summed in float32, float64 for float64, and rounded once). Memory beyond the result is
+    O(B·Hq·Sq): the average holds no matrix of a head.
+
+    A row that sees no key is 0. With sinks, a row sums to less than 1. Differentiable once;
+    deterministic, for any number of threads. The reference serves the calls that the kernels do not
+    serve. `attention_statistics` answers questions about all weights in linear memory.
+
+    Raises as `attention` does, and NotImplementedError for packed sequences and pages
+    (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table).
+    """
+    if reduce not in (None, "mean"):
+        wrong_value("reduce", 'None or "mean"', repr(reduce))
+    query, key, given, backend = read_call("attention_weights", query, key, options)
+    value = no_value(key)
+    problem = Problem.from_call(query, key, value, given)
+    for name in SEQUENCES:
+        if getattr(given, name) is not None:
+            raise NotImplementedError(
+                f"attention_weights: {name}: not built; attention_statistics serves it"
+            )
+    return _with_weights(problem, query, key, value, reduce == "mean", given, backend)[1]
+
+
+def read_call(
+    function: str, query: Any, key: Any, keywords: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Options, str]:
+    """Returns query, key, options and backend of a call that has no value."""
+    said = dict(keywords)
+    for name in said:
+        if name not in _KEYWORDS:
+            refuse_keyword(name, function)
+    backend = said.pop("backend", "auto")
+    query, key, bias = cast_for_autocast(query, key, said.get("bias"))
+    check_tensor("key", key)
+    return query, key, Options(**said | {"bias": bias, "return_lse": True}), backend
+
+
+def no_value(key: Tensor) -> Tensor:
+    """Returns values of size 1 for these keys: zeros, one number in memory."""
+    return key.detach().new_zeros(()).expand(*key.shape[:-1], 1)
 
 
 def attention_with_weights(
@@ -38,10 +103,22 @@ def attention_with_weights(
     query, key, value, bias = cast_for_autocast(query, key, value, options.get("bias"))
     given = Options(**options | {"bias": bias, "return_lse": True})
     problem = Problem.from_call(query, key, value, given)
-    row = choose(problem, task="attention_weights")
+    return _with_weights(problem, query, key, value, average, given)
+
+
+def _with_weights(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    average: bool,
+    given: Options,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    row = choose(problem, backend, task="attention_weights")
     arguments = arguments_of(query, key, split(problem.numbers)[1], given)
     if row is REFERENCE:
-        return _reference(query, key, value, average, Arguments(*arguments))
+        return weights_by_reference(query, key, value, average, Arguments(*arguments))
     out, _, weights = _function(problem)(average, query, key, value, *arguments)
     return out, weights
 
@@ -58,7 +135,7 @@ def _function(problem: Problem) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return autograd.AttentionWithWeightsForwardMode.apply
 
 
-def _reference(
+def weights_by_reference(
     query: Tensor, key: Tensor, value: Tensor, average: bool, arguments: Arguments
 ) -> tuple[Tensor, Tensor]:
     """Returns (out, weights). The weights are the output for identity matrices as values."""

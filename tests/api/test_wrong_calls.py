@@ -492,7 +492,6 @@ MODULE_CALLS = {
     "mask 3-D shape": (lambda x: (x, x, x), {"attn_mask": torch.zeros(N, L, L).bool()}),
     "mask 4-D": (lambda x: (x, x, x), {"attn_mask": torch.zeros(N, HEADS, L, L).bool()}),
     "mask dtype": (lambda x: (x, x, x), {"attn_mask": torch.zeros(L, L).int()}),
-    "causal without mask": (lambda x: (x, x, x), {"is_causal": True}),
     "query dtype": (lambda x: (x.float(), x.float(), x.float()), {}),
     "value dtype": (lambda x: (x, x, x.half()), {}),
     "key device": (lambda x: (x, x.to("meta"), x), {}),
@@ -504,10 +503,20 @@ MODULE_CALLS = {
 }
 NAMED = {"query": "query", "embed_dim": "query", "key": "key", "kdim": "key", "batch": "key"}
 NAMED |= {"value": "value", "padding": "key_padding_mask", "mask": "attn_mask"}
-NAMED |= {"causal": "Need attn_mask if specifying the is_causal hint"}
+LAYERS = {
+    "activation should be relu/gelu": {"activation": "tanh"},
+    "divisible by num_heads": {"nhead": 5},
+    "greater than 0": {"nhead": 0},
+}
 
 
 def module_rows():
+    kinds = ("TransformerEncoderLayer", "TransformerDecoderLayer")
+    for kind, (message, options) in itertools.product(kinds, LAYERS.items()):
+        ours, theirs = (
+            functools.partial(getattr(of, kind), E, **{"nhead": HEADS} | options) for of in (fa, nn)
+        )
+        yield Row(kind, ours, Exception, message, theirs, "construction")
     for message, arguments in CONSTRUCTION.items():
         ours = functools.partial(fa.MultiheadAttention, *arguments)
         theirs = functools.partial(nn.MultiheadAttention, *arguments)
@@ -548,7 +557,7 @@ def module_rows():
         yield Row("MultiheadAttention", call, TYPE, f"module: expected a torch.nn.Mult.*{kind}")
 
 
-# -- replace_multihead_attention and patch_sdpa ------------------------------------------
+# -- replace_multihead_attention, patch_sdpa and record_calls -----------------------------
 
 
 def patching_rows():
@@ -564,6 +573,9 @@ def patching_rows():
         (3, TYPE, "modules: expected an iterable of modules, got int"),
     ):
         yield Row("patch_sdpa", functools.partial(fa.patch_sdpa, modules), error, message)
+    for missed, kind in ((None, "NoneType"), ("all", "str"), (1, "int")):
+        call = functools.partial(fa.record_calls, missed=missed)
+        yield Row("record_calls", call, TYPE, f"missed: expected a bool, got {kind}")
 
 
 # -- dropout_mask and merge_attention_states ---------------------------------------------
@@ -634,6 +646,11 @@ def companion_rows():
     for outs, lses, sinks, message in MERGE:
         call = functools.partial(fa.merge_attention_states, outs, lses, sinks)
         yield Row("merge_attention_states", call, (VALUE, TYPE), message)
+    for changes, error, message in ATTENTION:
+        said = {name: x for name, x in (qkv() | changes).items() if name != "value"}
+        for function in (fa.attention_statistics, fa.attention_weights):
+            if "value" not in changes:
+                yield Row(function.__name__, functools.partial(function, **said), error, message)
 
 
 # -- The table ---------------------------------------------------------------------------

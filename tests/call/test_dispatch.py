@@ -582,6 +582,7 @@ def test_every_operator_has_kernels_for_both_devices():
         *("attention_forward_plain", "attention_forward_plain_lse", "attention_forward"),
         *("attention_backward", "dropout_keep_mask", "masked_softmax_forward"),
         *("masked_softmax_", "masked_softmax_backward", "attention_weights", "kv_cache_append_"),
+        "attention_statistics",
     ):
         assert name in names
         for key in ("CPU", "CUDA"):

@@ -50,6 +50,7 @@ BEFORE = {  # operands before and behind the common arguments
         ("bias_grad", "sinks_grad"),
     ),
     "attention_weights": (("query", "key", "lse", "average"), ()),
+    "attention_statistics": (("query", "key", "lse", "mass", "entropy", "num_top"), ()),
     "check_sequences": (("query", "key"), ()),
 }
 SCALE_ONLY = ("attention_forward_plain", "attention_forward_plain_lse")

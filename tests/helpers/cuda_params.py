@@ -30,17 +30,16 @@ STRUCTS = {
     "TensorView": "data stride_b stride_h stride_s",
     "ScoreView": "data dtype stride_b stride_h stride_q stride_k",
     "Tangents": "query key value grad_out bias sinks grad_lse out lse delta",
-    "KernelParams": """dtype B Hq Hkv Sq Sk D Dv query key value out lse lse_stride_b lse_stride_h
-        cu_seqlens_q cu_seqlens_k seqused_k block_table block_table_stride_b page_size
-        call_workspace threads scale softcap precision bottom_right diagonal_start window_left
-        window_right mask
-        mask_blocks bias key_padding_mask key_padding_stride_b key_padding_stride_k alibi_slopes
-        alibi_stride_b
+    "KernelParams": """dtype B Hq Hkv Sq Sk D Dv query key value out lse lse_stride_b
+        lse_stride_h cu_seqlens_q cu_seqlens_k seqused_k block_table block_table_stride_b
+        page_size least_queries most_queries call_workspace threads scale softcap precision
+        bottom_right diagonal_start window_left window_right mask mask_blocks bias
+        key_padding_mask key_padding_stride_b key_padding_stride_k alibi_slopes alibi_stride_b
         sinks dropout_threshold dropout_scale philox_seed philox_offset dropout_row dropout_group
         dropout_head philox_states sample_heads dropout_keep grad_out dq dk dv page_dk page_dv
         grad_lse grad_lse_stride_b grad_lse_stride_h grad_lse_stride_s delta dbias dsinks weights
-        average_weights tangent philox row_lse lse_in_log2 aligned page_count splits partial_out
-        partial_max partial_sum""",
+        average_weights mass entropy top_weights top_keys num_top tangent philox row_lse
+        lse_in_log2 aligned page_count splits partial_out partial_max partial_sum""",
     "SoftmaxKernelParams": """dtype columns queries heads dims size stride input output mask bias
         map_pages mask_stride_k bias_stride_k bias_dtype sinks scale causal diagonal_offset
         dropout_threshold

@@ -19,8 +19,10 @@ def check(query: Tensor, key: Tensor, value: Tensor, flag: bool) -> Tensor:
     out = fa.masked_softmax_(out)
     merged, lse = fa.merge_attention_states([out], [both[1]])
     kept: Tensor = fa.dropout_mask(1, 2, 3, 4, 0.5, philox_seed=7)
+    weights: Tensor = fa.attention_weights(query, key, causal="top_left", reduce="mean")
+    mass: Tensor | None = fa.attention_statistics(query, key, outputs=("mass",), scale=1.0).mass
     fa.kv_cache_append_(key, value, key, value, torch.zeros(1, dtype=torch.int32))
-    print(fa.explain(query, key, value, bias=kept), either, merged, lse)
+    print(fa.explain(query, key, value, bias=kept), either, merged, lse, weights, mass)
     with fa.patch_sdpa() as patch:
         print(patch.active)
     return out

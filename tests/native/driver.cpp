@@ -296,6 +296,11 @@ void attention_case(Random& random) {
   grad_weights.randomise(random);
   const bool weighed = p.lse != nullptr && random.chance(60);
   const bool through_weights = weighed && backward && random.chance(70);
+  const bool reduced = weighed && random.chance(70);
+  p.num_top = random.range(0, 5);
+  Array mass = contiguous({B, Hq, Sk}, accumulated), entropy = contiguous({B, Hq, Sq}, accumulated);
+  Array top_weights = contiguous({B, Hq, Sq, p.num_top}, accumulated);
+  Array top_keys = contiguous({B, Hq, Sq, p.num_top}, DType::kFloat64);  // holds int64
 
   what += " attention B" + std::to_string(B) + " Hq" + std::to_string(Hq) + " Hkv" +
           std::to_string(Hkv) + " Sq" + std::to_string(Sq) + " Sk" + std::to_string(Sk) + " D" +
@@ -303,14 +308,14 @@ void attention_case(Random& random) {
           (masked ? " mask" : "") + (biased ? " bias" : "") + (bias_gradient ? " dbias" : "") +
           (padded ? " padding" : "") + (alibi ? " alibi" : "") + (sunk ? " sinks" : "") +
           (weighed ? p.average_weights ? " averaged weights" : " weights" : "") +
-          (through_weights ? " dweights" : "") + (p.softcap > 0 ? " softcap" : "") +
-          (p.dropout_threshold ? " dropout" : "") + " window " + std::to_string(p.window_left) +
-          " " + std::to_string(p.window_right);
+          (through_weights ? " dweights" : "") + (reduced ? " statistics" : "") +
+          (p.softcap > 0 ? " softcap" : "") + (p.dropout_threshold ? " dropout" : "") + " window " +
+          std::to_string(p.window_left) + " " + std::to_string(p.window_right);
 
   // The definition, row by row.
   Expected out_(out), lse_(lse), weights_(weights), dq_(dq), dk_(dk), dv_(dv), dbias_(dbias),
-      dsinks_(dsinks);
-  std::vector<double> logit((size_t)Sk), slope_of_cap((size_t)Sk), dp((size_t)Sk);
+      dsinks_(dsinks), mass_(mass), entropy_(entropy), top_weights_(top_weights);
+  std::vector<double> kept_weights, logit((size_t)Sk), slope_of_cap((size_t)Sk), dp((size_t)Sk);
   for (int64_t row = 0; row < B * Hq * Sq; ++row) {
     const int64_t b = row / Sq / Hq, h = row / Sq % Hq, i = row % Sq, g = h / (Hq / Hkv);
     const double sink = sunk ? sinks(h) : -INFINITY;
@@ -343,11 +348,15 @@ void attention_case(Random& random) {
     lse_(b, h, i) = top + log(sum);
     // delta = sum p dp - dlse, then ds = p (dp - delta)
     double delta_ = through_lse ? -grad_lse(b, h, i) : 0;
+    kept_weights.assign((size_t)(Sk + p.num_top), 0.0);
     for (int64_t j = 0; j < Sk; ++j) {
       const double weight = exp(logit[(size_t)j] - lse_(b, h, i));
       if (logit[(size_t)j] == -INFINITY) continue;
       const double kept = dropout_factor(p, b * Hq + h, i, j);
       weights_(b, h, i, j) += weight * kept * share;
+      kept_weights[(size_t)j] = weight * kept;
+      mass_(b, h, j) += weight * kept;
+      if (weight * kept > 0) entropy_(b, h, i) -= weight * kept * log(weight * kept);
       dp[(size_t)j] = through_weights ? kept * share * grad_weights(b, h, i, j) : 0;
       for (int64_t d = 0; d < Dv; ++d) {
         out_(b, h, i, d) += weight * kept * v(b, g, j, d);
@@ -367,6 +376,8 @@ void attention_case(Random& random) {
       }
     }
     if (sunk) dsinks_(h) -= exp(sink - lse_(b, h, i)) * delta_;
+    std::sort(kept_weights.rbegin(), kept_weights.rend());
+    for (int64_t n = 0; n < p.num_top; ++n) top_weights_(b, h, i, n) = kept_weights[(size_t)n];
   }
 
   const KernelTable& kernels = kernel_table();
@@ -386,6 +397,17 @@ void attention_case(Random& random) {
     run_all({bound(kernels.attention_weights.weights)}, {&weights});
     compare("weights", weights, weights_, type);
     p.weights = through_weights ? score_view(grad_weights) : ScoreView();
+  }
+  if (reduced) {
+    p.mass = mass.data, p.entropy = entropy.data;
+    p.top_weights = top_weights.data, p.top_keys = (int64_t*)top_keys.data;
+    const StatisticsKernels& statistics = kernels.attention_statistics;
+    const std::vector<char> shared = shared_memory(p, statistics.call_workspace_bytes(p));
+    run_all({bound(statistics.rows), bound(statistics.mass)},
+            {&mass, &entropy, &top_weights, &top_keys});
+    compare("mass", mass, mass_, accumulated);
+    compare("entropy", entropy, entropy_, accumulated);
+    compare("top weights", top_weights, top_weights_, accumulated);
   }
   if (!backward) return;
   const std::vector<char> shared =

@@ -31,8 +31,10 @@ ATTENTION = FORWARDS | {
     "backward_jvp": ops.attention_backward_jvp.default,
 }
 ALL = {f"attention_{name}" for name in ATTENTION} | {"dropout_keep_mask", "philox_state"}
-# Tested in test_softmax.py, test_weights.py, test_cache.py, test_tracing.py, test_exceptions.py.
-ELSEWHERE = ("masked_softmax_", "attention_weights", "kv_cache_", "traced_", "check_sequences")
+# Tested in test_softmax.py, test_weights.py, test_attention_statistics.py, test_cache.py,
+# test_tracing.py, test_exceptions.py.
+ELSEWHERE = ("masked_softmax_", "attention_weights", "attention_statistics", "kv_cache_", "traced_")
+ELSEWHERE += ("check_sequences",)
 
 
 def arguments(name, case):

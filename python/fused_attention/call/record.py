@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..errors import wrong_type
 from ..operators import cuda
 from ..operators._torch import is_compiling, leave_mode, schema_of
 from ..operators.arguments import BOTTOM_RIGHT_ONLY, CAUSAL, PRECISION, Arguments
@@ -260,7 +261,11 @@ def record_calls(*, missed: bool = True) -> Calls:
     compiled, and its calls of our operators are recorded; what the compiler fuses is not seen.
     Calls of other threads are not recorded, nor those with tensor subclasses or fake tensors.
     Blocks nest, and each records. A record keeps no tensor alive.
+
+    Raises ArgumentTypeError if missed is not a bool.
     """
+    if not isinstance(missed, bool):
+        wrong_type("missed", "a bool", type(missed).__name__)
     return Calls(missed)
 
 

@@ -4,8 +4,8 @@
 
 The fused kernel returns the log-denominator of each row, lse, from which any row of the weights can
 be computed alone (Dao 2023, FlashAttention-2, Alg. 2). A question about all rows, such as the
-entropy of each, is answered a block of rows at a time: memory O(B·Hq·S) beyond inputs and answer,
-time O(B·Hq·Sq·Sk·D). Scores and visibility are those of the definition, `reference.py`.
+entropy of each, is one of `attention_statistics`: memory O(B·Hq·S) beyond inputs and answer, time
+O(B·Hq·Sq·Sk·D).
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import attention
+from ..attention_statistics import Call, attention_statistics, blocks, rows_of_weights
+from ..attention_weights import no_value, read_call
+from ..call.backends import choose
+from ..call.problem import Problem, arguments_of
 from ..errors import wrong_type, wrong_value
-from ..reference import diagonal_offset, scores, visible
+from ..operators.arguments import Arguments, split
 from .attend import Attend, Cached, Layout, Packed, Padded
 
 if TYPE_CHECKING:
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
 DROPOUT = ("dropout_p", "philox_seed")
 SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_k")
 NOT_OF_MAPS = (*DROPOUT, *SEQUENCES, "block_table", "return_lse")
-ONLY_OF_LSE = ("sinks", "precision", "backend")
 BLOCK_ELEMENTS = 1 << 20  # weights in a block, unless one row of each head has more
 
 
@@ -46,22 +49,19 @@ class AttentionMap:
     Raises as `attention` does, and ArgumentTypeError for an option that maps do not have.
     """
 
+    @torch.no_grad()
     def __init__(self, query: Tensor, key: Tensor, **options: Unpack[Keywords]) -> None:
         said: dict[str, Any] = dict(options)
         for name in NOT_OF_MAPS:
             if name in said:
                 wrong_type(name, "nothing: a map is of a dense call without dropout", said[name])
-        self.query, self.key = query.detach(), key.detach()
-        no_value = self.key[..., :1]
-        with torch.no_grad():
-            _, self.lse = attention(self.query, self.key, no_value, return_lse=True, **said)
-        for name in ONLY_OF_LSE:
-            said.pop(name, None)
-        self.causal, self.diagonal = said.pop("causal", False), said.pop("diagonal", None)
-        self.window_size = said.pop("window_size", (-1, -1))
-        self.mask, self.padding = said.pop("mask", None), said.pop("key_padding_mask", None)
-        self.of_scores = said
-        self.dtype = torch.promote_types(query.dtype, torch.float32)
+        query, key, given, backend = read_call("AttentionMap", query, key, said)
+        value = no_value(key)
+        problem = Problem.from_call(query, key, value, given)
+        self.row = choose(problem, backend, task="attention_weights")
+        self.query, self.key, self.options = query.detach(), key.detach(), options
+        self.arguments = Arguments(*arguments_of(query, key, split(problem.numbers)[1], given))
+        _, self.lse = attention(self.query, self.key, value, return_lse=True, **options)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -72,14 +72,16 @@ class AttentionMap:
     @torch.no_grad()
     def rows(self, rows: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Tensor:
         """Returns weights [B, len(heads), len(rows), Sk] of these queries and heads (None: all)."""
-        _, Hq, Sq, _ = self.shape
+        B, Hq, Sq, Sk = self.shape
         chosen = []
         for name, numbers, size in (("rows", rows, Sq), ("heads", heads, Hq)):
-            numbers = range(size) if numbers is None else numbers
+            numbers = list(range(size) if numbers is None else numbers)
             if not all(0 <= number < size for number in numbers):
-                wrong_value(name, f"numbers in [0, {size})", list(numbers))
-            chosen.append(torch.tensor(list(numbers), dtype=torch.long, device=self.key.device))
-        return self._weights(*chosen)
+                wrong_value(name, f"numbers in [0, {size})", numbers)
+            chosen.append(numbers)
+        parts = [self._weights(*run, chosen[1]) for run in runs(chosen[0])]
+        nothing = self.lse.new_empty(B, len(chosen[1]), 0, Sk)
+        return torch.cat([nothing, *parts], 2)
 
     @torch.no_grad()
     def top_keys(self, n: int) -> tuple[Tensor, Tensor]:
@@ -89,66 +91,57 @@ class AttentionMap:
         """
         if not 1 <= n <= self.shape[3]:
             wrong_value("n", f"an int in [1, {self.shape[3]}]", n)
-        weights = torch.empty(*self.shape[:3], n, dtype=self.dtype, device=self.key.device)
-        keys = torch.empty_like(weights, dtype=torch.long)
-        for rows, p in self.blocks():
-            weights[:, :, rows], keys[:, :, rows] = p.topk(n)
-        return weights, keys
+        _, _, weights, keys = self._statistics("top", num_top=n)
+        return weights, keys.clamp(min=0)
 
-    @torch.no_grad()
     def key_sums(self) -> Tensor:
         """Returns the sum of the weights of each key over all queries: [B, Hq, Sk]."""
-        B, Hq, _, Sk = self.shape
-        sums = torch.zeros(B, Hq, Sk, dtype=torch.float64, device=self.key.device)
-        for _, p in self.blocks():
-            sums += p.sum(2, dtype=torch.float64)
-        return sums.to(self.dtype)
+        return self._statistics("mass")[0]
 
-    @torch.no_grad()
     def entropy(self) -> Tensor:
         """Returns -Σ_j p_ij log p_ij in nats, [B, Hq, Sq]: log n for n keys of equal weight."""
-        # Allocated first: small results between large temporaries would fragment the heap.
-        entropy = torch.empty(*self.shape[:3], dtype=self.dtype, device=self.key.device)
-        for rows, p in self.blocks():
-            entropy[:, :, rows] = torch.special.entr(p).sum(-1)
-        return entropy
+        return self._statistics("entropy")[1]
+
+    @torch.no_grad()
+    def _statistics(self, output: str, **number: int) -> Any:
+        return attention_statistics(
+            self.query, self.key, outputs=(output,), **number, **self.options
+        )
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields all weights, a block of queries at a time: (rows, weights [B, Hq, rows, Sk])."""
         B, Hq, Sq, Sk = self.shape
-        heads = torch.arange(Hq, device=self.key.device)
-        size = max(1, BLOCK_ELEMENTS // max(1, B * Hq * Sk))
-        for begin in range(0, Sq, size):
-            rows = slice(begin, min(begin + size, Sq))
-            numbers = torch.arange(rows.start, rows.stop, device=self.key.device)
-            yield rows, self._weights(numbers, heads)
+        for begin, end in blocks(Sq, max(1, BLOCK_ELEMENTS // max(1, B * Hq * Sk))):
+            yield slice(begin, end), self._weights(begin, end, range(Hq))
 
-    def _weights(self, rows: Tensor, heads: Tensor) -> Tensor:
-        B, Hq, Sq, Sk = self.shape
-        group = Hq // self.key.shape[1]
-        used = torch.full((B,), Sk, device=self.key.device)
-        # Query rows[n] is row n of the block, so its offset grows by rows[n] - n.
-        moved = (rows - torch.arange(len(rows), device=rows.device)).view(1, 1, -1, 1)
-        off = diagonal_offset(self.causal, Sq, used, self.diagonal) + moved
+    def _weights(self, begin: int, end: int, heads: Sequence[int]) -> Tensor:
+        """Returns the weights of queries [begin, end) and these heads."""
+        chosen = torch.tensor(list(heads), dtype=torch.long, device=self.key.device)
+        group = self.shape[1] // self.key.shape[1]
 
         def part(x: Tensor | None) -> Tensor | None:
-            """Selects these heads and rows of a mask or bias that broadcasts to [B, Hq, Sq, Sk]."""
-            if x is None:
-                return None
-            x = x.detach()[(None,) * (4 - x.dim())]
-            x = x if x.shape[1] == 1 else x[:, heads]
-            return x if x.shape[2] == 1 else x[:, :, rows]
+            """Selects the heads of a mask or bias."""
+            return x if x is None or x.shape[1] == 1 else x[:, chosen]
 
-        shape = (B, len(heads), len(rows), Sk)
-        mask = part(self.mask)
-        seen = visible(shape, off, used, self.causal, self.window_size, mask, self.padding)
-        of_scores = {**self.of_scores, "bias": part(self.of_scores.get("bias"))}
-        if (slopes := of_scores.get("alibi_slopes")) is not None:
-            of_scores["alibi_slopes"] = slopes[..., heads]
-        q, k = self.query[:, heads][:, :, rows], self.key[:, heads // group]
-        s = scores(q.to(self.dtype), k.to(self.dtype), off, **of_scores)
-        lse = self.lse[:, heads][:, :, rows, None].to(self.dtype)
-        return torch.where(seen, torch.exp(s - lse), 0.0)
+        a = self.arguments
+        slopes = a.alibi_slopes
+        of_heads = a._replace(
+            mask=part(a.mask),
+            bias=part(a.bias),
+            alibi_slopes=None if slopes is None else slopes[..., chosen].contiguous(),
+            sinks=None,  # lse has them
+        )
+        q, k, lse = self.query[:, chosen], self.key[:, chosen // group], self.lse[:, chosen]
+        return rows_of_weights(Call(q, k, of_heads), lse, begin, end, self.row)
+
+
+def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yields (begin, end) of each run of consecutive numbers, in their order."""
+    begin = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[begin], numbers[i - 1] + 1
+            begin = i
 
 
 # -- Maps of a model ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from .handles import forward_plain_lse as forward_plain_lse
 from .handles import jvp as jvp
 from .handles import softmax_backward as softmax_backward
 from .handles import softmax_forward as softmax_forward
+from .handles import statistics as statistics
 from .handles import weights as weights
 from .traced import define_traced as define_traced
 from .writes import kv_cache_append as kv_cache_append

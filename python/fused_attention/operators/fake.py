@@ -17,6 +17,7 @@ from .handles import (
     library,
     softmax_backward,
     softmax_forward,
+    statistics,
     weights,
 )
 
@@ -92,6 +93,20 @@ def _fake_weights(*args: Any, **kwargs: Any) -> Tensor:
     B, Hq, Sq, _ = call["query"].shape
     heads = () if call["average"] else (Hq,)
     return call["query"].new_empty((B, *heads, Sq, call["key"].shape[2]))
+
+
+@torch.library.register_fake("fused_attention::attention_statistics")
+def _fake_statistics(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_devices(*args, *kwargs.values())
+    call = arguments(statistics, args, kwargs)
+    B, Hq, Sq, _ = call["query"].shape
+    top = call["lse"].new_empty((B, Hq, Sq, call["num_top"]))
+    return (
+        top.new_empty((B, Hq, call["key"].shape[2]) if call["mass"] else (B, 0)),
+        top.new_empty((B, Hq, Sq) if call["entropy"] else (B, 0)),
+        top,
+        top.new_empty(top.shape, dtype=torch.int64),
+    )
 
 
 @torch.library.register_fake("fused_attention::dropout_keep_mask")

@@ -22,6 +22,7 @@ forward_plain_lse = torch.ops.fused_attention.attention_forward_plain_lse.defaul
 forward = torch.ops.fused_attention.attention_forward.default
 backward = torch.ops.fused_attention.attention_backward.default
 weights = torch.ops.fused_attention.attention_weights.default
+statistics = torch.ops.fused_attention.attention_statistics.default
 jvp = torch.ops.fused_attention.attention_jvp.default
 backward_jvp = torch.ops.fused_attention.attention_backward_jvp.default
 dropout_keep_mask = torch.ops.fused_attention.dropout_keep_mask.default

@@ -20,6 +20,7 @@ from .handles import (
     dropout_keep_mask,
     jvp,
     softmax_forward,
+    statistics,
     weights,
 )
 
@@ -142,6 +143,9 @@ torch.library.register_vmap(
 )
 torch.library.register_vmap(
     "fused_attention::attention_weights", _vmap_rule(weights, batched_outputs=1)
+)
+torch.library.register_vmap(
+    "fused_attention::attention_statistics", _vmap_rule(statistics, batched_outputs=4)
 )
 
 
