@@ -35,6 +35,7 @@ from .operators._torch import (
     check_transforms,
     is_any_autocast_enabled,
     is_compiling,
+    is_direct,
     is_tracing,
     looks_at_sizes,
     transform_is_active,
@@ -84,6 +85,10 @@ class MaskedSoftmaxFunction(Function):
         )
         gradients = {"input": dinput, "bias": dbias, "sinks": dsinks}
         return tuple(gradients.get(name) if need else None for name, need in needed.items())
+
+
+# `Function.apply` without its Python half, which serves torch.func and default arguments.
+_apply_directly = super(Function, MaskedSoftmaxFunction).apply
 
 
 class MaskedSoftmaxForwardMode(MaskedSoftmaxFunction):
@@ -269,6 +274,8 @@ def masked_softmax(
         if mask is input:  # Dynamo refuses the same tensor twice
             input = input.view_as(input)
         return MaskedSoftmaxFunction.apply(input, scale, diagonal, True, *options)[0]
+    if is_direct(input, mask, sinks):
+        return _apply_directly(input, scale, diagonal, True, *options)[0]
     return MaskedSoftmaxForwardMode.apply(input, scale, diagonal, True, *options)[0]
 
 

@@ -16,19 +16,14 @@ from ..sdpa import _describe
 class Kind(NamedTuple):
     """What calls have in common, without batch sizes and lengths, so that a tally stays small."""
 
-    heads_q: int
-    head_dim: int
-    heads_k: int
-    head_dim_k: int
-    heads_v: int
-    head_dim_v: int
+    sizes: tuple[tuple[int, int], ...]  # heads and head_dim of query, key and value
     dtype: torch.dtype
     mask: torch.dtype | None
     drops: bool
     causal: bool
 
     def cells(self) -> tuple[str, ...]:
-        sizes = (f"{heads} x {size}" for heads, size in zip(self[:6:2], self[1:6:2], strict=True))
+        sizes = (f"{heads} x {head_dim}" for heads, head_dim in self.sizes)
         options = ["causal"] if self.causal else []
         if self.mask is not None:
             options.append(f"mask {_name(self.mask)}")
@@ -99,13 +94,11 @@ def _kind(
     numbers, as in a trace."""
     try:
         if not query.is_nested and not is_jit_tracing():
-            sizes = [
-                size
-                for x in (query, key, value)
-                for size in (x.shape[-3] if x.dim() > 2 else 1, x.shape[-1])
-            ]
+            sizes = tuple(
+                (x.shape[-3] if x.dim() > 2 else 1, x.shape[-1]) for x in (query, key, value)
+            )
             mask = None if attn_mask is None else attn_mask.dtype
-            kind = Kind(*sizes, query.dtype, mask, bool(dropout_p), is_causal is True)
+            kind = Kind(sizes, query.dtype, mask, bool(dropout_p), is_causal is True)
             hash(kind)  # SymInt has none
             return kind
     except (AttributeError, IndexError, RuntimeError, TypeError):

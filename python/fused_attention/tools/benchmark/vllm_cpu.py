@@ -42,11 +42,12 @@ def vllm(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
         seen = torch.arange(x.shape[2]) < used.unsqueeze(1)
         return x.transpose(1, 2)[seen].contiguous()  # [tokens, heads, D]
 
-    packed = (
+    query, key, value = (
         tokens(inputs.query, queries),
-        *(tokens(x, lengths) for x in (inputs.key, inputs.value)),
+        tokens(inputs.key, lengths),
+        tokens(inputs.value, lengths),
     )
-    forward = packed_forward(*packed, queries, lengths, causal, left)
+    forward = packed_forward(query, key, value, queries, lengths, causal, left)
     if case.lengths:
         return forward
     return lambda: forward().view(case.B, case.Sq, case.Hq, case.D).transpose(1, 2)
