@@ -192,11 +192,6 @@ template <typename T>
 struct AttentionMass {
   static int64_t num_tasks(const AttentionParams& p) { return p.mass != nullptr ? p.B * p.Hq : 0; }
   static size_t workspace_bytes(const AttentionParams&) { return 0; }
-  static size_t call_workspace_bytes(const AttentionParams& p) {
-    return p.mass == nullptr
-               ? 0
-               : (size_t)(p.B * p.Hq * QueryParts<T>(p).count * p.Sk) * sizeof(double);
-  }
   static void run(const AttentionParams& p, int64_t begin, int64_t end, void*) {
     const int64_t parts = QueryParts<T>(p).count;
     for (int64_t head = begin; head < end; ++head) {
@@ -209,6 +204,13 @@ struct AttentionMass {
     }
   }
 };
+
+size_t mass_call_workspace_bytes(const AttentionParams& p) {
+  if (p.mass == nullptr) return 0;
+  const int64_t parts =
+      p.dtype == DType::kFloat64 ? QueryParts<double>(p).count : QueryParts<float>(p).count;
+  return (size_t)(p.B * p.Hq * parts * p.Sk) * sizeof(double);
+}
 
 }  // namespace
 }  // namespace fused_attention

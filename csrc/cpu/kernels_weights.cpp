@@ -11,11 +11,7 @@ constinit const WeightsKernels FUSED_ATTENTION_ISA::attention_weights = {
 constinit const StatisticsKernels FUSED_ATTENTION_ISA::attention_statistics = {
     .rows = phase<ByType<AttentionStatistics>>(),
     .mass = phase<ByType<AttentionMass>>(),
-    .call_workspace_bytes =
-        [](const AttentionParams& p) {
-          return p.dtype == DType::kFloat64 ? AttentionMass<double>::call_workspace_bytes(p)
-                                            : AttentionMass<float>::call_workspace_bytes(p);
-        },
+    .call_workspace_bytes = mass_call_workspace_bytes,
 };
 
 }  // namespace fused_attention

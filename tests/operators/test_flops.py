@@ -158,7 +158,7 @@ def test_formulas_come_with_whichever_is_imported_last(monkeypatch):
     monkeypatch.delitem(sys.modules, flops.COUNTER)
     registry = importlib.import_module(flops.COUNTER).flop_registry
     assert registry is not flop_counter.flop_registry and {*ours} <= registry.keys()
-    for operator in ours:
+    for operator in [x for x in registry if str(x).startswith("fused_attention")]:
         del registry[operator]
     importlib.reload(flops)
     assert {*ours} <= registry.keys()
