@@ -203,7 +203,7 @@ class WithStatistics(Function):
             dw = dw.to(query.dtype).unsqueeze(2).expand(B, Hq, Sq, key.shape[2])
         # Dynamo does not trace the backward of another Function.
         needs = ctx.needs_input_grad[1:]  # without `asked`
-        return None, *autograd._gradients(attention_gradients, ctx, needs, (None, None, dw))
+        return None, *autograd.input_gradients(attention_gradients, ctx, needs, (None, None, dw))
 
 
 class WithStatisticsForwardMode(WithStatistics):

@@ -131,7 +131,7 @@ def sdpa(
         plan = LEAVE
     if plan is None or refusal is not None:
         try:
-            call = _describe(q, k, v, mask, dropout_p, is_causal, number, enable_gqa)
+            call = describe(q, k, v, mask, dropout_p, is_causal, number, enable_gqa)
             problem = Problem.from_call(*call.tensors, call.options)
             if original is None:
                 plan = choose(problem).plan(problem)
@@ -247,7 +247,7 @@ class _Translated(NamedTuple):
     is_as_given: bool
 
 
-def _describe(
+def describe(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -336,7 +336,7 @@ def _check_memory(input: Tensor, mask: Any, sinks: Any, philox_seed: Any) -> Non
 # -- Megatron-LM and apex ----------------------------------------------------------------
 
 
-def _visible(mask: Any) -> Any:
+def visible_of(mask: Any) -> Any:
     """Inverts a mask of Megatron-LM or apex, which is True (or 1) where masked out."""
     if mask is None:
         return None
@@ -360,7 +360,7 @@ def scaled_masked_softmax(input: Tensor, mask: Tensor | None, scale: float | Non
     mask: bool or uint8, True = masked out, broadcasts to input's shape ([b or 1, 1, sq, sk] in the
     originals), or None. A row that is masked out everywhere gives 0. Any sizes and dtypes.
     """
-    return masked_softmax(input, _visible(mask), scale=_check_scale(scale))
+    return masked_softmax(input, visible_of(mask), scale=_check_scale(scale))
 
 
 def scaled_upper_triang_masked_softmax(input: Tensor, scale: float | None = 1.0) -> Tensor:

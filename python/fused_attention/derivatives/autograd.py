@@ -55,10 +55,10 @@ class Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-        return _gradients(attention_gradients, ctx, ctx.needs_input_grad, grads)
+        return input_gradients(attention_gradients, ctx, ctx.needs_input_grad, grads)
 
 
-def _gradients(
+def input_gradients(
     backward: Callable[..., Any],
     ctx: Any,
     needs: Sequence[bool],
@@ -138,7 +138,7 @@ class AttentionWithWeights(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         _, *needs = ctx.needs_input_grad  # without `average`
-        return None, *_gradients(attention_gradients, ctx, needs, grads, ctx.average)
+        return None, *input_gradients(attention_gradients, ctx, needs, grads, ctx.average)
 
 
 _OF_WEIGHTS = names_of(ops.weights)
@@ -214,7 +214,7 @@ class CudaAttention(Attention):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(_cuda_gradients, ctx, ctx.needs_input_grad, grads)
+        return input_gradients(_cuda_gradients, ctx, ctx.needs_input_grad, grads)
 
 
 class CudaAttentionForwardMode(CudaAttention):

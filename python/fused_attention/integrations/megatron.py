@@ -32,8 +32,8 @@ from ..softmax import (
     ScaledMaskedSoftmax,
     ScaledSoftmax,
     ScaledUpperTriangMaskedSoftmax,
-    _visible,
     masked_softmax,
+    visible_of,
 )
 
 __all__ = [
@@ -159,7 +159,7 @@ class FusedScaleMaskSoftmax(nn.Module):
         if mask is None or getattr(function, "__name__", "") == "attention_mask_func":
             function = None
         if function is None:
-            seen = _visible(mask)
+            seen = visible_of(mask)
         else:
             scores = input.float() if self.input_in_float16 and self.softmax_in_fp32 else input
             scores = scores if self.scale is None else scores * self.scale

@@ -10,7 +10,7 @@ import torch
 from ..call.backends import REFERENCE, first_without_reason
 from ..call.problem import Problem, cast_for_autocast
 from ..operators._torch import is_jit_tracing
-from ..sdpa import _describe
+from ..sdpa import describe
 
 
 class Kind(NamedTuple):
@@ -111,7 +111,7 @@ def _reason(inputs: tuple[Any, ...], scale: Any, enable_gqa: Any) -> str:
     query, key, value, attn_mask, dropout_p, is_causal = inputs
     try:
         q, k, v, mask = cast_for_autocast(query, key, value, attn_mask)
-        call = _describe(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa)
+        call = describe(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa)
         row, refused = first_without_reason(Problem.from_call(*call.tensors, call.options))
     except (RuntimeError, TypeError) as error:  # a wrong call, or one that no row serves
         return " ".join(str(error).split())
