@@ -269,15 +269,15 @@ def with_one_sound(inputs, tokens, dtype):
 @cases(*(("MiniLM", side) for side in SIDES), ("SmolLM2", "left"), ("Whisper", "right"))
 def test_gradients(name, padded, dtype):
     """Few channels have large activations, so that the error of a parameter may be that of one
-    element. There, of two ways as good, one errs more than twice as much as the other in six of ten
-    cases. So the rule holds for most parameters, and all errors are within CHANCE times the rule.
+    element. refusals.py lists the models of which a few parameters break the rule by that; no error
+    is above CHANCE times the rule in any.
     """
     exact, naive, got = (gradients(name, way, dtype, padded) for way in WAYS)
     assert got.keys() == exact.keys()
     found = list(errors(got, exact, (naive,)))
-    assert [x.message for x in found if not x.ratio <= CHANCE] == []
-    ratios = sorted(x.ratio for x in found)
-    assert ratios[len(ratios) * 9 // 10] <= 1
+    if far := [x.message for x in found if not x.ratio <= CHANCE]:
+        pytest.fail(f"beyond what refusals.py allows: {far}")
+    assert [x.message for x in found if x.ratio > 1] == []
 
 
 # -- Attention weights -------------------------------------------------------------------

@@ -51,5 +51,9 @@ ROUNDING = {
             " and Whisper both are 20 to 50, and rounding them moves weights near 1 by up to 4e-6;"
             " those of softmax err by 5e-7."
         ),
+        "real_weights::test_gradients[[]*": (
+            "A few parameters (up to 26 of 546 in SmolLM2, 5 of 490 in Whisper) err by up to 2.4 times"
+            " what the rule allows. Most of these errors are those of one element."
+        ),
     },
 }
